@@ -1,0 +1,200 @@
+"""One shape for everything that yields images: `Batch`.
+
+Accepted: a tensor ``[N, C, H, W]``; a map-style ``Dataset``; a ``DataLoader``; any iterable whose
+items are tensors, ``(image, label)`` tuples or dicts, batched ``[B, C, H, W]`` or single ``[C, H, W]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from jbrprune.errors import DataError, NonFiniteError
+
+IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
+LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A batch of images.
+
+    Attributes:
+        images: ``[B, C, H, W]``.
+        labels: ``[B]`` class indices, or None.
+        reference: ``[B, K]`` logits of the dense model, or None where they have not been computed.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    reference: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Apply a function to every tensor that is there."""
+        return Batch(*(None if t is None else function(t) for t in self._tensors()))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to a device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.images, self.labels, self.reference
+
+
+def iterate(data: object, *, batch_size: int = 32) -> Iterator[Batch]:
+    """Yield `Batch` objects from anything that yields images.
+
+    A `DataLoader` and batched items keep their own batch size; single images are gathered.
+
+    Args:
+        data: See the module's docstring.
+        batch_size: Images per batch where the data do not say.
+
+    Yields:
+        Batches; images are checked to be finite floating-point ``[B, C, H, W]``.
+
+    Raises:
+        DataError: Nothing to iterate, an item of unknown form, wrong rank or dtype.
+        NonFiniteError: NaN or Inf in an image (names the batch).
+
+    Example:
+        >>> import torch
+        >>> [len(batch) for batch in iterate(torch.zeros(5, 3, 8, 8), batch_size=2)]
+        [2, 2, 1]
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size must be at least 1, got {batch_size}.")
+    number = -1
+    for number, batch in enumerate(_gathered(_items(data, batch_size), batch_size)):
+        _check(batch, number)
+        yield batch
+    if number < 0:
+        raise DataError(
+            f"The data ({type(data).__name__}) yielded no batch. An exhausted generator cannot be read "
+            "again: pass a list, a tensor, a Dataset or a DataLoader."
+        )
+
+
+def materialise(data: object, *, images: int | None, batch_size: int = 32) -> list[Batch]:
+    """Read up to ``images`` images once and keep them on the CPU, in batches of ``batch_size``."""
+    taken: list[Batch] = []
+    missing = images
+    for batch in iterate(data, batch_size=batch_size):
+        batch = batch.to(torch.device("cpu"))
+        if missing is not None:
+            batch = batch.map(lambda tensor, stop=missing: tensor[:stop])
+            missing -= len(batch)
+        taken.append(batch)
+        if missing == 0:
+            break
+    return rebatched(taken, batch_size)
+
+
+def rebatched(batches: Iterable[Batch], batch_size: int) -> list[Batch]:
+    """The same images in the same order, ``batch_size`` at a time."""
+    whole = concatenated(list(batches))
+    return [
+        whole.map(lambda tensor, start=start: tensor[start : start + batch_size])
+        for start in range(0, len(whole), batch_size)
+    ]
+
+
+def concatenated(batches: list[Batch]) -> Batch:
+    """All batches as one; labels and references only where every batch has them."""
+    columns = zip(*(batch._tensors() for batch in batches), strict=True)
+    joined = [None if any(t is None for t in column) else torch.cat(column) for column in columns]
+    return Batch(*joined)  # type: ignore[arg-type]
+
+
+def count(batches: Iterable[Batch]) -> int:
+    """Number of images."""
+    return sum(len(batch) for batch in batches)
+
+
+def with_reference(batches: Iterable[Batch], logits: Iterable[Tensor]) -> list[Batch]:
+    """Attach the dense model's logits."""
+    return [replace(batch, reference=out) for batch, out in zip(batches, logits, strict=True)]
+
+
+def _items(data: object, batch_size: int) -> Iterator[object]:
+    if isinstance(data, Tensor):
+        if data.dim() != 4:
+            raise DataError(f"A tensor of images must be [N, C, H, W], got shape {tuple(data.shape)}.")
+        return iter(data.split(batch_size) if len(data) else ())
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return iter(data[i] for i in range(len(data)))  # type: ignore[arg-type]
+    if isinstance(data, Mapping | str | bytes) or not isinstance(data, Iterable):
+        raise DataError(
+            f"Cannot read images from {type(data).__name__}: pass a folder, a tensor [N, C, H, W], a Dataset, "
+            "a DataLoader, or an iterable of tensors, (image, label) tuples or dicts."
+        )
+    return iter(data)
+
+
+def _gathered(items: Iterator[object], batch_size: int) -> Iterator[Batch]:
+    waiting: list[Batch] = []
+    for item in items:
+        batch = _as_batch(item)
+        if batch.images.dim() != 3:
+            yield batch
+            continue
+        waiting.append(batch.map(lambda tensor: tensor[None]))
+        if len(waiting) == batch_size:
+            yield concatenated(waiting)
+            waiting = []
+    if waiting:
+        yield concatenated(waiting)
+
+
+def _as_batch(item: object) -> Batch:
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Tensor):
+        return Batch(item)
+    if isinstance(item, Mapping):
+        return Batch(_value(item, IMAGE_KEYS, required=True), _labels(_value(item, LABEL_KEYS)))  # type: ignore[arg-type]
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
+        return Batch(item[0], _labels(item[1]) if len(item) > 1 else None)
+    raise DataError(
+        f"The data yielded a {type(item).__name__}; expected a tensor, an (image, label) tuple or a dict with one of "
+        f"the keys {', '.join(IMAGE_KEYS)}. A Dataset of PIL images needs a transform: pass the folder instead."
+    )
+
+
+def _value(item: Mapping[str, object], keys: tuple[str, ...], *, required: bool = False) -> object:
+    for key in keys:
+        if key in item:
+            return item[key]
+    if required:
+        raise DataError(f"The data yielded a dict with keys {sorted(item)}; expected one of {', '.join(keys)}.")
+    return None
+
+
+def _labels(labels: object) -> Tensor | None:
+    if labels is None:
+        return None
+    tensor = torch.as_tensor(labels)
+    return None if tensor.is_floating_point() else tensor
+
+
+def _check(batch: Batch, number: int) -> None:
+    images = batch.images
+    if images.dim() != 4 or not images.is_floating_point():
+        raise DataError(
+            f"Batch {number}: images must be floating point [B, C, H, W], got {images.dtype} of shape "
+            f"{tuple(images.shape)}. Integer images must be scaled and normalised first."
+        )
+    if len(images) == 0:
+        raise DataError(f"Batch {number} is empty: shape {tuple(images.shape)}.")
+    if batch.labels is not None and len(batch.labels) != len(images):
+        raise DataError(f"Batch {number}: {len(images)} images but {len(batch.labels)} labels.")
+    if not torch.isfinite(images).all():
+        bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
+        raise NonFiniteError(f"Batch {number}: image {bad} contains NaN or Inf. Check the transform that made it.")

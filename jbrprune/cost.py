@@ -1,0 +1,172 @@
+"""What a model costs, and what each removal saves.
+
+Multiply-accumulates (MACs) are half of what `torch.utils.flop_counter.FlopCounterMode` counts, per image,
+with attention computed by its plain products. The cost of a partly pruned model is a sum of terms, each a
+constant times the kept share of the axes it is proportional to; so a plan can be priced without carrying
+it out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from jbrprune import architectures, guest, layers
+from jbrprune.groups import Axis, Group
+
+
+def count_macs(model: nn.Module, images: Tensor) -> dict[str, int]:
+    """Qualified module name -> MACs of one image spent in this module itself, submodules apart.
+
+    Args:
+        model: The model; left as it was.
+        images: ``[B, C, H, W]``; only the first image is used.
+
+    Returns:
+        Own MACs by module; the name of the model itself is ``""``. Their sum is the model's total.
+
+    Example:
+        >>> import torch
+        >>> sum(count_macs(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)), torch.zeros(1, 3, 5, 5)).values())
+        300
+    """
+    counter = FlopCounterMode(display=False)
+    with guest.visiting(model), sdpa_kernel(SDPBackend.MATH), counter:
+        model(images[:1])
+    root = type(model).__name__
+    total = {
+        name.removeprefix(root).lstrip("."): sum(flops.values()) // 2
+        for name, flops in counter.get_flop_counts().items()
+        if name == root or name.startswith(root + ".")
+    }
+    own = dict(total)
+    for name, macs in total.items():
+        if name:
+            own[name.rpartition(".")[0]] -= macs
+    return own
+
+
+@dataclass(frozen=True)
+class Term:
+    """``amount`` times the kept share of each axis."""
+
+    amount: float
+    axes: tuple[Axis, ...]
+
+
+def mac_terms(model: nn.Module, images: Tensor) -> list[Term]:
+    """The MACs of a model as terms."""
+    terms = []
+    for name, macs in count_macs(model, images).items():
+        if macs:
+            terms.append(Term(macs, _mac_axes(name, model.get_submodule(name))))
+    return terms
+
+
+def parameter_terms(model: nn.Module) -> list[Term]:
+    """The number of parameters of a model as terms; a shared parameter counts once."""
+    terms, seen = [], set()
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                terms.append(Term(parameter.numel(), _parameter_axes(name, module, own, parameter)))
+    return terms
+
+
+def channel_terms(groups: Iterable[Group]) -> list[Term]:
+    """The channels of all removable units, each unit counted by its width on the axis that names its group."""
+    return [Term(g.size * _naming_width(g), (g.members[0].axis,)) for g in groups]
+
+
+class Account:
+    """The running cost of a plan: units are struck off, the total follows.
+
+    Args:
+        terms: The cost of the whole model.
+        groups: The units that may go; all other channels stay.
+        full: Width of every axis that the groups have members on (`axis_widths`).
+    """
+
+    def __init__(self, terms: Sequence[Term], groups: Sequence[Group], full: Mapping[Axis, int]) -> None:
+        self._full = full
+        self._gone = dict.fromkeys(full, 0)
+        self._per_unit = {group.name: dict(group.channels_per_unit()) for group in groups}
+        self._terms = [Term(term.amount, tuple(axis for axis in term.axes if axis in full)) for term in terms]
+        of_axis: dict[Axis, set[int]] = {axis: set() for axis in full}
+        for number, term in enumerate(self._terms):
+            for axis in term.axes:
+                of_axis[axis].add(number)
+        self._of_group = {
+            name: sorted({number for axis in axes for number in of_axis[axis]})
+            for name, axes in self._per_unit.items()
+        }
+        self._value = [self._priced(term) for term in self._terms]
+        self.total = math.fsum(self._value)
+
+    def strike(self, group: str, units: int = 1) -> None:
+        """Take off ``units`` units of a group."""
+        for axis, n in self._per_unit[group].items():
+            self._gone[axis] += n * units
+        for number in self._of_group[group]:
+            new = self._priced(self._terms[number])
+            self.total += new - self._value[number]
+            self._value[number] = new
+
+    def saving(self, group: str) -> float:
+        """What one more unit of a group would save now."""
+        before = self.total
+        self.strike(group)
+        saved = before - self.total
+        self.strike(group, -1)
+        self.total = before
+        return saved
+
+    def _priced(self, term: Term) -> float:
+        price = term.amount
+        for axis in term.axes:
+            price *= 1 - self._gone[axis] / self._full[axis]
+        return price
+
+
+def axis_widths(model: nn.Module, groups: Iterable[Group]) -> dict[Axis, int]:
+    """Axis -> its whole width in the model, for every axis that the groups have members on."""
+    return {axis: _width(model, axis) for group in groups for axis in (member.axis for member in group.members)}
+
+
+def _width(model: nn.Module, axis: Axis) -> int:
+    name, side, dim = axis
+    if side == "param":
+        return model.get_parameter(name).shape[dim]
+    module = model.get_submodule(name)
+    width = {"out": layers.out_channels, "in": layers.in_channels, "heads": architectures.heads_of}[side](module)
+    assert width is not None, axis
+    return width
+
+
+def _mac_axes(name: str, module: nn.Module) -> tuple[Axis, ...]:
+    if layers.is_depthwise(module) or layers.is_grouped(module):
+        return ((name, "out", 0),)
+    if layers.is_consumer(module):
+        return ((name, "out", 0), (name, "in", 0))
+    if type(module) in architectures.ATTENTION:
+        return ((name, "heads", 0),)
+    return ()
+
+
+def _parameter_axes(name: str, module: nn.Module, own: str, parameter: Tensor) -> tuple[Axis, ...]:
+    if layers.channel_dim(module) is None:
+        prefix = f"{name}." if name else ""
+        return tuple((prefix + own, "param", dim) for dim in range(parameter.dim()))
+    mixes = layers.is_consumer(module) and not layers.is_grouped(module)
+    return ((name, "out", 0), (name, "in", 0)) if mixes and parameter.dim() > 1 else ((name, "out", 0),)
+
+
+def _naming_width(group: Group) -> int:
+    return group.channels_per_unit()[group.members[0].axis]

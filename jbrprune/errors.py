@@ -1,0 +1,36 @@
+"""What can go wrong, by name.
+
+Every message says what is wrong, where (qualified name), what was received and what to do.
+"""
+
+
+class JBRError(Exception):
+    """Base of all errors that jbrprune raises on purpose."""
+
+
+class ArgumentError(JBRError, ValueError):
+    """An argument, or a combination of arguments, has no meaning."""
+
+
+class DataError(JBRError, ValueError):
+    """The images or labels cannot be used: empty, exhausted, wrong shape, not finite."""
+
+
+class ModelError(JBRError, ValueError):
+    """The model cannot be scored or pruned as it is."""
+
+
+class NonFiniteError(JBRError, ArithmeticError):
+    """NaN or Inf appeared in weights, activations or logits."""
+
+
+class UnsupportedModelError(ModelError):
+    """Nothing in this architecture can be removed safely, or removal changed its function."""
+
+
+class BudgetError(ArgumentError):
+    """The budget is malformed or cannot be reached."""
+
+
+class CheckpointError(JBRError):
+    """A saved model is missing, truncated, tampered with, or of an unknown format."""

@@ -1,0 +1,105 @@
+"""Removable units: which channels of which modules go together.
+
+A *unit* is the smallest thing that can be removed: one channel of a coupled group of layers, one
+attention head, one group of a grouped convolution. Units of the same shape form a `Group`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Side = Literal["in", "out", "param", "heads"]
+Axis = tuple[str, Side, int]
+"""(qualified name, side, dimension): ``in``/``out`` of a module (dimension 0, unused), one dimension of a
+bare parameter (``param``), or the heads of an attention module (``heads``, which holds no tensor of its own).
+A depthwise convolution and a norm have ``out`` only."""
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """The channels that a group owns on one axis.
+
+    Attributes:
+        axis: Where the channels are.
+        channel: ``[c]`` positions along the axis, ascending.
+        unit: ``[c]`` the unit each of these channels belongs to, in ``[0, size)``.
+    """
+
+    axis: Axis
+    channel: Tensor
+    unit: Tensor
+
+    def without(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Channels of the given units, and of the others."""
+        gone = torch.isin(self.unit, units)
+        return self.channel[gone], self.channel[~gone]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """``size`` interchangeable units with their members.
+
+    Attributes:
+        name: Qualified name of the module that gives the group its name (its first producer).
+        kind: ``channel``, ``head``, ``group`` (of a grouped convolution) or ``width`` (channels of a
+            residual stream that a LayerNorm normalises over: removal also changes the statistics).
+        size: Number of units.
+        members: Every axis that shrinks when a unit goes.
+    """
+
+    name: str
+    kind: Literal["channel", "head", "group", "width"]
+    size: int
+    members: tuple[Member, ...]
+
+    def channels_per_unit(self) -> Counter[Axis]:
+        """Axis -> channels that go with one unit (the same for every unit of a group)."""
+        return Counter({member.axis: len(member.channel) // self.size for member in self.members})
+
+    def side(self, side: Side) -> tuple[Member, ...]:
+        """Members on one side."""
+        return tuple(member for member in self.members if member.axis[1] == side)
+
+
+Selection = Mapping[str, Tensor]
+"""Group name -> ``[k]`` units to remove, ascending."""
+
+
+def removed_channels(groups: Iterable[Group], selection: Selection) -> dict[Axis, Tensor]:
+    """Axis -> sorted channels that go when the selected units go."""
+    gone: dict[Axis, list[Tensor]] = {}
+    for group in groups:
+        units = selection.get(group.name)
+        if units is None or units.numel() == 0:
+            continue
+        for member in group.members:
+            gone.setdefault(member.axis, []).append(member.without(units)[0])
+    return {axis: torch.cat(parts).sort().values for axis, parts in gone.items()}
+
+
+def after_removal(groups: Iterable[Group], selection: Selection) -> tuple[Group, ...]:
+    """The groups of the smaller model: removed units dropped, channels and units renumbered."""
+    groups = tuple(groups)
+    gone = removed_channels(groups, selection)
+    return tuple(_shrunk(group, selection.get(group.name), gone) for group in groups)
+
+
+def _shrunk(group: Group, units: Tensor | None, gone: Mapping[Axis, Tensor]) -> Group:
+    kept = torch.ones(group.size, dtype=torch.bool)
+    if units is not None:
+        kept[units] = False
+    renumber = torch.cumsum(kept, 0) - 1
+    members = []
+    for member in group.members:
+        stays = kept[member.unit]
+        channel = member.channel[stays]
+        if member.axis in gone:
+            channel = channel - torch.searchsorted(gone[member.axis], channel)
+        members.append(Member(member.axis, channel, renumber[member.unit[stays]]))
+    return Group(group.name, group.kind, int(kept.sum()), tuple(members))

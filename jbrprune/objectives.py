@@ -1,0 +1,91 @@
+"""Which direction in output space matters: (logits, reference) -> one scalar per sample.
+
+The gradient of the scalar with respect to the logits is m(x) in the relevance
+v_u(x) = m(x)^T J_u(x) w_u. Every objective sees one sample at a time, so the sum over a batch has the
+gradient of each sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from jbrprune.errors import ArgumentError, DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What an objective may look at besides the logits.
+
+    Attributes:
+        reference: ``[B, K]`` logits of the dense model, frozen before pruning.
+        labels: ``[B]`` class indices, or None.
+        generator: Source of randomness (CPU).
+    """
+
+    reference: Tensor
+    labels: Tensor | None
+    generator: torch.Generator
+
+
+def pseudo_label(logits: Tensor, target: Target) -> Tensor:
+    """Cross-entropy against the dense model's own prediction: m = softmax(f) - onehot(argmax f_dense)."""
+    return F.cross_entropy(logits, target.reference.argmax(1), reduction="none")
+
+
+def predicted_logit(logits: Tensor, target: Target) -> Tensor:
+    """The logit of the class the dense model predicts: m = onehot(argmax f_dense). The paper's formula."""
+    return _at(logits, target.reference.argmax(1))
+
+
+def margin(logits: Tensor, target: Target) -> Tensor:
+    """The logit of the dense model's prediction less that of its runner-up."""
+    if logits.shape[1] < 2:
+        raise ArgumentError(f"objective 'margin' needs at least two classes, the model has {logits.shape[1]}.")
+    first, second = target.reference.topk(2, dim=1).indices.unbind(1)
+    return _at(logits, first) - _at(logits, second)
+
+
+def label(logits: Tensor, target: Target) -> Tensor:
+    """Cross-entropy against the true label: m = softmax(f) - onehot(y)."""
+    if target.labels is None:
+        raise DataError(
+            "objective 'label' needs labels, but the data yield images only. Yield (image, label) "
+            "tuples, or choose a label-free objective such as 'pseudo_label'."
+        )
+    classes = logits.shape[1]
+    if int(target.labels.min()) < 0 or int(target.labels.max()) >= classes:
+        raise DataError(
+            f"Labels must satisfy 0 <= label < {classes} (the model's classes), got "
+            f"{int(target.labels.min())} to {int(target.labels.max())}."
+        )
+    return F.cross_entropy(logits, target.labels, reduction="none")
+
+
+def projection(logits: Tensor, target: Target) -> Tensor:
+    """Random signs over the logits: E[v^2] = ||J_u w_u||^2 over all K outputs, without bias.
+
+    The signs are drawn sample by sample in the order of the data, so the batch size does not matter.
+    """
+    signs = torch.randint(0, 2, logits.shape, generator=target.generator, dtype=torch.int8)
+    return (logits * (2 * signs - 1).to(logits)).sum(1)
+
+
+Objective = Callable[[Tensor, Target], Tensor]
+
+OBJECTIVES: dict[str, Objective] = {
+    function.__name__: function for function in (pseudo_label, predicted_logit, margin, label, projection)
+}
+
+
+def confident(reference: Tensor, threshold: float) -> Tensor:
+    """``[B]`` samples whose largest dense probability exceeds the threshold (published code: 0.9)."""
+    return reference.softmax(1).amax(1) > threshold
+
+
+def _at(logits: Tensor, index: Tensor) -> Tensor:
+    return logits.gather(1, index[:, None])[:, 0]

@@ -1,0 +1,176 @@
+"""Scores of removable units, as sums over samples that can be added, saved and ranked."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jbrprune.errors import ArgumentError, CheckpointError
+from jbrprune.groups import Group, Member
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a score means: two scores may be added only if these agree."""
+
+    objective: str
+    site: str
+    statistic: str
+    batch: int | None = None
+    confidence: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """s_u = E_x[v_u(x)^2] (or its batched or mean-replaced form) for every unit of every group.
+
+    Attributes:
+        sums: Group name -> ``[units]`` float64, the sum over samples (unit: squared change of the
+            objective, times samples).
+        groups: The units that are scored, with their members.
+        samples: Samples in the sums.
+        skipped: Samples that were left out because the dense model was not confident enough.
+        settings: Objective, site and statistic.
+    """
+
+    sums: Mapping[str, Tensor]
+    groups: tuple[Group, ...]
+    samples: int
+    skipped: int
+    settings: Settings
+
+    def __getitem__(self, name: str) -> Tensor:
+        """``[units]`` scores of one group: the mean over samples."""
+        return self.sums[name] / self.samples
+
+    def values(self) -> dict[str, Tensor]:
+        """Group name -> ``[units]`` scores."""
+        return {name: self[name] for name in self.sums}
+
+    def __add__(self, other: Scores) -> Scores:
+        """Merge the scores of two disjoint sets of samples.
+
+        Raises:
+            ArgumentError: They were made with other settings, or for other units.
+        """
+        if self.settings != other.settings:
+            raise ArgumentError(f"Cannot add scores made with {self.settings} and {other.settings}.")
+        if {n: s.shape for n, s in self.sums.items()} != {n: s.shape for n, s in other.sums.items()}:
+            raise ArgumentError("Cannot add scores of different units: the groups or their sizes differ.")
+        return replace(
+            self,
+            sums={name: total + other.sums[name] for name, total in self.sums.items()},
+            samples=self.samples + other.samples,
+            skipped=self.skipped + other.skipped,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file (atomically)."""
+        tensors = {f"sums/{name}": total.contiguous() for name, total in self.sums.items()}
+        index = []
+        for number, group in enumerate(self.groups):
+            index.append({"name": group.name, "kind": group.kind, "size": group.size, "axes": []})
+            for position, member in enumerate(group.members):
+                index[-1]["axes"].append(list(member.axis))
+                tensors[f"members/{number}/{position}/channel"] = member.channel.contiguous()
+                tensors[f"members/{number}/{position}/unit"] = member.unit.contiguous()
+        header = {"format": FORMAT, "groups": index, "samples": self.samples, "skipped": self.skipped}
+        header["settings"] = vars(self.settings)
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata={"jbrprune": json.dumps(header)})
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @staticmethod
+    def load(path: str | Path) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, or not a scores file of a known format.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["jbrprune"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a scores file, or is damaged: {error}") from error
+        if header.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} has scores format {header.get('format')}; this version reads {FORMAT}. Upgrade jbrprune."
+            )
+        return Scores(
+            sums={name.removeprefix("sums/"): t for name, t in tensors.items() if name.startswith("sums/")},
+            groups=tuple(_group(number, entry, tensors) for number, entry in enumerate(header["groups"])),
+            samples=header["samples"],
+            skipped=header["skipped"],
+            settings=Settings(**header["settings"]),
+        )
+
+
+def _group(number: int, entry: dict, tensors: Mapping[str, Tensor]) -> Group:
+    members = tuple(
+        Member(tuple(axis), tensors[f"members/{number}/{p}/channel"], tensors[f"members/{number}/{p}/unit"])
+        for p, axis in enumerate(entry["axes"])
+    )
+    return Group(entry["name"], entry["kind"], entry["size"], members)
+
+
+class Accumulator:
+    """Adds up per-sample relevances into the sums of a statistic.
+
+    ``second_moment``: sum of v^2. ``batched``: consecutive samples are gathered to batches of ``batch``
+    whatever the size they arrive in, n_b * mean_b(v)^2 is summed; a last, smaller batch counts by its size.
+    """
+
+    def __init__(self, groups: tuple[Group, ...], batch: int | None) -> None:
+        self.batch = batch
+        self.samples = 0
+        self.sums = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
+        self._open = {name: torch.zeros_like(total) for name, total in self.sums.items()}
+        self._filled = 0
+
+    def add(self, relevances: Mapping[str, Tensor]) -> None:
+        """Add ``[n, units]`` relevances of n samples, one tensor per group."""
+        n = len(next(iter(relevances.values())))
+        self.samples += n
+        if self.batch is None:
+            for name, v in relevances.items():
+                self.sums[name] += v.double().square().sum(0).cpu()
+            return
+        start = 0
+        while start < n:
+            stop = min(n, start + self.batch - self._filled)
+            for name, v in relevances.items():
+                self._open[name] += v[start:stop].double().sum(0).cpu()
+            self._filled += stop - start
+            start = stop
+            if self._filled == self.batch:
+                self._close()
+
+    def finish(self) -> dict[str, Tensor]:
+        """The sums, with what is left of an open batch."""
+        if self._filled:
+            self._close()
+        return self.sums
+
+    def _close(self) -> None:
+        for name, total in self._open.items():
+            self.sums[name] += total.square() / self._filled
+            total.zero_()
+        self._filled = 0
