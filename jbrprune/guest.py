@@ -18,8 +18,8 @@ Hook = Callable[..., object]
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into eval mode; restore each module's own mode afterwards."""
     training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module, mode in training.items():
@@ -41,16 +41,29 @@ def requiring_grad(model: nn.Module, flag: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def out_of_place(model: nn.Module) -> Iterator[None]:
-    """Switch off the ``inplace`` flag of every module that has one; restore it afterwards."""
-    before = {m: m.inplace for m in model.modules() if isinstance(getattr(m, "inplace", None), bool)}
+def keeping_gradients(model: nn.Module) -> Iterator[None]:
+    """Set every parameter's ``.grad`` aside; put the very same tensors back afterwards."""
+    before = {parameter: parameter.grad for parameter in model.parameters()}
     try:
-        for module in before:
-            module.inplace = False  # type: ignore[assignment]
+        for parameter in before:
+            parameter.grad = None
         yield
     finally:
-        for module, flag in before.items():
-            module.inplace = flag  # type: ignore[assignment]
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def switched_off(model: nn.Module, flag: str) -> Iterator[None]:
+    """Set a boolean attribute, such as ``inplace``, to False wherever it is True; restore it afterwards."""
+    before = [module for module in model.modules() if getattr(module, flag, None) is True]
+    try:
+        for module in before:
+            setattr(module, flag, False)
+        yield
+    finally:
+        for module in before:
+            setattr(module, flag, True)
 
 
 @contextlib.contextmanager
@@ -78,16 +91,29 @@ def hooked(
             handle.remove()
 
 
+HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""Where torch keeps the hooks of a module: dictionaries by the id of the hook."""
+
+
 @contextlib.contextmanager
 def no_new_hooks(model: nn.Module) -> Iterator[None]:
-    """Remove forward hooks that foreign code leaves behind when it raises."""
-    before = {module: set(module._forward_hooks) for module in model.modules()}
+    """Remove hooks that foreign code leaves behind when it raises."""
+    tables = [getattr(module, name) for module in model.modules() for name in HOOK_TABLES]
+    before = [set(table) for table in tables]
     try:
         yield
     finally:
-        for module, ids in before.items():
-            for key in set(module._forward_hooks) - ids:
-                del module._forward_hooks[key]
+        for table, ids in zip(tables, before, strict=True):
+            for key in set(table) - ids:
+                del table[key]
 
 
 @contextlib.contextmanager
@@ -100,11 +126,17 @@ def same_randomness(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def visiting(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Eval mode, frozen (or all trainable) parameters, untouched ``.grad`` and random state."""
+    """Eval mode, frozen (or all trainable) parameters, untouched ``.grad`` and random state.
+
+    Activation checkpointing (``grad_checkpointing`` of timm) is off: it would run modules and their hooks twice.
+    """
     with (
         evaluating(model),
         requiring_grad(model, gradients),
+        keeping_gradients(model) if gradients else contextlib.nullcontext(),
+        switched_off(model, "grad_checkpointing"),
         same_randomness(device_of(model)),
+        torch.inference_mode(False),  # also leaves an inference mode around the call, where autograd is off
         torch.set_grad_enabled(gradients),
     ):
         yield

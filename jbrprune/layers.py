@@ -6,7 +6,7 @@ covered without importing timm here.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 CHANNEL_DIM: dict[str, int] = {
     "_ConvNd": 1,
@@ -23,11 +23,15 @@ CHANNEL_DIM: dict[str, int] = {
     "LayerNormAct2d": 1,
     "LayerNormAct2dFp32": 1,
     "RmsNorm": -1,
+    "RmsNormFp32": -1,
     "RmsNorm2d": 1,
+    "RmsNorm2dFp32": 1,
     "SimpleNorm": -1,
+    "SimpleNormFp32": -1,
     "SimpleNorm2d": 1,
+    "SimpleNorm2dFp32": 1,
     "LayerScale2d": 1,
-    "GlobalResponseNorm": -1,
+    "GlobalResponseNorm": -1,  # unless the module says otherwise, see channel_dim
 }
 
 # timm's norm-activation layers are affine up to the input of this submodule, not up to their output.
@@ -37,8 +41,17 @@ AFFINE_PART: dict[str, str] = {
     "GroupNormAct": "drop",
     "GroupNorm1Act": "drop",
     "LayerNormAct": "drop",
+    "LayerNormActFp32": "drop",
     "LayerNormAct2d": "drop",
+    "LayerNormAct2dFp32": "drop",
+    "RmsNormAct": "drop",
+    "RmsNormActFp32": "drop",
+    "RmsNormAct2d": "drop",
+    "RmsNormAct2dFp32": "drop",
 }
+
+# Layers that add a function of their parameters to their input: out = a + W n(a) + b.
+ADDS_INPUT = ("GlobalResponseNorm",)
 
 
 def _looked_up(module: nn.Module, table: dict) -> object:
@@ -46,13 +59,30 @@ def _looked_up(module: nn.Module, table: dict) -> object:
 
 
 def channel_dim(module: nn.Module) -> int | None:
-    """Dimension of a layer's input and output that holds channels: 1, -1, or None if unknown."""
-    return _looked_up(module, CHANNEL_DIM)  # type: ignore[return-value]
+    """Dimension of a layer's input and output that holds channels: 1, -1, or None if unknown.
+
+    Unknown too: a norm over several dimensions, whose parameters do not belong to channels.
+    """
+    if len(getattr(module, "normalized_shape", ())) > 1:
+        return None
+    known = _looked_up(module, CHANNEL_DIM)
+    own = getattr(module, "channel_dim", None)
+    return own if known is not None and isinstance(own, int) else known  # type: ignore[return-value]
 
 
 def affine_part(module: nn.Module) -> str | None:
     """Submodule whose input is the layer's affine output, where an activation is fused behind it."""
     return _looked_up(module, AFFINE_PART)  # type: ignore[return-value]
+
+
+def adds_input(module: nn.Module) -> bool:
+    """Whether only the difference of output and input is affine in the layer's parameters."""
+    return any(cls.__name__ in ADDS_INPUT for cls in type(module).__mro__)
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Whether a layer has parameters of its own: a norm may be without."""
+    return any(isinstance(getattr(module, name, None), Tensor) for name in ("weight", "bias", "gamma"))
 
 
 def is_consumer(module: nn.Module) -> bool:
@@ -83,10 +113,15 @@ def out_channels(module: nn.Module) -> int | None:
         width = getattr(module, name, None)
         if isinstance(width, int):
             return width
-    weight = getattr(module, "weight", None)
+    weight = next((p for p in (getattr(module, name, None) for name in ("weight", "gamma")) if p is not None), None)
     return None if weight is None or channel_dim(module) is None else weight.shape[0]
 
 
 def in_channels(module: nn.Module) -> int | None:
     """Width of a consumer's input."""
     return getattr(module, "in_channels", getattr(module, "in_features", None))
+
+
+def is_normalisation(module: nn.Module) -> bool:
+    """Whether the layer only rescales its channels: a norm, a scale, a depthwise convolution."""
+    return channel_dim(module) is not None and not is_consumer(module)

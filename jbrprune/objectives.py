@@ -34,6 +34,7 @@ class Target:
 
 def pseudo_label(logits: Tensor, target: Target) -> Tensor:
     """Cross-entropy against the dense model's own prediction: m = softmax(f) - onehot(argmax f_dense)."""
+    _need_classes("pseudo_label", logits)
     return F.cross_entropy(logits, target.reference.argmax(1), reduction="none")
 
 
@@ -44,8 +45,7 @@ def predicted_logit(logits: Tensor, target: Target) -> Tensor:
 
 def margin(logits: Tensor, target: Target) -> Tensor:
     """The logit of the dense model's prediction less that of its runner-up."""
-    if logits.shape[1] < 2:
-        raise ArgumentError(f"objective 'margin' needs at least two classes, the model has {logits.shape[1]}.")
+    _need_classes("margin", logits)
     first, second = target.reference.topk(2, dim=1).indices.unbind(1)
     return _at(logits, first) - _at(logits, second)
 
@@ -57,13 +57,14 @@ def label(logits: Tensor, target: Target) -> Tensor:
             "objective 'label' needs labels, but the data yield images only. Yield (image, label) "
             "tuples, or choose a label-free objective such as 'pseudo_label'."
         )
-    classes = logits.shape[1]
-    if int(target.labels.min()) < 0 or int(target.labels.max()) >= classes:
+    _need_classes("label", logits)
+    labels, classes = target.labels, logits.shape[1]
+    if labels.dim() != 1 or int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise DataError(
-            f"Labels must satisfy 0 <= label < {classes} (the model's classes), got "
-            f"{int(target.labels.min())} to {int(target.labels.max())}."
+            f"Labels must be [B] class indices with 0 <= label < {classes} (the model's classes), got shape "
+            f"{list(labels.shape)} with values from {int(labels.min())} to {int(labels.max())}."
         )
-    return F.cross_entropy(logits, target.labels, reduction="none")
+    return F.cross_entropy(logits, labels.long(), reduction="none")
 
 
 def projection(logits: Tensor, target: Target) -> Tensor:
@@ -85,6 +86,14 @@ OBJECTIVES: dict[str, Objective] = {
 def confident(reference: Tensor, threshold: float) -> Tensor:
     """``[B]`` samples whose largest dense probability exceeds the threshold (published code: 0.9)."""
     return reference.softmax(1).amax(1) > threshold
+
+
+def _need_classes(objective: str, logits: Tensor) -> None:
+    if logits.shape[1] < 2:
+        raise ArgumentError(
+            f"objective {objective!r} needs at least two classes, the model has {logits.shape[1]}: its scores would "
+            "all be zero. Choose 'predicted_logit' or 'projection'."
+        )
 
 
 def _at(logits: Tensor, index: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ For a layer that is affine in its parameters (out = W a + b), with L(x) the obje
 * over all parameters that *produce* output channel c:  sum_p w_p dL/dw_p = sum over positions of out * dL/dout
 
 where dL/da is the gradient through this layer only. No weight gradient is formed. Parameters are frozen
-during the pass, so the backward stops at the first activation that is scored.
+during the pass, so the backward stops at the first activation that is scored. W is the weight as the layer applies
+it: where a class standardises its weight first (StdConv2d), that is the standardised one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,8 +26,8 @@ from tqdm import tqdm
 from jbrprune import guest, layers
 from jbrprune.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
-from jbrprune.groups import Group, Member
-from jbrprune.measure import check_weights, first_nonfinite, logits_of
+from jbrprune.groups import Group, Member, Side
+from jbrprune.measure import check_weights, logits_of, raise_nonfinite
 from jbrprune.objectives import OBJECTIVES, Objective, Target, confident
 from jbrprune.scores import Accumulator, Scores, Settings
 
@@ -38,14 +40,6 @@ STATISTICS = ("second_moment", "batched", "mean_replaced")
 
 CACHE_ELEMENTS = 1 << 18
 """Products of activation and gradient are formed in pieces of this size, which stay in the cache."""
-
-
-class _Overwritten(Exception):  # noqa: N818 - a signal, not an error
-    """An activation was changed in place after the layer had used it."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
 
 
 def relevance_scores(
@@ -73,7 +67,8 @@ def relevance_scores(
         objective: Name in `jbrprune.objectives.OBJECTIVES`; it gives m(x).
         site: ``consumer``: w_u are the weights that read the unit's channels, summed over all layers that
             read them: the first-order effect of removing the unit. ``all``: the parameters of producers and
-            norms as well (the sum over layers of the paper, taken before the square).
+            norms as well (the sum over layers of the paper, taken before the square). Bare parameters that belong
+            to no layer class, such as a position embedding, have no term of their own.
         statistic: ``second_moment``: E[v^2] per sample. ``batched``: E[(mean over ``batch`` samples of v)^2],
             as in the published code. ``mean_replaced``: E[(sum (a - mean a) dL/da)^2], the effect of replacing
             a channel by its mean (site ``consumer`` only).
@@ -81,24 +76,26 @@ def relevance_scores(
         confidence: Leave out samples whose largest dense probability is not above this (published code: 0.9).
         autocast: Low-precision dtype of the forward pass, e.g. ``torch.bfloat16``.
         batch_size: Images per pass where the data do not say.
-        seed: Seeds the signs of ``projection``.
+        seed: Seeds the signs of ``projection``; give every shard of the data another one.
         progress: Show a progress bar.
 
     Returns:
         `Scores`; sums are float64 on the CPU.
 
     Raises:
-        ArgumentError: Unknown objective, site or statistic, or a combination without meaning.
-        DataError: No data, or no sample above the confidence threshold.
-        ModelError: The first dimension of an activation is not the batch, or samples influence each other.
-        NonFiniteError: NaN or Inf in weights, images or logits.
+        ArgumentError: Unknown objective, site or statistic, a combination without meaning, no groups, or groups of
+            another model.
+        DataError: No data, or no sample above the confidence threshold; no labels where the objective needs them.
+        ModelError: The first dimension of an activation is not the batch, samples influence each other, or the
+            weights of a layer are used although the layer is never called.
+        NonFiniteError: NaN or Inf in weights, images, logits or gradients.
 
     Source:
         Arpit, arXiv 2512.11089 (relevance, TPV); the consumer form with labels is Group Fisher, Liu et al.,
         ICML 2021, eq. 4.
     """
-    function = _checked(objective, site, statistic, batch, confidence)
     groups = tuple(groups)
+    function = _checked(groups, objective, site, statistic, batch, confidence)
     check_weights(model)
     means = None
     if statistic == "mean_replaced":
@@ -146,16 +143,17 @@ def per_sample_relevances(
     The primitive under `relevance_scores`; arguments as there, ``means`` from `channel_means`.
     """
     device = guest.device_of(model)
-    generator = torch.Generator().manual_seed(seed)
+    question = _Question(objective, confidence, autocast, torch.Generator().manual_seed(seed))
     tape = _Tape(model, groups, site, means)
     with ExitStack() as visit:
         # Everything is undone between two batches as well, because a generator may be left unfinished.
         for number, batch in enumerate(batches):
-            batch = batch.to(device)
             visit.enter_context(guest.visiting(model))
+            batch = batch.to(device).map(_own)
             if number == 0:
-                _check_samples_apart(model, batch.images, tape.names)
-            result = _relevances(model, batch, tape, objective, confidence, autocast, generator)
+                called = _check_samples_apart(model, batch.images, tape.names)
+                _check_unused(model, batch.images, [name for name in tape.names if name not in called])
+            result = _relevances(model, batch, number, tape, question)
             visit.close()
             yield result
 
@@ -170,19 +168,46 @@ def channel_means(
 
     def record(name: str) -> guest.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0].detach()
-            dim = layers.channel_dim(module) % x.dim()  # type: ignore[operator]
-            total = x.double().sum([d for d in range(x.dim()) if d != dim]).cpu()
-            totals[name] = totals.get(name, 0) + total
-            counts[name] += x.numel() // x.shape[dim]
+            x = _input(args, kwargs)
+            x = x.flatten(2) if layers.channel_dim(module) == 1 else x.reshape(len(x), -1, x.shape[-1]).mT
+            by_row = x.sum(2, dtype=torch.promote_types(x.dtype, torch.float32)) if x.dim() == 3 else x
+            totals[name] = totals.get(name, 0) + by_row.cpu().double().sum(0)
+            counts[name] += x.numel() // x.shape[1]
 
         return hook
 
     device = guest.device_of(model)
-    with guest.visiting(model), guest.hooked(model, forward_pre={name: record(name) for name in names}):
+    with ExitStack() as visit:
         for batch in iterate(data, batch_size=batch_size):
-            model(batch.images.to(device))
+            visit.enter_context(guest.visiting(model))
+            visit.enter_context(guest.hooked(model, forward_pre={name: record(name) for name in names}))
+            model(batch.to(device).map(_own).images)
+            visit.close()
     return {name: totals[name] / counts[name] for name in totals}
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """What is asked of every batch."""
+
+    objective: Objective
+    confidence: float
+    autocast: torch.dtype | None
+    generator: torch.Generator
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    """An activation until its gradient arrives."""
+
+    name: str
+    kept: list[Tensor]
+    version: int
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the activation was changed in place after the layer had seen it."""
+        return self.kept[0]._version != self.version
 
 
 class _Tape:
@@ -195,27 +220,19 @@ class _Tape:
         self.groups = tuple(groups)
         self.means = means or {}
         self.copied: set[str] = set()
+        self.watched: list[_Watched] = []
         self.totals: dict[str, Tensor] = {}
         self.samples = 0
         self.dtype = torch.float32
-        self._members: dict[tuple[str, str], list[tuple[str, Member, bool]]] = defaultdict(list)
-        wanted = ("in",) if site == "consumer" else ("in", "out")
-        for group in self.groups:
-            members = [member for side in wanted for member in group.side(side)]  # type: ignore[arg-type]
-            members = [m for m in members if layers.channel_dim(model.get_submodule(m.axis[0])) is not None]
-            if not members:
-                raise ModelError(f"Group {group.name} has no layer to score at site '{site}'.")
-            for member in members:
-                whole = len(member.unit) == group.size and bool((member.unit == torch.arange(group.size)).all())
-                self._members[member.axis[0], member.axis[1]].append((group.name, member, whole))
+        self._members = _scored_members(model, self.groups, site)
         self.names = sorted({name for name, _ in self._members})
 
-    def start(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> None:
-        self.samples = len(batch)
-        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.totals = {
-            g.name: torch.zeros(self.samples, g.size, dtype=self.dtype, device=device) for g in self.groups
-        }
+    def start(self, images: Tensor) -> None:
+        """Zero the totals for a batch of images."""
+        self.samples = len(images)
+        self.dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+        self.watched = []
+        self.totals = {g.name: images.new_zeros(self.samples, g.size, dtype=self.dtype) for g in self.groups}
 
     def hooks(self) -> tuple[dict[str, guest.Hook], dict[str, guest.Hook]]:
         """Forward hooks and forward-pre hooks by module name."""
@@ -224,175 +241,248 @@ class _Tape:
         for name, side in self._members:
             module = self.model.get_submodule(name)
             if side == "in":
-                before[name] = self._consumer(name)
-            elif layers.has_running_statistics(module):
-                before[name], late = self._batch_norm(name)
-                part = layers.affine_part(module)
-                if part:
-                    before[f"{name}.{part}"] = _on_input(late)
-                else:
-                    forward[name] = _on_output(late)
+                before[name] = self._consumer(name, module)
+                continue
+            if layers.has_running_statistics(module):
+                before[name], late = self._batch_norm(name, module)
+            elif layers.adds_input(module):
+                before[name], late = self._adding(name, module)
             else:
-                late = self._producer(name)
-                part = layers.affine_part(module)
-                if part:
-                    before[f"{name}.{part}"] = _on_input(late)
-                else:
-                    forward[name] = _on_output(late)
+                late = self._producer(name, module)
+            part = layers.affine_part(module)
+            if part:
+                before[f"{name}.{part}".removeprefix(".")] = _on_input(late)
+            else:
+                forward[name] = _on_output(late)
         return forward, before
 
-    def _consumer(self, name: str) -> guest.Hook:
-        module = self.model.get_submodule(name)
+    def keep_copies(self) -> bool:
+        """Find activations that the model has overwritten in place; copy them from now on. Whether there are any."""
+        overwritten = {watched.name for watched in self.watched if watched.overwritten}
+        self.watched = []
+        if again := overwritten & self.copied:
+            raise ModelError(f"{min(again)} overwrites its own input; per-sample relevances are not defined there.")
+        if overwritten:
+            log.debug("Overwritten in place, copied from now on: %s", ", ".join(sorted(overwritten)))
+        self.copied |= overwritten
+        return bool(overwritten)
+
+    def _consumer(self, name: str, module: nn.Module) -> guest.Hook:
         mean = self.means.get(name)
 
         def finish(activation: Tensor, gradient: Tensor) -> None:
-            v = self._products(name, module, activation, gradient)
-            if mean is not None:
-                v = v - mean.to(v) * self._sums(name, module, gradient)
+            if mean is None:
+                v = self._products(name, module, activation, gradient)
+            else:
+                v, total = self._moments(name, module, activation, gradient)
+                v -= mean.to(v) * total
             self._add(name, "in", v)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            key = None if args else "input"
-            x = kwargs["input"] if key else args[0]
-            seen = x.detach().requires_grad_() if not x.requires_grad else x.view_as(x)
+            # A view, because others may read the same input: only the gradient through this layer counts.
+            x = _input(args, kwargs)
+            x = x.clone() if name in self.copied else x
+            seen = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             self._watch(name, x, seen, finish)
-            return ((seen, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: seen})
+            return _with_input(seen, args, kwargs)
 
         return hook
 
-    def _producer(self, name: str) -> Callable[[Tensor], Tensor]:
-        module = self.model.get_submodule(name)
-
+    def _producer(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         def finish(activation: Tensor, gradient: Tensor) -> None:
             self._add(name, "out", self._products(name, module, activation, gradient))
 
         def late(output: Tensor) -> Tensor:
-            output = _started(output)
-            self._watch(name, output, output, finish)
-            return output
+            seen = _started(output, apart=name in self.copied)
+            self._watch(name, output, seen, finish)
+            return seen
 
         return late
 
-    def _batch_norm(self, name: str) -> tuple[guest.Hook, Callable[[Tensor], Tensor]]:
-        # From the input, which autograd keeps anyway: the output is often overwritten in place.
-        module = self.model.get_submodule(name)
+    def _adding(self, name: str, module: nn.Module) -> tuple[guest.Hook, Callable[[Tensor], Tensor]]:
         inputs: list[Tensor] = []
 
         def early(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs.append(args[0])
+            inputs.append(_input(args, kwargs).detach())
 
-        def finish(x: Tensor, gradient: Tensor) -> None:
-            inverse = torch.rsqrt(module.running_var.to(self.dtype) + module.eps)  # type: ignore[operator, union-attr]
-            total = self._sums(name, module, gradient)
-            centred = self._products(name, module, x, gradient) - module.running_mean.to(self.dtype) * total  # type: ignore[union-attr, operator]
-            if module.affine:
-                v = module.weight.to(self.dtype) * inverse * centred + module.bias.to(self.dtype) * total  # type: ignore[union-attr, operator]
-            else:
-                v = torch.zeros_like(total)
-            self._add(name, "out", v)
+        def finish(added: Tensor, gradient: Tensor) -> None:
+            self._add(name, "out", self._products(name, module, added, gradient))
 
         def late(output: Tensor) -> Tensor:
-            output = _started(output)
+            # What is kept is not the output, so nobody would notice a view that is overwritten: its hook is lost.
+            output = _started(output, apart=output._is_view())
+            self._watch(name, output.detach() - inputs.pop(), output, finish)
+            return output
+
+        return early, late
+
+    def _batch_norm(self, name: str, module: nn.Module) -> tuple[guest.Hook, Callable[[Tensor], Tensor]]:
+        # From the input, which autograd keeps anyway: the output is often overwritten in place.
+        inputs: list[Tensor] = []
+
+        def early(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            x = _input(args, kwargs)
+            inputs.append(x.clone() if name in self.copied else x)
+            return _with_input(inputs[-1], args, kwargs)
+
+        def finish(x: Tensor, gradient: Tensor) -> None:
+            products, total = self._moments(name, module, x, gradient)
+            mean, variance, weight, bias = _batch_norm_tensors(module, self.dtype)
+            v = weight * torch.rsqrt(variance + module.eps) * (products - mean * total)  # type: ignore[operator]
+            self._add(name, "out", v if bias is None else v + bias * total)
+
+        def late(output: Tensor) -> Tensor:
+            # What is kept is not the output, so nobody would notice a view that is overwritten: its hook is lost.
+            output = _started(output, apart=output._is_view())
             self._watch(name, inputs.pop(), output, finish)
             return output
 
         return early, late
 
-    def _watch(self, name: str, kept: Tensor, seen: Tensor, finish: Callable[[Tensor, Tensor], None]) -> None:
-        kept = kept.detach().clone() if name in self.copied else kept.detach()
-        version = kept._version
-        cell = [kept]
-
-        def backward(gradient: Tensor) -> None:
-            activation = cell.pop()
-            if activation._version != version:
-                raise _Overwritten(name)
-            finish(activation, gradient)
-
-        seen.register_hook(backward)
+    def _watch(self, name: str, activation: Tensor, seen: Tensor, finish: Callable[[Tensor, Tensor], None]) -> None:
+        activation = activation.detach()
+        watched = _Watched(name, [activation], activation._version)
+        self.watched.append(watched)
+        # The activation is dropped when its gradient has come, as autograd does with what it keeps.
+        seen.register_hook(lambda gradient: finish(watched.kept.pop(), gradient))
 
     def _products(self, name: str, module: nn.Module, activation: Tensor, gradient: Tensor) -> Tensor:
+        """``[n, channels]`` sums of activation * gradient over positions."""
         a, g = (self._by_sample(name, module, t) for t in (activation, gradient))
-        rows = max(1, CACHE_ELEMENTS // max(1, a[0].numel()))
-        positions = (1, 3)
-        pieces = [
-            (x.to(self.dtype) * y.to(self.dtype)).sum(positions)
-            for x, y in zip(a.split(rows), g.split(rows), strict=True)
-        ]
-        return torch.cat(pieces)
+        return torch.cat([_product(x, y, self.dtype).sum((1, 3)) for x, y in _pieces(a, g)])
 
-    def _sums(self, name: str, module: nn.Module, gradient: Tensor) -> Tensor:
-        return self._by_sample(name, module, gradient).sum((1, 3), dtype=self.dtype)
+    def _moments(self, name: str, module: nn.Module, activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """``[n, channels]`` sums of activation * gradient, and of the gradient, over positions."""
+        a, g = (self._by_sample(name, module, t) for t in (activation, gradient))
+        pairs = [(_product(x, y, self.dtype).sum((1, 3)), y.sum((1, 3), dtype=self.dtype)) for x, y in _pieces(a, g)]
+        products, sums = zip(*pairs, strict=True)
+        return torch.cat(products), torch.cat(sums)
 
     def _by_sample(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor:
         """``[n, positions, channels, positions]`` view, whatever the layout."""
-        if tensor.shape[0] % self.samples:
+        n = self.samples
+        if tensor.shape[0] % n:
             raise ModelError(
                 f"{name}: the first dimension of its activation {tuple(tensor.shape)} is not a multiple of the "
-                f"batch size {self.samples}; per-sample relevances are not defined. Put this layer into `ignore`."
+                f"batch size {n}; per-sample relevances are not defined. Put this layer into `ignore`."
             )
-        n = self.samples
         if layers.channel_dim(module) == 1:
             return tensor.reshape(n, tensor.shape[0] // n, tensor.shape[1], -1)
         return tensor.reshape(n, -1, tensor.shape[-1], 1)
 
     def _add(self, name: str, side: str, v: Tensor) -> None:
-        for group, member, whole in self._members[name, side]:
-            if whole:
-                self.totals[group] += v if len(member.channel) == v.shape[1] else v[:, member.channel]
+        for group, member, in_order in self._members[name, side]:
+            mine = v if len(member.channel) == v.shape[1] else v[:, member.channel.to(v.device)]
+            if in_order:
+                self.totals[group] += mine
             else:
-                self.totals[group].index_add_(1, member.unit.to(v.device), v[:, member.channel.to(v.device)])
+                self.totals[group].index_add_(1, member.unit.to(v.device), mine)
+
+
+def _scored_members(
+    model: nn.Module, groups: Sequence[Group], site: Site
+) -> dict[tuple[str, str], list[tuple[str, Member, bool]]]:
+    """(module, side) -> the members there: name of the group, member, whether its channels are its units in order."""
+    modules = dict(model.named_modules())
+    wanted: tuple[Side, ...] = ("in",) if site == "consumer" else ("in", "out")
+    found: dict[tuple[str, str], list[tuple[str, Member, bool]]] = defaultdict(list)
+    for group in groups:
+        members = [member for side in wanted for member in group.side(side)]
+        for member in members:
+            _check_member(modules.get(member.axis[0]), group, member)
+        members = [m for m in members if _is_scored(modules[m.axis[0]])]
+        if not members:
+            raise ModelError(
+                f"Group {group.name} has no layer to score at site {site!r}. Score it at site 'all', or leave it out."
+            )
+        for member in members:
+            in_order = torch.equal(member.unit.cpu(), torch.arange(group.size))
+            found[member.axis[0], member.axis[1]].append((group.name, member, in_order))
+    return found
+
+
+def _is_scored(module: nn.Module) -> bool:
+    return layers.channel_dim(module) is not None and layers.has_parameters(module)
+
+
+def _check_member(module: nn.Module | None, group: Group, member: Member) -> None:
+    name, side, _ = member.axis
+    if module is None:
+        raise ArgumentError(
+            f"Group {group.name}: the model has no module {name!r}. Find the groups of this very model."
+        )
+    width = layers.in_channels(module) if side == "in" else layers.out_channels(module)
+    if width is not None and len(member.channel) and int(member.channel.max()) >= width:
+        raise ArgumentError(
+            f"Group {group.name}: {name} has {width} channels on side {side!r}, the group names channel "
+            f"{int(member.channel.max())}. Find the groups again after every change of the model."
+        )
 
 
 def _relevances(
-    model: nn.Module,
-    batch: Batch,
-    tape: _Tape,
-    objective: Objective,
-    confidence: float,
-    autocast: torch.dtype | None,
-    generator: torch.Generator,
+    model: nn.Module, batch: Batch, number: int, tape: _Tape, question: _Question
 ) -> tuple[dict[str, Tensor], int]:
-    state = generator.get_state()
-    while True:
-        try:
-            return _one_pass(model, batch, tape, objective, confidence, autocast, generator)
-        except _Overwritten as overwritten:
-            # The layer's activation is changed in place later on: keep a copy from now on.
-            log.debug("%s is overwritten in place; its activation is copied.", overwritten.name)
-            tape.copied.add(overwritten.name)
-            generator.set_state(state)
-
-
-def _one_pass(
-    model: nn.Module,
-    batch: Batch,
-    tape: _Tape,
-    objective: Objective,
-    confidence: float,
-    autocast: torch.dtype | None,
-    generator: torch.Generator,
-) -> tuple[dict[str, Tensor], int]:
-    images = batch.images
-    tape.start(batch, images.device, images.dtype)
-    forward, before = tape.hooks()
-    amp = torch.autocast(images.device.type, autocast, enabled=autocast is not None)
-    with torch.enable_grad(), guest.hooked(model, forward, before), amp:
-        logits = logits_of(model(images))
-    if not torch.isfinite(logits).all():
-        raise NonFiniteError(f"The logits contain NaN or Inf; the first module is {first_nonfinite(model, images)}.")
-    reference = logits.detach() if batch.reference is None else batch.reference
-    keep = confident(reference, confidence) if confidence > 0 else None
+    """Relevances ``[n, units]`` of one batch, and the number of samples left out."""
+    tape.start(batch.images)
+    logits = _recorded(model, batch.images, tape, question.autocast)
+    _check_logits(model, batch, number, logits, question.autocast)
+    # A sample's scalar is formed in float32 at least: a cross-entropy of half precision loses confident samples.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    batch = batch if batch.reference is not None else replace(batch, reference=logits.detach())
+    keep = confident(batch.reference, question.confidence) if question.confidence > 0 else None  # type: ignore[arg-type]
     with torch.enable_grad():
-        loss = objective(logits.float() if autocast else logits, Target(reference, batch.labels, generator))
-        loss = (loss if keep is None else loss * keep).sum()
-        if not loss.requires_grad:
-            raise ModelError("No scored layer takes part in the logits: nothing to differentiate.")
+        loss = question.objective(logits, Target(batch.reference, batch.labels, question.generator))  # type: ignore[arg-type]
+        loss = loss.sum() if keep is None else loss[keep].sum()
+    if not loss.requires_grad:
+        raise ModelError("No scored layer takes part in the logits: there is nothing to differentiate.")
+    if keep is None or keep.any():
         loss.backward()
     totals, tape.totals = tape.totals, {}
+    _check_relevances(totals, number)
     if keep is None:
         return totals, 0
     return {name: v[keep] for name, v in totals.items()}, int((~keep).sum())
+
+
+def _recorded(model: nn.Module, images: Tensor, tape: _Tape, autocast: torch.dtype | None) -> Tensor:
+    """Logits ``[B, K]``, with the activations on the tape as the layers saw them."""
+    while True:
+        forward, before = tape.hooks()
+        amp = torch.autocast(images.device.type, autocast, enabled=autocast is not None)
+        with torch.enable_grad(), guest.hooked(model, forward, before), amp:
+            logits = logits_of(model(images.clone()))  # a clone, for a model that changes its input in place
+        if not tape.keep_copies():
+            return logits
+
+
+def _check_logits(model: nn.Module, batch: Batch, number: int, logits: Tensor, autocast: torch.dtype | None) -> None:
+    if len(logits) != len(batch):
+        raise ModelError(f"Batch {number}: {len(batch)} images went in, {len(logits)} rows of logits came out.")
+    if batch.reference is not None and batch.reference.shape != logits.shape:
+        raise DataError(
+            f"Batch {number}: the reference logits are {list(batch.reference.shape)}, the model's are "
+            f"{list(logits.shape)}. Attach the logits of the dense model on the same images."
+        )
+    if not torch.isfinite(logits).all():
+        raise_nonfinite(model, batch.images, f"Batch {number}: the logits", autocast_dtype=autocast)
+
+
+def _check_relevances(totals: Mapping[str, Tensor], number: int) -> None:
+    for name, v in totals.items():
+        if not torch.isfinite(v).all():
+            raise NonFiniteError(
+                f"Batch {number}: the relevances of group {name} contain NaN or Inf although the logits are finite: "
+                "the gradient is not. A square root of zero or an overflow in half precision does that; try float32."
+            )
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor:
+    """A layer's one input, by position or by whatever name its forward gives it."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _with_input(x: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
 
 def _on_output(late: Callable[[Tensor], Tensor]) -> guest.Hook:
@@ -400,48 +490,111 @@ def _on_output(late: Callable[[Tensor], Tensor]) -> guest.Hook:
 
 
 def _on_input(late: Callable[[Tensor], Tensor]) -> guest.Hook:
-    return lambda module, args, kwargs: ((late(args[0]), *args[1:]), kwargs)
+    return lambda module, args, kwargs: _with_input(late(_input(args, kwargs)), args, kwargs)
 
 
-def _started(tensor: Tensor) -> Tensor:
-    """A tensor that autograd tracks; cloned, because a leaf may not be changed in place."""
-    return tensor if tensor.requires_grad else tensor.detach().requires_grad_().clone()
+def _started(tensor: Tensor, *, apart: bool) -> Tensor:
+    """The tensor if autograd tracks it; a clone if it is to stay apart, or is a leaf, which may not be changed in place."""
+    if not tensor.requires_grad:
+        return tensor.detach().requires_grad_().clone()
+    return tensor.clone() if apart else tensor
 
 
-def _check_samples_apart(model: nn.Module, images: Tensor, names: Sequence[str]) -> None:
-    """Change one of three samples: only its rows may change, in the middle third of every activation."""
+def _own(tensor: Tensor) -> Tensor:
+    """Apart from any graph of the user's; a tensor of inference mode cannot enter a graph at all."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _batch_norm_tensors(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Running mean and variance, weight and bias."""
+    names = ("running_mean", "running_var", "weight", "bias")
+    return tuple(None if getattr(module, n) is None else getattr(module, n).to(dtype) for n in names)  # type: ignore[return-value]
+
+
+def _pieces(a: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both tensors in pieces of a few samples, whose product stays in the cache."""
+    rows = max(1, CACHE_ELEMENTS // max(1, a[0].numel()))
+    return zip(a.split(rows), g.split(rows), strict=True)
+
+
+def _product(a: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.to(dtype) * g.to(dtype)
+
+
+def _check_samples_apart(model: nn.Module, images: Tensor, names: Sequence[str]) -> set[str]:
+    """Change one of three samples: only its rows may change, in the middle third of every activation.
+
+    Returns:
+        The names of the modules that were called.
+    """
     one = images[:1]
     other = one.flip(-1) + one.std().clamp_min(1e-3) * torch.linspace(-1, 1, one.shape[-1]).to(one)
+    first, second = (_row_sums(model, torch.cat([one, middle, one]), names) for middle in (one, other))
+    for name, rows in first.items():
+        for before, after in zip(rows, second.get(name, ()), strict=True):
+            _check_rows(name, before, after)
+    return set(first)
+
+
+def _row_sums(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Name -> per call, the sum of absolute values of each row of the module's input; and of the logits."""
     sums: dict[str, list[Tensor]] = defaultdict(list)
 
-    def record(name: str) -> guest.Hook:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else kwargs["input"]
-            sums[name].append(x.reshape(x.shape[0], -1).double().abs().sum(1).cpu())
+    def note(name: str, x: Tensor) -> None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        sums[name].append(x.detach().reshape(len(x), -1).abs().sum(1, dtype=wide).cpu())
 
-        return hook
+    def record(name: str) -> guest.Hook:
+        return lambda module, args, kwargs: note(name, _input(args, kwargs))
 
     with torch.no_grad(), guest.hooked(model, forward_pre={name: record(name) for name in names}):
-        model(torch.cat([one, one, one]))
-        calls = {name: len(rows) for name, rows in sums.items()}
-        model(torch.cat([one, other, one]))
-    for name, rows in sums.items():
-        for first, second in zip(rows[: calls[name]], rows[calls[name] :], strict=True):
-            _check_rows(name, first, second)
+        note("the logits", logits_of(model(images)))
+    return sums
 
 
 def _check_rows(name: str, first: Tensor, second: Tensor) -> None:
     third = len(first) // 3
-    changed = (first - second).abs() > 1e-3 * first.abs().clamp_min(1e-12)
-    if len(first) % 3 or changed[:third].any() or changed[2 * third :].any():
+    changed = (first - second).abs() > 1e-3 * first.abs().clamp_min(1e-12) if len(first) == len(second) else None
+    if changed is None or len(first) % 3 or changed[:third].any() or changed[2 * third :].any():
         raise ModelError(
-            f"{name}: the first dimension of its input ({len(first)} rows for 3 images) is not the batch, or samples "
-            "influence each other (a batch norm without stored statistics?). Per-sample relevances are not "
-            "defined there. Put this layer into `ignore`, or make the model treat samples apart in eval mode."
+            f"{name}: the first dimension ({len(first)} rows for 3 images) is not the batch, or samples influence each "
+            "other (a batch norm without stored statistics?), or the forward pass is random in eval mode. Per-sample "
+            "relevances are not defined there. Put this layer into `ignore`, or make the model treat samples apart."
         )
 
 
-def _checked(objective: str, site: str, statistic: str, batch: int, confidence: float) -> Objective:
+def _check_unused(model: nn.Module, images: Tensor, names: Sequence[str]) -> None:
+    """Refuse layers that are never called although their weights take part in the logits."""
+    for name in names:
+        layer = model.get_submodule(name)
+        with guest.requiring_grad(layer, True), torch.enable_grad():
+            logits = logits_of(model(images[:1].clone()))
+            weights = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+            used = logits.requires_grad and torch.autograd.grad(logits.sum(), weights, allow_unused=True)
+        if used and any(gradient is not None for gradient in used):
+            raise ModelError(
+                f"{name} ({type(layer).__name__}): its weights take part in the logits, but the module is never called "
+                "(another module reads them directly), so it cannot be scored. Put this layer into `ignore`."
+            )
+
+
+def _checked(
+    groups: Sequence[Group], objective: str, site: str, statistic: str, batch: int, confidence: float
+) -> Objective:
+    check_arguments(objective, site, statistic, batch, confidence)
+    if not groups:
+        raise ArgumentError("groups is empty: there is nothing to score. See `jbrprune.units.find_groups`.")
+    if len({group.name for group in groups}) < len(groups):
+        raise ArgumentError("Two groups have the same name; the scores of one would overwrite those of the other.")
+    return OBJECTIVES[objective]
+
+
+def check_arguments(objective: str, site: str, statistic: str, batch: int, confidence: float) -> None:
+    """Refuse arguments of `relevance_scores` without meaning, before anything expensive.
+
+    Raises:
+        ArgumentError: Unknown objective, site or statistic, or a combination without meaning.
+    """
     for what, value, known in (
         ("objective", objective, tuple(OBJECTIVES)),
         ("site", site, SITES),
@@ -455,7 +608,6 @@ def _checked(objective: str, site: str, statistic: str, batch: int, confidence: 
         raise ArgumentError(f"batch must be at least 1, got {batch}.")
     if not 0 <= confidence < 1:
         raise ArgumentError(f"confidence must satisfy 0 <= confidence < 1, got {confidence}.")
-    return OBJECTIVES[objective]
 
 
 def _require_two_passes(data: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,39 +43,53 @@ def tried(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> F
     """Remove random units from a copy and keep the groups for which removal equals the mask.
 
     The copy is in float64 and its norms, scales and biases are perturbed, so that a zero or tiny scale
-    cannot hide a wrong coupling.
+    cannot hide a wrong coupling. Every group loses another share of its units, so that widths which are
+    tied without the graph knowing it do not fit by chance.
 
     Args:
         model: The model; left as it was.
-        images: ``[B, C, H, W]`` example input.
+        images: ``[B, C, H, W]`` example input; noise is added to it.
         found: What `find_groups` found.
-        seed: Seeds the choice of units and the perturbation.
+        seed: Seeds the choice of units, the perturbation and the noise.
 
     Returns:
         The groups that passed; the others are kept, with what went wrong.
 
     Raises:
-        UnsupportedModelError: Nothing passed, or what passed one by one fails together.
+        UnsupportedModelError: There was nothing to try, nothing passed, or what passed one by one fails together.
     """
     generator = torch.Generator().manual_seed(seed)
     trial = _perturbed(model, generator)
     images = images.to(guest.device_of(trial), torch.float64)
-    if _failure(trial, images, found.groups, generator) is None:
-        return found
-    kept, passed = dict(found.kept), []
-    for group in found.groups:
-        why = _failure(trial, images, (group,), generator)
-        if why is None:
-            passed.append(group)
-        else:
-            kept[group.name] = f"removal does not equal the mask here: {why}"
-    why = _failure(trial, images, tuple(passed), generator) if passed else "no group passed"
-    if why is not None:
+    images = images + torch.randn(images.shape, generator=generator, dtype=torch.float64).to(images.device)
+
+    def failure(groups: Sequence[Group]) -> str | None:
+        return _failure(trial, images, groups, generator)
+
+    failed = _culprits(found.groups, failure)
+    kept = dict(found.kept)
+    for name, why in failed.items():
+        kept.setdefault(name, f"removal does not equal the mask here: {why}")
+    passed = tuple(group for group in found.groups if group.name not in failed)
+    why = failure(passed) if passed and failed else None
+    if why or not passed:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: nothing can be removed safely: {why}. Kept layers: "
-            + "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:5])
+            f"{type(model).__name__}: nothing can be removed safely: "
+            + (f"what can go one by one fails together: {why}" if why else "no group of channels passed the trial")
+            + f". Why layers are kept: {'; '.join(f'{name}: {reason}' for name, reason in list(kept.items())[:5])}."
         )
-    return Found(tuple(passed), kept)
+    return Found(passed, kept)
+
+
+def _culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]], str | None]) -> dict[str, str]:
+    """The groups that fail, and why, by halving the set as long as it fails."""
+    why = failure(groups) if groups else None
+    if why is None:
+        return {}
+    if len(groups) == 1:
+        return {groups[0].name: why}
+    middle = len(groups) // 2
+    return _culprits(groups[:middle], failure) | _culprits(groups[middle:], failure)
 
 
 def _split(gone: Mapping[Axis, Tensor]) -> tuple[dict[Axis, Tensor], dict[Axis, Tensor]]:
@@ -112,18 +126,37 @@ def _perturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:
 def _failure(
     trial: nn.Module, images: Tensor, groups: Sequence[Group], generator: torch.Generator
 ) -> str | None:
-    """What goes wrong when half of the units of these groups go, or None."""
-    selection = {
-        g.name: torch.randperm(g.size, generator=generator)[: max(1, g.size // 2)].sort().values for g in groups
-    }
-    with torch.no_grad():
+    """What goes wrong when units of these groups go, or None."""
+    for count in (_some_units, _one_or_all_but_one):
+        selection = {g.name: _drawn(g, count(g, i, generator), generator) for i, g in enumerate(groups) if g.size > 1}
         try:
-            with masked_units(trial, groups, selection):
-                expected = logits_of(trial(images))
-            smaller = copy.deepcopy(trial)
-            remove_units(smaller, groups, selection)
-            got = logits_of(smaller(images))
+            difference = _difference(trial, images, groups, selection)
         except Exception as error:  # noqa: BLE001 - whatever a foreign forward raises is the answer
             return f"{type(error).__name__}: {error}"
-    difference = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
-    return None if difference <= TOLERANCE else f"the logits differ by {difference:.1e}"
+        if not difference <= TOLERANCE:
+            return f"the logits differ by {difference:.1e}"
+    return None
+
+
+def _some_units(group: Group, number: int, generator: torch.Generator) -> int:
+    return int(torch.randint(1, group.size, (), generator=generator))
+
+
+def _one_or_all_but_one(group: Group, number: int, generator: torch.Generator) -> int:
+    return 1 if number % 2 else group.size - 1
+
+
+def _drawn(group: Group, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(group.size, generator=generator)[:count].sort().values
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, images: Tensor, groups: Sequence[Group], selection: Selection) -> float:
+    """Largest difference between the logits of mask and removal, relative to the largest logit."""
+    with masked_units(model, groups, selection):
+        expected = logits_of(model(images))
+    tensors = [*model.parameters(), *model.buffers()]
+    smaller = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # shares what is not cut
+    remove_units(smaller, groups, selection)
+    got = logits_of(smaller(images))
+    return float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))

@@ -268,6 +268,8 @@ def _facts(report: Report) -> Table:
         "time": ", ".join(f"{part} {_number(s, '.1f')} s" for part, s in report.seconds.items()),
     }
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, fact in facts.items():
         if fact:
             table.add_row(name, fact)
@@ -298,7 +300,7 @@ def _agreement_cells(row: Agreement) -> tuple[str, ...]:
     return _percent(row.top1), _interval(row), _percent(row.top5), _number(row.kl, ".4f"), _percent(row.accuracy)
 
 
-def _layer_table(layers: Sequence[LayerRow]) -> Table | str:
+def _layer_table(layers: Sequence[LayerRow]) -> RenderableType:
     if not layers:
         return ""
     changed = [layer for layer in layers if layer.after != layer.before]
@@ -309,9 +311,7 @@ def _layer_table(layers: Sequence[LayerRow]) -> Table | str:
         table.add_row(*row, _percent(layer.kept), _bar(layer.kept))
     left_out = [f"{len(wanted) - MAX_ROWS} more layers"] * (len(wanted) > MAX_ROWS)
     left_out += [f"{len(layers) - len(wanted)} unchanged layers"] * (len(layers) > len(wanted))
-    if left_out:
-        table.add_row("... and " + " and ".join(left_out))
-    return table
+    return Group(table, "... and " + " and ".join(left_out)) if left_out else table
 
 
 def _notes(notes: Iterable[str]) -> str:
@@ -411,7 +411,7 @@ def _bar(share: float, length: int = 20) -> str:
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
+    return ", ".join(f"{name}={value}" for name, value in _plain(values).items())
 
 
 Cell = Callable[[Report], str]
@@ -464,8 +464,8 @@ _RATIO_COLUMNS: dict[str, tuple[Cell, Cell]] = {
     "speed-up": (lambda r: "", _speedup_cell),
 }
 _RATIO_NOTE = (
-    "kept: share of the MACs. top-1, top-5, KL: agreement with the dense model on held-out images; top-1 before -> after "
-    "the last repair, all else after it. latency: median ± IQR/2."
+    "kept: share of the MACs. top-1, top-5, KL: agreement with the dense model on held-out images; top-1 before -> "
+    "after the last repair, all else after it. latency: median ± IQR/2."
 )
 
 

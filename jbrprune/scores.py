@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,13 +60,19 @@ class Scores:
     def __add__(self, other: Scores) -> Scores:
         """Merge the scores of two disjoint sets of samples.
 
+        The sum of the shards is the score of the whole; for ``batched`` if the shards are cut between batches,
+        and for the random signs of ``projection`` in expectation.
+
         Raises:
             ArgumentError: They were made with other settings, or for other units.
         """
         if self.settings != other.settings:
             raise ArgumentError(f"Cannot add scores made with {self.settings} and {other.settings}.")
-        if {n: s.shape for n, s in self.sums.items()} != {n: s.shape for n, s in other.sums.items()}:
-            raise ArgumentError("Cannot add scores of different units: the groups or their sizes differ.")
+        if list(map(_described, self.groups)) != list(map(_described, other.groups)):
+            raise ArgumentError(
+                "Cannot add scores of different units: the groups or their members differ. Score both shards with the "
+                "groups of one call of find_groups."
+            )
         return replace(
             self,
             sums={name: total + other.sums[name] for name, total in self.sums.items()},
@@ -77,24 +82,30 @@ class Scores:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (atomically)."""
-        tensors = {f"sums/{name}": total.contiguous() for name, total in self.sums.items()}
-        index = []
+        tensors = {f"sums/{name}": total for name, total in self.sums.items()}
         for number, group in enumerate(self.groups):
-            index.append({"name": group.name, "kind": group.kind, "size": group.size, "axes": []})
             for position, member in enumerate(group.members):
-                index[-1]["axes"].append(list(member.axis))
-                tensors[f"members/{number}/{position}/channel"] = member.channel.contiguous()
-                tensors[f"members/{number}/{position}/unit"] = member.unit.contiguous()
-        header = {"format": FORMAT, "groups": index, "samples": self.samples, "skipped": self.skipped}
-        header["settings"] = vars(self.settings)
+                tensors[f"members/{number}/{position}/channel"] = member.channel
+                tensors[f"members/{number}/{position}/unit"] = member.unit
+        header = {
+            "format": FORMAT,
+            "settings": vars(self.settings),
+            "samples": self.samples,
+            "skipped": self.skipped,
+            "groups": [
+                {"name": g.name, "kind": g.kind, "size": g.size, "axes": [list(m.axis) for m in g.members]}
+                for g in self.groups
+            ],
+        }
+        # safetensors refuses tensors that share memory, as the members of a layer's own channels do.
+        own = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
         path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
-            save_file(tensors, temporary, metadata={"jbrprune": json.dumps(header)})
+            save_file(own, temporary, metadata={"jbrprune": json.dumps(header)})
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     @staticmethod
@@ -108,19 +119,27 @@ class Scores:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["jbrprune"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a scores file, or is damaged: {error}") from error
-        if header.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path} has scores format {header.get('format')}; this version reads {FORMAT}. Upgrade jbrprune."
+            if header["format"] != FORMAT:
+                raise CheckpointError(
+                    f"{path} has scores format {header['format']}; this version reads {FORMAT}. Upgrade jbrprune."
+                )
+            groups = tuple(_group(number, entry, tensors) for number, entry in enumerate(header["groups"]))
+            return Scores(
+                sums={group.name: tensors[f"sums/{group.name}"] for group in groups},
+                groups=groups,
+                samples=header["samples"],
+                skipped=header["skipped"],
+                settings=Settings(**header["settings"]),
             )
-        return Scores(
-            sums={name.removeprefix("sums/"): t for name, t in tensors.items() if name.startswith("sums/")},
-            groups=tuple(_group(number, entry, tensors) for number, entry in enumerate(header["groups"])),
-            samples=header["samples"],
-            skipped=header["skipped"],
-            settings=Settings(**header["settings"]),
-        )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is not a scores file, or is damaged ({type(error).__name__}: {error}). Score again."
+            ) from error
+
+
+def _described(group: Group) -> tuple:
+    members = [(member.axis, member.channel.tolist(), member.unit.tolist()) for member in group.members]
+    return group.name, group.kind, group.size, members
 
 
 def _group(number: int, entry: dict, tensors: Mapping[str, Tensor]) -> Group:
@@ -151,13 +170,13 @@ class Accumulator:
         self.samples += n
         if self.batch is None:
             for name, v in relevances.items():
-                self.sums[name] += v.double().square().sum(0).cpu()
+                self.sums[name] += v.cpu().double().square().sum(0)  # on the CPU: not every accelerator has float64
             return
         start = 0
         while start < n:
             stop = min(n, start + self.batch - self._filled)
             for name, v in relevances.items():
-                self._open[name] += v[start:stop].double().sum(0).cpu()
+                self._open[name] += v[start:stop].cpu().double().sum(0)
             self._filled += stop - start
             start = stop
             if self._filled == self.batch:

@@ -2,14 +2,14 @@
 
 torch-pruning's dependency graph says which channels are coupled. Its answers become edges between
 *atoms* (one channel of one axis); heads and grouped convolutions add theirs; the connected components are
-the units. Whether a unit can really go is not believed but tried: see `jbrprune.preflight`.
+the units. Whether a unit can really go is not believed but tried: see `jbrprune.removal.tried`.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch_pruning as tp
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch_pruning._helpers import _HybridIndex
 
 from jbrprune import architectures, guest, layers
 from jbrprune.errors import ArgumentError, UnsupportedModelError
@@ -66,10 +68,9 @@ def find_groups(
     heads = tuple(architectures.attention_heads(model))
     owned: set[Axis] = {(name, "out", 0) for h in heads for name, _ in h.producers}
     owned |= {(h.consumer, "in", 0) for h in heads}
-    outputs = _add_graph(atoms, graph, model, owned)
+    fixed = _add_graph(atoms, graph, model, owned)
     _add_heads(atoms, model, heads)
     _add_joint_channels(atoms, model)
-    fixed = {axis: "reaches the model's output" for axis in outputs}
     fixed |= {(name, "out", 0): "the classifier" for name in architectures.classifiers(model)}
     for axis in atoms.axes:
         if _module_name(axis) in ignored:
@@ -77,7 +78,7 @@ def find_groups(
     return _grouped(model, atoms, fixed, width)
 
 
-def layer_groups(model: nn.Module) -> tuple[Group, ...]:
+def layer_groups(model: nn.Module, *, ignore: Sequence[str] = ()) -> tuple[Group, ...]:
     """One group per layer and side, uncoupled: each channel of each known layer is its own unit.
 
     For scoring layer by layer, of any module whatever its graph; not for removal. Names are
@@ -85,7 +86,7 @@ def layer_groups(model: nn.Module) -> tuple[Group, ...]:
     """
     groups = []
     for name, module in model.named_modules():
-        if layers.channel_dim(module) is None:
+        if layers.channel_dim(module) is None or not layers.has_parameters(module):
             continue
         widths = {"out": layers.out_channels(module)}
         if layers.is_consumer(module):
@@ -139,54 +140,158 @@ def _trace(model: nn.Module, images: Tensor) -> tp.DependencyGraph:
             ) from error
 
 
-def _add_graph(atoms: _Atoms, graph: tp.DependencyGraph, model: nn.Module, owned: set[Axis]) -> set[Axis]:
-    """Add the couplings torch-pruning sees; return the axes that reach the output."""
-    names = {module: name for name, module in model.named_modules()}
-    outputs: set[Axis] = set()
-    covered: set[Axis] = set()
-    for root in [m for m in graph.module2node if m in names and isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]:
-        axis: Axis = (names[root], "out", 0)
-        if axis in covered or axis in owned:
-            continue
+@dataclass(frozen=True, eq=False)
+class _Reached:
+    """The channels of one axis that go when channels of a root go.
+
+    Attributes:
+        axis: Where the channels are.
+        width: Width of that axis.
+        channel: ``[p]`` channels there.
+        root: ``[p]`` the root's channel that takes each of them along.
+    """
+
+    axis: Axis
+    width: int
+    channel: np.ndarray
+    root: np.ndarray
+
+
+class _Lost(Exception):  # noqa: N818 - a signal, not an error
+    """The graph does not tell what happens to the channels of a root."""
+
+
+def _add_graph(atoms: _Atoms, graph: tp.DependencyGraph, model: nn.Module, owned: set[Axis]) -> dict[Axis, str]:
+    """Add the couplings torch-pruning sees; return the axes that must stay, and why."""
+    atlas = _Atlas(graph, model)
+    stays: dict[Axis, str] = {}
+    for root in atlas.roots():
+        axis: Axis = (atlas.names[root], "out", 0)
         width = layers.out_channels(root)
-        pruner = graph.get_pruner_of_module(root)
-        group = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(width)))  # type: ignore[arg-type]
-        first = atoms.add(axis, width)  # type: ignore[arg-type]
-        reached = [axis]
-        ends = False
-        for item in group:
-            target = item.dep.target.module
-            ends |= isinstance(target, tp.ops._OutputOp)
-            found = _axis(graph, item.dep, names)
-            if found is None or found[0] in owned:
-                continue
-            other, other_width = found
-            number = atoms.add(other, other_width)
-            index = np.asarray(item.idxs, dtype=np.int64)
-            if len(index) and index.max() < other_width:
-                atoms.join(first + np.asarray(item.root_idxs, dtype=np.int64), number + index)
-            reached.append(other)
-            if len(index) == other_width:
-                covered.add(other)
-        if ends:
-            outputs.update(reached)
-    return outputs
+        if axis in owned or width is None:
+            continue
+        first = atoms.add(axis, width)
+        places, why = _places(atlas, root, width)
+        for place in places:
+            if place.axis not in owned:
+                start = atoms.add(place.axis, place.width)
+                atoms.join(first + place.root, start + place.channel)
+            if why:
+                stays.setdefault(place.axis, why)
+    return stays
 
 
-def _axis(graph: tp.DependencyGraph, dependency: tp.dependency.Dependency, names: dict) -> tuple[Axis, int] | None:
-    node = dependency.target
-    if isinstance(node.module, nn.Parameter):
-        name = graph._param_to_name[node.module]
+class _Atlas:
+    """Names and widths of what torch-pruning's graph is made of."""
+
+    def __init__(self, graph: tp.DependencyGraph, model: nn.Module) -> None:
+        self.graph = graph
+        self.modules = dict(model.named_modules())
+        self.names = {module: name for name, module in self.modules.items()}
+        widths = [w for m in self.names for w in (layers.out_channels(m), layers.in_channels(m)) if w]
+        self.widest = max(widths, default=1)
+
+    def roots(self) -> list[nn.Module]:
+        """Layers that produce channels of their own."""
+        return [m for m in self.graph.module2node if m in self.names and isinstance(m, nn.Linear | _ConvNd)]
+
+    def place(self, dependency: tp.dependency.Dependency) -> tuple[Axis, int, int] | None:
+        """Axis that a dependency prunes, its width, and how many of its channels stand for one index."""
+        node = dependency.target
+        module = node.module
+        if isinstance(module, nn.Parameter):
+            return self._parameter(self.graph._param_to_name[module], module, node.pruning_dim)
+        if module not in self.names:
+            return None
+        if isinstance(module, nn.PReLU):
+            return self._parameter(f"{self.names[module]}.weight", module.weight, 0)
+        out = self.graph.is_out_channel_pruning_fn(dependency.handler)
+        if not out and layers.is_depthwise(module):  # a multiple of its inputs comes out
+            width = layers.out_channels(module)
+            return (self.names[module], "out", 0), width, width // module.groups  # type: ignore[operator, return-value]
+        width = layers.out_channels(module) if out else layers.in_channels(module)
+        return None if width is None else ((self.names[module], "out" if out else "in", 0), width, 1)
+
+    def _parameter(self, name: str, parameter: Tensor, dim: int) -> tuple[Axis, int, int]:
         owner = name.rpartition(".")[0]
-        scale = {n: m for m, n in names.items()}[owner]
-        if layers.channel_dim(scale) is not None:  # a per-channel layer that torch-pruning does not know
-            return (owner, "out", 0), node.module.shape[node.pruning_dim]
-        return (name, "param", node.pruning_dim), node.module.shape[node.pruning_dim]
-    if node.module not in names:
-        return None
-    out = graph.is_out_channel_pruning_fn(dependency.handler)
-    width = layers.out_channels(node.module) if out else layers.in_channels(node.module)
-    return None if width is None else ((names[node.module], "out" if out else "in", 0), width)
+        width = parameter.shape[dim]
+        if layers.channel_dim(self.modules[owner]) is not None:  # a per-channel layer that torch-pruning does not know
+            return (owner, "out", 0), width, 1
+        return (name, "param", dim), width, 1
+
+
+def _places(atlas: _Atlas, root: nn.Module, width: int) -> tuple[list[_Reached], str | None]:
+    """Axes that shrink with a root, and why all of them must stay as they are (if they must)."""
+    if width == 1:  # it cannot go; what it is multiplied with is broadcast, not coupled
+        return [], None
+    places, reason = [], None
+    try:
+        for dependency, channel, source in _followed(atlas, root, width):
+            module = dependency.target.module
+            if isinstance(module, tp.ops._OutputOp):
+                reason = "reaches the model's output"
+            elif isinstance(module, UNSHRINKABLE):
+                name = atlas.names[module]
+                reason = reason or f"{name} ({type(module).__name__}) is of a class that cannot be shrunk"
+            place = atlas.place(dependency)
+            if place is None or place[1] == 1:
+                continue
+            axis, full, times = place
+            if channel.max() * times >= full:
+                channel, source = (side[channel * times < full] for side in (channel, source))
+                reason = reason or f"the dependency graph does not follow its channels to {axis[0]}"
+            places.append(_Reached(axis, full, channel * times, source))
+    except _Lost:
+        reason = reason or "the dependency graph does not follow its channels"
+    return places, reason
+
+
+_Step = tuple[tp.dependency.Dependency, np.ndarray, np.ndarray]
+
+
+def _followed(atlas: _Atlas, root: nn.Module, width: int) -> Iterator[_Step]:
+    """Walk the graph from all output channels of a root: dependency, channels at its target, channels at the root.
+
+    Every pair of channels is followed once per node. torch-pruning's own walk compares whole lists (which need
+    not end where a product of features is reshaped) and forgets all but one root of a channel.
+    """
+    start, every = atlas.graph.module2node[root], np.arange(width)
+    prune = atlas.graph.get_pruner_of_module(root).prune_out_channels  # type: ignore[union-attr]
+    seen = {(start, prune): every * width + every}
+    waiting: list[_Step] = [(tp.dependency.Dependency(prune, prune, start, start), every, every)]
+    while waiting:
+        step = waiting.pop()
+        yield step
+        done, channel, source = step
+        for dependency in done.target.dependencies:
+            if not dependency.is_triggered_by(done.handler):
+                continue
+            there, origin = _mapped(dependency, channel, source)
+            if len(there) and there.max() > 2 * atlas.widest:
+                raise _Lost
+            pairs, known = there * width + origin, seen.get((dependency.target, dependency.handler))
+            if known is not None:
+                new = ~np.isin(pairs, known)
+                pairs, there, origin = pairs[new], there[new], origin[new]
+            if len(pairs):
+                key = (dependency.target, dependency.handler)
+                seen[key] = pairs if known is None else np.concatenate([known, pairs])
+                waiting.append((dependency, there, origin))
+
+
+def _mapped(
+    dependency: tp.dependency.Dependency, channel: np.ndarray, source: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Channels on the other side of a dependency, by torch-pruning's rules for concat, split, slice and flatten."""
+    for rule in dependency.index_mapping:
+        if rule is None:
+            continue
+        pairs = rule([_HybridIndex(idx=i, root_idx=r) for i, r in zip(channel.tolist(), source.tolist(), strict=True)])
+        if any(pair.root_idx is None for pair in pairs):
+            raise _Lost
+        channel = np.array([pair.idx for pair in pairs], dtype=np.int64)
+        source = np.array([pair.root_idx for pair in pairs], dtype=np.int64)
+    return channel, source
 
 
 def _add_heads(atoms: _Atoms, model: nn.Module, heads: Iterable[architectures.Heads]) -> None:
@@ -202,20 +307,22 @@ def _add_heads(atoms: _Atoms, model: nn.Module, heads: Iterable[architectures.He
 
 def _add_joint_channels(atoms: _Atoms, model: nn.Module) -> None:
     """Channels that can go only together: those of one group of a grouped convolution or group norm."""
-    for (name, side, dim), first in list(atoms.axes.items()):
-        module = model.get_submodule(name) if side in ("in", "out") else None
-        parts = getattr(module, "groups", None) if layers.is_grouped(module) or layers.is_depthwise(module) else None  # type: ignore[arg-type]
-        parts = module.num_groups if isinstance(module, nn.GroupNorm) else parts
-        if parts is None or side == "in" and layers.is_depthwise(module):  # type: ignore[arg-type]
-            continue
-        width = atoms.widths[name, side, dim]
-        part = np.arange(width) // (width // parts)
-        leader = part * (width // parts)
-        atoms.join(first + np.arange(width), first + leader)
-        if side == "in":
-            other_width = layers.out_channels(module)  # type: ignore[arg-type]
-            other = atoms.add((name, "out", 0), other_width)  # type: ignore[arg-type]
-            atoms.join(first + np.arange(parts) * (width // parts), other + np.arange(parts) * (other_width // parts))
+    modules = {name: model.get_submodule(name) for name, side, _ in atoms.axes if side in ("in", "out")}
+    for name, module in modules.items():
+        if layers.is_grouped(module) or layers.is_depthwise(module):
+            parts: int = module.groups  # type: ignore[assignment]
+            leaders = _join_parts(atoms, (name, "out", 0), layers.out_channels(module), parts)  # type: ignore[arg-type]
+            if layers.is_grouped(module):
+                atoms.join(leaders, _join_parts(atoms, (name, "in", 0), layers.in_channels(module), parts))  # type: ignore[arg-type]
+        elif isinstance(module, nn.GroupNorm):
+            _join_parts(atoms, (name, "out", 0), module.num_channels, module.num_groups)
+
+
+def _join_parts(atoms: _Atoms, axis: Axis, width: int, parts: int) -> np.ndarray:
+    """Join the channels of each of ``parts`` equal parts; return the first channel of each."""
+    channels = (atoms.add(axis, width) + np.arange(width)).reshape(parts, -1)
+    atoms.join(channels.flatten(), channels[:, :1].repeat(width // parts, 1).flatten())
+    return channels[:, 0]
 
 
 def _grouped(model: nn.Module, atoms: _Atoms, fixed: dict[Axis, str], width: bool) -> Found:
@@ -235,7 +342,7 @@ def _grouped(model: nn.Module, atoms: _Atoms, fixed: dict[Axis, str], width: boo
         name = _group_name(axes, order)
         reason = _reason_to_keep(model, axes, units, fixed, width)
         if reason:
-            kept[name] = reason
+            kept.setdefault(name, reason)
             continue
         while any(group.name == name for group in groups):
             name += "'"
@@ -252,9 +359,8 @@ def _reason_to_keep(
             return fixed[axis]
     if not any(side == "in" and layers.is_consumer(model.get_submodule(name)) for name, side, _ in axes):
         return "no layer that could shrink reads it"
-    for name, side, _ in axes:
-        if side != "param" and isinstance(model.get_submodule(name), UNSHRINKABLE):
-            return f"{name} ({type(model.get_submodule(name)).__name__}) is of a class that cannot be shrunk"
+    if not any(side == "out" and layers.is_consumer(model.get_submodule(name)) for name, side, _ in axes):
+        return "no layer that could shrink produces it"
     if len(units) < 2:
         return "its channels can only go all together"
     if not width and _normalised(model, axes):

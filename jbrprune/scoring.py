@@ -1,0 +1,136 @@
+"""score(): the criterion for a model and images, without removing anything."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from jbrprune import architectures, guest, zoo
+from jbrprune import data as loading
+from jbrprune.batches import Batch, iterate
+from jbrprune.errors import ArgumentError
+from jbrprune.groups import Group
+from jbrprune.relevance import Site, Statistic, check_arguments, relevance_scores
+from jbrprune.removal import tried
+from jbrprune.scores import Scores
+from jbrprune.units import find_groups, layer_groups
+
+GRANULARITIES = ("unit", "layer")
+
+
+def score(
+    model: nn.Module | str,
+    data: object,
+    *,
+    objective: str = "pseudo_label",
+    site: Site = "consumer",
+    statistic: Statistic = "second_moment",
+    granularity: str = "unit",
+    batch: int = 128,
+    confidence: float = 0.0,
+    ignore: Sequence[str] = (),
+    width: bool = False,
+    autocast: torch.dtype | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+    **model_arguments: object,
+) -> Scores:
+    r"""Score what could be removed from a model: s_u = E_x[v_u(x)^2], v_u(x) = m(x)^T J_u(x) w_u.
+
+    Reads the data once, streaming, whatever their number; memory does not grow.
+
+    Args:
+        model: A timm name or any module ``[B, C, H, W] -> [B, K]``. Left as it was.
+        data: As for `jbrprune.prune`; all of it is read.
+        objective: ``pseudo_label``, ``predicted_logit``, ``margin``, ``label`` or ``projection``.
+        site: ``consumer`` or ``all``; see `jbrprune.relevance.relevance_scores`.
+        statistic: ``second_moment``, ``batched`` or ``mean_replaced``.
+        granularity: ``unit``: removable units, coupled channels together. ``layer``: every channel of every known
+            layer by itself, inputs and outputs apart; works for models whose graph cannot be traced.
+        batch: Samples per batch of ``statistic="batched"``.
+        confidence: Score only on images whose largest probability exceeds this.
+        ignore: Globs of module names that are left out.
+        width: Include the residual width under LayerNorms.
+        autocast: Low-precision dtype, such as ``torch.bfloat16``.
+        batch_size: Images per pass where the data do not say.
+        seed: Seeds ``projection``.
+        progress: Show a progress bar.
+        checkpoint: Local weights for a timm name.
+        **model_arguments: For a timm name, passed to ``timm.create_model``.
+
+    Returns:
+        `Scores`; ``scores["layer1.0.conv1"]`` is the tensor ``[units]`` of one group.
+
+    Raises:
+        ArgumentError: An argument has no meaning.
+        DataError: The images cannot be used.
+        ModelError: The model cannot be scored as it is.
+        NonFiniteError: NaN or Inf in weights, images or logits.
+
+    Example:
+        >>> import torch
+        >>> scores = score("resnet10t", torch.randn(4, 3, 32, 32), pretrained=False, progress=False)
+        >>> scores["layer1.0.conv1"].shape
+        torch.Size([64])
+    """
+    check_arguments(objective, site, statistic, batch, confidence)
+    if granularity not in GRANULARITIES:
+        raise ArgumentError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
+    model = resolved(model, checkpoint, model_arguments)
+    architectures.refuse_masked(model)
+    first, batches = _peeked(loading.open_data(data, model, batch_size=batch_size), batch_size)
+    return relevance_scores(
+        model,
+        batches,
+        _groups(model, first, granularity, ignore, width),
+        objective=objective,
+        site=site,
+        statistic=statistic,
+        batch=batch,
+        confidence=confidence,
+        autocast=autocast,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def resolved(model: nn.Module | str, weights: str | Path | None, arguments: dict[str, object]) -> nn.Module:
+    """The model that is meant: a timm name is created, a module is taken as it is.
+
+    Raises:
+        ArgumentError: Neither a name nor a module, or arguments for a module that is made already.
+    """
+    if isinstance(model, str):
+        return zoo.create(model, checkpoint=weights, **arguments)  # type: ignore[arg-type]
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a timm name or an nn.Module, got {type(model).__name__}.")
+    if arguments or weights:
+        names = ", ".join([*arguments, *(["checkpoint"] if weights else [])])
+        raise ArgumentError(f"Unknown for a model that is made already: {names}. (A timm name would take it.)")
+    return model
+
+
+def _peeked(data: object, batch_size: int) -> tuple[Batch, object]:
+    """The first batch, and data that still yield it."""
+    batches = iterate(data, batch_size=batch_size)
+    first = next(batches)
+    return first, itertools.chain([first], batches) if isinstance(data, Iterator) else data
+
+
+def _groups(
+    model: nn.Module, first: Batch, granularity: str, ignore: Sequence[str], width: bool
+) -> tuple[Group, ...]:
+    if granularity == "layer":
+        return layer_groups(model, ignore=ignore)
+    images = first.images.to(guest.device_of(model))
+    example = (images if len(images) > 1 else images.repeat(2, 1, 1, 1))[:2]
+    work = copy.deepcopy(model)
+    return tried(work, example, find_groups(work, example, ignore=ignore, width=width)).groups

@@ -1,0 +1,56 @@
+"""One thread, a fixed seed, and `fingerprint`: what a call must leave as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jbrprune.guest import HOOK_TABLES
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Tests are tiny: a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fingerprint() -> Callable[[nn.Module], dict[str, Any]]:
+    """The function of the same name."""
+    return _fingerprint
+
+
+def _fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Everything of a user's that a call must not change; compare with ``==``."""
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    tensors = parameters | dict(model.named_buffers())
+    return {
+        "training": {name: module.training for name, module in modules.items()},
+        "hooks": {name: [list(getattr(module, table)) for table in HOOK_TABLES] for name, module in modules.items()},
+        "flags": {name: _flags(module) for name, module in modules.items()},
+        "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()},
+        "grad": {name: (id(p.grad), None if p.grad is None else _bits(p.grad)) for name, p in parameters.items()},
+        "objects": {name: (id(tensor), tensor.data_ptr(), tensor._version) for name, tensor in tensors.items()},
+        "values": {name: _bits(tensor) for name, tensor in tensors.items()},
+        "random": (_bits(torch.get_rng_state()), random.getstate(), str(np.random.get_state())),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+    }
+
+
+def _flags(module: nn.Module) -> dict[str, object]:
+    plain = bool | int | float | str | tuple | None
+    return {name: value for name, value in vars(module).items() if isinstance(value, plain)}
+
+
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
