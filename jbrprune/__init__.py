@@ -2,7 +2,7 @@
 from importlib.metadata import version
 
 from jbrprune.checkpoint import load
-from jbrprune.pruning import PruneResult, prune
+from jbrprune.pruning import PruneResult, prune, sweep
 from jbrprune.report import Report
 from jbrprune.scores import Scores
 from jbrprune.scoring import score
@@ -12,6 +12,7 @@ __version__ = version("jbrprune")
 __all__ = [
     # the one call
     "prune",
+    "sweep",
     "PruneResult",
     "Report",
     "load",

@@ -84,6 +84,8 @@ def iterate(data: object, *, batch_size: int = 32) -> Iterator[Batch]:
 
 def materialise(data: object, *, images: int | None, batch_size: int = 32) -> list[Batch]:
     """Read up to ``images`` images once and keep them on the CPU, in batches of ``batch_size``."""
+    if images is not None and images < 1:
+        raise DataError(f"The number of images must be at least 1, got {images}.")
     taken: list[Batch] = []
     missing = images
     for batch in iterate(data, batch_size=batch_size):
@@ -108,6 +110,9 @@ def rebatched(batches: Iterable[Batch], batch_size: int) -> list[Batch]:
 
 def concatenated(batches: list[Batch]) -> Batch:
     """All batches as one; labels and references only where every batch has them."""
+    shapes = sorted({tuple(batch.images.shape[1:]) for batch in batches})
+    if len(shapes) > 1:
+        raise DataError(f"Images of different shapes cannot be one batch: {shapes}. Resize them to one size first.")
     columns = zip(*(batch._tensors() for batch in batches), strict=True)
     joined = [None if any(t is None for t in column) else torch.cat(column) for column in columns]
     return Batch(*joined)  # type: ignore[arg-type]
@@ -178,9 +183,13 @@ def _value(item: Mapping[str, object], keys: tuple[str, ...], *, required: bool 
 
 
 def _labels(labels: object) -> Tensor | None:
+    """Class indices; None for anything else (captions, boxes, soft labels), which nothing here can use."""
     if labels is None:
         return None
-    tensor = torch.as_tensor(labels)
+    try:
+        tensor = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        return None
     return None if tensor.is_floating_point() else tensor
 
 
@@ -193,8 +202,11 @@ def _check(batch: Batch, number: int) -> None:
         )
     if len(images) == 0:
         raise DataError(f"Batch {number} is empty: shape {tuple(images.shape)}.")
-    if batch.labels is not None and len(batch.labels) != len(images):
-        raise DataError(f"Batch {number}: {len(images)} images but {len(batch.labels)} labels.")
+    if batch.labels is not None and batch.labels.shape != images.shape[:1]:
+        raise DataError(
+            f"Batch {number}: {len(images)} images but labels of shape {tuple(batch.labels.shape)}; expected one class "
+            "index per image."
+        )
     if not torch.isfinite(images).all():
         bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
         raise NonFiniteError(f"Batch {number}: image {bad} contains NaN or Inf. Check the transform that made it.")

@@ -54,9 +54,9 @@ class Budget:
         }
         return Account(terms[self.kind], groups, axis_widths(model, groups))
 
-    def schedule(self, steps: int | None) -> list[float]:
-        """Shares to reach, step by step, at equal distances; the last one is the budget's."""
+    def schedule(self, steps: int | None = None, *, start: float = 1.0) -> list[float]:
+        """Shares to reach, step by step, at equal distances from ``start``; the last one is the budget's."""
         if steps is not None and (isinstance(steps, bool) or steps < 1):
             raise BudgetError(f"steps must be at least 1, got {steps}.")
-        count = steps or math.ceil((1 - self.share) / STEP - 1e-9)
-        return [1 - (1 - self.share) * (i + 1) / count for i in range(count)]
+        count = steps or math.ceil((start - self.share) / STEP - 1e-9)
+        return [start - (start - self.share) * (i + 1) / count for i in range(count - 1)] + [self.share]

@@ -182,6 +182,19 @@ def load(
     return _filled(dense, description, state).to(device).eval()
 
 
+def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """See that `save` could write there, before anything expensive.
+
+    Raises:
+        CheckpointError: The target exists, is a file, or its parent cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    _check_target(target, overwrite)
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{target}: {parent} is not a directory that can be written. Choose another path.")
+
+
 def describe(path: str | os.PathLike[str]) -> Description:
     """What a saved model's JSON says, verified; the weights are not read.
 

@@ -8,8 +8,9 @@ it out.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,27 +30,52 @@ def count_macs(model: nn.Module, images: Tensor) -> dict[str, int]:
         images: ``[B, C, H, W]``; only the first image is used.
 
     Returns:
-        Own MACs by module; the name of the model itself is ``""``. Their sum is the model's total.
+        Own MACs by module, where there are any; the model itself is ``""``. Their sum is the model's total.
 
     Example:
         >>> import torch
         >>> sum(count_macs(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)), torch.zeros(1, 3, 5, 5)).values())
         300
     """
+    own = dict.fromkeys((name for name, _ in model.named_modules()), 0)
     counter = FlopCounterMode(display=False)
-    with guest.visiting(model), sdpa_kernel(SDPBackend.MATH), counter:
+    running: list[str] = []
+    counted = 0
+
+    def settle() -> None:
+        nonlocal counted
+        total = counter.get_total_flops() // 2
+        if running:
+            own[running[-1]] += total - counted
+        counted = total
+
+    def entering(name: str) -> guest.Hook:
+        def hook(*_: object) -> None:
+            settle()
+            running.append(name)
+
+        return hook
+
+    def leaving(*_: object) -> None:
+        settle()
+        running.pop()
+
+    before = {name: entering(name) for name in own}
+    with guest.visiting(model), guest.hooked(model, dict.fromkeys(own, leaving), before), _plain_attention(), counter:
         model(images[:1])
-    root = type(model).__name__
-    total = {
-        name.removeprefix(root).lstrip("."): sum(flops.values()) // 2
-        for name, flops in counter.get_flop_counts().items()
-        if name == root or name.startswith(root + ".")
-    }
-    own = dict(total)
-    for name, macs in total.items():
-        if name:
-            own[name.rpartition(".")[0]] -= macs
-    return own
+    return {name: macs for name, macs in own.items() if macs or not name}
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Fused kernels have no formula in the counter: compute attention by matrix products."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @dataclass(frozen=True)
@@ -82,7 +108,7 @@ def parameter_terms(model: nn.Module) -> list[Term]:
 
 def channel_terms(groups: Iterable[Group]) -> list[Term]:
     """The channels of all removable units, each unit counted by its width on the axis that names its group."""
-    return [Term(g.size * _naming_width(g), (g.members[0].axis,)) for g in groups]
+    return [Term(g.size * g.channels_per_unit()[g.members[0].axis], (_units(g),)) for g in groups]
 
 
 class Account:
@@ -95,11 +121,11 @@ class Account:
     """
 
     def __init__(self, terms: Sequence[Term], groups: Sequence[Group], full: Mapping[Axis, int]) -> None:
-        self._full = full
-        self._gone = dict.fromkeys(full, 0)
-        self._per_unit = {group.name: dict(group.channels_per_unit()) for group in groups}
-        self._terms = [Term(term.amount, tuple(axis for axis in term.axes if axis in full)) for term in terms]
-        of_axis: dict[Axis, set[int]] = {axis: set() for axis in full}
+        self._full = {**full, **{_units(group): group.size for group in groups}}
+        self._gone = dict.fromkeys(self._full, 0)
+        self._per_unit = {group.name: {**group.channels_per_unit(), _units(group): 1} for group in groups}
+        self._terms = [Term(term.amount, tuple(axis for axis in term.axes if axis in self._full)) for term in terms]
+        of_axis: dict[Axis, set[int]] = {axis: set() for axis in self._full}
         for number, term in enumerate(self._terms):
             for axis in term.axes:
                 of_axis[axis].add(number)
@@ -164,9 +190,10 @@ def _parameter_axes(name: str, module: nn.Module, own: str, parameter: Tensor) -
     if layers.channel_dim(module) is None:
         prefix = f"{name}." if name else ""
         return tuple((prefix + own, "param", dim) for dim in range(parameter.dim()))
-    mixes = layers.is_consumer(module) and not layers.is_grouped(module)
-    return ((name, "out", 0), (name, "in", 0)) if mixes and parameter.dim() > 1 else ((name, "out", 0),)
+    mixes = own == "weight" and layers.is_consumer(module) and not layers.is_grouped(module)
+    return ((name, "out", 0), (name, "in", 0)) if mixes else ((name, "out", 0),)
 
 
-def _naming_width(group: Group) -> int:
-    return group.channels_per_unit()[group.members[0].axis]
+def _units(group: Group) -> Axis:
+    """A name for the units of a group themselves; no tensor has this axis."""
+    return group.name, "units", 0  # type: ignore[return-value]

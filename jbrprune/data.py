@@ -166,7 +166,7 @@ class _Prepare:
 
     def __init__(self, model: nn.Module, *, labels: bool) -> None:
         config = data_config(model)
-        channels = cast("tuple[int, int, int]", config["input_size"])[0]
+        channels = config["input_size"][0]
         if channels not in _MODES:
             raise ModelError(
                 f"{type(model).__name__} takes images of {channels} channels, pictures have one of {sorted(_MODES)}. "
@@ -261,15 +261,20 @@ def _parts(item: object, keys: Sequence[str], position: int) -> list[object]:
 
 def _labels_fit(pictures: object, model: nn.Module) -> bool:
     """Whether class indices of these data can be class indices of the model: the same number of classes."""
-    readers = (pictures, getattr(pictures, "reader", None))
-    found = next((len(c) for r in readers for c in [getattr(r, "classes", getattr(r, "class_to_idx", None))] if c), None)
-    wanted = getattr(model, "num_classes", None)
+    found, wanted = _class_count(pictures), getattr(model, "num_classes", None)
     if found is None or wanted is None or found == wanted:
         return True
-    logger.warning(
-        "The data have %d classes and the model has %d: their labels mean something else and are not used.", found, wanted
-    )
+    logger.warning("%d classes of data, %d of the model: the labels mean something else, not used.", found, wanted)
     return False
+
+
+def _class_count(pictures: object) -> int | None:
+    """From ``classes`` (torchvision's data sets) or ``class_to_idx`` (timm's readers), where there is one."""
+    for place, name in ((pictures, "classes"), (getattr(pictures, "reader", None), "class_to_idx")):
+        classes = getattr(place, name, None)
+        if isinstance(classes, Sequence | Mapping) and classes:
+            return len(classes)
+    return None
 
 
 def _checked(folder: Path) -> Path:
@@ -300,7 +305,7 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """timm's order of class folders (2 before 10), made total."""
+    """Order of class folders in timm (2 before 10), made total."""
     return natural_key(name), name
 
 

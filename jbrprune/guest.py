@@ -106,11 +106,14 @@ HOOK_TABLES = (
 @contextlib.contextmanager
 def no_new_hooks(model: nn.Module) -> Iterator[None]:
     """Remove hooks that foreign code leaves behind when it raises."""
-    tables = [getattr(module, name) for module in model.modules() for name in HOOK_TABLES]
+    full = {module: module._is_full_backward_hook for module in model.modules()}
+    tables = [getattr(module, name) for module in full for name in HOOK_TABLES]
     before = [set(table) for table in tables]
     try:
         yield
     finally:
+        for module, flag in full.items():
+            module._is_full_backward_hook = flag
         for table, ids in zip(tables, before, strict=True):
             for key in set(table) - ids:
                 del table[key]
@@ -126,20 +129,27 @@ def same_randomness(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def visiting(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Eval mode, frozen (or all trainable) parameters, untouched ``.grad`` and random state.
+    """Eval mode, frozen (or all trainable) parameters, untouched ``.grad`` and random state, no autocast from outside.
 
     Activation checkpointing (``grad_checkpointing`` of timm) is off: it would run modules and their hooks twice.
     """
+    device = device_of(model)
     with (
         evaluating(model),
         requiring_grad(model, gradients),
         keeping_gradients(model) if gradients else contextlib.nullcontext(),
         switched_off(model, "grad_checkpointing"),
-        same_randomness(device_of(model)),
+        same_randomness(device),
+        _full_precision(device),
         torch.inference_mode(False),  # also leaves an inference mode around the call, where autograd is off
         torch.set_grad_enabled(gradients),
     ):
         yield
+
+
+def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def device_of(model: nn.Module) -> torch.device:

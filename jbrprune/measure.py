@@ -124,7 +124,7 @@ def predict(
     device = guest.device_of(model)
     logits = []
     with guest.visiting(model), _autocast(device, autocast_dtype):
-        for number, batch in enumerate(tqdm(batches, desc="predict", unit="batch", leave=False, disable=not progress)):
+        for number, batch in enumerate(tqdm(batches, desc="predict", unit="batch", leave=False, disable=None if progress else True)):
             images = batch.images.to(device, non_blocking=True)
             out = logits_of(model(images))
             if len(out) != len(images):

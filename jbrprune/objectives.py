@@ -35,7 +35,7 @@ class Target:
 def pseudo_label(logits: Tensor, target: Target) -> Tensor:
     """Cross-entropy against the dense model's own prediction: m = softmax(f) - onehot(argmax f_dense)."""
     _need_classes("pseudo_label", logits)
-    return F.cross_entropy(logits, target.reference.argmax(1), reduction="none")
+    return _cross_entropy(logits, target.reference.argmax(1))
 
 
 def predicted_logit(logits: Tensor, target: Target) -> Tensor:
@@ -64,7 +64,7 @@ def label(logits: Tensor, target: Target) -> Tensor:
             f"Labels must be [B] class indices with 0 <= label < {classes} (the model's classes), got shape "
             f"{list(labels.shape)} with values from {int(labels.min())} to {int(labels.max())}."
         )
-    return F.cross_entropy(logits, labels.long(), reduction="none")
+    return _cross_entropy(logits, labels.long())
 
 
 def projection(logits: Tensor, target: Target) -> Tensor:
@@ -86,6 +86,12 @@ OBJECTIVES: dict[str, Objective] = {
 def confident(reference: Tensor, threshold: float) -> Tensor:
     """``[B]`` samples whose largest dense probability exceeds the threshold (published code: 0.9)."""
     return reference.softmax(1).amax(1) > threshold
+
+
+def _cross_entropy(logits: Tensor, index: Tensor) -> Tensor:
+    """-log softmax, as log(1 + exp(others - own)): its gradient is exact where p - 1 would cancel (confident samples)."""
+    others = logits.scatter(1, index[:, None], -torch.inf).logsumexp(1)
+    return F.softplus(others - _at(logits, index), threshold=40)  # exp(-40) is nothing even in float64; no overflow
 
 
 def _need_classes(objective: str, logits: Tensor) -> None:

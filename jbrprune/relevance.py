@@ -105,7 +105,7 @@ def relevance_scores(
     skipped = 0
     for relevances, left_out in per_sample_relevances(
         model,
-        tqdm(iterate(data, batch_size=batch_size), "scoring", unit="batch", disable=not progress, leave=False),
+        tqdm(iterate(data, batch_size=batch_size), "scoring", unit="batch", disable=None if progress else True, leave=False),
         groups,
         objective=function,
         site=site,
@@ -181,7 +181,7 @@ def channel_means(
         for batch in iterate(data, batch_size=batch_size):
             visit.enter_context(guest.visiting(model))
             visit.enter_context(guest.hooked(model, forward_pre={name: record(name) for name in names}))
-            model(batch.to(device).map(_own).images)
+            model(batch.to(device).map(_own).images.clone())
             visit.close()
     return {name: totals[name] / counts[name] for name in totals}
 
@@ -426,11 +426,11 @@ def _relevances(
     tape.start(batch.images)
     logits = _recorded(model, batch.images, tape, question.autocast)
     _check_logits(model, batch, number, logits, question.autocast)
-    # A sample's scalar is formed in float32 at least: a cross-entropy of half precision loses confident samples.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     batch = batch if batch.reference is not None else replace(batch, reference=logits.detach())
     keep = confident(batch.reference, question.confidence) if question.confidence > 0 else None  # type: ignore[arg-type]
     with torch.enable_grad():
+        # A sample's scalar is formed in float32 at least: a cross-entropy of half precision loses confident samples.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = question.objective(logits, Target(batch.reference, batch.labels, question.generator))  # type: ignore[arg-type]
         loss = loss.sum() if keep is None else loss[keep].sum()
     if not loss.requires_grad:

@@ -153,10 +153,10 @@ def _drawn(group: Group, count: int, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def _difference(model: nn.Module, images: Tensor, groups: Sequence[Group], selection: Selection) -> float:
     """Largest difference between the logits of mask and removal, relative to the largest logit."""
-    with masked_units(model, groups, selection):
-        expected = logits_of(model(images))
     tensors = [*model.parameters(), *model.buffers()]
     smaller = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # shares what is not cut
     remove_units(smaller, groups, selection)
     got = logits_of(smaller(images))
+    with masked_units(model, groups, selection):
+        expected = logits_of(model(images))
     return float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))

@@ -31,8 +31,8 @@ from jbrprune.groups import Axis
 from jbrprune.measure import Agreement, agreement_on
 
 METHODS = ("batch_norm", "mean_shift", "least_squares")
-MOST_IMAGES = 256
-"""Repair images go through the model in one batch; more than this would cost memory for little."""
+MOST_VALUES = 256 * 3 * 224 * 224
+"""Repair images go through the model in one batch: as many as have this many values together."""
 ROWS = 4096
 """Output positions, over all images, that a least-squares problem looks at."""
 LARGEST_RATIO = 16.0
@@ -71,7 +71,7 @@ def dense_targets(model: nn.Module, batches: Sequence[Batch], consumers: Iterabl
 
     Args:
         model: The dense model; left as it was.
-        batches: The repair images; at most `MOST_IMAGES` are used.
+        batches: The repair images; as many as `MOST_VALUES` allows are used.
         consumers: Layers that may lose inputs.
         seed: Seeds the choice of output positions.
     """
@@ -129,7 +129,8 @@ def repaired(
         ridge: Ridge of ``least_squares``, relative to the mean square of the inputs.
 
     Returns:
-        What was kept: names joined by ``+``, or ``none``. Agreement on top-1 decides; among equals, the divergence.
+        What was kept: names joined by ``+``, or ``none``. The divergence KL(dense || repaired) decides: on a hundred
+        images it resolves differences that top-1 cannot.
     """
     images = _images(model, batches)
     original = _snapshot(model)
@@ -228,12 +229,13 @@ def _ridge_solution(a: Tensor, residual: Tensor, ridge: float) -> Tensor:
     return a.t() @ torch.cholesky_solve(residual.double(), factor).to(a)
 
 
-def _merit(agreement: Agreement) -> tuple[float, float]:
-    return agreement.top1, -agreement.kl
+def _merit(agreement: Agreement) -> float:
+    return -agreement.kl
 
 
 def _images(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    return torch.cat([batch.images for batch in batches])[:MOST_IMAGES].to(guest.device_of(model))
+    images = torch.cat([batch.images for batch in batches])
+    return images[: max(1, MOST_VALUES // images[0].numel())].to(guest.device_of(model))
 
 
 def _norms(model: nn.Module) -> list[str]:

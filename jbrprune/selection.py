@@ -37,9 +37,10 @@ class Floors:
 
     def of(self, group: Group, dense_size: int) -> int:
         """Units of a group that must stay."""
+        share = math.ceil(self.share * dense_size - 1e-9)
         if group.kind in ("head", "group"):
-            return max(1, math.ceil(self.share * dense_size))
-        least = max(1, math.ceil(self.share * dense_size), min(self.channels, dense_size))
+            return max(1, share)
+        least = max(1, share, min(self.channels, dense_size))
         return min(dense_size, math.ceil(least / self.round_to) * self.round_to)
 
 

@@ -11,6 +11,7 @@ import fnmatch
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch_pruning._helpers import _HybridIndex
+from torch_pruning.dependency.index_mapping import update_split_index_mapping
 
 from jbrprune import architectures, guest, layers
 from jbrprune.errors import ArgumentError, UnsupportedModelError
@@ -83,10 +85,18 @@ def layer_groups(model: nn.Module, *, ignore: Sequence[str] = ()) -> tuple[Group
 
     For scoring layer by layer, of any module whatever its graph; not for removal. Names are
     ``<layer>:in`` and ``<layer>:out``.
+
+    Args:
+        model: The model.
+        ignore: Globs of module names that are left out (a name covers its submodules).
+
+    Raises:
+        ArgumentError: A glob in ``ignore`` matches no module.
     """
+    ignored = _ignored(model, ignore)
     groups = []
     for name, module in model.named_modules():
-        if layers.channel_dim(module) is None or not layers.has_parameters(module):
+        if name in ignored or layers.channel_dim(module) is None or not layers.has_parameters(module):
             continue
         widths = {"out": layers.out_channels(module)}
         if layers.is_consumer(module):
@@ -118,26 +128,55 @@ class _Atoms:
         self.edges.append((one, other))
 
     def components(self) -> np.ndarray:
+        """``[total]`` which atoms are connected: the same number, the same component."""
+        if not self.edges:
+            return np.arange(self.total)
         one, other = (np.concatenate(side) for side in zip(*self.edges, strict=True))
         matrix = coo_array((np.ones(len(one), dtype=np.int8), (one, other)), shape=(self.total, self.total))
         return connected_components(matrix, directed=False)[1]
 
 
 def _trace(model: nn.Module, images: Tensor) -> tp.DependencyGraph:
-    inputs = images.detach()
-    with guest.evaluating(model), guest.requiring_grad(model, True), guest.no_new_hooks(model), torch.enable_grad():
+    runs = False
+
+    def forward(model: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        nonlocal runs
+        logits = logits_of(model(*inputs))
+        runs = True
+        return logits
+
+    with guest.visiting(model, gradients=True), guest.no_new_hooks(model):
         try:
-            return tp.DependencyGraph().build_dependency(
-                model,
-                example_inputs=(inputs,),
-                forward_fn=lambda m, x: logits_of(m(*x)),
-                verbose=False,
+            graph = tp.DependencyGraph().build_dependency(
+                model, example_inputs=(images.detach().clone(),), forward_fn=forward, verbose=False
             )
         except Exception as error:
+            advice = (
+                "The model runs, but torch-pruning does not understand its operations: it cannot be pruned."
+                if runs
+                else "Check that the model runs on this input."
+            )
             raise UnsupportedModelError(
                 f"The dependency graph of {type(model).__name__} cannot be traced with an input of shape "
-                f"{tuple(inputs.shape)}: {type(error).__name__}: {error}. Check that the model runs on this input."
+                f"{tuple(images.shape)}: {type(error).__name__}: {error}. {advice}"
             ) from error
+    _map_splits(graph)
+    return graph
+
+
+def _map_splits(graph: tp.DependencyGraph) -> None:
+    """Map the channels of splits along the last dimension, as in gated MLPs.
+
+    torch-pruning leaves out every split behind a three-dimensional parameter, because it cannot tell a split of
+    tokens (behind a position embedding) from one of channels.
+    """
+    for node in graph.module2node.values():
+        sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+        if node.type != tp.ops.OPTYPE.SPLIT or node.enable_index_mapping or len(sizes) != 3:
+            continue
+        if node.grad_fn._saved_dim > 2:  # a negative number, stored without sign
+            node.enable_index_mapping = True
+            update_split_index_mapping(graph, node)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,12 +188,14 @@ class _Reached:
         width: Width of that axis.
         channel: ``[p]`` channels there.
         root: ``[p]`` the root's channel that takes each of them along.
+        whole: These are all channels of a producer, each under its own number.
     """
 
     axis: Axis
     width: int
     channel: np.ndarray
     root: np.ndarray
+    whole: bool
 
 
 class _Lost(Exception):  # noqa: N818 - a signal, not an error
@@ -165,14 +206,17 @@ def _add_graph(atoms: _Atoms, graph: tp.DependencyGraph, model: nn.Module, owned
     """Add the couplings torch-pruning sees; return the axes that must stay, and why."""
     atlas = _Atlas(graph, model)
     stays: dict[Axis, str] = {}
+    covered = set(owned)
     for root in atlas.roots():
         axis: Axis = (atlas.names[root], "out", 0)
         width = layers.out_channels(root)
-        if axis in owned or width is None:
+        if axis in covered or width is None:
             continue
         first = atoms.add(axis, width)
         places, why = _places(atlas, root, width)
         for place in places:
+            if place.whole:  # what can be reached from there has been reached from here
+                covered.add(place.axis)
             if place.axis not in owned:
                 start = atoms.add(place.axis, place.width)
                 atoms.join(first + place.root, start + place.channel)
@@ -240,7 +284,9 @@ def _places(atlas: _Atlas, root: nn.Module, width: int) -> tuple[list[_Reached],
             if channel.max() * times >= full:
                 channel, source = (side[channel * times < full] for side in (channel, source))
                 reason = reason or f"the dependency graph does not follow its channels to {axis[0]}"
-            places.append(_Reached(axis, full, channel * times, source))
+            out = times == 1 and atlas.graph.is_out_channel_pruning_fn(dependency.handler)
+            whole = out and len(channel) == full and np.array_equal(channel, source)
+            places.append(_Reached(axis, full, channel * times, source, whole))
     except _Lost:
         reason = reason or "the dependency graph does not follow its channels"
     return places, reason
@@ -267,15 +313,17 @@ def _followed(atlas: _Atlas, root: nn.Module, width: int) -> Iterator[_Step]:
             if not dependency.is_triggered_by(done.handler):
                 continue
             there, origin = _mapped(dependency, channel, source)
-            if len(there) and there.max() > 2 * atlas.widest:
-                raise _Lost
-            pairs, known = there * width + origin, seen.get((dependency.target, dependency.handler))
+            key, pairs = (dependency.target, dependency.handler), there * width + origin
+            known = seen.get(key)
             if known is not None:
+                if np.array_equal(pairs, known):
+                    continue
                 new = ~np.isin(pairs, known)
                 pairs, there, origin = pairs[new], there[new], origin[new]
             if len(pairs):
-                key = (dependency.target, dependency.handler)
                 seen[key] = pairs if known is None else np.concatenate([known, pairs])
+                if there.max() >= 2 * atlas.widest or len(seen[key]) > 4 * atlas.widest:
+                    raise _Lost  # as in a product of features that is reshaped, there is no end to it
                 waiting.append((dependency, there, origin))
 
 
@@ -326,34 +374,55 @@ def _join_parts(atoms: _Atoms, axis: Axis, width: int, parts: int) -> np.ndarray
 
 
 def _grouped(model: nn.Module, atoms: _Atoms, fixed: dict[Axis, str], width: bool) -> Found:
-    component = atoms.components()
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    on_axes: dict[int, dict[Axis, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for axis, first in atoms.axes.items():
-        for channel, label in enumerate(component[first : first + atoms.widths[axis]]):
-            on_axes[int(label)][axis].append(channel)
-    alike: dict[tuple, list[dict[Axis, list[int]]]] = defaultdict(list)
-    for places in on_axes.values():
-        alike[tuple(sorted((axis, len(channels)) for axis, channels in places.items()))].append(places)
     kept: dict[str, str] = {}
-    groups: list[Group] = []
-    for signature, units in alike.items():
-        axes = [axis for axis, _ in signature]
-        name = _group_name(axes, order)
-        reason = _reason_to_keep(model, axes, units, fixed, width)
+    groups: dict[str, Group] = {}
+    for channels in _alike(atoms):
+        name, axes = _named(list(channels), order)
+        reason = _reason_to_keep(model, axes, len(channels[axes[0]]), fixed, width)
         if reason:
             kept.setdefault(name, reason)
             continue
-        while any(group.name == name for group in groups):
+        while name in groups:
             name += "'"
-        groups.append(_group(model, name, axes, units))
-    groups.sort(key=lambda group: order.get(group.name.rstrip("'"), len(order)))
-    return Found(tuple(groups), {name: kept[name] for name in sorted(kept, key=lambda n: order.get(n, len(order)))})
+        groups[name] = _group(model, name, {axis: channels[axis] for axis in axes})
+
+    def place(name: str) -> int:
+        return order.get(name.rstrip("'"), len(order))
+
+    return Found(
+        tuple(groups[name] for name in sorted(groups, key=place)), {name: kept[name] for name in sorted(kept, key=place)}
+    )
 
 
-def _reason_to_keep(
-    model: nn.Module, axes: list[Axis], units: list, fixed: dict[Axis, str], width: bool
-) -> str | None:
+def _alike(atoms: _Atoms) -> list[dict[Axis, np.ndarray]]:
+    """Components that own equally many channels on the same axes: axis -> ``[units, n]`` channels."""
+    axes = list(atoms.axes)
+    widths = np.array([atoms.widths[axis] for axis in axes], dtype=np.int64)
+    axis, channel = np.repeat(np.arange(len(axes)), widths), np.concatenate([np.arange(0), *map(np.arange, widths)])
+    component = atoms.components()
+    order = np.lexsort((axis, component))  # stable: channels stay ascending
+    axis, channel, component = axis[order], channel[order], component[order]
+    starts = np.flatnonzero(np.diff(component * len(axes) + axis, prepend=-1))  # of a component's channels on one axis
+    counts = np.diff(starts, append=len(axis))
+    units: dict[tuple, list[np.ndarray]] = defaultdict(list)
+    for runs in np.split(np.arange(len(starts)), np.flatnonzero(np.diff(component[starts])) + 1):
+        if len(runs):
+            units[tuple(axis[starts[runs]]), tuple(counts[runs])].append(starts[runs])
+    return [
+        {axes[a]: channel[np.stack(first)[:, i, None] + np.arange(n)] for i, (a, n) in enumerate(zip(*key, strict=True))}
+        for key, first in units.items()
+    ]
+
+
+def _named(axes: list[Axis], order: dict[str, int]) -> tuple[str, list[Axis]]:
+    """The name of a group, then its axes: the one that names it first, the others as in the model."""
+    sides = {side: rank for rank, side in enumerate(("heads", "out", "in", "param"))}
+    first, *others = sorted(axes, key=lambda axis: (sides[axis[1]], order.get(axis[0], len(order)), axis))
+    return first[0], [first, *sorted(others, key=lambda axis: (order.get(_module_name(axis), len(order)), axis))]
+
+
+def _reason_to_keep(model: nn.Module, axes: list[Axis], units: int, fixed: dict[Axis, str], width: bool) -> str | None:
     for axis in axes:
         if axis in fixed:
             return fixed[axis]
@@ -361,45 +430,37 @@ def _reason_to_keep(
         return "no layer that could shrink reads it"
     if not any(side == "out" and layers.is_consumer(model.get_submodule(name)) for name, side, _ in axes):
         return "no layer that could shrink produces it"
-    if len(units) < 2:
+    if units < 2:
         return "its channels can only go all together"
     if not width and _normalised(model, axes):
         return "a LayerNorm normalises over it; pass width=True to offer it"
     return None
 
 
-def _normalised(model: nn.Module, axes: list[Axis]) -> bool:
-    return any(side == "out" and _is_layer_norm(model.get_submodule(name)) for name, side, _ in axes)
+def _normalised(model: nn.Module, axes: Iterable[Axis]) -> bool:
+    return any(side == "out" and hasattr(model.get_submodule(name), "normalized_shape") for name, side, _ in axes)
 
 
-def _is_layer_norm(module: nn.Module) -> bool:
-    return hasattr(module, "normalized_shape")
-
-
-def _group(model: nn.Module, name: str, axes: list[Axis], units: list[dict[Axis, list[int]]]) -> Group:
-    units = sorted(units, key=lambda places: min(places[axes[0]]))
+def _group(model: nn.Module, name: str, channels: dict[Axis, np.ndarray]) -> Group:
+    """A group of units that are in the order of their first channels on the axis that names the group."""
+    first = next(iter(channels.values()))
+    units = np.argsort(first[:, 0], kind="stable")
     members = []
-    for axis in axes:
-        channel = torch.tensor([c for places in units for c in places[axis]])
-        unit = torch.tensor([u for u, places in enumerate(units) for _ in places[axis]])
+    for axis, table in channels.items():
+        channel = torch.from_numpy(table[units].flatten())
+        unit = torch.arange(len(units)).repeat_interleave(table.shape[1])
         ascending = channel.argsort()
         members.append(Member(axis, channel[ascending], unit[ascending]))
-    kind = "channel"
-    if any(side == "heads" for _, side, _ in axes):
-        kind = "head"
-    elif _normalised(model, axes):
-        kind = "width"
-    elif max(len(places[axes[0]]) for places in units) > 1 and any(
-        side != "param" and layers.is_grouped(model.get_submodule(n)) for n, side, _ in axes
-    ):
-        kind = "group"
-    return Group(name, kind, len(units), tuple(members))  # type: ignore[arg-type]
+    return Group(name, _kind(model, channels), len(units), tuple(members))
 
 
-def _group_name(axes: list[Axis], order: dict[str, int]) -> str:
-    heads = [name for name, side, _ in axes if side == "heads"]
-    producers = heads or [name for name, side, _ in axes if side == "out"] or [name for name, _, _ in axes]
-    return min(producers, key=lambda name: order.get(name, len(order)))
+def _kind(model: nn.Module, channels: dict[Axis, np.ndarray]) -> Literal["channel", "head", "group", "width"]:
+    if any(side == "heads" for _, side, _ in channels):
+        return "head"
+    if _normalised(model, channels):
+        return "width"
+    grouped = [side != "param" and layers.is_grouped(model.get_submodule(name)) for name, side, _ in channels]
+    return "group" if any(grouped) else "channel"
 
 
 def _module_name(axis: Axis) -> str:

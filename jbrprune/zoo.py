@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -47,9 +48,7 @@ class Recipe:
     arguments: dict[str, object] = field(default_factory=dict)
 
 
-def create(
-    name: str, *, pretrained: bool = True, checkpoint: str | Path | None = None, **arguments: object
-) -> nn.Module:
+def create(name: str, *, pretrained: bool = True, checkpoint: str | Path | None = None, **arguments: Any) -> nn.Module:
     """Make a timm model with pretrained weights, weights from a local file, or random weights.
 
     Args:
@@ -75,7 +74,7 @@ def create(
     _check_name(name)
     fetch = pretrained and checkpoint is None
     try:
-        model = timm.create_model(name, pretrained=fetch, **arguments)  # type: ignore[arg-type]
+        model = timm.create_model(name, pretrained=fetch, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise ArgumentError(f"timm cannot make {name!r} with {_shown(arguments)}: {_first_line(error)}.") from error
     except _FETCHING_FAILED as error:
@@ -149,8 +148,8 @@ def build(recipe: Recipe) -> nn.Module:
     Raises:
         ArgumentError: This timm does not know the name or an argument.
     """
-    arguments = {key: _tuples(value) for key, value in recipe.arguments.items()}
-    return create(recipe.name, pretrained=False, **arguments)
+    arguments = cast("dict[str, Any]", _tuples(recipe.arguments))
+    return create(recipe.name, pretrained=False, checkpoint=None, **arguments)
 
 
 def image_size(model: nn.Module) -> tuple[int, int, int] | None:
@@ -166,11 +165,11 @@ def image_size(model: nn.Module) -> tuple[int, int, int] | None:
     cfg = _config(model)
     if not cfg.get("input_size"):
         return None
-    height, width = _spatial(model) or tuple(cfg["input_size"])[-2:]  # type: ignore[call-overload]
+    height, width = _spatial(model) or _stored_size(cfg)[1:]
     return _channels(model), height, width
 
 
-def data_config(model: nn.Module) -> dict[str, object]:
+def data_config(model: nn.Module) -> dict[str, Any]:
     """Preprocessing for a timm model, as keyword arguments of ``timm.data.create_transform``.
 
     timm's, with the image size the model wants now. Where the number of channels is not that of timm's mean and
@@ -231,7 +230,8 @@ def _read(path: Path) -> object:
             "its weights to a .safetensors file where the file was made, and pass that."
         ) from error
     except (OSError, RuntimeError, EOFError, LookupError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as weights ({type(error).__name__}): {_first_line(error)}.") from error
+        what = f"{type(error).__name__}: {_first_line(error)}"
+        raise CheckpointError(f"{path} cannot be read as weights ({what}).") from error
 
 
 def _blocked(error: BaseException) -> str:
@@ -276,6 +276,10 @@ def _lacks_counters(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
 def _config(model: nn.Module) -> Mapping[str, object]:
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     return cfg if isinstance(cfg, Mapping) else {}
+
+
+def _stored_size(cfg: Mapping[str, object]) -> tuple[int, int, int]:
+    return cast("tuple[int, int, int]", tuple(cast("Iterable[int]", cfg.get("input_size") or (3, 224, 224))))
 
 
 def _full_name(cfg: Mapping[str, object]) -> str:
@@ -325,15 +329,14 @@ def _channels(model: nn.Module) -> int:
     cfg = _config(model)
     known = getattr(model, "in_chans", None)
     conv = _first_convolution(model, cfg)
-    if conv is None:
-        return known if isinstance(known, int) else int(tuple(cfg.get("input_size") or (3,))[0])  # type: ignore[arg-type]
-    folded = isinstance(known, int) and conv.in_channels in (4 * known, 16 * known)
-    return known if folded else conv.in_channels  # type: ignore[return-value]
+    if isinstance(known, int) and (conv is None or conv.in_channels in (4 * known, 16 * known)):
+        return known
+    return conv.in_channels if conv is not None else _stored_size(cfg)[0]
 
 
 def _first_convolution(model: nn.Module, cfg: Mapping[str, object]) -> nn.Conv2d | None:
     names = cfg.get("first_conv") or ()
-    name = names if isinstance(names, str) else next(iter(names), None)  # type: ignore[call-overload]
+    name = names if isinstance(names, str) else next(iter(cast("Iterable[str]", names)), None)
     module = dict(model.named_modules()).get(name) if name else None
     return module if isinstance(module, nn.Conv2d) else None
 
@@ -353,6 +356,8 @@ def _spatial(model: nn.Module) -> tuple[int, int] | None:
 
 
 def _tuples(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 

@@ -308,7 +308,6 @@ MODELS: dict[str, tuple[str, dict, int]] = {
     "resnet18": ("resnet18", {}, 32),
     "resnet26": ("resnet26", {}, 32),
     "resnext": ("resnext26ts", {}, 32),
-    "vgg": ("vgg11", {"img_size": None}, 32),
     "efficientnet_lite0": ("efficientnet_lite0", {}, 32),
     "mobilenetv3": ("mobilenetv3_small_050", {}, 32),
     "regnety": ("regnety_002", {}, 32),
@@ -322,7 +321,6 @@ MODELS: dict[str, tuple[str, dict, int]] = {
 def timm_model(case: str) -> tuple[nn.Module, Tensor]:
     """A whole timm model, generic parameters, and 3 images that fit it."""
     name, options, size = MODELS[case]
-    options = {key: value for key, value in options.items() if value is not None}
     torch.manual_seed(0)
     return randomised(timm.create_model(name, num_classes=CLASSES, **options)), images(3, size)
 

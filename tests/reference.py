@@ -37,22 +37,29 @@ def directions(objective: str, logits: Tensor, labels: Tensor | None = None, sig
         elif objective == "margin":
             m[i, ranking[0]], m[i, ranking[1]] = 1, -1
         elif objective == "pseudo_label":
-            m[i] = p
-            m[i, ranking[0]] -= 1
+            m[i] = _cross_entropy(p, ranking[0])
         elif objective == "label":
             assert labels is not None
-            m[i] = p
-            m[i, labels[i]] -= 1
+            m[i] = _cross_entropy(p, int(labels[i]))
         else:
             assert objective == "projection" and signs is not None
             m[i] = signs[i]
     return m
 
 
+def _cross_entropy(p: Tensor, target: int) -> Tensor:
+    """p - onehot(target), without the cancellation of p[target] - 1."""
+    m = p.clone()
+    m[target] = -sum(p[k] for k in range(len(p)) if k != target)
+    return m
+
+
 def signs(n: int, classes: int, seed: int) -> Tensor:
     """``[n, classes]`` the signs of ``projection``, drawn one sample at a time."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.randint(0, 2, (1, classes), generator=generator, dtype=torch.int8) for _ in range(n)]) * 2 - 1
+    return (
+        torch.cat([torch.randint(0, 2, (1, classes), generator=generator, dtype=torch.int8) for _ in range(n)]) * 2 - 1
+    )
 
 
 def mean_replaced(model: nn.Module, images: Tensor, groups: Sequence[Group], m: Tensor) -> dict[str, Tensor]:
@@ -117,8 +124,7 @@ def _of_group(model: nn.Module, group: Group, products: dict[str, Tensor], site:
 
 
 def _gather(total: Tensor, member: Member, by_channel: Tensor) -> None:
-    for channel, unit in zip(member.channel.tolist(), member.unit.tolist(), strict=True):
-        total[unit] += by_channel[channel]
+    total.index_add_(0, member.unit, by_channel[member.channel])
 
 
 def _by_channel(module: nn.Module, name: str, side: str, products: dict[str, Tensor]) -> Tensor:
@@ -132,12 +138,7 @@ def _by_channel(module: nn.Module, name: str, side: str, products: dict[str, Ten
         weight = torch.cat([block.transpose(0, 1) for block in weight.chunk(parts)])
     if side == "out":
         return weight.sum((1, 2)) + own.get("bias", 0)
-    per_part = weight.shape[1]
-    total = torch.zeros(per_part * parts, dtype=weight.dtype)
-    for c in range(len(total)):
-        block = weight.chunk(parts)[c // per_part]
-        total[c] = block[:, c % per_part].sum()
-    return total
+    return torch.cat([block.sum((0, 2)) for block in weight.chunk(parts)])
 
 
 def _is_conv(module: nn.Module) -> bool:

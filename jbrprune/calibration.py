@@ -1,0 +1,117 @@
+"""Calibration images: read once, seen once by the dense model, and split by what they are for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from jbrprune import data as loading
+from jbrprune import guest, zoo
+from jbrprune.batches import Batch, concatenated, materialise, rebatched, with_reference
+from jbrprune.errors import ArgumentError, DataError
+from jbrprune.measure import predict
+
+FEWEST_TO_HOLD_BACK = 10
+"""With fewer images nothing is held back, so nothing is repaired and no agreement is measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Calibration images with the dense model's logits, by what they are for.
+
+    Attributes:
+        score: Units are scored on these (``repair`` and ``gate`` together).
+        repair: The repair is fitted on these.
+        gate: A repair is kept only if it helps on these.
+        heldout: Agreement is reported on these, which are used for nothing else.
+        described: Which images the held-out ones are.
+    """
+
+    score: list[Batch]
+    repair: list[Batch]
+    gate: list[Batch]
+    heldout: list[Batch]
+    described: str
+
+
+def calibration(
+    model: nn.Module,
+    data: object,
+    *,
+    images: int | None,
+    eval_data: object = None,
+    eval_images: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = False,
+) -> Calibration:
+    """Read the images, let the dense model look at them, and split them at random.
+
+    A fifth is held out for the report, unless ``eval_data`` is given; another fifth gates the repair.
+
+    Args:
+        model: The dense model.
+        data: As for `jbrprune.prune`.
+        images: Images to read; None: all.
+        eval_data: Images to report the agreement on.
+        eval_images: Images to read from ``eval_data``; None: all.
+        batch_size: Images per pass.
+        seed: Seeds the split.
+        progress: Show a progress bar.
+
+    Raises:
+        ArgumentError: A number of images below 1.
+        DataError: The images cannot be used, or the model does not run on them.
+        NonFiniteError: NaN or Inf in images or logits.
+    """
+    for what, number in (("images", images), ("eval_images", eval_images)):
+        if number is not None and number < 1:
+            raise ArgumentError(f"{what} must be at least 1, got {number}.")
+    whole = _read(model, data, images, batch_size, progress)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    whole = whole.map(lambda tensor: tensor[order])
+    fifth = len(whole) // 5 if len(whole) >= FEWEST_TO_HOLD_BACK else 0
+    if eval_data is None:
+        heldout, described = _part(whole, 0, fifth), f"{fifth} calibration images that were used for nothing else"
+        whole = _part(whole, fifth, len(whole))
+    else:
+        heldout = _read(model, eval_data, eval_images, batch_size, progress)
+        described = f"{len(heldout)} images of eval_data"
+    cut = len(whole) - fifth
+    score, repair, gate, rest = (
+        rebatched([part], batch_size) if len(part) else []
+        for part in (whole, _part(whole, 0, cut), _part(whole, cut, len(whole)), heldout)
+    )
+    return Calibration(score, repair, gate, rest, described)
+
+
+def _part(batch: Batch, start: int, stop: int) -> Batch:
+    return batch.map(lambda tensor: tensor[start:stop])
+
+
+def _read(model: nn.Module, data: object, images: int | None, batch_size: int, progress: bool) -> Batch:
+    """Images in the model's precision, with the dense model's logits."""
+    opened = loading.open_data(data, model, batch_size=batch_size)
+    batches = materialise(opened, images=images, batch_size=batch_size)
+    parameter = guest.first_tensor(model)
+    if parameter is not None:
+        batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
+    _check_runs(model, batches[0].images)
+    return concatenated(with_reference(batches, predict(model, batches, progress=progress)))
+
+
+def _check_runs(model: nn.Module, images: Tensor) -> None:
+    """The model accepts these images."""
+    size = zoo.image_size(model)
+    wanted = f" It was made for {' x '.join(map(str, size))} (channels, height, width)." if size else ""
+    if size and images.shape[1] != size[0]:
+        raise DataError(f"The images have {images.shape[1]} channels, shape {tuple(images.shape)}.{wanted}")
+    try:
+        with guest.visiting(model):
+            model(images[:1].to(guest.device_of(model)))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{type(model).__name__} does not run on images of shape {tuple(images.shape)}: {error}.{wanted}"
+        ) from error

@@ -1,0 +1,296 @@
+"""One run: score, select, remove, repair, until the budget is met."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jbrprune import guest, layers
+from jbrprune.batches import Batch, count
+from jbrprune.budget import Budget
+from jbrprune.calibration import FEWEST_TO_HOLD_BACK, Calibration
+from jbrprune.cost import axis_widths, count_macs
+from jbrprune.errors import BudgetError
+from jbrprune.groups import Axis, Group, Selection, removed_channels
+from jbrprune.measure import Agreement, agreement_on, bytes_of, latency, parameters_of
+from jbrprune.relevance import relevance_scores
+from jbrprune.removal import remove_units, tried
+from jbrprune.repair import Targets, dense_targets, repaired
+from jbrprune.report import LayerRow, Report, Size, StepRow
+from jbrprune.selection import Floors, reachable, select
+from jbrprune.units import Found, find_groups
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to prune; see the arguments of `jbrprune.prune`.
+
+    Attributes:
+        budget: What is to be reached in the end.
+        stops: Shares of the budget's kind at which a model is handed over, falling; the last is the budget's.
+        steps: Steps to each stop; None: one for every 5 % of the dense cost.
+    """
+
+    budget: Budget
+    stops: tuple[float, ...]
+    steps: int | None
+    repair: tuple[str, ...]
+    objective: str
+    site: str
+    statistic: str
+    batch: int
+    confidence: float
+    ignore: tuple[str, ...]
+    width: bool
+    floors: Floors
+    ridge: float
+    batch_size: int
+    seed: int
+    autocast: torch.dtype | None
+    measure_latency: bool
+    progress: bool
+
+    def schedule(self) -> list[float]:
+        """Shares to reach, step by step."""
+        starts = (1.0, *self.stops[:-1])
+        legs = (replace(self.budget, share=stop).schedule(self.steps, start=start) for start, stop in zip(starts, self.stops))
+        return [share for leg in legs for share in leg]
+
+    def described(self) -> dict[str, object]:
+        """What of it belongs into a report."""
+        names = ["objective", "site", "statistic", "confidence", "width", "ridge"]
+        names += ["batch"] if self.statistic == "batched" else []
+        shown = {name: getattr(self, name) for name in names} | asdict(self.floors)
+        return shown | {"repair": list(self.repair), "ignore": list(self.ignore)}
+
+
+@dataclass(eq=False)
+class State:
+    """The model on its way.
+
+    Attributes:
+        model: Shrinks.
+        example: Two images on the model's device.
+        found: The units of the dense model.
+        groups: The units that are left.
+        full: Axis -> width in the dense model.
+        kept: Axis -> channels of the dense model that are left.
+        dense_sizes: Group -> units in the dense model.
+        whole: Cost of the dense model in the unit of the budget.
+        targets: What repairs aim at.
+        seconds: Part of the work -> time spent.
+    """
+
+    model: nn.Module
+    example: Tensor
+    found: Found
+    groups: tuple[Group, ...]
+    full: dict[Axis, int]
+    kept: dict[Axis, Tensor]
+    dense_sizes: dict[str, int]
+    whole: float
+    targets: Targets | None = None
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of the block to a part of the work."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+    def remove(self, selection: Selection) -> None:
+        """Remove units, and remember which channels of the dense model are left."""
+        for axis, gone in removed_channels(self.groups, selection).items():
+            stays = torch.ones(len(self.kept[axis]), dtype=torch.bool)
+            stays[gone] = False
+            self.kept[axis] = self.kept[axis][stays]
+        self.groups = remove_units(self.model, self.groups, selection)
+
+
+def run(dense: nn.Module, images: Calibration, settings: Settings, name: str) -> Iterator[tuple[nn.Module, Report]]:
+    """Prune a copy of the dense model; yield it with a report at every stop.
+
+    The model that is yielded is the one that shrinks further when the next is asked for: copy it.
+
+    Args:
+        dense: The dense model, in eval mode; left as it was.
+        images: What to score, repair and report on.
+        settings: How to prune.
+        name: What to call the model in reports.
+
+    Raises:
+        BudgetError: The budget lies below what the floors allow.
+        UnsupportedModelError: Nothing can be removed safely.
+    """
+    began = time.perf_counter()
+    state = start(dense, images, settings)
+    size = _size(dense, state.example, settings.measure_latency)
+    rows: list[StepRow] = []
+    for number, share in enumerate(tqdm(settings.schedule(), "pruning", unit="step", disable=None if settings.progress else True, leave=False), 1):
+        rows.append(_step(state, images, settings, number, share))
+        if share in settings.stops:
+            seconds = {**state.seconds, "total": time.perf_counter() - began}
+            yield state.model, _report(name, size, state, images, settings, rows, seconds)
+
+
+def start(dense: nn.Module, images: Calibration, settings: Settings) -> State:
+    """Find the units, see that the budget can be reached, and record what repairs aim at."""
+    work = copy.deepcopy(dense)
+    example = images.score[0].images
+    example = (example if len(example) > 1 else example.repeat(2, 1, 1, 1))[:2].to(guest.device_of(dense))
+    clock = time.perf_counter()
+    found = tried(work, example, find_groups(work, example, ignore=settings.ignore, width=settings.width), seed=settings.seed)
+    dense_sizes = {group.name: group.size for group in found.groups}
+    account = settings.budget.account(work, example, found.groups)
+    whole = account.total
+    _check_reachable(settings, reachable(found.groups, account, settings.floors, dense_sizes) / whole)
+    full = axis_widths(work, found.groups)
+    state = State(work, example, found, found.groups, full, {axis: torch.arange(n) for axis, n in full.items()}, dense_sizes, whole)
+    state.seconds["units"] = time.perf_counter() - clock
+    if settings.repair and images.gate:
+        with state.timed("repair"):
+            state.targets = dense_targets(dense, images.repair, [axis[0] for axis in full if axis[1] == "in"])
+    return state
+
+
+def _check_reachable(settings: Settings, least: float) -> None:
+    budget = settings.budget
+    if least > budget.share:
+        raise BudgetError(
+            f"{budget.kind}={budget.share} cannot be reached: with every group at its floor {least:.3f} of the dense "
+            f"model's {budget.kind} are left. Ask for at least {least + 0.001:.3f}, lower floor= or min_channels=, or ignore less."
+        )
+
+
+def _step(state: State, images: Calibration, settings: Settings, number: int, share: float) -> StepRow:
+    """Score, select, remove, repair."""
+    clock = time.perf_counter()
+    with state.timed("scoring"):
+        scores = relevance_scores(
+            state.model,
+            images.score,
+            state.groups,
+            objective=settings.objective,
+            site=settings.site,
+            statistic=settings.statistic,
+            batch=settings.batch,
+            confidence=settings.confidence,
+            autocast=settings.autocast,
+            seed=settings.seed + number,
+            progress=settings.progress,
+        )
+    with state.timed("selection"):
+        account = settings.budget.account(state.model, state.example, state.groups)
+        selection = select(
+            scores.values(),
+            state.groups,
+            account,
+            share * state.whole,
+            floors=settings.floors,
+            dense_sizes=state.dense_sizes,
+            per_cost=settings.budget.per_cost,
+        )
+    with state.timed("removal"):
+        state.remove(selection)
+    with state.timed("evaluation"):
+        before = _agreement(state.model, images.heldout)
+    with state.timed("repair"):
+        kept = "none"
+        if state.targets is not None:
+            kept = repaired(state.model, images.repair, images.gate, state.targets, state.kept, settings.repair, ridge=settings.ridge)
+    with state.timed("evaluation"):
+        after = before if kept == "none" else _agreement(state.model, images.heldout)
+    macs = sum(count_macs(state.model, state.example).values())
+    log.info("step %d: %s", number, after)
+    return StepRow(number, share, macs, parameters_of(state.model), time.perf_counter() - clock, before, after, kept)
+
+
+def _agreement(model: nn.Module, batches: list[Batch]) -> Agreement | None:
+    return agreement_on(model, batches) if batches else None
+
+
+def _report(
+    name: str,
+    dense: Size,
+    state: State,
+    images: Calibration,
+    settings: Settings,
+    rows: Sequence[StepRow],
+    seconds: dict[str, float],
+) -> Report:
+    last = rows[-1]
+    return Report(
+        model=name,
+        budget={settings.budget.kind: last.target},
+        settings=settings.described() | {"steps": len(rows), "images": count(images.score)},
+        dense=dense,
+        pruned=_size(state.model, state.example, settings.measure_latency),
+        layers=_layer_rows(state),
+        steps=tuple(rows),
+        unrepaired=last.unrepaired,
+        repaired=last.repaired,
+        heldout=images.described,
+        seconds=seconds,
+        provenance=_provenance(settings.seed, guest.device_of(state.model)),
+        notes=_notes(state, images, settings),
+    )
+
+
+def _size(model: nn.Module, example: Tensor, timed: bool) -> Size:
+    macs = sum(count_macs(model, example).values())
+    return Size(macs, parameters_of(model), bytes_of(model), latency(model, example[:1]) if timed else None)
+
+
+def _layer_rows(state: State) -> tuple[LayerRow, ...]:
+    """One row per layer whose output is as wide as its units say: producers, and the heads of attentions."""
+    kinds = {member.axis: group.kind for group in state.found.groups for member in group.members}
+    rows = []
+    for name, module in state.model.named_modules():
+        for axis in ((name, "heads", 0), (name, "out", 0)):
+            if axis in kinds and (axis[1] == "heads" or not layers.is_normalisation(module)):
+                rows.append(LayerRow(name, type(module).__name__, kinds[axis], state.full[axis], len(state.kept[axis])))
+    return tuple(rows)
+
+
+def _provenance(seed: int, device: torch.device) -> dict[str, object]:
+    packages = ("jbrprune", "torch", "timm", "torch-pruning")
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "versions": {package: version(package) for package in packages},
+        "seed": seed,
+        "device": str(device),
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _notes(state: State, images: Calibration, settings: Settings) -> tuple[str, ...]:
+    notes = [f"{name} keeps its width: {reason}." for name, reason in state.found.kept.items() if reason not in _EXPECTED]
+    if settings.repair and not images.gate:
+        notes.append(f"Nothing was repaired: fewer than {FEWEST_TO_HOLD_BACK} images, so none could be held back to check it.")
+    if not images.heldout:
+        notes.append(f"No agreement was measured: fewer than {FEWEST_TO_HOLD_BACK} images.")
+    if any(group.kind == "width" for group in state.groups):
+        notes.append("Residual width under a LayerNorm was offered: there, removing a channel also changes the norm's statistics.")
+    return tuple(notes)
+
+
+_EXPECTED = ("the classifier", "reaches the model's output", "ignored on request")
+
+
