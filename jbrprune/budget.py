@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ class Budget:
             got = " and ".join(f"{kind}={share}" for kind, share in given.items()) or "none"
             raise BudgetError(f"Give exactly one budget of {', '.join(f'{k}=' for k in KINDS)} (a share to keep); got {got}.")
         kind, share = given.popitem()
-        if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share < 1:
+        if not isinstance(share, Real) or not 0 < share < 1:  # neither is NaN nor a boolean
             raise BudgetError(f"{kind} must satisfy 0 < {kind} < 1 (the share of the dense model to keep), got {share!r}.")
         return Budget(kind, float(share))
 
@@ -56,7 +57,7 @@ class Budget:
 
     def schedule(self, steps: int | None = None, *, start: float = 1.0) -> list[float]:
         """Shares to reach, step by step, at equal distances from ``start``; the last one is the budget's."""
-        if steps is not None and (isinstance(steps, bool) or steps < 1):
-            raise BudgetError(f"steps must be at least 1, got {steps}.")
+        if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1):
+            raise BudgetError(f"steps must be a whole number of at least 1, got {steps!r}.")
         count = steps or math.ceil((start - self.share) / STEP - 1e-9)
         return [start - (start - self.share) * (i + 1) / count for i in range(count - 1)] + [self.share]

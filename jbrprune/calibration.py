@@ -11,7 +11,7 @@ from jbrprune import data as loading
 from jbrprune import guest, zoo
 from jbrprune.batches import Batch, concatenated, materialise, rebatched, with_reference
 from jbrprune.errors import ArgumentError, DataError
-from jbrprune.measure import predict
+from jbrprune.measure import agreement, predict
 
 FEWEST_TO_HOLD_BACK = 10
 """With fewer images nothing is held back, so nothing is repaired and no agreement is measured."""
@@ -99,7 +99,10 @@ def _read(model: nn.Module, data: object, images: int | None, batch_size: int, p
     if parameter is not None:
         batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
     _check_runs(model, batches[0].images)
-    return concatenated(with_reference(batches, predict(model, batches, progress=progress)))
+    whole = concatenated(with_reference(batches, predict(model, batches, progress=progress)))
+    if whole.reference is not None:
+        agreement(whole.reference, whole.reference, whole.labels)  # refuses labels that are not the model's classes
+    return whole
 
 
 def _check_runs(model: nn.Module, images: Tensor) -> None:
@@ -111,7 +114,7 @@ def _check_runs(model: nn.Module, images: Tensor) -> None:
     try:
         with guest.visiting(model):
             model(images[:1].to(guest.device_of(model)))
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever a foreign forward raises is the answer
         raise DataError(
             f"{type(model).__name__} does not run on images of shape {tuple(images.shape)}: {error}.{wanted}"
         ) from error

@@ -335,7 +335,7 @@ def _idx(path: Path, dimensions: int) -> Tensor:
     header = [int.from_bytes(stored[at : at + 4], "big") for at in range(0, start, 4)]
     if header[0] != _IDX_MAGIC[dimensions]:
         raise DataError(f"{path} begins with {header[0]:#010x}, expected {_IDX_MAGIC[dimensions]:#010x} (IDX).")
-    shape, values = header[1:], np.frombuffer(stored, np.uint8, offset=min(start, len(stored)))
-    if values.size != np.prod(shape):
+    shape, values = header[1:], np.frombuffer(stored[start:], np.uint8)
+    if len(stored) < start or values.size != np.prod(shape):
         raise DataError(f"{path} says {' x '.join(map(str, shape))} values and holds {values.size}.")
     return torch.from_numpy(values.reshape(shape).copy())

@@ -35,7 +35,7 @@ HELD_OUT = ("astronaut", "camera", "chelsea", "clock", "coffee", "moon")
 LITE0_MEAN, LITE0_STD = 0.5, 0.5
 """Preprocessing of `lite0`, the same for every channel: ``(x - 0.5) / 0.5`` with x in [0, 1]."""
 
-DIGITS_MEAN, DIGITS_STD = 0.305, 0.376
+DIGITS_MEAN, DIGITS_STD = 0.305, 0.324
 
 _FILES = {
     "astronaut": ("skimage", "data/astronaut.png"),

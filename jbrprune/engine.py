@@ -91,7 +91,9 @@ class State:
         kept: Axis -> channels of the dense model that are left.
         dense_sizes: Group -> units in the dense model.
         whole: Cost of the dense model in the unit of the budget.
-        targets: What repairs aim at.
+        targets: What repairs aim at; None without images to check them on.
+        unrepaired: Held-out agreement at the last stop, before its repair.
+        repaired: The same, after it.
         seconds: Part of the work -> time spent.
     """
 
@@ -104,6 +106,8 @@ class State:
     dense_sizes: dict[str, int]
     whole: float
     targets: Targets | None = None
+    unrepaired: Agreement | None = None
+    repaired: Agreement | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
@@ -162,7 +166,7 @@ def start(dense: nn.Module, images: Calibration, settings: Settings) -> State:
     full = axis_widths(work, found.groups)
     state = State(work, example, found, found.groups, full, {axis: torch.arange(n) for axis, n in full.items()}, dense_sizes, whole)
     state.seconds["units"] = time.perf_counter() - clock
-    if settings.repair and images.gate:
+    if images.gate:
         with state.timed("repair"):
             state.targets = dense_targets(dense, images.repair, [axis[0] for axis in full if axis[1] == "in"])
     return state
@@ -207,17 +211,28 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
         )
     with state.timed("removal"):
         state.remove(selection)
+    stops = share in settings.stops
     with state.timed("evaluation"):
-        before = _agreement(state.model, images.heldout)
-    with state.timed("repair"):
-        kept = "none"
-        if state.targets is not None:
-            kept = repaired(state.model, images.repair, images.gate, state.targets, state.kept, settings.repair, ridge=settings.ridge)
+        state.unrepaired = _agreement(state.model, images.heldout) if stops else None
+    outcome = None
+    if state.targets is not None:
+        with state.timed("repair"):
+            outcome = repaired(
+                state.model, images.repair, images.gate, state.targets, state.kept, settings.repair, ridge=settings.ridge
+            )
     with state.timed("evaluation"):
-        after = before if kept == "none" else _agreement(state.model, images.heldout)
-    macs = sum(count_macs(state.model, state.example).values())
-    log.info("step %d: %s", number, after)
-    return StepRow(number, share, macs, parameters_of(state.model), time.perf_counter() - clock, before, after, kept)
+        changed = outcome is not None and outcome.kept != "none"
+        state.repaired = _agreement(state.model, images.heldout) if stops and changed else state.unrepaired
+    return StepRow(
+        step=number,
+        target=share,
+        macs=sum(count_macs(state.model, state.example).values()),
+        params=parameters_of(state.model),
+        seconds=time.perf_counter() - clock,
+        unrepaired=outcome.before if outcome else None,
+        repaired=outcome.after if outcome else None,
+        repair=outcome.kept if outcome else "none",
+    )
 
 
 def _agreement(model: nn.Module, batches: list[Batch]) -> Agreement | None:
@@ -242,8 +257,8 @@ def _report(
         pruned=_size(state.model, state.example, settings.measure_latency),
         layers=_layer_rows(state),
         steps=tuple(rows),
-        unrepaired=last.unrepaired,
-        repaired=last.repaired,
+        unrepaired=state.unrepaired,
+        repaired=state.repaired,
         heldout=images.described,
         seconds=seconds,
         provenance=_provenance(settings.seed, guest.device_of(state.model)),

@@ -89,7 +89,7 @@ def confident(reference: Tensor, threshold: float) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, index: Tensor) -> Tensor:
-    """-log softmax, as log(1 + exp(others - own)): its gradient is exact where p - 1 would cancel (confident samples)."""
+    """-log softmax, as log(1 + exp(others - own)): its gradient is exact where p - 1 would cancel."""
     others = logits.scatter(1, index[:, None], -torch.inf).logsumexp(1)
     return F.softplus(others - _at(logits, index), threshold=40)  # exp(-40) is nothing even in float64; no overflow
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from jbrprune import architectures, guest, zoo
 from jbrprune import checkpoint as files
-from jbrprune.budget import Budget
+from jbrprune.budget import KINDS, Budget
 from jbrprune.calibration import calibration
 from jbrprune.engine import Settings, run
 from jbrprune.errors import ArgumentError, BudgetError, ModelError
@@ -30,7 +30,7 @@ class PruneResult:
     """What `prune` hands over.
 
     Attributes:
-        model: The smaller model, plain PyTorch, in eval mode.
+        model: The smaller model, plain PyTorch, in eval mode (with ``inplace=True`` the given one, in its own mode).
         report: What was done and what it cost; print it.
         recipe: How timm makes the dense model; None for other models.
         config: timm's preprocessing for this model; None for other models.
@@ -76,7 +76,7 @@ def prune(
     images: int | None = 512,
     eval_data: object = None,
     eval_images: int | None = None,
-    ridge: float = 1e-2,
+    ridge: float = 0.1,
     batch_size: int = 32,
     seed: int = 0,
     autocast: torch.dtype | None = None,
@@ -149,7 +149,7 @@ def prune(
         Arpit, arXiv 2512.11089.
     """
     arguments = dict(locals())
-    for name in ("model", "data", "macs", "params", "channels", "inplace"):
+    for name in ("model", "data", *KINDS, "inplace"):
         del arguments[name]
     budget = Budget.of(macs=macs, params=params, channels=channels)
     result = _pruned(model, data, budget, (budget.share,), **arguments)[0]
@@ -183,18 +183,21 @@ def sweep(
         >>> [result.report.kept <= share for result, share in zip(results, [0.9, 0.8])]
         [True, True]
     """
-    stops = sorted(shares, reverse=True)
+    others = sorted(options.keys() & set(KINDS))
+    if budget not in KINDS or others:
+        got = "".join(f" and {name}=" for name in others)
+        raise BudgetError(f"Give shares and, as budget=, one of {', '.join(KINDS)}; got budget={budget!r}{got}.")
+    stops = sorted((Budget.of(**{budget: share}).share for share in shares), reverse=True)
     if not stops or len(set(stops)) < len(stops):
         raise BudgetError(f"shares must be one or more different numbers, got {stops}.")
-    budgets = [Budget.of(**{budget: stop}) for stop in stops]
     bound = inspect.signature(prune).bind(model, data, **options)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
     if arguments["inplace"]:
         raise ArgumentError("inplace=True has no meaning for several budgets: call prune() for one.")
-    for name in ("model", "data", "macs", "params", "channels", "inplace"):
+    for name in ("model", "data", *KINDS, "inplace"):
         del arguments[name]
-    return _pruned(model, data, budgets[-1], tuple(b.share for b in budgets), **arguments)
+    return _pruned(model, data, Budget(budget, stops[-1]), tuple(stops), **arguments)
 
 
 def _pruned(

@@ -105,7 +105,13 @@ def relevance_scores(
     skipped = 0
     for relevances, left_out in per_sample_relevances(
         model,
-        tqdm(iterate(data, batch_size=batch_size), "scoring", unit="batch", disable=None if progress else True, leave=False),
+        tqdm(
+            iterate(data, batch_size=batch_size),
+            "scoring",
+            unit="batch",
+            disable=None if progress else True,
+            leave=False,
+        ),
         groups,
         objective=function,
         site=site,
@@ -340,6 +346,11 @@ class _Tape:
         return early, late
 
     def _watch(self, name: str, activation: Tensor, seen: Tensor, finish: Callable[[Tensor, Tensor], None]) -> None:
+        if not torch.is_grad_enabled():
+            raise ModelError(
+                f"{name} runs without gradients: the model's forward has a torch.no_grad() around it, or a reentrant "
+                "checkpoint. Its relevance would be zero. Switch that off while scoring, or put it into `ignore`."
+            )
         activation = activation.detach()
         watched = _Watched(name, [activation], activation._version)
         self.watched.append(watched)
@@ -494,7 +505,7 @@ def _on_input(late: Callable[[Tensor], Tensor]) -> guest.Hook:
 
 
 def _started(tensor: Tensor, *, apart: bool) -> Tensor:
-    """The tensor if autograd tracks it; a clone if it is to stay apart, or is a leaf, which may not be changed in place."""
+    """The tensor if autograd tracks it; a clone if it is to stay apart, or would be a leaf (not to change in place)."""
     if not tensor.requires_grad:
         return tensor.detach().requires_grad_().clone()
     return tensor.clone() if apart else tensor
@@ -570,7 +581,7 @@ def _check_unused(model: nn.Module, images: Tensor, names: Sequence[str]) -> Non
         with guest.requiring_grad(layer, True), torch.enable_grad():
             logits = logits_of(model(images[:1].clone()))
             weights = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-            used = logits.requires_grad and torch.autograd.grad(logits.sum(), weights, allow_unused=True)
+            used = weights and logits.requires_grad and torch.autograd.grad(logits.sum(), weights, allow_unused=True)
         if used and any(gradient is not None for gradient in used):
             raise ModelError(
                 f"{name} ({type(layer).__name__}): its weights take part in the logits, but the module is never called "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -42,8 +43,8 @@ def masked_units(model: nn.Module, groups: Sequence[Group], selection: Selection
 def tried(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> Found:
     """Remove random units from a copy and keep the groups for which removal equals the mask.
 
-    The copy is in float64 and its norms, scales and biases are perturbed, so that a zero or tiny scale
-    cannot hide a wrong coupling. Every group loses another share of its units, so that widths which are
+    The copy is in float64; its norms, scales and biases are perturbed, and weights that are all but zero, so that
+    a tiny factor cannot hide a wrong coupling. Every group loses another share of its units, so that widths which are
     tied without the graph knowing it do not fit by chance.
 
     Args:
@@ -113,8 +114,9 @@ def _perturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
     with torch.no_grad():
         for parameter in trial.parameters():
-            if parameter.dim() <= 1 or not parameter.any():
-                parameter.add_(0.6 * noise(parameter) - 0.3)
+            fan_in = max(1, parameter[:1].numel()) if parameter.dim() > 1 else 1
+            if parameter.dim() <= 1 or parameter.abs().max() < 0.01 / math.sqrt(fan_in):
+                parameter.add_((0.6 * noise(parameter) - 0.3) / math.sqrt(fan_in))
         for name, buffer in trial.named_buffers():
             if name.endswith("running_var"):
                 buffer.mul_(0.5 + noise(buffer))

@@ -49,6 +49,15 @@ class Moments:
     stored_var: Tensor
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Which repair was kept (names joined by ``+``, or ``none``), and the agreement on held-back images around it."""
+
+    kept: str
+    before: Agreement
+    after: Agreement
+
+
 @dataclass(frozen=True, eq=False)
 class Targets:
     """What the dense model did on the repair images.
@@ -116,7 +125,7 @@ def repaired(
     methods: Sequence[str],
     *,
     ridge: float,
-) -> str:
+) -> Outcome:
     """Repair a pruned model in place, if that raises the agreement on images held back.
 
     Args:
@@ -125,27 +134,30 @@ def repaired(
         gate: Other images, with the dense model's logits as reference.
         targets: From `dense_targets`.
         kept: Axis -> channels of the dense model that are left.
-        methods: Some of `METHODS` to apply together, or ``("auto",)`` to choose among combinations.
+        methods: Some of `METHODS` to apply together, or ``("auto",)`` to choose among combinations; none: only measure.
         ridge: Ridge of ``least_squares``, relative to the mean square of the inputs.
 
     Returns:
-        What was kept: names joined by ``+``, or ``none``. The divergence KL(dense || repaired) decides: on a hundred
-        images it resolves differences that top-1 cannot.
+        What was kept, and the agreement on ``gate`` before and after. The divergence KL(dense || repaired) decides: on
+        a hundred images it resolves differences that top-1 cannot.
     """
+    before = agreement_on(model, gate)
+    if not methods:
+        return Outcome("none", before, before)
     images = _images(model, batches)
     original = _snapshot(model)
-    best, best_state, best_name = _merit(agreement_on(model, gate)), original, "none"
+    best, best_state = Outcome("none", before, before), original
     for combination in _combinations(methods, bool(targets.norms)):
-        _restore(model, original)
+        model.load_state_dict(original)
         _apply(model, images, targets, kept, combination, ridge)
         try:
-            merit = _merit(agreement_on(model, gate))
+            after = agreement_on(model, gate)
         except NonFiniteError:  # a repair that breaks the model is not a repair
             continue
-        if merit > best:
-            best, best_state, best_name = merit, _snapshot(model), "+".join(combination)
-    _restore(model, best_state)
-    return best_name
+        if after.kl < best.after.kl:
+            best, best_state = Outcome("+".join(combination), before, after), _snapshot(model)
+    model.load_state_dict(best_state)
+    return best
 
 
 def _combinations(methods: Sequence[str], has_norms: bool) -> list[tuple[str, ...]]:
@@ -229,10 +241,6 @@ def _ridge_solution(a: Tensor, residual: Tensor, ridge: float) -> Tensor:
     return a.t() @ torch.cholesky_solve(residual.double(), factor).to(a)
 
 
-def _merit(agreement: Agreement) -> float:
-    return -agreement.kl
-
-
 def _images(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     images = torch.cat([batch.images for batch in batches])
     return images[: max(1, MOST_VALUES // images[0].numel())].to(guest.device_of(model))
@@ -244,10 +252,6 @@ def _norms(model: nn.Module) -> list[str]:
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def _restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    model.load_state_dict(state)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,8 +91,8 @@ class StepRow:
         macs: Multiply-accumulates after the step.
         params: Parameters after the step.
         seconds: Duration of the step.
-        unrepaired: Agreement after removal, or None where it was not measured.
-        repaired: Agreement of the model as the step leaves it, or None where it was not measured.
+        unrepaired: Agreement after removal, on the images that gate the repair; None where it was not measured.
+        repaired: The same of the model as the step leaves it.
         repair: Name of the repair that was kept, or ``none``.
     """
 

@@ -92,8 +92,10 @@ def select(
         return {}
     blocks = []
     for number, group in enumerate(groups):
-        cost = account.saving(group.name) if per_cost else 1.0
-        blocks += _blocks(scores[group.name], number, group, cost, floors, dense[group.name])
+        cost = account.saving(group.name)
+        if cost > 0:  # what saves nothing would be lost for nothing
+            price = cost if per_cost else 1.0
+            blocks += _blocks(scores[group.name], number, group, price, floors, dense[group.name])
     blocks.sort(key=lambda block: (block.key, block.group))
     before = account.total
     taken: dict[str, list[Tensor]] = {}
@@ -128,7 +130,7 @@ def _blocks(
     while start + (first if start == 0 else step) <= removable:
         units = order[start : start + (first if start == 0 else step)]
         # A later block of a group is never ranked before an earlier one.
-        key = max(key, float(score[units].mean()) / max(cost, 1e-30))
+        key = max(key, float(score[units].mean()) / cost)
         blocks.append(_Block(key, number, units))
         start += len(units)
     return blocks

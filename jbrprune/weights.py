@@ -27,8 +27,8 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -47,7 +47,7 @@ from jbrprune.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, CheckpointError, DataError, ModelError, NonFiniteError
 from jbrprune.measure import check_weights, logits_of
 from jbrprune.objectives import OBJECTIVES, Objective, Target, confident
-from jbrprune.relevance import _check_logits, _own, check_arguments
+from jbrprune.relevance import _check_logits, _check_samples_apart, _own, _Question, check_arguments
 from jbrprune.scores import Settings
 
 Statistic = Literal["second_moment", "batched", "signed"]
@@ -152,15 +152,15 @@ class WeightScores:
             tensor = _stored(module, kind)
             if self.sums[key].shape != tensor.shape:
                 raise ArgumentError(
-                    f"{name} has shape {tuple(tensor.shape)}, but its scores {tuple(self.sums[key].shape)}: they are of "
-                    "another model. Score this model."
+                    f"{name} has shape {tuple(tensor.shape)}, but its scores {tuple(self.sums[key].shape)}: they are "
+                    "of another model. Score this model."
                 )
             found[module, kind] = self[key].to(tensor.device, _wide(tensor.device))
             missing.discard(key)
         if missing:
             raise ArgumentError(
-                f"The model has no parameter {min(missing)!r} (and {len(missing) - 1} more that are scored): the scores "
-                "are of another model. Score this model."
+                f"The model has no parameter {min(missing)!r} (and {len(missing) - 1} more that are scored): the "
+                "scores are of another model. Score this model."
             )
         return found
 
@@ -233,8 +233,8 @@ def weight_scores(
             in the published code. ``signed``: \|E[w g]\|, the form of SNIP. The last two need no per-sample gradient:
             they cost one backward per batch.
         batch: Number of samples whose mean is squared by ``batched``, whatever the data's batch size.
-        parameters: ``weights`` of convolutions and linear layers, or ``all``: their biases, and the scales and biases of
-            norms, as well.
+        parameters: ``weights`` of convolutions and linear layers, or ``all``: their biases, and the scales and biases
+            of norms, as well.
         ignore: Globs of modules or parameters that are left out (a module covers its submodules).
         confidence: Leave out samples whose largest dense probability is not above this (published code: 0.9).
         autocast: Low-precision dtype of the forward pass, e.g. ``torch.bfloat16``.
@@ -274,7 +274,9 @@ def weight_scores(
         collector = _Squares(model, scored, max_memory)
     else:
         collector = _Means(scored, batch if statistic == "batched" else None)
-    samples, skipped = _collect(model, data, collector, function, confidence, autocast, batch_size, seed, progress)
+    question = _Question(function, confidence, autocast, torch.Generator().manual_seed(seed))
+    batches = tqdm(iterate(data, batch_size=batch_size), "scoring", unit="batch", disable=not progress, leave=False)
+    samples, skipped = _collect(model, batches, collector, question)
     if samples == 0:
         raise DataError(
             f"No sample was left: the dense model's largest probability exceeds confidence={confidence} on none "
@@ -285,8 +287,8 @@ def weight_scores(
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise NonFiniteError(
-                f"The scores of {name} contain NaN or Inf although the logits are finite: the gradient is not. A square "
-                "root of zero or an overflow in half precision does that; try float32."
+                f"The scores of {name} contain NaN or Inf although the logits are finite: the gradient is not. A "
+                "square root of zero or an overflow in half precision does that; try float32."
             )
     return WeightScores(sums, samples, skipped, settings)
 
@@ -295,31 +297,21 @@ def weight_scores(
 
 
 def _collect(
-    model: nn.Module,
-    data: object,
-    collector: _Squares | _Means,
-    objective: Objective,
-    confidence: float,
-    autocast: torch.dtype | None,
-    batch_size: int,
-    seed: int,
-    progress: bool,
+    model: nn.Module, batches: Iterable[Batch], collector: _Squares | _Means, question: _Question
 ) -> tuple[int, int]:
     """Numbers of samples scored, and left out."""
     device = guest.device_of(model)
-    generator = torch.Generator().manual_seed(seed)
     samples = skipped = 0
-    batches = tqdm(iterate(data, batch_size=batch_size), "scoring", unit="batch", disable=not progress, leave=False)
     for number, batch in enumerate(batches):
-        with guest.visiting(model, gradients=collector.gradients):
+        with guest.visiting(model, gradients=collector.gradients), _fresh_masks(model):
             batch = batch.to(device).map(_own)
             if number == 0:
                 collector.check(batch.images)
-            amp = torch.autocast(device.type, autocast, enabled=autocast is not None)
+            amp = torch.autocast(device.type, question.autocast, enabled=question.autocast is not None)
             with torch.enable_grad(), collector.recording(len(batch)), amp:
                 logits = logits_of(model(batch.images.clone()))  # a clone, for a model that changes its input in place
-            _check_logits(model, batch, number, logits, autocast)
-            losses = _losses(batch, logits, objective, confidence, generator)
+            _check_logits(model, batch, number, logits, question.autocast)
+            losses = _losses(batch, logits, question)
             samples += len(losses)
             skipped += len(batch) - len(losses)
             if len(losses):
@@ -327,16 +319,14 @@ def _collect(
     return samples, skipped
 
 
-def _losses(
-    batch: Batch, logits: Tensor, objective: Objective, confidence: float, generator: torch.Generator
-) -> Tensor:
+def _losses(batch: Batch, logits: Tensor, question: _Question) -> Tensor:
     """``[kept]`` the objective on every sample that the dense model is confident about."""
-    # A sample's scalar is formed in float32 at least: a cross-entropy of half precision loses confident samples.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    reference = logits.detach() if batch.reference is None else batch.reference
     with torch.enable_grad():
-        losses = objective(logits, Target(reference, batch.labels, generator))
-        losses = losses[confident(reference, confidence)] if confidence > 0 else losses
+        # A sample's scalar is formed in float32 at least: a cross-entropy of half precision loses confident samples.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        reference = logits.detach() if batch.reference is None else batch.reference
+        losses = question.objective(logits, Target(reference, batch.labels, question.generator))
+        losses = losses[confident(reference, question.confidence)] if question.confidence > 0 else losses
     if not losses.requires_grad:
         raise ModelError("No scored parameter takes part in the logits: there is nothing to differentiate.")
     return losses
@@ -376,6 +366,25 @@ def _stored(module: nn.Module, kind: str) -> Tensor:
 
 def _is_masked(module: nn.Module, kind: str) -> bool:
     return module._parameters.get(f"{kind}_orig") is not None and module._buffers.get(f"{kind}_mask") is not None
+
+
+@contextmanager
+def _fresh_masks(model: nn.Module) -> Iterator[None]:
+    """Make effective weights anew, as torch.nn.utils.prune does when it is the module that is called.
+
+    A weight that another function reads is as old as its mask, with the graph of that time. Afterwards the user's
+    tensors are back.
+    """
+    masked = [(module, kind) for _, module, kind in _slots(model) if _is_masked(module, kind)]
+    before = [getattr(module, kind) for module, kind in masked]
+    try:
+        for module, kind in masked:
+            weight = _stored(module, kind)
+            setattr(module, kind, weight * module._buffers[f"{kind}_mask"].to(weight))  # type: ignore[union-attr]
+        yield
+    finally:
+        for (module, kind), tensor in zip(masked, before):
+            setattr(module, kind, tensor)
 
 
 def _slots(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -436,6 +445,11 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
+def _zeros(like: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # a tensor of inference mode could not be added to later
+        return torch.zeros(like.shape, dtype=_wide(like.device), device=like.device)
+
+
 # --- means over batches: plain autograd ------------------------------------------------------------------------------
 
 
@@ -448,7 +462,7 @@ class _Means:
         self.scored = scored
         self.batch = batch
         self.filled = 0
-        self.open = [torch.zeros_like(s.leaf, dtype=_wide(s.leaf.device), requires_grad=False) for s in scored]
+        self.open = [_zeros(s.leaf) for s in scored]
         self.sums = self.open if batch is None else [torch.zeros_like(total) for total in self.open]
 
     def check(self, images: Tensor) -> None:
@@ -502,20 +516,18 @@ class _Squares:
         self.model = model
         self.scored = scored
         self.max_memory = max_memory
-        self.sums = {s.name: torch.zeros(s.leaf.shape, dtype=_wide(s.leaf.device), device=s.leaf.device) for s in scored}
+        self.sums = {s.name: _zeros(s.leaf) for s in scored}
         self.seen: set[str] = set()
         self._recorder: _Recorder | None = None
 
-    def recording(self, samples: int) -> AbstractContextManager[object]:
+    @contextmanager
+    def recording(self, samples: int) -> Iterator[None]:
         """Context of a forward pass over ``samples`` images."""
-        self._recorder = _Recorder(self, samples)
-        names = {module: name for name, module in self.model.named_modules()}
-        masked = {names[s.module]: s.module for s in self.scored if s.mask is not None}
-        stack = ExitStack()
+        recorder = self._recorder = _Recorder(self, samples)
+        masked = [s.name.rpartition(".")[0] for s in self.scored if s.mask is not None]
         # Behind the hook of torch.nn.utils.prune, which makes the effective weight anew in every forward pass.
-        stack.enter_context(guest.hooked(self.model, forward_pre={n: self._recorder.identify_again for n in masked}))
-        stack.enter_context(self._recorder)
-        return stack
+        with guest.hooked(self.model, forward_pre=dict.fromkeys(masked, recorder.identify_again)), recorder:
+            yield
 
     def backward(self, losses: Tensor) -> None:
         """Add the squares of the gradients of ``losses`` that the recorded forward pass has led to."""
@@ -539,6 +551,7 @@ class _Squares:
         Raises:
             ModelError: They differ, or autograd cannot differentiate by the weights at all.
         """
+        _check_samples_apart(self.model, images, ())
         pair = _two_images(images)
         with torch.enable_grad(), self.recording(2):
             logits = logits_of(self.model(pair.clone()))
@@ -562,7 +575,7 @@ class _Squares:
 
     def _differences(self, pair: Tensor, direction: Tensor) -> Iterable[tuple[_Scored, float, float]]:
         """Parameter, sum of its squared gradients, and sum of the absolute differences to what was collected."""
-        with guest.requiring_grad(self.model, True), torch.enable_grad():
+        with guest.requiring_grad(self.model, True), torch.enable_grad(), _fresh_masks(self.model):
             logits = logits_of(self.model(pair.clone()))
             expected = [0.0] * len(self.scored)
             for sample in range(2):
@@ -601,13 +614,13 @@ def _refusal(wrong: Sequence[_Scored], seen: set[str]) -> str:
     what = f"{first.name} ({type(first.module).__name__}){more}"
     if first.name not in seen:
         return (
-            f"{what}: the parameter takes part in the logits, but not as it is: its class transforms it first (as weight "
-            "standardisation does), or uses it in a function that is not known here. Squares per sample would not be "
-            "exact. Put it into `ignore`."
+            f"{what}: the parameter takes part in the logits, but not as it is: its class transforms it first (as "
+            "weight standardisation does), or uses it in a function that is not known here. Squares per sample "
+            "would not be exact. Put it into `ignore`."
         )
     return (
-        f"{what}: squares per sample differ from those of autograd on two images. Samples influence each other (a batch "
-        "norm without stored statistics?), or the first dimension of this layer's input is not the batch, or the "
+        f"{what}: squares per sample differ from those of autograd on two images. Samples influence each other (a "
+        "batch norm without stored statistics?), or the first dimension of this layer's input is not the batch, or the "
         "parameter is used a second time in another way, or the forward pass is random in eval mode. Put it into "
         "`ignore`, or make the model treat samples apart."
     )
@@ -727,9 +740,7 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):  # t
 
 
 def _rms_norm(input, normalized_shape, weight=None, eps=None):  # type: ignore[no-untyped-def]
-    return _Call(
-        input, weight, None, channels_first=False, plain=lambda x: F.rms_norm(x, normalized_shape, None, eps)
-    )
+    return _Call(input, weight, None, channels_first=False, plain=lambda x: F.rms_norm(x, normalized_shape, None, eps))
 
 
 FUNCTIONS: dict[Callable[..., Tensor], Callable[..., _Call]] = {
@@ -787,7 +798,7 @@ class _Recorder(TorchFunctionMode):
         """Forward-pre hook of masked modules."""
         self.identify(s for s in self.squares.scored if s.module is module)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         output = func(*args, **(kwargs or {}))
         read = FUNCTIONS.get(func)
         if read is None or not torch.is_grad_enabled():
@@ -801,8 +812,8 @@ class _Recorder(TorchFunctionMode):
         batched = call.convolution is None or call.input.dim() == 2 + len(call.convolution.kernel)
         if not batched or len(call.input) % self.samples or len(output) % self.samples:
             raise ModelError(
-                f"{min(kinds)}: the first dimension of the input {tuple(call.input.shape)} of this layer is not the "
-                f"batch of {self.samples}; squares per sample are not defined there. Put it into `ignore`."
+                f"{next(iter(kinds))}: the first dimension of the input {tuple(call.input.shape)} of this layer is "
+                f"not the batch of {self.samples}; squares per sample are not defined there. Put it into `ignore`."
             )
         use = _Use(call, kinds)
         for name in kinds:
@@ -816,8 +827,8 @@ class _Recorder(TorchFunctionMode):
     def _arrive(self, use: _Use, gradient: Tensor) -> None:
         if use.call is not None and use.call.input._version != use.version:
             raise ModelError(
-                f"{min(use.kinds)}: the input of this layer is changed in place after the layer has read it. Put the "
-                "layer into `ignore`, or make that change out of place."
+                f"{next(iter(use.kinds))}: the input of this layer is changed in place after the layer has read it. "
+                "Put the layer into `ignore`, or make that change out of place."
             )
         use.gradient = gradient
         for name in use.kinds:
@@ -864,8 +875,8 @@ def _plan(
 ) -> _Plan:
     """Choose block sizes.
 
-    Scratch memory is chunk * sample_bytes + (samples + 2) * rows * row_bytes: the copies, the block, its sum over
-    samples, and one temporary of that size.
+    Scratch memory is chunk * sample_bytes + (samples + 3) * rows * row_bytes: the copies, the block, its sum over
+    samples, and that sum in float64.
 
     Args:
         place: Name of the parameter, and the cap.
@@ -880,20 +891,20 @@ def _plan(
         ArgumentError: Not even one row of one sample fits.
     """
     free = place.max_memory - sample_bytes
-    fitting = free // (3 * row_bytes)
+    fitting = free // (4 * row_bytes)
     if fitting < 1:
         raise ArgumentError(
-            f"max_memory={place.max_memory} is too small: {place.name} needs {sample_bytes + 3 * row_bytes} bytes for one "
-            "row of the gradient of one sample. Raise max_memory, or put this parameter into `ignore`."
+            f"max_memory={place.max_memory} is too small: {place.name} needs {sample_bytes + 4 * row_bytes} bytes for "
+            "one row of the gradient of one sample. Raise max_memory, or put this parameter into `ignore`."
         )
     taken = max(1, min(rows, cache // row_bytes, fitting))
     taken = taken // 16 * 16 if 16 < taken < rows else taken  # vector kernels like whole multiples
     block = taken * row_bytes
-    most = min(samples, together, cache // block, (free - 2 * block) // (block + sample_bytes))
+    most = min(samples, together, cache // block, (free - 3 * block) // (block + sample_bytes))
     block_samples = max(1, most) if taken == rows else 1
-    copies = min(8 * cache, place.max_memory - (block_samples + 2) * block)
+    copies = min(8 * cache, place.max_memory - (block_samples + 3) * block)
     chunk = max(block_samples, min(samples, copies // max(1, sample_bytes)))
-    return _Plan(chunk, block_samples, taken, chunk * sample_bytes + (block_samples + 2) * block)
+    return _Plan(chunk, block_samples, taken, chunk * sample_bytes + (block_samples + 3) * block)
 
 
 def _add_squares(sums: Tensor, uses: Sequence[_Use], samples: int, place: _Place) -> None:
@@ -982,9 +993,7 @@ def _factors(call: _Call, gradient: Tensor, samples: int) -> _Factors:
     return _Factors(left, right, call.convolution, samples)
 
 
-def _by_group(
-    sums: Tensor, factors: Sequence[_Factors], place: _Place
-) -> Iterable[tuple[Tensor, Sequence[_Factors]]]:
+def _by_group(sums: Tensor, factors: Sequence[_Factors], place: _Place) -> Iterable[tuple[Tensor, Sequence[_Factors]]]:
     """The sums as a matrix: its rows are those of the weight, or the groups of a grouped convolution.
 
     A convolution with large groups is taken apart, group by group.
@@ -1003,11 +1012,12 @@ def _add_matrix_squares(sums: Tensor, factors: Sequence[_Factors], samples: int,
     """``sums [rows, columns] += sum_n G_n^2``, G_n the sum over ``factors``, in blocks."""
     width, cache = _width(factors[0].left), _cache(sums, place)
     flat = all(f.groups == 1 and (f.pointwise or f.positions <= UNFOLDED_POSITIONS) for f in factors)
-    few = flat and sum(f.positions for f in factors) <= FEW_POSITIONS
-    sample_bytes = sum(_copied(f, flat) for f in factors)
+    positions = sum(f.positions for f in factors)
+    few = flat and positions <= FEW_POSITIONS
+    sample_bytes = sum(_copied(f, flat) for f in factors) * min(2, len(factors))  # twice where several are joined
     together = samples
     if few:
-        sample_bytes += FEW_POSITIONS * (FEW_POSITIONS + 1) * sum(sums.shape) * width
+        sample_bytes += positions * (positions + 1) * sum(sums.shape) * width
     elif not flat:  # samples become groups of one convolution; worth it only while their maps stay in the cache
         together = cache // sample_bytes if factors[0].groups > 1 else 1
     plan = _plan(place, samples, len(sums), sample_bytes, sums.shape[1] * width, cache, together)
@@ -1026,8 +1036,8 @@ class _Pairs:
         left, right = _matrices(factors)
         t, s = torch.triu_indices(left.shape[2], left.shape[2], device=left.device)
         times = torch.where(t == s, 1, 2).to(left)
-        self.left = (left[:, :, t] * left[:, :, s] * times).permute(1, 0, 2).flatten(1)
-        self.right = (right[:, t] * right[:, s]).flatten(0, 1)
+        self.left = left[:, :, t].mul_(left[:, :, s]).mul_(times).permute(1, 0, 2).flatten(1)
+        self.right = right[:, t].mul_(right[:, s]).flatten(0, 1)
 
     def squares(self, start: int, stop: int) -> Tensor:
         """``[stop - start, columns]`` sum_n G_n^2 of some rows."""
@@ -1056,7 +1066,7 @@ class _Kernels:
     """Weight gradients of convolutions; the samples of a block become groups of one call."""
 
     def __init__(self, factors: Sequence[_Factors], plan: _Plan) -> None:
-        self.factors = [_evenly_padded(f) for f in factors]
+        self.factors = [_evenly_padded(f) for f in factors]  # and contiguous, so that the gradients are
         self.together = plan.samples
 
     def squares(self, start: int, stop: int) -> Tensor:
@@ -1135,12 +1145,11 @@ def _unfolded(big: Tensor, geometry: _Convolution, positions: tuple[int, ...]) -
 def _evenly_padded(factors: _Factors) -> _Factors:
     """Pad here what PyTorch's gradient cannot: it pads both sides alike."""
     geometry: _Convolution = factors.geometry  # type: ignore[assignment]
-    if all(before == behind for before, behind in geometry.padding):
-        return factors
-    none = tuple((0, 0) for _ in geometry.padding)
-    return replace(
-        factors, right=_padded(factors.right, geometry.padding), geometry=replace(geometry, padding=none)
-    )
+    right = factors.right
+    if any(before != behind for before, behind in geometry.padding):
+        right = _padded(right, geometry.padding)
+        geometry = replace(geometry, padding=tuple((0, 0) for _ in geometry.padding))
+    return replace(factors, left=factors.left.contiguous(), right=right.contiguous(), geometry=geometry)
 
 
 def _padded(big: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
@@ -1155,12 +1164,14 @@ def _taken(tensor: Tensor, samples: int, start: int, stop: int) -> Tensor:
 
 
 def _copied(factors: _Factors, flat: bool) -> int:
-    """Bytes of copies per sample, at most: other dtype or layout; the input padded, and unfolded."""
+    """Bytes of copies per sample, at most: in another dtype, in another layout, padded, unfolded."""
     left, right = (_bytes(t, factors.samples) for t in (factors.left, factors.right))
-    if factors.pointwise:
-        return left + right
+    if factors.geometry is None or factors.pointwise:
+        return 2 * (left + right)
+    sizes = factors.right.shape[2:]
+    padded = math.prod(n + sum(p) for n, p in zip(sizes, factors.geometry.padding)) * right // math.prod(sizes)
     unfolded = factors.right.shape[1] * _width(factors.right) * factors.taps * factors.positions
-    return left + 2 * right + unfolded if flat else 2 * (left + right)
+    return 2 * (left + right + unfolded) + padded if flat else 3 * left + 2 * right + padded
 
 
 def _width(tensor: Tensor) -> int:
@@ -1183,9 +1194,7 @@ def _checked(
     for what, value, known in (("statistic", statistic, STATISTICS), ("parameters", parameters, PARAMETERS)):
         if value not in known:
             raise ArgumentError(f"{what} must be one of {', '.join(known)}, got {value!r}.")
-    check_arguments(
-        objective, "consumer", "batched" if statistic == "batched" else "second_moment", batch, confidence
-    )
+    check_arguments(objective, "consumer", "batched" if statistic == "batched" else "second_moment", batch, confidence)
     if max_memory < 1:
         raise ArgumentError(f"max_memory must be a positive number of bytes, got {max_memory}.")
     return OBJECTIVES[objective]

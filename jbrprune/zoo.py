@@ -199,7 +199,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 def _check_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
-    if ":" in name or (timm.is_model(architecture) and (not tag or get_pretrained_cfg(name) is not None)):
+    if ":" in name or (timm.is_model(architecture) and (not tag or _registered(name) is not None)):
         return
     if timm.is_model(architecture):
         known = [n.partition(".")[2] for n in timm.list_models(f"{architecture}.*", pretrained=True)]
@@ -284,12 +284,20 @@ def _stored_size(cfg: Mapping[str, object]) -> tuple[int, int, int]:
 
 def _full_name(cfg: Mapping[str, object]) -> str:
     tagged = f"{cfg['architecture']}.{cfg.get('tag')}"
-    return tagged if cfg.get("tag") and get_pretrained_cfg(tagged) is not None else str(cfg["architecture"])
+    return tagged if cfg.get("tag") and _registered(tagged) is not None else str(cfg["architecture"])
+
+
+def _registered(name: str) -> object:
+    """What timm registers under a name, None where it registers nothing (weights from a hub have tags of their own)."""
+    try:
+        return get_pretrained_cfg(name)
+    except (RuntimeError, LookupError):
+        return None
 
 
 def _preprocessing_changes(cfg: Mapping[str, object], name: str) -> dict[str, object]:
     """Preprocessing that differs from what timm registers under the name (weights from a hub, an overlay)."""
-    registered = get_pretrained_cfg(name)
+    registered = _registered(name)
     if registered is None:
         return {}
     return {k: cfg[k] for k in _PREPROCESSING if k in cfg and cfg[k] != getattr(registered, k, None)}

@@ -22,6 +22,9 @@ CUDA, ``max_memory_allocated``. Growth: the resident set after 2 and after 20 ba
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import itertools
 import json
 import os
 import re
@@ -30,7 +33,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import repeat
 from pathlib import Path
 
 import timm
@@ -57,15 +59,15 @@ def main() -> None:
         print(json.dumps(CHILDREN[arguments.child](arguments)))
         return
     rows = []
-    for arguments.model in arguments.models:
-        for arguments.batch_size in arguments.batch_sizes:
-            times = _in_child(arguments, "time") if "time" in arguments.what else {}
-            peaks = {}
-            if "memory" in arguments.what:
-                peaks = {m: _in_child(arguments, "memory", m, QUIET_MALLOC)["peak_mib"] for m in MEMORY_METHODS}
-            growth = _in_child(arguments, "growth", "consumer", QUIET_MALLOC) if "growth" in arguments.what else {}
-            rows += [_row(arguments, method, times, peaks, growth) for method in METHODS]
-            _table(rows[-len(METHODS) :])
+    for name, size in itertools.product(arguments.models, arguments.batch_sizes):
+        arguments.model, arguments.batch_size = name, size
+        times = _in_child(arguments, "time") if "time" in arguments.what else {}
+        peaks = {}
+        if "memory" in arguments.what:
+            peaks = {m: _in_child(arguments, "memory", m, QUIET_MALLOC)["peak_mib"] for m in MEMORY_METHODS}
+        growth = _in_child(arguments, "growth", "consumer", QUIET_MALLOC) if "growth" in arguments.what else {}
+        rows += [_row(arguments, method, times, peaks, growth) for method in METHODS]
+        _table(rows[-len(METHODS) :])
     for row in rows:
         print(json.dumps(row))
     if arguments.out:
@@ -98,6 +100,8 @@ def peak_memory(arguments: argparse.Namespace) -> dict:
         before = torch.cuda.memory_allocated()
         step()
         return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
+    gc.collect()  # the dependency graph of find_groups leaves cycles behind
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before = _resident("VmRSS")
     step()
@@ -108,6 +112,7 @@ def growth(arguments: argparse.Namespace) -> dict:
     """Resident memory after 2 and after 20 batches, in MiB."""
     model, images = _prepared(arguments)
     step = _step(arguments.method, model, images[:2])
+    gc.collect()
     after = {}
     for number in range(1, 21):
         step()
@@ -129,7 +134,7 @@ def _step(method: str, model: nn.Module, images: Tensor, first: Tensor | None = 
 
     def batches() -> Iterator[Batch]:
         yield Batch(images[:1] if first is None else first)
-        yield from repeat(Batch(images))
+        yield from itertools.repeat(Batch(images))
 
     stream = per_sample_relevances(model, batches(), groups, objective=pseudo_label, site=method)  # type: ignore[arg-type]
     next(stream)

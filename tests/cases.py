@@ -10,7 +10,6 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm import LayerNorm2d, RmsNorm, SimpleNorm2d
 from timm.layers.norm_act import BatchNormAct2d, GroupNormAct, LayerNormAct2d, RmsNormAct2d
 from timm.layers.squeeze_excite import SEModule
-from timm.layers.std_conv import StdConv2d
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 from timm.models.resnet import Bottleneck
 from timm.models.vision_transformer import Block

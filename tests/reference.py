@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from jbrprune.groups import Group, Member
 
@@ -42,7 +43,8 @@ def directions(objective: str, logits: Tensor, labels: Tensor | None = None, sig
             assert labels is not None
             m[i] = _cross_entropy(p, int(labels[i]))
         else:
-            assert objective == "projection" and signs is not None
+            assert objective == "projection"
+            assert signs is not None
             m[i] = signs[i]
     return m
 
@@ -74,14 +76,7 @@ def mean_replaced(model: nn.Module, images: Tensor, groups: Sequence[Group], m: 
     found: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     for image, direction in zip(images, m, strict=True):
         mixed = {name: torch.zeros_like(mean, requires_grad=True) for name, mean in means.items()}
-        handles = []
-        for name in names:
-
-            def mix(module: nn.Module, args: tuple, name: str = name) -> tuple:
-                shape = (-1,) + (1,) * (args[0].dim() - 2) if _is_conv(module) else (-1,)
-                return (args[0] + mixed[name].view(shape) * (args[0] - means[name].view(shape)),)
-
-            handles.append(model.get_submodule(name).register_forward_pre_hook(mix))
+        handles = [_mixing(model.get_submodule(name), mixed[name], means[name]) for name in names]
         gradients = torch.autograd.grad(model(image[None])[0] @ direction, list(mixed.values()))
         for handle in handles:
             handle.remove()
@@ -92,6 +87,14 @@ def mean_replaced(model: nn.Module, images: Tensor, groups: Sequence[Group], m: 
                 _gather(total, member, by_name[member.axis[0]])
             found[group.name].append(total)
     return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def _mixing(module: nn.Module, t: Tensor, mean: Tensor) -> RemovableHandle:
+    def mix(module: nn.Module, args: tuple) -> tuple:
+        shape = (-1,) + (1,) * (args[0].dim() - 2) if _is_conv(module) else (-1,)
+        return (args[0] + t.view(shape) * (args[0] - mean.view(shape)),)
+
+    return module.register_forward_pre_hook(mix)
 
 
 def batched(v: Tensor, batch: int) -> Tensor:
@@ -118,7 +121,7 @@ def _of_group(model: nn.Module, group: Group, products: dict[str, Tensor], site:
     total = torch.zeros(group.size, dtype=torch.float64)
     for member in group.members:
         name, side, _ = member.axis
-        if side == "in" or side == "out" and site == "all":
+        if side == "in" or (side == "out" and site == "all"):
             _gather(total, member, _by_channel(model.get_submodule(name), name, side, products))
     return total
 
@@ -131,7 +134,7 @@ def _by_channel(module: nn.Module, name: str, side: str, products: dict[str, Ten
     """``[channels]`` the sum of w * g over the weights that read an input channel, or that make an output channel."""
     own = {key.rpartition(".")[2]: value for key, value in products.items() if key.rpartition(".")[0] == name}
     if not _is_conv(module) and not isinstance(module, nn.Linear):
-        return sum(own.values())  # type: ignore[return-value]
+        return sum(value.reshape(-1) for value in own.values())  # type: ignore[return-value]
     weight = own["weight"].flatten(2) if own["weight"].dim() > 2 else own["weight"][:, :, None]
     parts = getattr(module, "groups", 1)
     if getattr(module, "transposed", False):  # [in, out / parts, k] -> [out, in / parts, k]

@@ -89,7 +89,7 @@ def test_labels_are_refused(labels: Tensor) -> None:
 
 
 def test_missing_labels_are_refused() -> None:
-    with pytest.raises(DataError, match="needs labels, .*choose a label-free objective"):
+    with pytest.raises(DataError, match=r"needs labels, .*choose a label-free objective"):
         label(LOGITS, target(labels=None))
 
 

