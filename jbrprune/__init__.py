@@ -6,6 +6,7 @@ from jbrprune.pruning import PruneResult, prune, sweep
 from jbrprune.report import Report
 from jbrprune.scores import Scores
 from jbrprune.scoring import score
+from jbrprune.structured import JBRImportance
 
 __version__ = version("jbrprune")
 
@@ -19,4 +20,5 @@ __all__ = [
     # the criterion
     "score",
     "Scores",
+    "JBRImportance",
 ]

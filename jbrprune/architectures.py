@@ -125,8 +125,8 @@ def refuse_masked(model: nn.Module) -> None:
     masked = [name for name in masked if f"{name}_orig" in dict(model.named_parameters())]
     if masked:
         raise ModelError(
-            f"{masked[0]} (and {len(masked) - 1} more) is masked by torch.nn.utils.prune; such a model cannot be copied "
-            "or shrunk. Make the masks permanent first: torch.nn.utils.prune.remove(module, name)."
+            f"{masked[0]} (and {len(masked) - 1} more) is masked by torch.nn.utils.prune; such a model cannot be "
+            "copied or shrunk. Make the masks permanent first: torch.nn.utils.prune.remove(module, name)."
         )
 
 

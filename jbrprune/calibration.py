@@ -98,15 +98,19 @@ def _read(model: nn.Module, data: object, images: int | None, batch_size: int, p
     parameter = guest.first_tensor(model)
     if parameter is not None:
         batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
-    _check_runs(model, batches[0].images)
+    check_runs(model, batches[0].images)
     whole = concatenated(with_reference(batches, predict(model, batches, progress=progress)))
     if whole.reference is not None:
         agreement(whole.reference, whole.reference, whole.labels)  # refuses labels that are not the model's classes
     return whole
 
 
-def _check_runs(model: nn.Module, images: Tensor) -> None:
-    """The model accepts these images."""
+def check_runs(model: nn.Module, images: Tensor) -> None:
+    """See that a model accepts such images, by running it on the first one.
+
+    Raises:
+        DataError: It does not; says what it was made for, if it tells.
+    """
     size = zoo.image_size(model)
     wanted = f" It was made for {' x '.join(map(str, size))} (channels, height, width)." if size else ""
     if size and images.shape[1] != size[0]:
@@ -116,5 +120,6 @@ def _check_runs(model: nn.Module, images: Tensor) -> None:
             model(images[:1].to(guest.device_of(model)))
     except Exception as error:  # whatever a foreign forward raises is the answer
         raise DataError(
-            f"{type(model).__name__} does not run on images of shape {tuple(images.shape)}: {error}.{wanted}"
+            f"{type(model).__name__} does not run on {str(images.dtype).removeprefix('torch.')} images of shape "
+            f"{tuple(images.shape)}: {str(error).rstrip('.')}.{wanted}"
         ) from error

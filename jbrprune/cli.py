@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from jbrprune import data as loading
 from jbrprune import guest, zoo
 from jbrprune.batches import count, materialise, with_reference
 from jbrprune.cost import count_macs
-from jbrprune.errors import ArgumentError, JBRError
+from jbrprune.errors import ArgumentError, CheckpointError, JBRError
 from jbrprune.inventory import Inventory, inventory
 from jbrprune.measure import agreement_on, bytes_of, latency, parameters_of, predict
 from jbrprune.objectives import OBJECTIVES
@@ -101,7 +102,9 @@ def prune_command(
 
     Example: `jbrprune prune resnet50 --data photos/ --macs 0.5 --out pruned/`
     """
-    _check_target(out, overwrite)
+    if out is not None:
+        files.check_target(out, overwrite=overwrite)
+    _check_file(plot)
     result = prune(
         model,
         data,
@@ -131,10 +134,10 @@ def prune_command(
     )
     if out is not None:
         result.save(out, overwrite=overwrite)
-    if plot is not None:
-        result.report.plot(plot)
     saved = {"out": str(out)} if out is not None else {}
     _say(as_json, result.report.to_dict() | saved, str(result.report) + (f"\n\nSaved to {out}" if out else ""))
+    if plot is not None:
+        result.report.plot(plot)
 
 
 @app.command("score")
@@ -157,6 +160,7 @@ def score_command(
 
     Example: `jbrprune score resnet50 --data photos/ --out scores.safetensors`
     """
+    _check_file(out)
     module = zoo.create(model, checkpoint=checkpoint, pretrained=pretrained, **_arguments(model_arg)).to(_device(device))
     scores = score(
         module,
@@ -182,10 +186,11 @@ def score_command(
 def eval_command(
     model: Model,
     data: Data,
-    reference: Annotated[str | None, typer.Option(help="Timm name or directory to agree with; default: the dense model.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Timm name or directory to agree with, such as the dense model.")] = None,
     images: Annotated[int | None, typer.Option(help="Images to read; default: all.")] = None,
     checkpoint: Weights = None,
     model_arg: ModelArguments = None,
+    pretrained: Pretrained = True,
     batch_size: BatchSize = 32,
     device: Device = None,
     as_json: AsJson = False,
@@ -194,9 +199,9 @@ def eval_command(
 
     Example: `jbrprune eval pruned/ --data validation/ --reference resnet50`
     """
-    module = _loaded(model, checkpoint, model_arg).to(_device(device))
+    module = _loaded(model, checkpoint, pretrained, model_arg).to(_device(device))
     batches = materialise(loading.open_data(data, module, batch_size=batch_size), images=images, batch_size=batch_size)
-    other = _loaded(reference, checkpoint, model_arg).to(_device(device)) if reference else module
+    other = _loaded(reference, checkpoint, pretrained, model_arg).to(_device(device)) if reference else module
     agreed = agreement_on(module, with_reference(batches, predict(other, batches)))
     example = batches[0].images[:1].to(guest.device_of(module))
     timed = latency(module, example)
@@ -238,7 +243,10 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Directory for the models, tables and figures.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
-    """Prune a real ImageNet model on photographs, and a small ResNet on digits, without a network connection."""
+    """Prune a real ImageNet model on photographs, and a small ResNet on digits, without a network connection.
+
+    Example: `jbrprune demo --out demo`
+    """
     from jbrprune.demo import run_demo  # needs the extra `demo`
 
     run_demo(out, seed=seed, say=typer.echo)
@@ -252,15 +260,18 @@ def main() -> None:
     except JBRError as error:
         typer.secho(f"jbrprune: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         typer.secho(f"jbrprune: {error}", err=True, fg=typer.colors.RED)
         sys.exit(1)
 
 
-def _loaded(name: str, checkpoint: Path | None, model_arg: Sequence[str] | None) -> nn.Module:
+def _loaded(name: str, checkpoint: Path | None, pretrained: bool, model_arg: Sequence[str] | None) -> nn.Module:
     if Path(name).is_dir():
         return files.load(name)
-    return zoo.create(name, checkpoint=checkpoint, **_arguments(model_arg)).eval()
+    return zoo.create(name, checkpoint=checkpoint, pretrained=pretrained, **_arguments(model_arg)).eval()
+
+
+_OWN_ARGUMENTS = frozenset(("name", "pretrained", *inspect.signature(prune).parameters))
 
 
 def _arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -270,6 +281,8 @@ def _arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
         key, separator, value = pair.partition("=")
         if not separator or not key.isidentifier():
             raise ArgumentError(f"--model-arg must be key=value, got {pair!r}.")
+        if key in _OWN_ARGUMENTS:
+            raise ArgumentError(f"--model-arg {pair} is not an argument of the model: there may be an option of that name.")
         try:
             arguments[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -277,10 +290,10 @@ def _arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
     return arguments
 
 
-def _check_target(out: Path | None, overwrite: bool) -> None:
-    """Refuse a directory that cannot be written before the expensive part."""
-    if out is not None:
-        files.check_target(out, overwrite=overwrite)
+def _check_file(path: Path | None) -> None:
+    """Refuse a file that cannot be written before the expensive part."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
+        raise CheckpointError(f"{path} cannot be written: expected a file in a directory that exists and can be written.")
 
 
 def _device(name: str | None) -> torch.device:

@@ -130,8 +130,7 @@ class Account:
             for axis in term.axes:
                 of_axis[axis].add(number)
         self._of_group = {
-            name: sorted({number for axis in axes for number in of_axis[axis]})
-            for name, axes in self._per_unit.items()
+            name: sorted({number for axis in axes for number in of_axis[axis]}) for name, axes in self._per_unit.items()
         }
         self._value = [self._priced(term) for term in self._terms]
         self.total = math.fsum(self._value)

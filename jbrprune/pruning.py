@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from jbrprune import architectures, guest, zoo
+from jbrprune import guest, zoo
 from jbrprune import checkpoint as files
 from jbrprune.budget import KINDS, Budget
 from jbrprune.calibration import calibration
 from jbrprune.engine import Settings, run
-from jbrprune.errors import ArgumentError, BudgetError, ModelError
-from jbrprune.measure import check_weights
+from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.relevance import check_arguments
 from jbrprune.repair import METHODS
 from jbrprune.report import Report
-from jbrprune.scoring import resolved
+from jbrprune.scoring import check_model, resolved
 from jbrprune.selection import Floors
 
 
@@ -200,6 +200,7 @@ def sweep(
     return _pruned(model, data, Budget(budget, stops[-1]), tuple(stops), **arguments)
 
 
+@torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
 def _pruned(
     model: nn.Module | str,
     data: object,
@@ -216,7 +217,7 @@ def _pruned(
 ) -> list[PruneResult]:
     settings = _settings(budget, stops, **options)  # type: ignore[arg-type]
     given = resolved(model, checkpoint, model_arguments)
-    _check_model(given)
+    check_model(given)
     dense = copy.deepcopy(given).to(device or guest.device_of(given)).eval()
     prepared = calibration(
         dense,
@@ -248,9 +249,12 @@ def _settings(
     min_channels: int,
     round_to: int,
     ignore: Sequence[str],
+    ridge: float,
     **same: object,
 ) -> Settings:
     """The arguments, checked before anything is read or created."""
+    if not 0 < ridge < math.inf:
+        raise ArgumentError(f"ridge must satisfy 0 < ridge < inf, got {ridge}.")
     check_arguments(*(same[name] for name in ("objective", "site", "statistic", "batch", "confidence")))  # type: ignore[arg-type]
     settings = Settings(
         budget=budget,
@@ -258,22 +262,12 @@ def _settings(
         steps=steps,
         repair=_methods(repair),
         floors=Floors(floor, min_channels, round_to),
+        ridge=ridge,
         ignore=ignore if isinstance(ignore, str) else tuple(ignore),  # type: ignore[arg-type]
         **same,  # type: ignore[arg-type]
     )
     settings.schedule()
     return settings
-
-
-def _check_model(model: nn.Module) -> None:
-    architectures.refuse_masked(model)
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            raise ModelError(
-                f"{name} is {str(parameter.dtype).removeprefix('torch.')}: relevances and repairs need full precision. Call "
-                "model.float(), prune, and call .half() afterwards; autocast=torch.bfloat16 makes scoring cheap."
-            )
-    check_weights(model)
 
 
 def _methods(repair: str | Sequence[str] | None) -> tuple[str, ...]:

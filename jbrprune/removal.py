@@ -70,7 +70,7 @@ def tried(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> F
     failed = _culprits(found.groups, failure)
     kept = dict(found.kept)
     for name, why in failed.items():
-        kept.setdefault(name, f"removal does not equal the mask here: {why}")
+        kept[name] = f"removal does not equal the mask here: {why}"
     passed = tuple(group for group in found.groups if group.name not in failed)
     why = failure(passed) if passed and failed else None
     if why or not passed:
@@ -125,15 +125,13 @@ def _perturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:
     return trial
 
 
-def _failure(
-    trial: nn.Module, images: Tensor, groups: Sequence[Group], generator: torch.Generator
-) -> str | None:
+def _failure(trial: nn.Module, images: Tensor, groups: Sequence[Group], generator: torch.Generator) -> str | None:
     """What goes wrong when units of these groups go, or None."""
     for count in (_some_units, _one_or_all_but_one):
         selection = {g.name: _drawn(g, count(g, i, generator), generator) for i, g in enumerate(groups) if g.size > 1}
         try:
             difference = _difference(trial, images, groups, selection)
-        except Exception as error:  # noqa: BLE001 - whatever a foreign forward raises is the answer
+        except Exception as error:  # whatever a foreign forward raises is the answer
             return f"{type(error).__name__}: {error}"
         if not difference <= TOLERANCE:
             return f"the logits differ by {difference:.1e}"

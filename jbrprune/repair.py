@@ -149,10 +149,10 @@ def repaired(
     best, best_state = Outcome("none", before, before), original
     for combination in _combinations(methods, bool(targets.norms)):
         model.load_state_dict(original)
-        _apply(model, images, targets, kept, combination, ridge)
         try:
+            _apply(model, images, targets, kept, combination, ridge)
             after = agreement_on(model, gate)
-        except NonFiniteError:  # a repair that breaks the model is not a repair
+        except (NonFiniteError, torch.linalg.LinAlgError):  # a repair that breaks the model is not a repair
             continue
         if after.kl < best.after.kl:
             best, best_state = Outcome("+".join(combination), before, after), _snapshot(model)

@@ -13,8 +13,10 @@ from torch import nn
 from jbrprune import architectures, guest, zoo
 from jbrprune import data as loading
 from jbrprune.batches import Batch, iterate
-from jbrprune.errors import ArgumentError
+from jbrprune.calibration import check_runs
+from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.groups import Group
+from jbrprune.measure import check_weights
 from jbrprune.relevance import Site, Statistic, check_arguments, relevance_scores
 from jbrprune.removal import tried
 from jbrprune.scores import Scores
@@ -23,6 +25,7 @@ from jbrprune.units import find_groups, layer_groups
 GRANULARITIES = ("unit", "layer")
 
 
+@torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
 def score(
     model: nn.Module | str,
     data: object,
@@ -53,7 +56,7 @@ def score(
         site: ``consumer`` or ``all``; see `jbrprune.relevance.relevance_scores`.
         statistic: ``second_moment``, ``batched`` or ``mean_replaced``.
         granularity: ``unit``: removable units, coupled channels together. ``layer``: every channel of every known
-            layer by itself, inputs and outputs apart; works for models whose graph cannot be traced.
+            layer by itself, inputs and outputs (of ``site="all"``) apart; works for models whose graph cannot be traced.
         batch: Samples per batch of ``statistic="batched"``.
         confidence: Score only on images whose largest probability exceeds this.
         ignore: Globs of module names that are left out.
@@ -84,12 +87,13 @@ def score(
     if granularity not in GRANULARITIES:
         raise ArgumentError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
     model = resolved(model, checkpoint, model_arguments)
-    architectures.refuse_masked(model)
+    check_model(model)
     first, batches = _peeked(loading.open_data(data, model, batch_size=batch_size), batch_size)
+    check_runs(model, first.images)
     return relevance_scores(
         model,
         batches,
-        _groups(model, first, granularity, ignore, width),
+        _groups(model, first, granularity, site, ignore, width),
         objective=objective,
         site=site,
         statistic=statistic,
@@ -118,6 +122,23 @@ def resolved(model: nn.Module | str, weights: str | Path | None, arguments: dict
     return model
 
 
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be scored or pruned as it is.
+
+    Raises:
+        ModelError: Masked by `torch.nn.utils.prune`, or in half precision.
+        NonFiniteError: NaN or Inf in the weights.
+    """
+    architectures.refuse_masked(model)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ModelError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}: relevances and repairs need full precision. Call "
+                "model.float(), then this, and .half() afterwards; autocast=torch.bfloat16 makes scoring cheap."
+            )
+    check_weights(model)
+
+
 def _peeked(data: object, batch_size: int) -> tuple[Batch, object]:
     """The first batch, and data that still yield it."""
     batches = iterate(data, batch_size=batch_size)
@@ -126,10 +147,10 @@ def _peeked(data: object, batch_size: int) -> tuple[Batch, object]:
 
 
 def _groups(
-    model: nn.Module, first: Batch, granularity: str, ignore: Sequence[str], width: bool
+    model: nn.Module, first: Batch, granularity: str, site: Site, ignore: Sequence[str], width: bool
 ) -> tuple[Group, ...]:
     if granularity == "layer":
-        return layer_groups(model, ignore=ignore)
+        return tuple(group for group in layer_groups(model, ignore=ignore) if site == "all" or group.side("in"))
     images = first.images.to(guest.device_of(model))
     example = (images if len(images) > 1 else images.repeat(2, 1, 1, 1))[:2]
     work = copy.deepcopy(model)

@@ -118,9 +118,7 @@ def reachable(groups: Sequence[Group], account: Account, floors: Floors, dense_s
     return account.total
 
 
-def _blocks(
-    score: Tensor, number: int, group: Group, cost: float, floors: Floors, dense_size: int
-) -> list[_Block]:
+def _blocks(score: Tensor, number: int, group: Group, cost: float, floors: Floors, dense_size: int) -> list[_Block]:
     """The removable units of one group, worst first, cut into blocks that keep widths on multiples."""
     order = torch.sort(score, stable=True).indices
     removable = group.size - floors.of(group, dense_size)
@@ -145,4 +143,6 @@ def _check(scores: Mapping[str, Tensor], groups: Sequence[Group]) -> None:
                 f"Scores for {group.name}: expected [{group.size}], got {got}. Were they made for another model?"
             )
         if not torch.isfinite(score).all():
-            raise ArgumentError(f"Scores for {group.name} contain NaN or Inf at unit {int((~score.isfinite()).nonzero()[0])}.")
+            raise ArgumentError(
+                f"Scores for {group.name} contain NaN or Inf at unit {int((~score.isfinite()).nonzero()[0])}."
+            )

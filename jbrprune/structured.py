@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -67,7 +68,7 @@ class JBRImportance(tp.importance.Importance):
         self._whole = {group.members[0].axis for group in scores.groups}
 
     @torch.no_grad()
-    def __call__(self, group: tp.dependency.Group) -> Tensor | None:
+    def __call__(self, group: tp.dependency.Group) -> Tensor | None:  # type: ignore[override]
         """One score per index of the group's root, in the order of these indices.
 
         Args:
@@ -79,7 +80,8 @@ class JBRImportance(tp.importance.Importance):
         Raises:
             ArgumentError: The widths of the model do not fit the scores.
         """
-        graph, (dependency, indices) = group._DG, group[0]
+        graph: tp.DependencyGraph = group._DG  # type: ignore[assignment]
+        dependency, indices = group[0]
         _check_widths(graph, self._by_channel, self._whole)
         side = "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"
         known = self._by_channel.get((graph._module2name.get(dependency.target.module, ""), side, 0))
@@ -111,7 +113,7 @@ class _LayerNormPruner(tp.pruner.function.BasePruningFunc):
 
     TARGET_MODULES = nn.LayerNorm
 
-    def prune_out_channels(self, layer: nn.LayerNorm, idxs: Sequence[int]) -> nn.LayerNorm:
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
         gone = set(idxs)
         kept = [c for c in range(layer.normalized_shape[-1]) if c not in gone]
         for name in ("weight", "bias"):
@@ -122,7 +124,7 @@ class _LayerNormPruner(tp.pruner.function.BasePruningFunc):
 
     prune_in_channels = prune_out_channels
 
-    def get_out_channels(self, layer: nn.LayerNorm) -> int:
+    def get_out_channels(self, layer: Any) -> int:
         return layer.normalized_shape[-1]
 
     get_in_channels = get_out_channels
@@ -159,7 +161,7 @@ def _check_widths(graph: tp.DependencyGraph, known: dict[Axis, Tensor], whole: s
         if pruner is None:
             raise ArgumentError(f"There are scores for {name}, which this model does not have: score this model.")
         width = pruner.get_out_channels(module) if side == "out" else pruner.get_in_channels(module)
-        if width is not None and (width < len(table) or axis in whole and width != len(table)):
+        if width is not None and (width < len(table) or (axis in whole and width != len(table))):
             raise ArgumentError(
                 f"{name}: there are scores for {len(table)} channels (side '{side}'), but the module has {width}. The "
                 "model was pruned since, or is another one: score again."

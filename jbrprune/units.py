@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency.index_mapping import update_split_index_mapping
+from torch_pruning.ops import OPTYPE, _OutputOp
 
 from jbrprune import architectures, guest, layers
 from jbrprune.errors import ArgumentError, UnsupportedModelError
 from jbrprune.groups import Axis, Group, Member
 from jbrprune.measure import logits_of
-
 
 UNSHRINKABLE = (nn.MultiheadAttention, nn.RNNBase, nn.Embedding)
 
@@ -45,9 +45,7 @@ class Found:
     kept: dict[str, str] = field(default_factory=dict)
 
 
-def find_groups(
-    model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (), width: bool = False
-) -> Found:
+def find_groups(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (), width: bool = False) -> Found:
     """Find the removable units of a model.
 
     Args:
@@ -132,14 +130,14 @@ class _Atoms:
         if not self.edges:
             return np.arange(self.total)
         one, other = (np.concatenate(side) for side in zip(*self.edges, strict=True))
-        matrix = coo_array((np.ones(len(one), dtype=np.int8), (one, other)), shape=(self.total, self.total))
+        matrix = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(self.total, self.total))
         return connected_components(matrix, directed=False)[1]
 
 
 def _trace(model: nn.Module, images: Tensor) -> tp.DependencyGraph:
     runs = False
 
-    def forward(model: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    def forward(model: nn.Module, inputs: Any) -> Tensor:
         nonlocal runs
         logits = logits_of(model(*inputs))
         runs = True
@@ -172,7 +170,7 @@ def _map_splits(graph: tp.DependencyGraph) -> None:
     """
     for node in graph.module2node.values():
         sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
-        if node.type != tp.ops.OPTYPE.SPLIT or node.enable_index_mapping or len(sizes) != 3:
+        if node.type != OPTYPE.SPLIT or node.enable_index_mapping or len(sizes) != 3:
             continue
         if node.grad_fn._saved_dim > 2:  # a negative number, stored without sign
             node.enable_index_mapping = True
@@ -198,8 +196,8 @@ class _Reached:
     whole: bool
 
 
-class _Lost(Exception):  # noqa: N818 - a signal, not an error
-    """The graph does not tell what happens to the channels of a root."""
+class _Lost(Exception):
+    """A signal: the graph does not tell what happens to the channels of a root."""
 
 
 def _add_graph(atoms: _Atoms, graph: tp.DependencyGraph, model: nn.Module, owned: set[Axis]) -> dict[Axis, str]:
@@ -272,7 +270,7 @@ def _places(atlas: _Atlas, root: nn.Module, width: int) -> tuple[list[_Reached],
     try:
         for dependency, channel, source in _followed(atlas, root, width):
             module = dependency.target.module
-            if isinstance(module, tp.ops._OutputOp):
+            if isinstance(module, _OutputOp):
                 reason = "reaches the model's output"
             elif isinstance(module, UNSHRINKABLE):
                 name = atlas.names[module]
@@ -331,7 +329,8 @@ def _mapped(
     dependency: tp.dependency.Dependency, channel: np.ndarray, source: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Channels on the other side of a dependency, by torch-pruning's rules for concat, split, slice and flatten."""
-    for rule in dependency.index_mapping:
+    rules: list[Callable | None] = dependency.index_mapping  # type: ignore[assignment]
+    for rule in rules:
         if rule is None:
             continue
         pairs = rule([_HybridIndex(idx=i, root_idx=r) for i, r in zip(channel.tolist(), source.tolist(), strict=True)])
@@ -391,7 +390,8 @@ def _grouped(model: nn.Module, atoms: _Atoms, fixed: dict[Axis, str], width: boo
         return order.get(name.rstrip("'"), len(order))
 
     return Found(
-        tuple(groups[name] for name in sorted(groups, key=place)), {name: kept[name] for name in sorted(kept, key=place)}
+        tuple(groups[name] for name in sorted(groups, key=place)),
+        {name: kept[name] for name in sorted(kept, key=place)},
     )
 
 
@@ -410,7 +410,10 @@ def _alike(atoms: _Atoms) -> list[dict[Axis, np.ndarray]]:
         if len(runs):
             units[tuple(axis[starts[runs]]), tuple(counts[runs])].append(starts[runs])
     return [
-        {axes[a]: channel[np.stack(first)[:, i, None] + np.arange(n)] for i, (a, n) in enumerate(zip(*key, strict=True))}
+        {
+            axes[a]: channel[np.stack(first)[:, i, None] + np.arange(n)]
+            for i, (a, n) in enumerate(zip(*key, strict=True))
+        }
         for key, first in units.items()
     ]
 

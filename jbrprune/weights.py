@@ -445,9 +445,10 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def _zeros(like: Tensor) -> Tensor:
+def _zeros(like: Tensor, least: torch.dtype | None = None) -> Tensor:
+    dtype = _wide(like.device) if least is None else torch.promote_types(like.dtype, least)
     with torch.inference_mode(False):  # a tensor of inference mode could not be added to later
-        return torch.zeros(like.shape, dtype=_wide(like.device), device=like.device)
+        return torch.zeros(like.shape, dtype=dtype, device=like.device)
 
 
 # --- means over batches: plain autograd ------------------------------------------------------------------------------
@@ -462,8 +463,8 @@ class _Means:
         self.scored = scored
         self.batch = batch
         self.filled = 0
-        self.open = [_zeros(s.leaf) for s in scored]
-        self.sums = self.open if batch is None else [torch.zeros_like(total) for total in self.open]
+        self.sums = [_zeros(s.leaf) for s in scored]
+        self.open = self.sums if batch is None else [_zeros(s.leaf, torch.float32) for s in scored]
 
     def check(self, images: Tensor) -> None:
         """Nothing to check: autograd sees every use of a parameter, and a mean needs no samples apart."""
@@ -499,7 +500,7 @@ class _Means:
 
     def _close(self) -> None:
         for sums, total in zip(self.sums, self.open):
-            sums += total.square_() / self.filled
+            sums += total.square_().div_(self.filled)
             total.zero_()
         self.filled = 0
 

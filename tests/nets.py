@@ -61,7 +61,9 @@ def mapped(function: Callable[[Tensor], Tensor], out: int = 16, into: int = 16, 
     """conv a -> function -> conv b: the function moves or mixes channels."""
 
     def make() -> nn.Module:
-        return Net(lambda s, x: pooled(s, s.b(function(F.relu(s.a(x))))), a=conv(3, out), b=conv(into, 12), fc=linear(12))
+        return Net(
+            lambda s, x: pooled(s, s.b(function(F.relu(s.a(x))))), a=conv(3, out), b=conv(into, 12), fc=linear(12)
+        )
 
     return Case(make, {"b": 12}, ("a",)) if refused else Case(make, {"a": 8, "b": 12})
 
@@ -76,7 +78,13 @@ def linear(into: int, out: int = 4) -> nn.Linear:
 
 def layered(layer: nn.Module, width: int, out: int | None = None) -> nn.Module:
     """conv a -> layer -> conv b."""
-    return Net(lambda s, x: pooled(s, s.b(F.relu(s.n(s.a(x))))), a=conv(3, width), n=layer, b=conv(out or width, 12), fc=linear(12))
+    return Net(
+        lambda s, x: pooled(s, s.b(F.relu(s.n(s.a(x))))),
+        a=conv(3, width),
+        n=layer,
+        b=conv(out or width, 12),
+        fc=linear(12),
+    )
 
 
 def _halves(net: Net, x: Tensor) -> Tensor:
@@ -169,27 +177,45 @@ CASES: dict[str, Case] = {
         {"p": 8, "q": 6, "r": 8, "b": 12},
     ),
     "concatenated with itself": Case(
-        lambda: Net(lambda s, x: pooled(s, s.b(torch.cat([s.a(x)] * 2, 1).relu())), a=conv(3, 8), b=conv(16, 12), fc=linear(12)),
+        lambda: Net(
+            lambda s, x: pooled(s, s.b(torch.cat([s.a(x)] * 2, 1).relu())), a=conv(3, 8), b=conv(16, 12), fc=linear(12)
+        ),
         {"a": 8, "b": 12},
     ),
     "flattened": Case(
         lambda: Net(lambda s, x: s.fc(s.a(x).relu().flatten(1)), a=conv(3, 8, 4, stride=4), fc=linear(72)), {"a": 8}
     ),
     "two pools": Case(
-        lambda: Net(lambda s, x: s.fc(torch.cat([s.a(x).mean((2, 3)), s.a(x).amax((2, 3))], 1)), a=conv(3, 8), fc=linear(16)),
+        lambda: Net(
+            lambda s, x: s.fc(torch.cat([s.a(x).mean((2, 3)), s.a(x).amax((2, 3))], 1)), a=conv(3, 8), fc=linear(16)
+        ),
         {"a": 8},
     ),
-    "called twice": Case(lambda: Net(_twice, a=conv(3, 8), b=conv(8, 8), c=conv(8, 12), fc=linear(12)), {"a": 8, "c": 12}),
+    "called twice": Case(
+        lambda: Net(_twice, a=conv(3, 8), b=conv(8, 8), c=conv(8, 12), fc=linear(12)), {"a": 8, "c": 12}
+    ),
     "called in two branches": Case(
         lambda: Net(_branches, a=conv(3, 8), b=conv(3, 8), c=conv(8, 6), d=conv(6, 12), e=conv(6, 12), fc=linear(12)),
         {"a": 8, "c": 6, "d": 12},
     ),
     "spatial gate": Case(
-        lambda: Net(lambda s, x: pooled(s, s.b(s.a(x) * s.g(s.a(x)).sigmoid())), a=conv(3, 8), g=conv(8, 1, 1), b=conv(8, 12), fc=linear(12)),
+        lambda: Net(
+            lambda s, x: pooled(s, s.b(s.a(x) * s.g(s.a(x)).sigmoid())),
+            a=conv(3, 8),
+            g=conv(8, 1, 1),
+            b=conv(8, 12),
+            fc=linear(12),
+        ),
         {"a": 8, "b": 12},
     ),
     "bare scale": Case(
-        lambda: Net(lambda s, x: pooled(s, s.b(s.a(x) * s.w[:, None, None])), a=conv(3, 8), w=nn.Parameter(torch.randn(8)), b=conv(8, 12), fc=linear(12)),
+        lambda: Net(
+            lambda s, x: pooled(s, s.b(s.a(x) * s.w[:, None, None])),
+            a=conv(3, 8),
+            w=nn.Parameter(torch.randn(8)),
+            b=conv(8, 12),
+            fc=linear(12),
+        ),
         {"a": 8, "b": 12},
     ),
     "gated by halves": mapped(_gated, into=8, refused=False),
@@ -197,14 +223,25 @@ CASES: dict[str, Case] = {
     "halves added": mapped(lambda x: sum(x.chunk(2, 1)), into=8, refused=False),  # type: ignore[arg-type,return-value]
     "neighbours' maximum": mapped(_maxout, into=8, refused=False),
     "gated tokens behind positions": Case(
-        lambda: Net(_gated_tokens, a=conv(3, 10, 4, stride=4), position=nn.Parameter(torch.randn(1, 9, 10)), b=linear(10, 16), c=linear(8, 10), fc=linear(10)),
+        lambda: Net(
+            _gated_tokens,
+            a=conv(3, 10, 4, stride=4),
+            position=nn.Parameter(torch.randn(1, 9, 10)),
+            b=linear(10, 16),
+            c=linear(8, 10),
+            fc=linear(10),
+        ),
         {"a": 10, "b": 8},
     ),
     "mixed tokens": Case(
-        lambda: Net(_mixed_tokens, a=conv(3, 12, 4, stride=4), b=linear(9, 7), c=linear(7, 9), fc=linear(12)), {"b": 7}, ("a",)
+        lambda: Net(_mixed_tokens, a=conv(3, 12, 4, stride=4), b=linear(9, 7), c=linear(7, 9), fc=linear(12)),
+        {"b": 7},
+        ("a",),
     ),
     # what is read wrongly, and must be refused
-    "halves to two layers": Case(lambda: Net(_halves, a=conv(3, 16), b=conv(8, 12), c=conv(8, 12), fc=linear(12)), {"b": 12}, ("a", "a'")),
+    "halves to two layers": Case(
+        lambda: Net(_halves, a=conv(3, 16), b=conv(8, 12), c=conv(8, 12), fc=linear(12)), {"b": 12}, ("a", "a'")
+    ),
     "halves swapped": mapped(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)),
     "shuffled by reshaping": mapped(_shuffled),
     "shuffled": mapped(lambda x: F.channel_shuffle(x, 4)),
@@ -223,11 +260,23 @@ CASES: dict[str, Case] = {
     "running sum": mapped(lambda x: x.cumsum(1)),
     "fixed scale": mapped(lambda x: x * torch.arange(1.0, 17.0)[:, None, None].to(x)),
     "attention by reshaping": Case(
-        lambda: Net(_attention, a=conv(3, 16, 4, stride=4), q=linear(16, 16), k=linear(16, 16), v=linear(16, 16), proj=linear(16, 16), fc=linear(16)),
+        lambda: Net(
+            _attention,
+            a=conv(3, 16, 4, stride=4),
+            q=linear(16, 16),
+            k=linear(16, 16),
+            v=linear(16, 16),
+            proj=linear(16, 16),
+            fc=linear(16),
+        ),
         {"a": 16},
         ("q",),
     ),
-    "chosen kernels": Case(lambda: Net(_kernels, a=conv(3, 16), c=conv(3, 16), z=linear(16, 32), b=conv(16, 12), fc=linear(12)), {"b": 12}, ("a",)),
+    "chosen kernels": Case(
+        lambda: Net(_kernels, a=conv(3, 16), c=conv(3, 16), z=linear(16, 32), b=conv(16, 12), fc=linear(12)),
+        {"b": 12},
+        ("a",),
+    ),
     "products of features": Case(lambda: Net(_gram, a=conv(3, 5), b=conv(5, 8), fc=linear(64)), {"a": 5}, ("b",)),
 }
 

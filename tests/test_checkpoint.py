@@ -20,6 +20,7 @@ from torch.nn.utils import prune
 
 from jbrprune import checkpoint, zoo
 from jbrprune.checkpoint import DESCRIPTION, WEIGHTS, describe, load, save
+from jbrprune.description import checksum
 from jbrprune.errors import CheckpointError
 from jbrprune.slicing import remove_channels
 
@@ -389,7 +390,7 @@ def _rewritten(directory: Path, change: Callable[[dict[str, Any]], object]) -> N
     body = json.loads((directory / DESCRIPTION).read_text())
     change(body)
     body.pop("sha256")
-    (directory / DESCRIPTION).write_text(json.dumps({**body, "sha256": checkpoint._sha256_of_body(body)}))
+    (directory / DESCRIPTION).write_text(json.dumps({**body, "sha256": checksum(body)}))
 
 
 def _set(*keys: str, to: Any) -> Callable[[Mapping[str, Any]], None]:

@@ -119,7 +119,21 @@ def test_modules_in_lists_shared_modules_and_functions_are_counted() -> None:
     assert count_macs(Odd(), torch.zeros(1, 4)) == {"": 12, "layers.0": 32, "layers.1": 24}
 
 
-@pytest.mark.parametrize("case", [*MODELS, "grouped", "depthwise, three outputs each", "flattened", "halves added", "dense", "prelu", "bare scale", "called in two branches", "transposed"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *MODELS,
+        "grouped",
+        "depthwise, three outputs each",
+        "flattened",
+        "halves added",
+        "dense",
+        "prelu",
+        "bare scale",
+        "called in two branches",
+        "transposed",
+    ],
+)
 def test_the_price_of_a_plan_is_the_cost_of_the_smaller_model(case: str) -> None:
     model, images, groups = made(case)
     generator = torch.Generator().manual_seed(5)
@@ -175,7 +189,8 @@ def test_channels_are_counted_where_a_group_has_its_name() -> None:
 def test_channels_of_a_layer_that_only_partly_belongs_to_units() -> None:
     index = torch.arange(4)
     groups = [
-        Group(name, "channel", 4, (Member(("a", "out", 0), index + offset, index),)) for name, offset in (("a", 0), ("a'", 8))
+        Group(name, "channel", 4, (Member(("a", "out", 0), index + offset, index),))
+        for name, offset in (("a", 0), ("a'", 8))
     ]
     account = Account(channel_terms(groups), groups, {("a", "out", 0): 16})
     account.strike("a", 3)

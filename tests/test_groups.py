@@ -21,7 +21,12 @@ def member(axis: Axis, channel: Sequence[int], unit: Sequence[int]) -> Member:
 
 def two_groups() -> tuple[Group, Group]:
     """A concatenation: conv p has 3 channels and q has 2; layer b reads q's channels first, each of p's twice."""
-    p = Group("p", "channel", 3, (member(("p", "out", 0), [0, 1, 2], [0, 1, 2]), member(("b", "in", 0), range(2, 8), [0, 0, 1, 1, 2, 2])))
+    p = Group(
+        "p",
+        "channel",
+        3,
+        (member(("p", "out", 0), [0, 1, 2], [0, 1, 2]), member(("b", "in", 0), range(2, 8), [0, 0, 1, 1, 2, 2])),
+    )
     q = Group("q", "channel", 2, (member(("q", "out", 0), [0, 1], [1, 0]), member(("b", "in", 0), [0, 1], [1, 0])))
     return p, q
 
@@ -46,12 +51,16 @@ def test_what_is_left_is_renumbered() -> None:
     ]
 
 
-@pytest.mark.parametrize("selection", [{}, {"p": torch.tensor([], dtype=torch.long)}], ids=["nothing", "an empty tensor"])
+@pytest.mark.parametrize(
+    "selection", [{}, {"p": torch.tensor([], dtype=torch.long)}], ids=["nothing", "an empty tensor"]
+)
 def test_removing_nothing_changes_nothing(selection: Selection) -> None:
     before = two_groups()
     assert removed_channels(before, selection) == {}
     for old, new in zip(before, after_removal(before, selection), strict=True):
-        assert [(m.channel.tolist(), m.unit.tolist()) for m in old.members] == [(m.channel.tolist(), m.unit.tolist()) for m in new.members]
+        assert [(m.channel.tolist(), m.unit.tolist()) for m in old.members] == [
+            (m.channel.tolist(), m.unit.tolist()) for m in new.members
+        ]
 
 
 def test_channels_per_unit_and_sides() -> None:
@@ -99,16 +108,32 @@ def groups_and_removals(draw: st.DrawFn) -> tuple[list[Group], list[Selection]]:
 @given(groups_and_removals())
 def test_renumbering_twice_against_names(case: tuple[list[Group], list[Selection]]) -> None:
     groups, removals = case
-    width = {m.axis: 1 + max(int(o.channel.max()) for g in groups for o in g.members if o.axis == m.axis) for g in groups for m in g.members}
+    width = {
+        m.axis: 1 + max(int(o.channel.max()) for g in groups for o in g.members if o.axis == m.axis)
+        for g in groups
+        for m in g.members
+    }
     names: Named = {axis: [f"{axis} {c}" for c in range(n)] for axis, n in width.items()}
-    owned = {(g.name, f"{g.name} {u}"): {m.axis: [names[m.axis][c] for c in m.channel[m.unit == u]] for m in g.members} for g in groups for u in range(g.size)}
+    owned = {
+        (g.name, f"{g.name} {u}"): {m.axis: [names[m.axis][c] for c in m.channel[m.unit == u]] for m in g.members}
+        for g in groups
+        for u in range(g.size)
+    }
     units = {g.name: [f"{g.name} {u}" for u in range(g.size)] for g in groups}
     for selection in removals:
         groups = _checked_step(groups, selection, names, owned, units)
 
 
-def _checked_step(groups: Sequence[Group], selection: Selection, names: Named, owned: dict, units: dict[str, list[str]]) -> Sequence[Group]:
-    gone = {name for g, index in selection.items() for u in index.tolist() for channels in owned[g, units[g][u]].values() for name in channels}
+def _checked_step(
+    groups: Sequence[Group], selection: Selection, names: Named, owned: dict, units: dict[str, list[str]]
+) -> Sequence[Group]:
+    gone = {
+        name
+        for g, index in selection.items()
+        for u in index.tolist()
+        for channels in owned[g, units[g][u]].values()
+        for name in channels
+    }
     for axis, channels in removed_channels(groups, selection).items():
         assert [names[axis][c] for c in channels] == [name for name in names[axis] if name in gone]
     after = after_removal(groups, selection)

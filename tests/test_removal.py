@@ -26,11 +26,21 @@ Fingerprint = Callable[[nn.Module], dict[str, Any]]
 MODELS: dict[str, tuple[str, dict, int, bool]] = {
     "resnet18": ("resnet18", {}, 64, False),
     "vit": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 3}, 64, False),
-    "vit, normalised queries, scaled": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2, "qk_norm": True, "init_values": 0.1}, 64, False),
+    "vit, normalised queries, scaled": (
+        "vit_tiny_patch16_224",
+        {"img_size": 64, "depth": 2, "qk_norm": True, "init_values": 0.1},
+        64,
+        False,
+    ),
     "vit, width": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2}, 64, True),
     "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 3}, 64, False),
     "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 2, "embed_dim": 96}, 56, True),
-    "parallel blocks": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2, "block_fn": timm.models.vision_transformer.ParallelThingsBlock}, 64, False),
+    "parallel blocks": (
+        "vit_tiny_patch16_224",
+        {"img_size": 64, "depth": 2, "block_fn": timm.models.vision_transformer.ParallelThingsBlock},
+        64,
+        False,
+    ),
     "gated mlp": ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2}, 56, False),
     "efficientnet": ("efficientnet_lite0", {}, 64, False),
     "mobilenetv3": ("mobilenetv3_small_100", {}, 64, False),
@@ -143,7 +153,11 @@ def test_attributes_of_attention_after_a_removal() -> None:
 
 
 def test_a_new_classifier_fits_the_smaller_model() -> None:
-    for case, name in (("vit, width", "patch_embed.proj"), ("resnet18", "layer4.0.conv2"), ("mobilenetv3", "conv_head")):
+    for case, name in (
+        ("vit, width", "patch_embed.proj"),
+        ("resnet18", "layer4.0.conv2"),
+        ("mobilenetv3", "conv_head"),
+    ):
         model, images, width = made(case)
         groups = find_groups(model, images, width=width).groups
         size = next(group.size for group in groups if group.name == name)
@@ -174,7 +188,9 @@ def test_what_passes_the_trial_is_right_and_the_rest_is_named(name: str) -> None
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
         gone = {g.name: int(torch.randint(0, g.size, (), generator=generator)) for g in result.groups}
-        selection = {g.name: torch.randperm(g.size, generator=generator)[: gone[g.name]].sort().values for g in result.groups}
+        selection = {
+            g.name: torch.randperm(g.size, generator=generator)[: gone[g.name]].sort().values for g in result.groups
+        }
         assert difference(model, images, result.groups, selection) < 1e-8
 
 
@@ -225,8 +241,15 @@ def test_an_error_of_the_smaller_model_is_the_reason() -> None:
 @pytest.mark.parametrize("name", ["normalised", "products of features"])
 def test_nothing_to_remove_is_an_error_that_says_why(name: str) -> None:
     model = nets.CASES[name].make().eval()
-    with pytest.raises(UnsupportedModelError, match=r"Net: nothing can be removed safely: .* Why layers are kept: .*b: ignored on request"):
-        tried(model, nets.example(), find_groups(model, nets.example(), ignore=["b"] if name == "normalised" else ["a", "b"]))
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"Net: nothing can be removed safely: .* Why layers are kept: .*b: ignored on request",
+    ):
+        tried(
+            model,
+            nets.example(),
+            find_groups(model, nets.example(), ignore=["b"] if name == "normalised" else ["a", "b"]),
+        )
 
 
 def test_what_fails_only_together_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

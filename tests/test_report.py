@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from jbrprune import report as module
+from jbrprune import figures
 from jbrprune.errors import ArgumentError
+from jbrprune.figures import ratio_plot
 from jbrprune.measure import Agreement, Latency
-from jbrprune.report import LayerRow, Report, Size, StepRow, ratio_plot, ratio_table
+from jbrprune.report import LayerRow, Report, Size, StepRow
+from jbrprune.tables import ratio_table
 
 UNREPAIRED = Agreement(500, 0.612, 0.81, 0.9, 0.55, 0.914)
 REPAIRED = Agreement(500, 0.934, 0.99, 0.1234, 0.86, 0.914)
@@ -314,6 +316,6 @@ def test_ratio_plot_without_labels_has_one_panel_and_a_line_per_model():
 
 
 def test_error_bars_end_at_the_interval():
-    (down,), (up,) = module._error_bars([REPAIRED])
+    (down,), (up,) = figures._error_bars([REPAIRED])
     low, high = REPAIRED.top1_interval
     assert (93.4 - down, 93.4 + up) == pytest.approx((100 * low, 100 * high))

@@ -127,10 +127,19 @@ def test_shares_are_not_rounded_up_by_a_hair(share: float, size: int, kept: int)
 
 def test_floors_refer_to_the_dense_width() -> None:
     budget = account([group("a", 6)], {"a": 1})
-    selection = select({"a": torch.arange(6.0)}, [group("a", 6)], budget, 5, floors=Floors(share=0.5), dense_sizes={"a": 10})
+    selection = select(
+        {"a": torch.arange(6.0)}, [group("a", 6)], budget, 5, floors=Floors(share=0.5), dense_sizes={"a": 10}
+    )
     assert plain(selection) == {"a": [0]}
     with pytest.raises(BudgetError, match="5 of 6 are left"):
-        select({"a": torch.arange(6.0)}, [group("a", 6)], account([group("a", 6)], {"a": 1}), 4, floors=Floors(share=0.5), dense_sizes={"a": 10})
+        select(
+            {"a": torch.arange(6.0)},
+            [group("a", 6)],
+            account([group("a", 6)], {"a": 1}),
+            4,
+            floors=Floors(share=0.5),
+            dense_sizes={"a": 10},
+        )
 
 
 def test_widths_fall_to_multiples() -> None:
@@ -176,7 +185,10 @@ def plans(draw: st.DrawFn) -> tuple[list[Group], dict[str, Tensor], Floors, floa
     kinds = [draw(st.sampled_from(["channel", "channel", "head"])) for _ in sizes]
     groups = [group(f"g{i}", size, kind) for i, (size, kind) in enumerate(zip(sizes, kinds, strict=True))]
     value = st.sampled_from([0.0, 0.0, 1.0, 2.0, 1e-12, 3.5])
-    scores = {g.name: torch.tensor(draw(st.lists(value, min_size=g.size, max_size=g.size)), dtype=torch.float64) for g in groups}
+    scores = {
+        g.name: torch.tensor(draw(st.lists(value, min_size=g.size, max_size=g.size)), dtype=torch.float64)
+        for g in groups
+    }
     floors = Floors(draw(st.sampled_from([0, 0.2, 0.5])), draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4])))
     return groups, scores, floors, draw(st.floats(0.0, 1.0)), draw(st.booleans())
 
@@ -184,7 +196,9 @@ def plans(draw: st.DrawFn) -> tuple[list[Group], dict[str, Tensor], Floors, floa
 def products(groups: Sequence[Group]) -> Account:
     """A chain of layers: each cost is proportional to two neighbouring groups."""
     axes = [(g.name, "out", 0) for g in groups]
-    terms = [Term(7.0 * math.prod(g.size for g in groups[i : i + 2]), tuple(axes[i : i + 2])) for i in range(len(groups))]  # type: ignore[arg-type]
+    terms = [
+        Term(7.0 * math.prod(g.size for g in groups[i : i + 2]), tuple(axes[i : i + 2])) for i in range(len(groups))
+    ]  # type: ignore[arg-type]
     return Account(terms, groups, {axis: g.size for axis, g in zip(axes, groups, strict=True)})  # type: ignore[misc]
 
 
@@ -242,7 +256,9 @@ def _check_group(g: Group, score: Tensor, gone: Tensor | None, floors: Floors) -
 
 @settings(max_examples=60, deadline=None)
 @given(plans())
-def test_units_go_in_the_order_of_score_per_cost(plan: tuple[list[Group], dict[str, Tensor], Floors, float, bool]) -> None:
+def test_units_go_in_the_order_of_score_per_cost(
+    plan: tuple[list[Group], dict[str, Tensor], Floors, float, bool],
+) -> None:
     groups, scores, _, share, _ = plan
     costs = {g.name: float(i + 1) for i, g in enumerate(groups)}
     whole = sum(costs[g.name] * g.size for g in groups)

@@ -37,7 +37,9 @@ def resnet() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=4, num_classes=4).eval()
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=4, num_classes=4
+    ).eval()
 
 
 def scored(model: nn.Module, width: bool = False) -> Scores:
@@ -106,7 +108,13 @@ def test_isomorphic_pruning_takes_the_lowest_of_each_group() -> None:
 def test_hidden_widths_of_a_vit_while_the_rest_stays() -> None:
     model = vit()
     scores = scored(model)
-    pruner(model, JBRImportance(scores), pruning_ratio=0.5, num_heads={b.attn.qkv: 4 for b in model.blocks}, prune_head_dims=False).step()
+    pruner(
+        model,
+        JBRImportance(scores),
+        pruning_ratio=0.5,
+        num_heads={b.attn.qkv: 4 for b in model.blocks},
+        prune_head_dims=False,
+    ).step()
     hidden = replace(scores, groups=tuple(g for g in scores.groups if g.kind == "channel"))
     assert gone(model, hidden) == {g.name: lowest(scores[g.name], 96) for g in hidden.groups}
     assert (model.patch_embed.proj.out_channels, model.head.out_features) == (48, 4)
@@ -183,7 +191,9 @@ def test_a_second_step_with_the_same_scores_is_refused(everywhere: bool) -> None
     model = resnet()
     steps = pruner(model, JBRImportance(scored(model)), pruning_ratio=0.5, iterative_steps=2, global_pruning=everywhere)
     steps.step()
-    with pytest.raises(ArgumentError, match=r"there are scores for \d+ channels .*, but the module has \d+.*score again"):
+    with pytest.raises(
+        ArgumentError, match=r"there are scores for \d+ channels .*, but the module has \d+.*score again"
+    ):
         steps.step()
     steps.importance = JBRImportance(relevance_scores(model, IMAGES, find_groups(model, IMAGES).groups, progress=False))
     steps.current_step = 1
@@ -200,7 +210,10 @@ def test_scores_of_another_model_are_refused() -> None:
 def test_scores_of_a_wider_or_narrower_model_are_refused(mine: int, theirs: int) -> None:
     one, other = (nets.layered(nn.BatchNorm2d(width), width).eval() for width in (mine, theirs))
     scores = relevance_scores(one, IMAGES, find_groups(one, IMAGES).groups, progress=False)
-    with pytest.raises(ArgumentError, match=rf"scores for {mine} channels .* but the module has {theirs}\. .* is another one: score again"):
+    with pytest.raises(
+        ArgumentError,
+        match=rf"scores for {mine} channels .* but the module has {theirs}\. .* is another one: score again",
+    ):
         pruner(other, JBRImportance(scores), pruning_ratio=0.5).step()
 
 
@@ -213,7 +226,9 @@ def test_layer_norms_keep_their_order() -> None:
     scores = scored(model, width=True)
     options = {"num_heads": {model.blocks[0].attn.qkv: 3}, "prune_head_dims": False}
     ratio = 0.7  # 58 of 192 channels stay: torch-pruning's own pruner permutes them
-    pruner(model, JBRImportance(scores), pruning_ratio=ratio, customized_pruners=layer_norm_pruner(model), **options).step()
+    pruner(
+        model, JBRImportance(scores), pruning_ratio=ratio, customized_pruners=layer_norm_pruner(model), **options
+    ).step()
     kept = 192 - (192 - int(192 * (1 - ratio)))
     left = sorted(set(range(192)) - set(lowest(scores["patch_embed.proj"], 192 - kept)))
     for norm in (model.blocks[0].norm1, model.blocks[0].norm2, model.norm):

@@ -1,0 +1,303 @@
+"""Taking a model apart into a description and tensors, and building it again from them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jbrprune import zoo
+from jbrprune.architectures import refuse_masked
+from jbrprune.description import (
+    ATTRIBUTES,
+    DTYPES,
+    FORMAT,
+    FORMAT_VERSION,
+    Description,
+    TensorInfo,
+    WildValue,
+    as_json,
+    is_size,
+    parsed,
+)
+from jbrprune.errors import CheckpointError, JBRError, ModelError
+from jbrprune.guest import same_randomness
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is kept: ``module._parameters[name]`` or ``module._buffers[name]``."""
+
+    owned: dict[str, Tensor | None]
+    name: str
+    persistent: bool
+
+    @property
+    def tensor(self) -> Tensor:
+        tensor = self.owned[self.name]
+        assert tensor is not None
+        return tensor
+
+
+def _places(model: nn.Module) -> dict[str, _Place]:
+    """Every name of every parameter and buffer; shared ones have several."""
+    return {
+        f"{prefix}.{name}" if prefix else name: _Place(owned, name, name not in module._non_persistent_buffers_set)  # type: ignore[arg-type]
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for owned in (module._parameters, module._buffers)
+        for name, tensor in owned.items()
+        if tensor is not None
+    }
+
+
+# --- taking apart ---------------------------------------------------------------------------------
+
+
+def taken_apart(
+    model: nn.Module,
+    recipe: zoo.Recipe | None,
+    config: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any] | None,
+    report: Mapping[str, Any] | None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The body of the description, without size and sum of the weights, and the tensors to write.
+
+    Args:
+        model: The model.
+        recipe: How to create the dense model, or None.
+        config: timm's data configuration, or None.
+        provenance: Anything that JSON can hold.
+        report: Anything that JSON can hold.
+
+    Raises:
+        CheckpointError: The model is masked or holds something that cannot be saved.
+    """
+    places = _places(model)
+    _check_savable(model, places)
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, place in places.items():
+        if first.setdefault(id(place.tensor), name) != name:
+            aliases[name] = first[id(place.tensor)]
+    body = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "recipe": None if recipe is None else {"name": recipe.name, "arguments": dict(recipe.arguments)},
+        "tensors": {name: _info(places[name]) for name in first.values()},
+        "aliases": aliases,
+        "attributes": _attributes(model),
+        "data_config": None if config is None else dict(config),
+        "provenance": dict(provenance or {}),
+        "report": dict(report or {}),
+        "versions": _versions(),
+    }
+    state = {name: _writable(places[name].tensor) for name in first.values()}
+    return {key: as_json(value, key) for key, value in body.items()}, state
+
+
+def check_loadable(body: Mapping[str, Any]) -> None:
+    """See that the model can be built again: better now than when it is needed.
+
+    Raises:
+        CheckpointError: Its recipe leads elsewhere, or the description holds what `load` refuses.
+    """
+    try:
+        description = parsed({**body, "weights": {"bytes": 0, "sha256": ""}})
+        if description.recipe is not None:
+            check_fits(description, created(description.recipe))
+    except (WildValue, CheckpointError) as error:
+        raise CheckpointError(
+            f"The model would not load again: {error} If it was changed after it was created, or its recipe cannot be "
+            "stored, save it with recipe=None and rebuild it with load(path, model=...)."
+        ) from error
+
+
+def _check_savable(model: nn.Module, places: Mapping[str, _Place]) -> None:
+    try:
+        refuse_masked(model)
+    except ModelError as error:
+        raise CheckpointError(f"The model cannot be saved: {error}") from None
+    for name, place in places.items():
+        tensor = place.tensor
+        if tensor.is_meta or tensor.layout is not torch.strided or tensor.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{name}: cannot save a tensor of {tensor.dtype}, {tensor.layout} on device {tensor.device}. "
+                f"Convert it to a dense tensor of {', '.join(DTYPES)}."
+            )
+    other = sorted(model.state_dict().keys() - {name for name, place in places.items() if place.persistent})
+    if other:
+        raise CheckpointError(
+            f"{other[0]}: this entry of state_dict() is neither a parameter nor a buffer and cannot be rebuilt. "
+            "Remove the module's extra state or its state_dict hook before saving."
+        )
+
+
+def _info(place: _Place) -> dict[str, Any]:
+    tensor = place.tensor
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "persistent": place.persistent,
+        "channels_last": last and not tensor.is_contiguous(),
+    }
+
+
+def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, module in model.named_modules():
+        own = vars(module)
+        sizes = {key: own[key] for key in sorted(ATTRIBUTES & own.keys()) if is_size(own[key])}
+        if sizes:
+            found[name] = sizes
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("jbrprune", "timm", "torch", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """Dense, on the CPU, and alone in its storage: safetensors refuses tensors that overlap."""
+    tensor = tensor.detach().cpu().contiguous()
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
+
+
+# --- building again -------------------------------------------------------------------------------
+
+
+def created(recipe: zoo.Recipe | None) -> nn.Module:
+    """The dense model; the random state is left as it was.
+
+    Raises:
+        CheckpointError: There is no recipe, or it does not work with what is installed.
+    """
+    if recipe is None:
+        raise CheckpointError(
+            "This model was saved without a recipe (it was not created by name). Create the dense model and pass it: "
+            "load(path, model=...)."
+        )
+    try:
+        with same_randomness(torch.device("cpu")):
+            return zoo.build(recipe)
+    except (JBRError, RuntimeError, TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"The dense model {recipe.name!r} with {dict(recipe.arguments)} could not be created: {error} "
+            f"Installed: {_versions()}."
+        ) from error
+
+
+def check_fits(description: Description, dense: nn.Module) -> None:
+    """See that every stored tensor and size has its place in the dense model, and none is larger than there.
+
+    Raises:
+        CheckpointError: This is not the architecture that was saved.
+    """
+    places, names = _places(dense), description.names
+    missing, unknown = sorted(places.keys() - names.keys()), sorted(names.keys() - places.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"This is not the architecture that was saved: the dense model has {_few(missing)} and lacks "
+            f"{_few(unknown)}. Saved with {dict(description.versions)}, installed are {_versions()}."
+        )
+    for name, stored in names.items():
+        _check_tensor(name, description.tensors[stored], places[name])
+    _check_attributes(description, dense)
+
+
+def _check_tensor(name: str, info: TensorInfo, place: _Place) -> None:
+    dtype, shape = place.tensor.dtype, tuple(place.tensor.shape)
+    alike = place.persistent == info.persistent and _kind(dtype) == _kind(DTYPES[info.dtype])
+    if not alike or not _at_most(info.shape, shape):
+        raise CheckpointError(
+            f"{name}: stored as {info.dtype} of shape {info.shape}, but the dense model has {dtype} "
+            f"of shape {shape}. Pruning only makes tensors smaller: this is not the model that was saved."
+        )
+
+
+def _check_attributes(description: Description, dense: nn.Module) -> None:
+    modules = dict(dense.named_modules())
+    for name, values in description.attributes.items():
+        if name not in modules:
+            raise CheckpointError(
+                f"attributes: the dense model has no module {name!r}. It is not the one that was saved."
+            )
+        for attribute, value in values.items():
+            before = vars(modules[name]).get(attribute)
+            if not is_size(before) or not _at_most(value, before):
+                raise CheckpointError(
+                    f"{name}.{attribute}: stored as {value}, but the dense model has {before}. Pruning only makes "
+                    "layers smaller: this is not the model that was saved."
+                )
+
+
+def filled(dense: nn.Module, description: Description, state: Mapping[str, Tensor]) -> nn.Module:
+    """Give the dense model the stored shapes, attributes and values, in place.
+
+    Args:
+        dense: What `check_fits` has accepted.
+        description: What is stored.
+        state: Name -> stored tensor.
+
+    Returns:
+        The same model.
+    """
+    made: dict[str, Tensor] = {}
+    places, names = _places(dense), description.names
+    for name, stored in names.items():
+        place = places[name]
+        if stored not in made:
+            made[stored] = _empty_like(place.tensor, description.tensors[stored])
+        place.owned[place.name] = made[stored]
+    modules = dict(dense.named_modules())
+    for name, values in description.attributes.items():
+        for attribute, value in values.items():
+            setattr(modules[name], attribute, value)
+    whole = {name: state[stored] for name, stored in names.items()}
+    dense.load_state_dict({name: tensor for name, tensor in whole.items() if places[name].persistent}, strict=True)
+    for name, place in places.items():
+        if not place.persistent:
+            place.tensor.copy_(whole[name])
+    _attach(dense, description)
+    return dense
+
+
+def _empty_like(tensor: Tensor, info: TensorInfo) -> Tensor:
+    layout = torch.channels_last if info.channels_last else torch.contiguous_format
+    empty = torch.empty(info.shape, dtype=DTYPES[info.dtype], memory_format=layout)
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _attach(model: nn.Module, description: Description) -> None:
+    """What timm and the next `save` look for on the model."""
+    if description.recipe is not None:
+        model.jbrprune_recipe = description.recipe  # type: ignore[assignment]
+    if description.data_config is not None:
+        old = getattr(model, "pretrained_cfg", None) or {}
+        # Sizes for testing would win over the stored ones where a caller asks for them.
+        kept = {key: value for key, value in dict(old).items() if key not in ("test_input_size", "test_crop_pct")}
+        model.pretrained_cfg = model.default_cfg = kept | dict(description.data_config)  # type: ignore[assignment]
+
+
+def _at_most(value: int | tuple[int, ...], limit: Any) -> bool:
+    if isinstance(value, tuple) and isinstance(limit, tuple):
+        return len(value) == len(limit) and all(a <= b for a, b in zip(value, limit, strict=True))
+    return isinstance(value, int) and isinstance(limit, int) and value <= limit
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex
+
+
+def _few(names: list[str]) -> str:
+    return f"{', '.join(names[:3])} ({len(names)} in all)" if names else "nothing"
