@@ -1,3 +1,4 @@
+"""Label-free structured pruning of timm models by Jacobian-based relevance (JBR)."""
 
 from importlib.metadata import version
 

@@ -35,10 +35,14 @@ class Budget:
         given = {kind: share for kind, share in shares.items() if share is not None}
         if len(given) != 1:
             got = " and ".join(f"{kind}={share}" for kind, share in given.items()) or "none"
-            raise BudgetError(f"Give exactly one budget of {', '.join(f'{k}=' for k in KINDS)} (a share to keep); got {got}.")
+            raise BudgetError(
+                f"Give exactly one budget of {', '.join(f'{k}=' for k in KINDS)} (a share to keep); got {got}."
+            )
         kind, share = given.popitem()
         if not isinstance(share, Real) or not 0 < share < 1:  # neither is NaN nor a boolean
-            raise BudgetError(f"{kind} must satisfy 0 < {kind} < 1 (the share of the dense model to keep), got {share!r}.")
+            raise BudgetError(
+                f"{kind} must satisfy 0 < {kind} < 1 (the share of the dense model to keep), got {share!r}."
+            )
         return Budget(kind, float(share))
 
     @property

@@ -8,9 +8,8 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -27,10 +26,8 @@ from jbrprune.cost import count_macs
 from jbrprune.errors import ArgumentError, CheckpointError, JBRError
 from jbrprune.inventory import Inventory, inventory
 from jbrprune.measure import agreement_on, bytes_of, latency, parameters_of, predict
-from jbrprune.objectives import OBJECTIVES
 from jbrprune.pruning import prune
-from jbrprune.relevance import SITES, STATISTICS
-from jbrprune.repair import METHODS
+from jbrprune.relevance import Site, Statistic
 from jbrprune.scoring import score
 
 app = typer.Typer(
@@ -45,21 +42,26 @@ app = typer.Typer(
 )
 
 
-def _choice(name: str, values: Sequence[str]) -> type[Enum]:
-    return Enum(name, {value: value for value in values}, type=str)  # type: ignore[return-value]
-
-
-Objective = _choice("Objective", tuple(OBJECTIVES))
-SiteName = _choice("SiteName", SITES)
-StatisticName = _choice("StatisticName", STATISTICS)
-Repair = _choice("Repair", ("auto", "none", *METHODS))
+Objective = Annotated[
+    Literal["pseudo_label", "predicted_logit", "margin", "label", "projection"],
+    typer.Option(help="What counts as damage."),
+]
+SiteName = Annotated[Site, typer.Option(help="Which cut counts.")]
+StatisticName = Annotated[Statistic, typer.Option(help="How samples are combined.")]
+Repair = Annotated[
+    Literal["auto", "none", "batch_norm", "mean_shift", "least_squares"],
+    typer.Option(help="How to repair after every step."),
+]
 
 Model = Annotated[str, typer.Argument(help="A timm name (`resnet50`) or a directory written by `--out`.")]
 TimmName = Annotated[str, typer.Argument(help="A timm name, such as `resnet50` or `vit_small_patch16_224`.")]
-Data = Annotated[str, typer.Option(help="Folder of images, with or without class folders, or a timm data set (`hfds/...`).")]
+Data = Annotated[
+    str, typer.Option(help="Folder of images, with or without class folders, or a timm data set (`hfds/...`).")
+]
 Weights = Annotated[Path | None, typer.Option(help="Local weights (.safetensors, or a .pth that holds weights only).")]
 ModelArguments = Annotated[
-    list[str] | None, typer.Option("--model-arg", help="Argument of timm.create_model, such as `num_classes=10`. Repeatable.")
+    list[str] | None,
+    typer.Option("--model-arg", help="Argument of timm.create_model, such as `num_classes=10`. Repeatable."),
 ]
 Pretrained = Annotated[bool, typer.Option(help="Fetch timm's pretrained weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
@@ -77,15 +79,19 @@ def prune_command(
     out: Annotated[Path | None, typer.Option(help="Directory for the pruned model.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that was saved there.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a figure here (.png, .svg, .pdf).")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Measure the agreement on these images instead of a fifth of --data.")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Measure the agreement on these images instead of a fifth of --data.")
+    ] = None,
     images: Annotated[int, typer.Option(help="Calibration images to read.")] = 512,
     eval_images: Annotated[int | None, typer.Option(help="Images to read from --eval-data; default: all.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps; default: one for every 5 %.")] = None,
-    repair: Annotated[Repair, typer.Option(help="How to repair after every step.")] = Repair("auto"),  # type: ignore[valid-type]
-    objective: Annotated[Objective, typer.Option(help="What counts as damage.")] = Objective("pseudo_label"),  # type: ignore[valid-type]
-    site: Annotated[SiteName, typer.Option(help="Which cut counts.")] = SiteName("consumer"),  # type: ignore[valid-type]
-    statistic: Annotated[StatisticName, typer.Option(help="How samples are combined.")] = StatisticName("second_moment"),  # type: ignore[valid-type]
-    ignore: Annotated[list[str] | None, typer.Option(help="Glob of module names that keep their width. Repeatable.")] = None,
+    repair: Repair = "auto",
+    objective: Objective = "pseudo_label",
+    site: SiteName = "consumer",
+    statistic: StatisticName = "second_moment",
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Glob of module names that keep their width. Repeatable.")
+    ] = None,
     width: Annotated[bool, typer.Option(help="Also prune the residual width under LayerNorms.")] = False,
     floor: Annotated[float, typer.Option(help="Share of every layer's width that stays.")] = 0.0,
     min_channels: Annotated[int, typer.Option(help="Channels of every layer that stay.")] = 8,
@@ -112,10 +118,10 @@ def prune_command(
         params=params,
         channels=channels,
         steps=steps,
-        repair=None if repair.value == "none" else repair.value,
-        objective=objective.value,
-        site=site.value,
-        statistic=statistic.value,
+        repair=None if repair == "none" else repair,
+        objective=objective,
+        site=site,
+        statistic=statistic,
         ignore=ignore or (),
         width=width,
         floor=floor,
@@ -145,9 +151,9 @@ def score_command(
     model: TimmName,
     data: Data,
     out: Annotated[Path | None, typer.Option(help="File for the scores (.safetensors).")] = None,
-    objective: Annotated[Objective, typer.Option(help="What counts as damage.")] = Objective("pseudo_label"),  # type: ignore[valid-type]
-    site: Annotated[SiteName, typer.Option(help="Which cut counts.")] = SiteName("consumer"),  # type: ignore[valid-type]
-    statistic: Annotated[StatisticName, typer.Option(help="How samples are combined.")] = StatisticName("second_moment"),  # type: ignore[valid-type]
+    objective: Objective = "pseudo_label",
+    site: SiteName = "consumer",
+    statistic: StatisticName = "second_moment",
     checkpoint: Weights = None,
     model_arg: ModelArguments = None,
     pretrained: Pretrained = True,
@@ -161,13 +167,15 @@ def score_command(
     Example: `jbrprune score resnet50 --data photos/ --out scores.safetensors`
     """
     _check_file(out)
-    module = zoo.create(model, checkpoint=checkpoint, pretrained=pretrained, **_arguments(model_arg)).to(_device(device))
+    module = zoo.create(model, checkpoint=checkpoint, pretrained=pretrained, **_arguments(model_arg)).to(
+        _device(device)
+    )
     scores = score(
         module,
         data,
-        objective=objective.value,
-        site=site.value,
-        statistic=statistic.value,
+        objective=objective,
+        site=site,
+        statistic=statistic,
         batch_size=batch_size,
         seed=seed,
         progress=_interactive(as_json),
@@ -179,14 +187,16 @@ def score_command(
         for name, v in scores.values().items()
     ]
     facts = {"model": model, "samples": scores.samples, "settings": vars(scores.settings), "groups": rows}
-    _say(as_json, facts, _table(rows, f"{model}: scores of {scores.samples} images, {objective.value}, {site.value}"))
+    _say(as_json, facts, _table(rows, f"{model}: scores of {scores.samples} images, {objective}, {site}"))
 
 
 @app.command("eval")
 def eval_command(
     model: Model,
     data: Data,
-    reference: Annotated[str | None, typer.Option(help="Timm name or directory to agree with, such as the dense model.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Timm name or directory to agree with, such as the dense model.")
+    ] = None,
     images: Annotated[int | None, typer.Option(help="Images to read; default: all.")] = None,
     checkpoint: Weights = None,
     model_arg: ModelArguments = None,
@@ -223,7 +233,9 @@ def eval_command(
 @app.command("info")
 def info_command(
     model: TimmName,
-    ignore: Annotated[list[str] | None, typer.Option(help="Glob of module names that keep their width. Repeatable.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Glob of module names that keep their width. Repeatable.")
+    ] = None,
     width: Annotated[bool, typer.Option(help="Also offer the residual width under LayerNorms.")] = False,
     min_channels: Annotated[int, typer.Option(help="Channels of every layer that stay.")] = 8,
     model_arg: ModelArguments = None,
@@ -254,7 +266,11 @@ def demo_command(
 
 def main() -> None:
     """Run the command line; known errors become one sentence and an exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)])
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+    )
     try:
         app()
     except JBRError as error:
@@ -282,7 +298,9 @@ def _arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
         if not separator or not key.isidentifier():
             raise ArgumentError(f"--model-arg must be key=value, got {pair!r}.")
         if key in _OWN_ARGUMENTS:
-            raise ArgumentError(f"--model-arg {pair} is not an argument of the model: there may be an option of that name.")
+            raise ArgumentError(
+                f"--model-arg {pair} is not an argument of the model: there may be an option of that name."
+            )
         try:
             arguments[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -293,7 +311,9 @@ def _arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
 def _check_file(path: Path | None) -> None:
     """Refuse a file that cannot be written before the expensive part."""
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
-        raise CheckpointError(f"{path} cannot be written: expected a file in a directory that exists and can be written.")
+        raise CheckpointError(
+            f"{path} cannot be written: expected a file in a directory that exists and can be written."
+        )
 
 
 def _device(name: str | None) -> torch.device:
@@ -338,4 +358,9 @@ def _inventory_text(model: str, found: Inventory) -> str:
         f"It can go down to {found.least_macs:.1%} of the MACs and {found.least_params:.1%} of the parameters.\n"
     )
     kept = "\n".join(f"  {name}: {reason}" for name, reason in found.kept.items())
-    return head + "\n" + _table([vars(row) for row in found.rows], "What can be removed") + f"\n\nWhat keeps its width\n{kept}"
+    return (
+        head
+        + "\n"
+        + _table([vars(row) for row in found.rows], "What can be removed")
+        + f"\n\nWhat keeps its width\n{kept}"
+    )

@@ -29,8 +29,8 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], object]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     say(
         f"1. tf_efficientnet_lite0 with its ImageNet weights: {CROPS} unlabelled crops of "
-        f"{len(demo_data.CALIBRATION)} photographs to calibrate, {CROPS} crops of {len(demo_data.HELD_OUT)} other photographs "
-        "to measure. A compact net with 1,000 classes and few photographs: a hard case.\n"
+        f"{len(demo_data.CALIBRATION)} photographs to calibrate, {CROPS} crops of {len(demo_data.HELD_OUT)} other "
+        "photographs to measure. A compact net with 1,000 classes and few photographs: a hard case.\n"
     )
     photographs = sweep(
         demo_data.lite0(),
@@ -41,7 +41,7 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], object]) -> None:
         seed=seed,
     )
     _show(photographs, out, "lite0", "tf_efficientnet_lite0, ImageNet weights, no labels, no training", say)
-    say("\n2. A timm ResNet-18 trained on scikit-learn's digits just now; its labels are used to report accuracy only.\n")
+    say("\n2. A timm ResNet-18, trained on scikit-learn's digits just now. Labels are used to report accuracy only.\n")
     images, _, test_images, test_labels = demo_data.digits()
     digits = sweep(
         demo_data.train_digits(seed=seed),
@@ -58,4 +58,5 @@ def _show(results: Sequence[PruneResult], out: Path, name: str, title: str, say:
     say(ratio_table(reports, title))
     results[-1].save(out / name, overwrite=True)
     ratio_plot(reports, out / f"{name}.png")
-    say(f"\nThe smallest model is in {out / name}, the plot in {out / name}.png. Load it: jbrprune.load({str(out / name)!r})")
+    where = out / name
+    say(f"\nThe smallest model is in {where}, the plot in {where}.png. Load it: jbrprune.load({str(where)!r})")

@@ -148,7 +148,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[train], labels[train], images[test], labels[test]
 
 
-def train_digits(seed: int = 0, epochs: int = 4, *, name: str = "resnet10t") -> nn.Module:
+def train_digits(seed: int = 0, epochs: int = 5, *, name: str = "resnet10t") -> nn.Module:
     """Train a small timm net on `digits`; logs the seconds it took and its test accuracy.
 
     Args:

@@ -101,7 +101,7 @@ class Description:
         return {name: name for name in self.tensors} | dict(self.aliases)
 
 
-class WildValue(Exception):  # noqa: N818
+class WildValue(Exception):
     """A value of the JSON that `save` never writes."""
 
 

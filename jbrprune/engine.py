@@ -67,7 +67,10 @@ class Settings:
     def schedule(self) -> list[float]:
         """Shares to reach, step by step."""
         starts = (1.0, *self.stops[:-1])
-        legs = (replace(self.budget, share=stop).schedule(self.steps, start=start) for start, stop in zip(starts, self.stops))
+        legs = (
+            replace(self.budget, share=stop).schedule(self.steps, start=start)
+            for start, stop in zip(starts, self.stops)
+        )
         return [share for leg in legs for share in leg]
 
     def described(self) -> dict[str, object]:
@@ -145,7 +148,8 @@ def run(dense: nn.Module, images: Calibration, settings: Settings, name: str) ->
     state = start(dense, images, settings)
     size = _size(dense, state.example, settings.measure_latency)
     rows: list[StepRow] = []
-    for number, share in enumerate(tqdm(settings.schedule(), "pruning", unit="step", disable=None if settings.progress else True, leave=False), 1):
+    shown = tqdm(settings.schedule(), "pruning", unit="step", disable=None if settings.progress else True, leave=False)
+    for number, share in enumerate(shown, 1):
         rows.append(_step(state, images, settings, number, share))
         if share in settings.stops:
             seconds = {**state.seconds, "total": time.perf_counter() - began}
@@ -158,13 +162,24 @@ def start(dense: nn.Module, images: Calibration, settings: Settings) -> State:
     example = images.score[0].images
     example = (example if len(example) > 1 else example.repeat(2, 1, 1, 1))[:2].to(guest.device_of(dense))
     clock = time.perf_counter()
-    found = tried(work, example, find_groups(work, example, ignore=settings.ignore, width=settings.width), seed=settings.seed)
+    found = tried(
+        work, example, find_groups(work, example, ignore=settings.ignore, width=settings.width), seed=settings.seed
+    )
     dense_sizes = {group.name: group.size for group in found.groups}
     account = settings.budget.account(work, example, found.groups)
     whole = account.total
     _check_reachable(settings, reachable(found.groups, account, settings.floors, dense_sizes) / whole)
     full = axis_widths(work, found.groups)
-    state = State(work, example, found, found.groups, full, {axis: torch.arange(n) for axis, n in full.items()}, dense_sizes, whole)
+    state = State(
+        work,
+        example,
+        found,
+        found.groups,
+        full,
+        {axis: torch.arange(n) for axis, n in full.items()},
+        dense_sizes,
+        whole,
+    )
     state.seconds["units"] = time.perf_counter() - clock
     if images.gate:
         with state.timed("repair"):
@@ -177,7 +192,8 @@ def _check_reachable(settings: Settings, least: float) -> None:
     if least > budget.share:
         raise BudgetError(
             f"{budget.kind}={budget.share} cannot be reached: with every group at its floor {least:.3f} of the dense "
-            f"model's {budget.kind} are left. Ask for at least {least + 0.001:.3f}, lower floor= or min_channels=, or ignore less."
+            f"model's {budget.kind} are left. Ask for at least {least + 0.001:.3f}, lower floor= or min_channels=, or "
+            "ignore less."
         )
 
 
@@ -218,7 +234,13 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
     if state.targets is not None:
         with state.timed("repair"):
             outcome = repaired(
-                state.model, images.repair, images.gate, state.targets, state.kept, settings.repair, ridge=settings.ridge
+                state.model,
+                images.repair,
+                images.gate,
+                state.targets,
+                state.kept,
+                settings.repair,
+                ridge=settings.ridge,
             )
     with state.timed("evaluation"):
         changed = outcome is not None and outcome.kept != "none"
@@ -274,17 +296,24 @@ def _size(model: nn.Module, example: Tensor, timed: bool) -> Size:
 def _layer_rows(state: State) -> tuple[LayerRow, ...]:
     """One row per layer whose output is as wide as its units say: producers, and the heads of attentions."""
     kinds = {member.axis: group.kind for group in state.found.groups for member in group.members}
-    rows = []
-    for name, module in state.model.named_modules():
-        for axis in ((name, "heads", 0), (name, "out", 0)):
-            if axis in kinds and (axis[1] == "heads" or not layers.is_normalisation(module)):
-                rows.append(LayerRow(name, type(module).__name__, kinds[axis], state.full[axis], len(state.kept[axis])))
-    return tuple(rows)
+    shown = [
+        ((name, side, 0), module)
+        for name, module in state.model.named_modules()
+        for side in ("heads", "out")
+        if side == "heads" or not layers.is_normalisation(module)
+    ]
+    return tuple(
+        LayerRow(axis[0], type(module).__name__, kinds[axis], state.full[axis], len(state.kept[axis]))
+        for axis, module in shown
+        if axis in kinds
+    )
 
 
 def _provenance(seed: int, device: torch.device) -> dict[str, object]:
     packages = ("jbrprune", "torch", "timm", "torch-pruning")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
     return {
         "versions": {package: version(package) for package in packages},
         "seed": seed,
@@ -296,16 +325,20 @@ def _provenance(seed: int, device: torch.device) -> dict[str, object]:
 
 
 def _notes(state: State, images: Calibration, settings: Settings) -> tuple[str, ...]:
-    notes = [f"{name} keeps its width: {reason}." for name, reason in state.found.kept.items() if reason not in _EXPECTED]
+    notes = [
+        f"{name} keeps its width: {reason}." for name, reason in state.found.kept.items() if reason not in _EXPECTED
+    ]
     if settings.repair and not images.gate:
-        notes.append(f"Nothing was repaired: fewer than {FEWEST_TO_HOLD_BACK} images, so none could be held back to check it.")
+        notes.append(
+            f"Nothing was repaired: with fewer than {FEWEST_TO_HOLD_BACK} images none can be held back to check it."
+        )
     if not images.heldout:
         notes.append(f"No agreement was measured: fewer than {FEWEST_TO_HOLD_BACK} images.")
     if any(group.kind == "width" for group in state.groups):
-        notes.append("Residual width under a LayerNorm was offered: there, removing a channel also changes the norm's statistics.")
+        notes.append(
+            "Residual width under a LayerNorm was offered: removing a channel there changes the norm's statistics."
+        )
     return tuple(notes)
 
 
 _EXPECTED = ("the classifier", "reaches the model's output", "ignored on request")
-
-

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from jbrprune import guest, zoo
 from jbrprune import checkpoint as files
+from jbrprune import guest, zoo
 from jbrprune.budget import KINDS, Budget
 from jbrprune.calibration import calibration
 from jbrprune.engine import Settings, run

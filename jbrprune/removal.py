@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,7 +13,7 @@ from jbrprune import architectures, guest, slicing
 from jbrprune.errors import UnsupportedModelError
 from jbrprune.groups import Axis, Group, Selection, after_removal, removed_channels
 from jbrprune.measure import logits_of
-from jbrprune.units import Found
+from jbrprune.units import Found, copied
 
 TOLERANCE = 1e-8
 """Largest difference between mask and removal in float64, relative to the largest logit."""
@@ -57,6 +56,7 @@ def tried(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> F
         The groups that passed; the others are kept, with what went wrong.
 
     Raises:
+        ModelError: The model cannot be copied.
         UnsupportedModelError: There was nothing to try, nothing passed, or what passed one by one fails together.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +104,7 @@ def _token_widths(groups: Sequence[Group], left: Sequence[Group]) -> dict[int, i
 
 
 def _perturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    trial = copy.deepcopy(model)
+    trial = copied(model)
     if guest.device_of(trial).type == "mps":  # no float64 there
         trial = trial.cpu()
     trial = trial.double().eval()
@@ -153,8 +153,7 @@ def _drawn(group: Group, count: int, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def _difference(model: nn.Module, images: Tensor, groups: Sequence[Group], selection: Selection) -> float:
     """Largest difference between the logits of mask and removal, relative to the largest logit."""
-    tensors = [*model.parameters(), *model.buffers()]
-    smaller = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # shares what is not cut
+    smaller = copied(model, share=True)  # removal replaces tensors, it does not change them
     remove_units(smaller, groups, selection)
     got = logits_of(smaller(images))
     with masked_units(model, groups, selection):

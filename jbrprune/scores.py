@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jbrprune.atomic import replacing
 from jbrprune.errors import ArgumentError, CheckpointError
 from jbrprune.groups import Group, Member
 
@@ -99,14 +99,8 @@ class Scores:
         }
         # safetensors refuses tensors that share memory, as the members of a layer's own channels do.
         own = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
+        with replacing(path) as temporary:
             save_file(own, temporary, metadata={"jbrprune": json.dumps(header)})
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     @staticmethod
     def load(path: str | Path) -> Scores:

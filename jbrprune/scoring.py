@@ -56,7 +56,8 @@ def score(
         site: ``consumer`` or ``all``; see `jbrprune.relevance.relevance_scores`.
         statistic: ``second_moment``, ``batched`` or ``mean_replaced``.
         granularity: ``unit``: removable units, coupled channels together. ``layer``: every channel of every known
-            layer by itself, inputs and outputs (of ``site="all"``) apart; works for models whose graph cannot be traced.
+            layer by itself, inputs and outputs (of ``site="all"``) apart; works for models whose graph cannot be
+            traced.
         batch: Samples per batch of ``statistic="batched"``.
         confidence: Score only on images whose largest probability exceeds this.
         ignore: Globs of module names that are left out.
@@ -133,7 +134,8 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             raise ModelError(
-                f"{name} is {str(parameter.dtype).removeprefix('torch.')}: relevances and repairs need full precision. Call "
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}: relevances and repairs need full precision. "
+                "Call "
                 "model.float(), then this, and .half() afterwards; autocast=torch.bfloat16 makes scoring cheap."
             )
     check_weights(model)

@@ -7,6 +7,7 @@ the units. Whether a unit can really go is not believed but tried: see `jbrprune
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from torch_pruning.dependency.index_mapping import update_split_index_mapping
 from torch_pruning.ops import OPTYPE, _OutputOp
 
 from jbrprune import architectures, guest, layers
-from jbrprune.errors import ArgumentError, UnsupportedModelError
+from jbrprune.errors import ArgumentError, ModelError, UnsupportedModelError
 from jbrprune.groups import Axis, Group, Member
 from jbrprune.measure import logits_of
 
@@ -60,9 +61,13 @@ def find_groups(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (),
 
     Raises:
         ArgumentError: A glob in ``ignore`` matches no module.
+        ModelError: The model cannot be copied.
         UnsupportedModelError: The graph cannot be traced.
     """
     ignored = _ignored(model, ignore)
+    model = copied(
+        model, share=True
+    )  # a forward with gradients may leave tensors with a graph in caches of the modules
     atoms = _Atoms()
     graph = _trace(model, images)
     heads = tuple(architectures.attention_heads(model))
@@ -106,6 +111,22 @@ def layer_groups(model: nn.Module, *, ignore: Sequence[str] = ()) -> tuple[Group
     return tuple(groups)
 
 
+def copied(model: nn.Module, *, share: bool = False) -> nn.Module:
+    """A deep copy of a model; ``share`` parameters and buffers, and it costs next to no memory.
+
+    Raises:
+        ModelError: The model holds something that cannot be copied.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} if share else {}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception as error:  # whatever a foreign __deepcopy__ raises
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. If a module caches what it "
+            "computed with gradients, make the model anew and run it under torch.no_grad() only."
+        ) from error
+
+
 class _Atoms:
     """Channels of axes, numbered through, and the edges between them."""
 
@@ -143,7 +164,7 @@ def _trace(model: nn.Module, images: Tensor) -> tp.DependencyGraph:
         runs = True
         return logits
 
-    with guest.visiting(model, gradients=True), guest.no_new_hooks(model):
+    with guest.visiting(model, gradients=True):
         try:
             graph = tp.DependencyGraph().build_dependency(
                 model, example_inputs=(images.detach().clone(),), forward_fn=forward, verbose=False

@@ -25,7 +25,6 @@ import fnmatch
 import itertools
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,6 +42,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from jbrprune import guest, layers
+from jbrprune.atomic import replacing
 from jbrprune.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, CheckpointError, DataError, ModelError, NonFiniteError
 from jbrprune.measure import check_weights, logits_of
@@ -173,15 +173,9 @@ class WeightScores:
             "samples": self.samples,
             "skipped": self.skipped,
         }
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            own = {f"sums/{name}": total.detach().clone().contiguous() for name, total in self.sums.items()}
+        own = {f"sums/{name}": total.detach().clone().contiguous() for name, total in self.sums.items()}
+        with replacing(path) as temporary:
             save_file(own, temporary, metadata={"jbrprune": json.dumps(header)})
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     @staticmethod
     def load(path: str | Path) -> WeightScores:

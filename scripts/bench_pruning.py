@@ -30,7 +30,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="trained weights")
     parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--fashion-mnist", type=Path, help="folder with the IDX files")
-    parser.add_argument("--setting", action="append", default=[], metavar="KEY=VALUE[,KEY=VALUE]", help="`default` or arguments of prune()")
+    parser.add_argument(
+        "--setting",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE[,KEY=VALUE]",
+        help="`default` or arguments of prune()",
+    )
     parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=512, help="unlabelled calibration images")
@@ -43,7 +49,9 @@ def arguments() -> argparse.Namespace:
 
 def parsed(pairs: str) -> dict[str, object]:
     """``a=1,b=x`` -> {"a": 1, "b": "x"}; ``default`` -> {}."""
-    return {key: value_of(value) for key, _, value in (pair.partition("=") for pair in pairs.split(",")) if key != "default"}
+    return {
+        key: value_of(value) for key, _, value in (pair.partition("=") for pair in pairs.split(",")) if key != "default"
+    }
 
 
 def value_of(text: str) -> object:
@@ -53,10 +61,17 @@ def value_of(text: str) -> object:
         return None if text == "None" else text
 
 
-def run(args: argparse.Namespace, setting: str, seed: int, train: torch.Tensor, test: tuple[torch.Tensor, torch.Tensor]) -> list[dict]:
+def run(
+    args: argparse.Namespace, setting: str, seed: int, train: torch.Tensor, test: tuple[torch.Tensor, torch.Tensor]
+) -> list[dict]:
     """One sweep; one record per share."""
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: args.images]
-    model = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **{k: v for a in args.model_arg for k, v in parsed(a).items()})
+    model = zoo.create(
+        args.model,
+        checkpoint=args.checkpoint,
+        pretrained=False,
+        **{k: v for a in args.model_arg for k, v in parsed(a).items()},
+    )
     began = time.perf_counter()
     results = sweep(
         model,
@@ -68,7 +83,9 @@ def run(args: argparse.Namespace, setting: str, seed: int, train: torch.Tensor, 
         measure_latency=False,
         **parsed(setting),
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     shared = {
         "model": args.model,
         "data": "fashion_mnist",
@@ -80,7 +97,10 @@ def run(args: argparse.Namespace, setting: str, seed: int, train: torch.Tensor, 
         "threads": args.threads,
         "commit": commit,
     }
-    return [shared | record(result.report, share) for share, result in zip(sorted(args.shares, reverse=True), results, strict=True)]
+    return [
+        shared | record(result.report, share)
+        for share, result in zip(sorted(args.shares, reverse=True), results, strict=True)
+    ]
 
 
 def record(report, share: float) -> dict:
@@ -108,11 +128,18 @@ def table(path: Path) -> str:
     """Accuracy per model, setting and budget: mean and range over seeds."""
     groups: dict[tuple, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines(path):
-        groups[line["model"], line["images"], line["eval_images"], line["setting"]][line["budget"]].append(line["accuracy"])
+        groups[line["model"], line["images"], line["eval_images"], line["setting"]][line["budget"]].append(
+            line["accuracy"]
+        )
     budgets = sorted({line["budget"] for line in lines(path)}, reverse=True)
-    rows = ["| model | images | setting | seeds | " + " | ".join(map(str, budgets)) + " |", "|---" * (4 + len(budgets)) + "|"]
+    rows = [
+        "| model | images | setting | seeds | " + " | ".join(map(str, budgets)) + " |",
+        "|---" * (4 + len(budgets)) + "|",
+    ]
     for (model, images, _, setting), found in groups.items():
-        cells = [f"{mean(found[b]):.4f} ({min(found[b]):.3f}-{max(found[b]):.3f})" if b in found else "" for b in budgets]
+        cells = [
+            f"{mean(found[b]):.4f} ({min(found[b]):.3f}-{max(found[b]):.3f})" if b in found else "" for b in budgets
+        ]
         rows.append(f"| {model} | {images} | {setting} | {max(map(len, found.values()))} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -13,7 +13,7 @@ Four methods see the same batch, in eval mode (batch norms with stored statistic
 
 Time: all methods in one process, in turn (ABCDABCD...), so that what disturbs the machine disturbs all of them; the
 median of the rounds, and the ratio to ``training`` and to ``vmap`` as the median (and quartiles) of the ratios within
-a round. ``--clock cpu`` counts processor time of all threads instead of wall time, for a machine that is shared.
+a round; by wall clock, and in processor time of all threads, which is steadier on a machine that is shared.
 Memory: every method in a process of its own, the highest resident set during the whole call (with its check and its
 sums) or step above the resident set before (model and images loaded). The peak is reset through
 /proc/self/clear_refs, and malloc is told to give memory back at once. ``--what layers`` lists how long each kind of
@@ -48,6 +48,7 @@ from jbrprune import weights
 from jbrprune.weights import weight_scores
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+Seconds = dict[str, float]
 METHODS = ("training", "second_moment", "batched", "vmap")
 # Threads that wait sleep instead of spinning: on a shared machine, spinning takes time from those that work.
 QUIET_THREADS = {"OMP_WAIT_POLICY": "passive"}
@@ -76,9 +77,9 @@ def main() -> None:
 
 
 def timed(arguments: argparse.Namespace) -> dict:
-    """Method -> seconds per round; ``check`` -> seconds of what is done once per call."""
+    """Method -> seconds per round by every clock; ``check`` -> those of what is done once per call."""
     model, images = _prepared(arguments)
-    seconds: dict[str, list[float]] = defaultdict(list)
+    seconds: dict[str, list[Seconds]] = defaultdict(list)
     for number in range(arguments.repeats + 1):
         for method in arguments.methods:
             found = STEPS[method](model, images, arguments)
@@ -106,16 +107,16 @@ def by_layer(arguments: argparse.Namespace) -> dict:
     adding = weights._add_matrix_squares
 
     def watched(sums: Tensor, factors: Any, samples: int, place: Any) -> None:
-        start = CLOCKS[arguments.clock]()
+        start = _now()
         adding(sums, factors, samples, place)
         if samples == len(images):
             f = factors[0]
-            spent[tuple(sums.shape), f.positions, f.taps, f.groups].append(CLOCKS[arguments.clock]() - start)
+            spent[tuple(sums.shape), f.positions, f.taps, f.groups].append(_since(start)["cpu"])
 
     weights._add_matrix_squares = watched
     _squares(model, images[:2], arguments)
     spent.clear()
-    total = [_squares(model, images, arguments)["second_moment"] for _ in range(arguments.repeats)]
+    total = [_squares(model, images, arguments)["second_moment"]["cpu"] for _ in range(arguments.repeats)]
     rows = []
     for (shape, positions, taps, groups), times in spent.items():
         macs = shape[0] * shape[1] * positions * len(images)
@@ -127,46 +128,52 @@ def by_layer(arguments: argparse.Namespace) -> dict:
                 "clock": arguments.clock,
             }
             | {"weight": shape, "positions": positions, "taps": taps, "groups": groups}
-            | {"layers": len(times) // arguments.repeats, "seconds": sum(times) / arguments.repeats}
-            | {"share": sum(times) / sum(total), "gmacs": macs / statistics.median(times) / 1e9}
+            | {"layers": len(times) // arguments.repeats}
+            | {"cpu_seconds": round(sum(times) / arguments.repeats, 5), "cpu_share": round(sum(times) / sum(total), 4)}
+            | {"gmacs_per_second": round(macs / statistics.median(times) / 1e9, 1)}
         )
-    return {"rows": sorted(rows, key=lambda row: -row["share"])}
+    return {"rows": sorted(rows, key=lambda row: -row["cpu_share"])}
 
 
 CHILDREN: dict[str, Callable[[argparse.Namespace], dict]] = {"time": timed, "memory": peak_memory, "layers": by_layer}
 
 
-def _training(model: nn.Module, images: Tensor, arguments: argparse.Namespace) -> dict[str, float]:
-    clock = CLOCKS[arguments.clock]
+def _now() -> Seconds:
+    return {name: clock() for name, clock in CLOCKS.items()}
+
+
+def _since(start: Seconds) -> Seconds:
+    return {name: clock() - start[name] for name, clock in CLOCKS.items()}
+
+
+def _training(model: nn.Module, images: Tensor, arguments: argparse.Namespace) -> dict[str, Seconds]:
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-12)
-    start = clock()
+    start = _now()
     logits = model(images)
     F.cross_entropy(logits, logits.detach().argmax(1)).backward()
     optimiser.step()
-    seconds = clock() - start
+    seconds = _since(start)
     optimiser.zero_grad()
     return {"training": seconds}
 
 
 def _squares(
     model: nn.Module, images: Tensor, arguments: argparse.Namespace, statistic: str = "second_moment"
-) -> dict[str, float]:
-    clock = CLOCKS[arguments.clock]
-    asked: list[float] = []
+) -> dict[str, Seconds]:
+    took: list[Seconds] = []
 
     def data() -> Iterator[Tensor]:
         for batch in (images[:1], images):
-            asked.append(clock())
+            start = _now()
             yield batch
-        asked.append(clock())
+            took.append(_since(start))
 
     options: dict[str, Any] = {"statistic": statistic, "max_memory": arguments.max_memory << 20}
     weight_scores(model, data(), objective="pseudo_label", progress=False, **options)
-    found = {statistic: asked[2] - asked[1]}
-    return found | ({"check": asked[1] - asked[0]} if statistic == "second_moment" else {})
+    return {statistic: took[1]} | ({"check": took[0]} if statistic == "second_moment" else {})
 
 
-def _vmap(model: nn.Module, images: Tensor, arguments: argparse.Namespace) -> dict[str, float]:
+def _vmap(model: nn.Module, images: Tensor, arguments: argparse.Namespace) -> dict[str, Seconds]:
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
@@ -177,18 +184,18 @@ def _vmap(model: nn.Module, images: Tensor, arguments: argparse.Namespace) -> di
         logits = functional_call(model, (parameters, buffers), (image[None],))
         return F.cross_entropy(logits, logits.detach().argmax(1))
 
-    start = CLOCKS[arguments.clock]()
+    start = _now()
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for some in images.split(arguments.chunk):
         for name, gradient in vmap(grad(loss), in_dims=(None, 0))(parameters, some).items():
             sums[name] += gradient.square_().sum(0)
-    seconds = CLOCKS[arguments.clock]() - start
+    seconds = _since(start)
     for module in fused:
         module.fused_attn = True  # type: ignore[assignment]
     return {"vmap": seconds}
 
 
-STEPS: dict[str, Callable[[nn.Module, Tensor, argparse.Namespace], dict[str, float]]] = {
+STEPS: dict[str, Callable[[nn.Module, Tensor, argparse.Namespace], dict[str, Seconds]]] = {
     "training": _training,
     "second_moment": _squares,
     "batched": lambda model, images, arguments: _squares(model, images, arguments, "batched"),
@@ -206,7 +213,7 @@ def _prepared(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:
 
 def _in_child(arguments: argparse.Namespace, what: str, method: str = "", environment: dict | None = None) -> dict:
     command = [sys.executable, __file__, "--child", what, "--method", method, "--model", arguments.model]
-    for name in ("batch_size", "threads", "repeats", "clock", "chunk", "max_memory", "image_size"):
+    for name in ("batch_size", "threads", "repeats", "chunk", "max_memory", "image_size"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     command += ["--methods", *arguments.methods]
     environment = os.environ | QUIET_THREADS | (environment or {})
@@ -216,14 +223,15 @@ def _in_child(arguments: argparse.Namespace, what: str, method: str = "", enviro
 
 def _row(arguments: argparse.Namespace, method: str, times: dict, peaks: dict) -> dict:
     row = {"model": arguments.model, "batch_size": arguments.batch_size, "threads": arguments.threads}
-    row |= {"clock": arguments.clock, "method": method, "max_memory_mib": arguments.max_memory}
+    row |= {"method": method, "max_memory_mib": arguments.max_memory}
     row |= {"chunk": arguments.chunk} if method == "vmap" else {}
-    if times:
-        row |= {"seconds": round(statistics.median(times[method]), 4), "rounds": len(times[method])}
-        for other in ("training", "vmap"):
-            row |= _ratio(f"to_{other}", times[method], times[other]) if other in times else {}
-        if method == "second_moment" and "training" in times:
-            row |= _ratio("check_to_training", times["check"], times["training"])
+    for clock in CLOCKS if times else ():
+        own, yard = ([t[clock] for t in times.get(name, ())] for name in (method, "training"))
+        row |= {f"{clock}_seconds": round(statistics.median(own), 4), "rounds": len(own)}
+        row |= _ratio(f"{clock}_to_training", own, yard)
+        row |= _ratio(f"{clock}_to_vmap", own, [t[clock] for t in times.get("vmap", ())])
+        if method == "second_moment":
+            row |= _ratio(f"{clock}_check_to_training", [t[clock] for t in times["check"]], yard)
     if peaks:
         row["peak_mib"] = round(peaks[method], 1)
         row |= {f"peak_to_{o}": round(peaks[method] / peaks[o], 3) for o in ("training", "vmap") if o in peaks}
@@ -231,6 +239,8 @@ def _row(arguments: argparse.Namespace, method: str, times: dict, peaks: dict) -
 
 
 def _ratio(name: str, numerator: list[float], denominator: list[float]) -> dict:
+    if not denominator:
+        return {}
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2
     return {name: round(statistics.median(ratios), 3), f"{name}_quartiles": [round(q, 3) for q in quartiles]}
@@ -252,7 +262,6 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=2, help="samples per call of vmap")
     parser.add_argument("--max-memory", type=int, default=256, help="cap of weight_scores, in MiB")
     parser.add_argument("--image-size", type=int, default=0, help="0: the model's own")
-    parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
     parser.add_argument("--what", nargs="+", default=["time", "memory"], choices=list(CHILDREN))
     parser.add_argument("--out", help="append the JSON lines to this file as well")
     for name, kind in (("--child", str), ("--method", str), ("--model", str), ("--batch-size", int)):

@@ -193,7 +193,7 @@ def test_training_on_digits(caplog: pytest.LogCaptureFixture) -> None:
         model = train_digits()
     assert torch.equal(torch.get_rng_state(), before)
     assert accuracy(model, *digits()[2:]) > 0.97
-    assert "4 epochs in" in caplog.text
+    assert "5 epochs in" in caplog.text
     assert "of the test digits right" in caplog.text
 
 

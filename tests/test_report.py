@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 
 from jbrprune import figures
 from jbrprune.errors import ArgumentError
@@ -264,13 +265,16 @@ def test_plot_shows_kept_shares_and_the_steps(tmp_path, monkeypatch):
     path = tmp_path / "plot.png"
     figure = made().plot(path)
     bars, curve = figure.axes
-    assert [patch.get_width() for patch in bars.patches] == [100, 100, 50, 100]
+    assert [bar.get_width() for bar in bars.patches if isinstance(bar, Rectangle)] == [100, 100, 50, 100]
     assert [label.get_text() for label in bars.get_yticklabels()] == ["layer1.0.conv1", "fc"]
     lines = {line.get_label(): np.asarray(line.get_xydata()) for line in curve.lines}
     np.testing.assert_allclose(lines["before repair"], [[100, 100], [75, 61.2]])
     np.testing.assert_allclose(lines["after repair"], [[100, 100], [75, 93.4]])
     assert curve.get_xlim()[0] > 100 > 50 > curve.get_xlim()[1]
     assert path.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode, "the umask counts"
+    (tmp_path / "other").unlink()
     assert os.listdir(tmp_path) == ["plot.png"]
 
 
@@ -311,7 +315,9 @@ def test_ratio_plot(tmp_path):
 def test_ratio_plot_without_labels_has_one_panel_and_a_line_per_model():
     bare = made(unrepaired=Agreement(10, 0.5, 0.5, 0.1), repaired=None)
     (axes,) = ratio_plot([bare, dataclasses.replace(bare, model="vit")]).axes
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    legend = axes.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["before the last repair, resnet50", "before the last repair, vit"]
 
 

@@ -13,7 +13,7 @@ import torch
 from timm.models.densenet import DenseNet
 from torch import Tensor, nn
 
-from jbrprune.errors import ArgumentError, UnsupportedModelError
+from jbrprune.errors import ArgumentError, ModelError, UnsupportedModelError
 from jbrprune.groups import Axis, Group
 from jbrprune.units import Found, find_groups, layer_groups
 
@@ -350,3 +350,31 @@ def test_the_same_units_every_time(name: str) -> None:
             assert m.channel.equal(n.channel)
             assert m.unit.equal(n.unit)
     assert first.kept == second.kept
+
+
+class Caching(nn.Module):
+    """Keeps what it computed from a parameter in eval mode, as LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.cache = nn.Parameter(torch.ones(8, 1, 1)), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.scale.exp()
+        return x * self.cache["scale"]
+
+
+def test_nothing_is_left_in_the_caches_of_modules() -> None:
+    model = nets.layered(Caching(), 8).eval()
+    found(model, 12)
+    assert model.n.cache == {}
+
+
+def test_a_model_that_cannot_be_copied_is_named() -> None:
+    model = nets.layered(Caching(), 8).eval()
+    model(nets.example())
+    with pytest.raises(
+        ModelError, match=r"Net cannot be copied: RuntimeError: .*caches what it computed with gradients"
+    ):
+        found(model, 12)

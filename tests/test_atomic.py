@@ -1,0 +1,63 @@
+"""Replacing a file: the old one or the new one, nothing beside it, permissions as for any new file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from jbrprune.atomic import replacing
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_new_file_appears_at_the_end(there: bool, tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    if there:
+        path.write_text("old")
+    with replacing(str(path)) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path
+        assert (path.read_text() if path.exists() else "old") == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+class _Crash(BaseException):
+    pass
+
+
+def _fail(path: Path, error: BaseException) -> None:
+    path.write_text("half")
+    raise error
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), _Crash("disk full")])
+def test_a_failure_leaves_the_old_file(error: BaseException, tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(type(error), match="disk full"), replacing(path) as temporary:
+        _fail(temporary, error)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_failure_to_replace_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(OSError, match="directory"), replacing(tmp_path / "directory") as temporary:
+        temporary.write_text("new")
+    assert os.listdir(tmp_path) == ["directory"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_permissions_follow_the_umask_whatever_the_writer_does(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "scores") as temporary:
+            save_file({"x": torch.zeros(1)}, temporary)
+            temporary.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "scores").stat().st_mode & 0o777 == 0o666 & ~umask
