@@ -41,7 +41,7 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], object]) -> None:
         seed=seed,
     )
     _show(photographs, out, "lite0", "tf_efficientnet_lite0, ImageNet weights, no labels, no training", say)
-    say("\n2. A timm ResNet-18, trained on scikit-learn's digits just now. Labels are used to report accuracy only.\n")
+    say("\n2. timm's resnet10t, trained on scikit-learn's digits just now. Labels are used to report accuracy only.\n")
     images, _, test_images, test_labels = demo_data.digits()
     digits = sweep(
         demo_data.train_digits(seed=seed),
@@ -50,7 +50,7 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], object]) -> None:
         eval_data=[(test_images, test_labels)],
         seed=seed,
     )
-    _show(digits, out, "digits", "resnet18 on digits, no labels, no training", say)
+    _show(digits, out, "digits", "resnet10t on digits, no labels, no training", say)
 
 
 def _show(results: Sequence[PruneResult], out: Path, name: str, title: str, say: Callable[[str], object]) -> None:

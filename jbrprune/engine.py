@@ -25,7 +25,7 @@ from jbrprune.cost import axis_widths, count_macs
 from jbrprune.errors import BudgetError
 from jbrprune.groups import Axis, Group, Selection, removed_channels
 from jbrprune.measure import Agreement, agreement_on, bytes_of, latency, parameters_of
-from jbrprune.relevance import relevance_scores
+from jbrprune.relevance import Site, Statistic, relevance_scores
 from jbrprune.removal import remove_units, tried
 from jbrprune.repair import Targets, dense_targets, repaired
 from jbrprune.report import LayerRow, Report, Size, StepRow
@@ -50,8 +50,8 @@ class Settings:
     steps: int | None
     repair: tuple[str, ...]
     objective: str
-    site: str
-    statistic: str
+    site: Site
+    statistic: Statistic
     batch: int
     confidence: float
     ignore: tuple[str, ...]
@@ -77,8 +77,8 @@ class Settings:
         """What of it belongs into a report."""
         names = ["objective", "site", "statistic", "confidence", "width", "ridge"]
         names += ["batch"] if self.statistic == "batched" else []
-        shown = {name: getattr(self, name) for name in names} | asdict(self.floors)
-        return shown | {"repair": list(self.repair), "ignore": list(self.ignore)}
+        shown: dict[str, object] = {name: getattr(self, name) for name in names}
+        return shown | asdict(self.floors) | {"repair": list(self.repair), "ignore": list(self.ignore)}
 
 
 @dataclass(eq=False)
@@ -296,17 +296,17 @@ def _size(model: nn.Module, example: Tensor, timed: bool) -> Size:
 def _layer_rows(state: State) -> tuple[LayerRow, ...]:
     """One row per layer whose output is as wide as its units say: producers, and the heads of attentions."""
     kinds = {member.axis: group.kind for group in state.found.groups for member in group.members}
-    shown = [
-        ((name, side, 0), module)
-        for name, module in state.model.named_modules()
-        for side in ("heads", "out")
-        if side == "heads" or not layers.is_normalisation(module)
-    ]
-    return tuple(
-        LayerRow(axis[0], type(module).__name__, kinds[axis], state.full[axis], len(state.kept[axis]))
-        for axis, module in shown
-        if axis in kinds
-    )
+    rows: list[LayerRow] = []
+    for name, module in state.model.named_modules():
+        heads: Axis = (name, "heads", 0)
+        out: Axis = (name, "out", 0)
+        axes = (heads,) if layers.is_normalisation(module) else (heads, out)
+        rows += [
+            LayerRow(name, type(module).__name__, kinds[axis], state.full[axis], len(state.kept[axis]))
+            for axis in axes
+            if axis in kinds
+        ]
+    return tuple(rows)
 
 
 def _provenance(seed: int, device: torch.device) -> dict[str, object]:

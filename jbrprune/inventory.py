@@ -108,8 +108,15 @@ def inventory(
     totals = macs.total, params.total
     floors = Floors(channels=min_channels)
     dense = {group.name: group.size for group in found.groups}
-    least = [reachable(found.groups, account, floors, dense) / total for account, total in zip((macs, params), totals)]
-    return Inventory(tuple(images.shape[1:]), round(totals[0]), round(totals[1]), *least, rows, found.kept)
+    return Inventory(
+        input_size=tuple(images.shape[1:]),
+        macs=round(totals[0]),
+        params=round(totals[1]),
+        least_macs=reachable(found.groups, macs, floors, dense) / totals[0],
+        least_params=reachable(found.groups, params, floors, dense) / totals[1],
+        rows=rows,
+        kept=found.kept,
+    )
 
 
 def _layers(members: Sequence) -> int:

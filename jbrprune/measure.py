@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NoReturn
 
 import torch
@@ -124,7 +127,9 @@ def predict(
     device = guest.device_of(model)
     logits = []
     with guest.visiting(model), _autocast(device, autocast_dtype):
-        for number, batch in enumerate(tqdm(batches, desc="predict", unit="batch", leave=False, disable=None if progress else True)):
+        for number, batch in enumerate(
+            tqdm(batches, desc="predict", unit="batch", leave=False, disable=None if progress else True)
+        ):
             images = batch.images.to(device, non_blocking=True)
             out = logits_of(model(images))
             if len(out) != len(images):
@@ -213,7 +218,7 @@ def latency(model: nn.Module, images: Tensor, *, min_seconds: float = 1.0) -> La
     """
     if not min_seconds > 0:
         raise ArgumentError(f"min_seconds must satisfy 0 < min_seconds, got {min_seconds}.")
-    from torch.utils import benchmark  # looks for compilers when it is imported, and may log that it found none
+    benchmark = _benchmark()
 
     images = images.to(guest.device_of(model))
     threads = torch.get_num_threads()
@@ -229,6 +234,17 @@ def latency(model: nn.Module, images: Tensor, *, min_seconds: float = 1.0) -> La
         threads=threads,
         device=str(images.device),
     )
+
+
+def _benchmark() -> ModuleType:
+    """``torch.utils.benchmark``: it looks for compilers when it is imported, and would warn that it found none."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("torch.utils.benchmark")
+    finally:
+        logger.setLevel(level)
 
 
 def parameters_of(model: nn.Module) -> int:
