@@ -201,7 +201,7 @@ def test_residual_width_of_a_transformer_goes_only_when_asked_for() -> None:
     narrow = prune(vit(), IMAGES, macs=0.5, width=True, **QUICK)
     assert narrow.model.embed_dim == narrow.model.norm.weight.shape[0] < 64  # type: ignore[union-attr]
     assert narrow.model(IMAGES).shape == (40, CLASSES)
-    assert any("removing a channel also changes the norm's statistics" in note for note in narrow.report.notes)
+    assert any("changes the norm's statistics" in note for note in narrow.report.notes)
     wide = prune(vit(), IMAGES, macs=0.5, **QUICK)
     assert wide.model.embed_dim == 64
     assert any("pass width=True" in note for note in wide.report.notes)
@@ -502,8 +502,8 @@ def test_few_images_prune_without_repair_and_say_so() -> None:
     report = prune(own(), IMAGES[:1], macs=0.6, **QUICK).report
     assert report.kept <= 0.6
     assert report.final is None
-    assert any("Nothing was repaired: fewer than 10 images" in note for note in report.notes)
-    assert any("No agreement was measured: fewer than 10 images" in note for note in report.notes)
+    assert any("Nothing was repaired" in note and "fewer than 10 images" in note for note in report.notes)
+    assert any("No agreement was measured" in note for note in report.notes)
     assert "Nothing was repaired" in str(report)
 
 
