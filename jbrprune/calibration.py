@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from jbrprune import data as loading
 from jbrprune import guest, zoo
 from jbrprune.batches import Batch, concatenated, materialise, rebatched, with_reference
-from jbrprune.errors import ArgumentError, DataError
+from jbrprune.errors import ArgumentError, DataError, JBRError
 from jbrprune.measure import agreement, predict
 
 FEWEST_TO_HOLD_BACK = 10
@@ -94,7 +94,8 @@ def _part(batch: Batch, start: int, stop: int) -> Batch:
 def _read(model: nn.Module, data: object, images: int | None, batch_size: int, progress: bool) -> Batch:
     """Images in the model's precision, with the dense model's logits."""
     opened = loading.open_data(data, model, batch_size=batch_size)
-    batches = materialise(opened, images=images, batch_size=batch_size)
+    with guest.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
+        batches = materialise(opened, images=images, batch_size=batch_size)
     parameter = guest.first_tensor(model)
     if parameter is not None:
         batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
@@ -110,14 +111,17 @@ def check_runs(model: nn.Module, images: Tensor) -> None:
 
     Raises:
         DataError: It does not; says what it was made for, if it tells.
+        ModelError: It does, but what comes out is not logits.
+        NonFiniteError: NaN or Inf come out.
     """
     size = zoo.image_size(model)
     wanted = f" It was made for {' x '.join(map(str, size))} (channels, height, width)." if size else ""
     if size and images.shape[1] != size[0]:
         raise DataError(f"The images have {images.shape[1]} channels, shape {tuple(images.shape)}.{wanted}")
     try:
-        with guest.visiting(model):
-            model(images[:1].to(guest.device_of(model)))
+        predict(model, [Batch(images[:1])])
+    except JBRError:
+        raise
     except Exception as error:  # whatever a foreign forward raises is the answer
         raise DataError(
             f"{type(model).__name__} does not run on {str(images.dtype).removeprefix('torch.')} images of shape "

@@ -89,6 +89,9 @@ def prune_command(
     objective: Objective = "pseudo_label",
     site: SiteName = "consumer",
     statistic: StatisticName = "second_moment",
+    batch: Annotated[int, typer.Option(help="Samples per batch of `--statistic batched`.")] = 128,
+    confidence: Annotated[float, typer.Option(help="Score only on images above this dense probability.")] = 0.0,
+    ridge: Annotated[float, typer.Option(help="Ridge of the least-squares repair.")] = 0.1,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Glob of module names that keep their width. Repeatable.")
     ] = None,
@@ -122,6 +125,9 @@ def prune_command(
         objective=objective,
         site=site,
         statistic=statistic,
+        batch=batch,
+        confidence=confidence,
+        ridge=ridge,
         ignore=ignore or (),
         width=width,
         floor=floor,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import platform
 import time
@@ -30,7 +29,7 @@ from jbrprune.removal import remove_units, tried
 from jbrprune.repair import Targets, dense_targets, repaired
 from jbrprune.report import LayerRow, Report, Size, StepRow
 from jbrprune.selection import Floors, reachable, select
-from jbrprune.units import Found, find_groups
+from jbrprune.units import Found, copied, find_groups
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +94,7 @@ class State:
         dense_sizes: Group -> units in the dense model.
         whole: Cost of the dense model in the unit of the budget.
         targets: What repairs aim at; None without images to check them on.
+        mispriced: How much more the plan of a step expected the model to cost than it does, as a share.
         unrepaired: Held-out agreement at the last stop, before its repair.
         repaired: The same, after it.
         seconds: Part of the work -> time spent.
@@ -109,6 +109,7 @@ class State:
     dense_sizes: dict[str, int]
     whole: float
     targets: Targets | None = None
+    mispriced: float = 0.0
     unrepaired: Agreement | None = None
     repaired: Agreement | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -129,23 +130,29 @@ class State:
         self.groups = remove_units(self.model, self.groups, selection)
 
 
-def run(dense: nn.Module, images: Calibration, settings: Settings, name: str) -> Iterator[tuple[nn.Module, Report]]:
+def run(
+    dense: nn.Module, state: State, images: Calibration, settings: Settings, name: str
+) -> Iterator[tuple[nn.Module, Report]]:
     """Prune a copy of the dense model; yield it with a report at every stop.
 
     The model that is yielded is the one that shrinks further when the next is asked for: copy it.
 
     Args:
         dense: The dense model, in eval mode; left as it was.
+        state: From `start`.
         images: What to score, repair and report on.
         settings: How to prune.
         name: What to call the model in reports.
 
     Raises:
-        BudgetError: The budget lies below what the floors allow.
-        UnsupportedModelError: Nothing can be removed safely.
+        DataError: The objective needs labels, or no image is left to score.
+        NonFiniteError: NaN or Inf on the way.
     """
     began = time.perf_counter()
-    state = start(dense, images, settings)
+    if images.gate:
+        with state.timed("repair"):
+            consumers = [axis[0] for axis in state.full if axis[1] == "in"]
+            state.targets = dense_targets(dense, images.repair, consumers)
     size = _size(dense, state.example, settings.measure_latency)
     rows: list[StepRow] = []
     shown = tqdm(settings.schedule(), "pruning", unit="step", disable=None if settings.progress else True, leave=False)
@@ -156,11 +163,20 @@ def run(dense: nn.Module, images: Calibration, settings: Settings, name: str) ->
             yield state.model, _report(name, size, state, images, settings, rows, seconds)
 
 
-def start(dense: nn.Module, images: Calibration, settings: Settings) -> State:
-    """Find the units, see that the budget can be reached, and record what repairs aim at."""
-    work = copy.deepcopy(dense)
-    example = images.score[0].images
-    example = (example if len(example) > 1 else example.repeat(2, 1, 1, 1))[:2].to(guest.device_of(dense))
+def start(dense: nn.Module, example: Tensor, settings: Settings) -> State:
+    """Find the units and see that the budget can be reached, from a model and two images.
+
+    Args:
+        dense: The dense model, in eval mode; left as it was.
+        example: ``[2, C, H, W]`` on the model's device.
+        settings: How to prune.
+
+    Raises:
+        ArgumentError: A glob in ``ignore`` matches nothing.
+        BudgetError: The budget lies below what the floors allow.
+        UnsupportedModelError: Nothing can be removed safely.
+    """
+    work = copied(dense)
     clock = time.perf_counter()
     found = tried(
         work, example, find_groups(work, example, ignore=settings.ignore, width=settings.width), seed=settings.seed
@@ -181,9 +197,6 @@ def start(dense: nn.Module, images: Calibration, settings: Settings) -> State:
         whole,
     )
     state.seconds["units"] = time.perf_counter() - clock
-    if images.gate:
-        with state.timed("repair"):
-            state.targets = dense_targets(dense, images.repair, [axis[0] for axis in full if axis[1] == "in"])
     return state
 
 
@@ -227,6 +240,8 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
         )
     with state.timed("removal"):
         state.remove(selection)
+        measured = settings.budget.account(state.model, state.example, state.groups).total
+        state.mispriced = max(state.mispriced, account.total / measured - 1)
     stops = share in settings.stops
     with state.timed("evaluation"):
         state.unrepaired = _agreement(state.model, images.heldout) if stops else None
@@ -337,6 +352,11 @@ def _notes(state: State, images: Calibration, settings: Settings) -> tuple[str, 
     if any(group.kind == "width" for group in state.groups):
         notes.append(
             "Residual width under a LayerNorm was offered: removing a channel there changes the norm's statistics."
+        )
+    if state.mispriced > 1e-6:
+        notes.append(
+            f"The budget is overshot by up to {state.mispriced:.1%}: products of activations outside of known layers "
+            "shrank as well, which the plan did not foresee."
         )
     return tuple(notes)
 

@@ -165,3 +165,8 @@ def first_tensor(model: nn.Module) -> Tensor | None:
             if tensor.is_floating_point():
                 return tensor
     return None
+
+
+def input_of(args: tuple, kwargs: Mapping[str, Tensor]) -> Tensor:
+    """What a hook sees as a layer's one input, by position or by whatever name its forward gives it."""
+    return args[0] if args else next(iter(kwargs.values()))

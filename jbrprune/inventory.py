@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,7 +13,7 @@ from jbrprune.cost import Account, axis_widths, mac_terms, parameter_terms
 from jbrprune.errors import ArgumentError
 from jbrprune.removal import tried
 from jbrprune.selection import Floors, reachable
-from jbrprune.units import find_groups
+from jbrprune.units import copied, find_groups
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def inventory(
         if size is None:
             raise ArgumentError(f"{type(model).__name__} does not say which images it wants: pass images=.")
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    work = copy.deepcopy(model).eval()
+    work = copied(model).eval()
     images = images.to(guest.device_of(work))
     found = tried(work, images, find_groups(work, images, ignore=ignore, width=width))
     full = axis_widths(work, found.groups)

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jbrprune import checkpoint as files
+from jbrprune import data as loading
 from jbrprune import guest, zoo
 from jbrprune.budget import KINDS, Budget
-from jbrprune.calibration import calibration
-from jbrprune.engine import Settings, run
-from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.calibration import calibration, check_runs
+from jbrprune.engine import Settings, run, start
+from jbrprune.errors import ArgumentError, BudgetError, JBRError
 from jbrprune.relevance import check_arguments
 from jbrprune.repair import METHODS
 from jbrprune.report import Report
-from jbrprune.scoring import check_model, resolved
+from jbrprune.scoring import check_model, example_of, peeked, resolved
 from jbrprune.selection import Floors
+from jbrprune.units import copied
+
+log = logging.getLogger(__name__)
+
+WHOLE = ("batch", "batch_size", "seed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +107,8 @@ def prune(
             there are any, are used to report accuracy (and by ``objective="label"``), for nothing else.
         macs: Share of the multiply-accumulates to keep. Give exactly one of macs, params, channels.
         params: Share of the parameters to keep.
-        channels: Share of the removable channels to keep (ranked by score alone, as in the paper).
+        channels: Share of the removable channels to keep, a head counted as one (ranked by score alone, as in the
+            paper).
         steps: Number of steps; default one for every 5 % of the dense cost.
         repair: ``"auto"`` (try what applies, keep what helps on images held back), one or several of
             ``"batch_norm"``, ``"mean_shift"``, ``"least_squares"``, or None.
@@ -112,7 +121,7 @@ def prune(
         width: Also prune the residual width of transformers and ConvNeXt. A LayerNorm over fewer channels
             computes other statistics: its output changes even if the removed channels were zero.
         floor: Share of every group's width that stays.
-        min_channels: Channels of every group that stay, where it has as many.
+        min_channels: Channels of every group that stay, where it has as many; of heads, one stays.
         round_to: Kept widths are multiples of this.
         images: Calibration images to read from ``data``; None: all. They are kept in memory.
         eval_data: Images to measure the agreement on; default: a fifth of the calibration images is held out.
@@ -124,6 +133,7 @@ def prune(
         device: Where to work; default: where the model is.
         measure_latency: Time the dense and the pruned model.
         inplace: Shrink the given model itself, at the very end; until then, and after an exception, it is untouched.
+            Its parameters are new objects then: make a new optimiser.
         progress: Show progress bars.
         checkpoint: Local weights for a timm name, instead of the pretrained ones.
         **model_arguments: For a timm name, passed to ``timm.create_model``.
@@ -218,10 +228,15 @@ def _pruned(
     settings = _settings(budget, stops, **options)  # type: ignore[arg-type]
     given = resolved(model, checkpoint, model_arguments)
     check_model(given)
-    dense = copy.deepcopy(given).to(device or guest.device_of(given)).eval()
+    dense = copied(given).to(device or guest.device_of(given)).eval()
+    opened = loading.open_data(data, dense, batch_size=settings.batch_size)
+    first, opened = peeked(opened, settings.batch_size)
+    example = example_of(dense, first)
+    check_runs(dense, first.images.to(example.dtype))
+    state = start(dense, example, settings)
     prepared = calibration(
         dense,
-        data,
+        opened,
         images=images,
         eval_data=eval_data,
         eval_images=eval_images,
@@ -229,14 +244,39 @@ def _pruned(
         seed=settings.seed,
         progress=settings.progress,
     )
-    recipe = zoo.recipe(dense)
-    config = zoo.data_config(dense) if recipe else None
+    recipe = _recipe(dense)
+    config = zoo.data_config(dense) if zoo.recipe(dense) else None
     name = recipe.name if recipe else type(dense).__name__
     several = len(stops) > 1
     return [
         PruneResult(copy.deepcopy(pruned) if several else pruned, report, recipe, config)
-        for pruned, report in run(dense, prepared, settings, name)
+        for pruned, report in run(dense, state, prepared, settings, name)
     ]
+
+
+def _recipe(dense: nn.Module) -> zoo.Recipe | None:
+    """How timm makes this very model; None if it was changed by hand, so that a file of it needs ``load(model=)``."""
+    recipe = zoo.recipe(dense)
+    if recipe is None:
+        return None
+    try:
+        with guest.same_randomness(torch.device("cpu")):
+            made = zoo.build(recipe)
+    except JBRError as error:
+        log.warning("timm cannot make this model again (%s): a saved copy needs load(..., model=).", error)
+        return None
+    if _within(dense.state_dict(), made.state_dict()):
+        return recipe
+    log.warning("This is not timm's %s as it was made: a saved copy needs load(..., model=).", recipe.name)
+    return None
+
+
+def _within(smaller: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> bool:
+    """The same tensors, none of them larger."""
+    return smaller.keys() == dense.keys() and all(
+        tensor.dim() == dense[name].dim() and all(n <= most for n, most in zip(tensor.shape, dense[name].shape))
+        for name, tensor in smaller.items()
+    )
 
 
 def _settings(
@@ -253,6 +293,14 @@ def _settings(
     **same: object,
 ) -> Settings:
     """The arguments, checked before anything is read or created."""
+    for name, number in (("min_channels", min_channels), ("round_to", round_to), *((n, same[n]) for n in WHOLE)):
+        if not isinstance(number, Integral) or isinstance(number, bool):
+            raise ArgumentError(f"{name} must be a whole number, got {number!r}.")
+    for name, value in (("ridge", ridge), ("floor", floor), ("confidence", same["confidence"])):
+        if not isinstance(value, Real):
+            raise ArgumentError(f"{name} must be a number, got {value!r}.")
+    if not isinstance(same["autocast"], torch.dtype | None):
+        raise ArgumentError(f"autocast must be a torch.dtype such as torch.bfloat16, got {same['autocast']!r}.")
     if not 0 < ridge < math.inf:
         raise ArgumentError(f"ridge must satisfy 0 < ridge < inf, got {ridge}.")
     check_arguments(*(same[name] for name in ("objective", "site", "statistic", "batch", "confidence")))  # type: ignore[arg-type]
@@ -279,13 +327,21 @@ def _methods(repair: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _transplant(source: nn.Module, target: nn.Module) -> None:
-    """Give a model the tensors and sizes of its pruned copy; its hooks and modes stay."""
-    modules = dict(source.named_modules())
-    device = guest.device_of(target)
-    source.to(device)
-    for name, module in target.named_modules():
-        pruned = modules[name]
-        module._parameters, module._buffers = pruned._parameters, pruned._buffers
-        for attribute, value in vars(pruned).items():
-            if isinstance(value, int | tuple) and attribute != "training" and vars(module).get(attribute) != value:
-                setattr(module, attribute, value)
+    """Give a model the tensors and sizes of its pruned copy; its hooks and modes stay.
+
+    Everything is prepared first, so that nothing can fail between the first change and the last.
+    """
+    modules = dict(source.to(guest.device_of(target)).named_modules())
+    changes = [(module, _changed(module, modules[name])) for name, module in target.named_modules()]
+    for module, attributes in changes:
+        vars(module).update(attributes)
+
+
+def _changed(module: nn.Module, pruned: nn.Module) -> dict[str, object]:
+    """Tensors and sizes in which a module differs from its pruned copy."""
+    sizes: dict[str, object] = {
+        name: value
+        for name, value in vars(pruned).items()
+        if isinstance(value, int | tuple) and name != "training" and vars(module).get(name) != value
+    }
+    return sizes | {"_parameters": pruned._parameters, "_buffers": pruned._buffers}

@@ -174,7 +174,7 @@ def channel_means(
 
     def record(name: str) -> guest.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = _input(args, kwargs)
+            x = guest.input_of(args, kwargs)
             x = x.flatten(2) if layers.channel_dim(module) == 1 else x.reshape(len(x), -1, x.shape[-1]).mT
             by_row = x.sum(2, dtype=torch.promote_types(x.dtype, torch.float32)) if x.dim() == 3 else x
             totals[name] = totals.get(name, 0) + by_row.cpu().double().sum(0)
@@ -286,7 +286,7 @@ class _Tape:
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             # A view, because others may read the same input: only the gradient through this layer counts.
-            x = _input(args, kwargs)
+            x = guest.input_of(args, kwargs)
             x = x.clone() if name in self.copied else x
             seen = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             self._watch(name, x, seen, finish)
@@ -309,7 +309,7 @@ class _Tape:
         inputs: list[Tensor] = []
 
         def early(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs.append(_input(args, kwargs).detach())
+            inputs.append(guest.input_of(args, kwargs).detach())
 
         def finish(added: Tensor, gradient: Tensor) -> None:
             self._add(name, "out", self._products(name, module, added, gradient))
@@ -327,7 +327,7 @@ class _Tape:
         inputs: list[Tensor] = []
 
         def early(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            x = _input(args, kwargs)
+            x = guest.input_of(args, kwargs)
             inputs.append(x.clone() if name in self.copied else x)
             return _with_input(inputs[-1], args, kwargs)
 
@@ -402,6 +402,8 @@ def _scored_members(
         for member in members:
             _check_member(modules.get(member.axis[0]), group, member)
         members = [m for m in members if _is_scored(modules[m.axis[0]])]
+        if site == "consumer":
+            members = _cut_once(group, members, modules)
         if not members:
             raise ModelError(
                 f"Group {group.name} has no layer to score at site {site!r}. Score it at site 'all', or leave it out."
@@ -410,6 +412,13 @@ def _scored_members(
             in_order = torch.equal(member.unit.cpu(), torch.arange(group.size))
             found[member.axis[0], member.axis[1]].append((group.name, member, in_order))
     return found
+
+
+def _cut_once(group: Group, members: list[Member], modules: Mapping[str, nn.Module]) -> list[Member]:
+    """Leave out grouped convolutions whose outputs go with the unit: what reads those outputs is the same cut again."""
+    produced = {member.axis[0] for member in group.side("out")}
+    again = {name for name in produced if layers.is_grouped(modules[name])}
+    return [member for member in members if member.axis[0] not in again] or members
 
 
 def _is_scored(module: nn.Module) -> bool:
@@ -487,11 +496,6 @@ def _check_relevances(totals: Mapping[str, Tensor], number: int) -> None:
             )
 
 
-def _input(args: tuple, kwargs: dict) -> Tensor:
-    """A layer's one input, by position or by whatever name its forward gives it."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
 def _with_input(x: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
@@ -501,7 +505,7 @@ def _on_output(late: Callable[[Tensor], Tensor]) -> guest.Hook:
 
 
 def _on_input(late: Callable[[Tensor], Tensor]) -> guest.Hook:
-    return lambda module, args, kwargs: _with_input(late(_input(args, kwargs)), args, kwargs)
+    return lambda module, args, kwargs: _with_input(late(guest.input_of(args, kwargs)), args, kwargs)
 
 
 def _started(tensor: Tensor, *, apart: bool) -> Tensor:
@@ -556,7 +560,7 @@ def _row_sums(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[st
         sums[name].append(x.detach().reshape(len(x), -1).abs().sum(1, dtype=wide).cpu())
 
     def record(name: str) -> guest.Hook:
-        return lambda module, args, kwargs: note(name, _input(args, kwargs))
+        return lambda module, args, kwargs: note(name, guest.input_of(args, kwargs))
 
     with torch.no_grad(), guest.hooked(model, forward_pre={name: record(name) for name in names}):
         note("the logits", logits_of(model(images)))

@@ -8,8 +8,8 @@ reached, everything before it is already repaired.
   the identity when nothing was removed, however few or narrow the images are.
 * ``mean_shift``: the bias of a consumer takes over the mean of what it no longer reads.
 * ``least_squares``: the kept weights of a consumer reproduce the dense model's output, against a ridge,
-  W' = argmin ||(Y_dense - mean) - (A_kept - mean) W'^T||^2 + lambda ||W' - W_kept||^2, and its bias (or the batch norm
-  behind it) takes over the mean.
+  W' = argmin ||(Y_dense - mean) - (A_kept - mean) W'^T||^2 + lambda ||W' - W_kept||^2, and its bias takes over the
+  mean. A consumer without bias needs ``batch_norm`` beside it: the norm behind it takes over the mean.
 
 Sources: mean shift as in variance-based pruning (arXiv 2507.12988), closed-form compensation as in CORP (arXiv
 2602.05243) and channel pruning by He, Zhang and Sun (ICCV 2017); here every layer sees the repaired inputs.
@@ -17,6 +17,7 @@ Sources: mean shift as in variance-based pruning (arXiv 2507.12988), closed-form
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -91,9 +92,11 @@ def dense_targets(model: nn.Module, batches: Sequence[Batch], consumers: Iterabl
     outputs: dict[str, Tensor] = {}
     fan_in: dict[str, int] = {}
     norms: dict[str, Moments] = {}
+    calls: Counter[str] = Counter()
 
     def consumer(name: str) -> guest.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            calls[name] += 1
             flat = _by_position(module, output)
             chosen = torch.randperm(flat.shape[1], generator=generator)[:per_image].sort().values
             positions[name], fan_in[name] = chosen, module.weight.shape[1]  # type: ignore[union-attr, index, assignment]
@@ -103,7 +106,9 @@ def dense_targets(model: nn.Module, batches: Sequence[Batch], consumers: Iterabl
 
     def norm(name: str) -> guest.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            norms[name] = Moments(*_moments(args[0]), module.running_mean.clone(), module.running_var.clone())  # type: ignore[union-attr, operator]
+            calls[name] += 1
+            stored = module.running_mean.clone(), module.running_var.clone()  # type: ignore[union-attr, operator]
+            norms[name] = Moments(*_moments(guest.input_of(args, kwargs)), *stored)
 
         return hook
 
@@ -113,6 +118,9 @@ def dense_targets(model: nn.Module, batches: Sequence[Batch], consumers: Iterabl
         guest.hooked(model, {name: consumer(name) for name in able}, {name: norm(name) for name in _norms(model)}),
     ):
         model(images)
+    for name in [name for name, count in calls.items() if count > 1]:  # one correction cannot serve several inputs
+        for recorded in (positions, outputs, fan_in, norms):
+            recorded.pop(name, None)
     return Targets(positions, outputs, fan_in, norms)
 
 
@@ -192,7 +200,7 @@ def _following(dense: Moments, kept: Tensor | None) -> guest.Hook:
     """Move the stored statistics of a batch norm by the change of its input."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        mean, var = _moments(args[0])
+        mean, var = _moments(guest.input_of(args, kwargs))
         was_mean, was_var, stored_mean, stored_var = (
             t if kept is None else t[kept.to(t.device)]
             for t in (dense.mean, dense.var, dense.stored_mean, dense.stored_var)
@@ -209,10 +217,11 @@ def _refitting(name: str, targets: Targets, kept: Mapping[Axis, Tensor], ridge: 
     """Fit a consumer's kept weights (with a ridge) and bias to the dense model's outputs."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        wanted = targets.outputs[name].to(args[0])
+        inputs = guest.input_of(args, kwargs)
+        wanted = targets.outputs[name].to(inputs)
         if (name, "out", 0) in kept:
             wanted = wanted[:, kept[name, "out", 0].to(wanted.device)]
-        rows = _rows(module, args[0], targets.positions[name].to(wanted.device))
+        rows = _rows(module, inputs, targets.positions[name].to(wanted.device))
         weight = module.weight.flatten(1)  # type: ignore[union-attr, operator]
         row_mean, wanted_mean = rows.mean(0), wanted.mean(0)
         if ridge is not None:
@@ -233,12 +242,13 @@ def _ridge_solution(a: Tensor, residual: Tensor, ridge: float) -> Tensor:
     """
     n, d = a.shape
     penalty = ridge * float(a.square().sum()) / d + torch.finfo(a.dtype).tiny
-    small = (a.t() @ a if d <= n else a @ a.t()).double()
+    # in double precision on the CPU: not every accelerator has it
+    small = (a.t() @ a if d <= n else a @ a.t()).cpu().double()
     small.diagonal().add_(penalty)
     factor = torch.linalg.cholesky(small)
     if d <= n:
-        return torch.cholesky_solve((a.t() @ residual).double(), factor).to(a)
-    return a.t() @ torch.cholesky_solve(residual.double(), factor).to(a)
+        return torch.cholesky_solve((a.t() @ residual).cpu().double(), factor).to(a)
+    return a.t() @ torch.cholesky_solve(residual.cpu().double(), factor).to(a)
 
 
 def _images(model: nn.Module, batches: Sequence[Batch]) -> Tensor:

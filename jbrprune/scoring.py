@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jbrprune import architectures, guest, zoo
 from jbrprune import data as loading
@@ -20,7 +19,7 @@ from jbrprune.measure import check_weights
 from jbrprune.relevance import Site, Statistic, check_arguments, relevance_scores
 from jbrprune.removal import tried
 from jbrprune.scores import Scores
-from jbrprune.units import find_groups, layer_groups
+from jbrprune.units import copied, find_groups, layer_groups
 
 GRANULARITIES = ("unit", "layer")
 
@@ -89,7 +88,7 @@ def score(
         raise ArgumentError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
     model = resolved(model, checkpoint, model_arguments)
     check_model(model)
-    first, batches = _peeked(loading.open_data(data, model, batch_size=batch_size), batch_size)
+    first, batches = peeked(loading.open_data(data, model, batch_size=batch_size), batch_size)
     check_runs(model, first.images)
     return relevance_scores(
         model,
@@ -114,7 +113,8 @@ def resolved(model: nn.Module | str, weights: str | Path | None, arguments: dict
         ArgumentError: Neither a name nor a module, or arguments for a module that is made already.
     """
     if isinstance(model, str):
-        return zoo.create(model, checkpoint=weights, **arguments)  # type: ignore[arg-type]
+        with guest.same_randomness(torch.device("cpu")):  # initial weights are drawn
+            return zoo.create(model, checkpoint=weights, **arguments)  # type: ignore[arg-type]
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a timm name or an nn.Module, got {type(model).__name__}.")
     if arguments or weights:
@@ -135,16 +135,24 @@ def check_model(model: nn.Module) -> None:
         if parameter.dtype in (torch.float16, torch.bfloat16):
             raise ModelError(
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}: relevances and repairs need full precision. "
-                "Call "
-                "model.float(), then this, and .half() afterwards; autocast=torch.bfloat16 makes scoring cheap."
+                "Call model.float(), then this, and .half() afterwards; autocast=torch.bfloat16 makes scoring cheap."
             )
     check_weights(model)
 
 
-def _peeked(data: object, batch_size: int) -> tuple[Batch, object]:
+def example_of(model: nn.Module, batch: Batch) -> Tensor:
+    """``[2, C, H, W]``: two images on the model's device, the same one twice if there is one only."""
+    images = batch.images.to(guest.device_of(model))
+    parameter = guest.first_tensor(model)
+    images = images if parameter is None else images.to(parameter.dtype)
+    return (images if len(images) > 1 else images.repeat(2, 1, 1, 1))[:2]
+
+
+def peeked(data: object, batch_size: int) -> tuple[Batch, object]:
     """The first batch, and data that still yield it."""
-    batches = iterate(data, batch_size=batch_size)
-    first = next(batches)
+    with guest.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
+        batches = iterate(data, batch_size=batch_size)
+        first = next(batches)
     return first, itertools.chain([first], batches) if isinstance(data, Iterator) else data
 
 
@@ -153,7 +161,6 @@ def _groups(
 ) -> tuple[Group, ...]:
     if granularity == "layer":
         return tuple(group for group in layer_groups(model, ignore=ignore) if site == "all" or group.side("in"))
-    images = first.images.to(guest.device_of(model))
-    example = (images if len(images) > 1 else images.repeat(2, 1, 1, 1))[:2]
-    work = copy.deepcopy(model)
+    example = example_of(model, first)
+    work = copied(model)
     return tried(work, example, find_groups(work, example, ignore=ignore, width=width)).groups

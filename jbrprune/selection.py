@@ -38,10 +38,16 @@ class Floors:
     def of(self, group: Group, dense_size: int) -> int:
         """Units of a group that must stay."""
         share = math.ceil(self.share * dense_size - 1e-9)
-        if group.kind in ("head", "group"):
+        if group.kind == "head":
             return max(1, share)
+        if group.kind == "group":  # as many channels, in whole groups of the convolution
+            return min(dense_size, max(1, share, math.ceil(self.channels / _channels_per_unit(group))))
         least = max(1, share, min(self.channels, dense_size))
         return min(dense_size, math.ceil(least / self.round_to) * self.round_to)
+
+
+def _channels_per_unit(group: Group) -> int:
+    return group.channels_per_unit()[group.members[0].axis]
 
 
 @dataclass(frozen=True, eq=False)

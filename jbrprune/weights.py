@@ -62,6 +62,8 @@ CACHE_BYTES = 1 << 21
 """A block of per-sample gradients is about this large on a CPU, so that it is squared where it was formed."""
 FEW_POSITIONS = 4
 """Up to here pairs of positions are cheaper than one matrix product per sample."""
+SMALL_ELEMENTS = 1 << 15
+"""Below, squares of many samples are summed by one call; above, one call per sample moves less memory."""
 UNFOLDED_POSITIONS = 64
 """Up to here the inputs of a k x k convolution are unfolded; above, the copy costs more than it brings."""
 
@@ -897,7 +899,7 @@ def _plan(
     block = taken * row_bytes
     most = min(samples, together, cache // block, (free - 3 * block) // (block + sample_bytes))
     block_samples = max(1, most) if taken == rows else 1
-    copies = min(8 * cache, place.max_memory - (block_samples + 3) * block)
+    copies = min(32 * cache, place.max_memory - (block_samples + 3) * block)
     chunk = max(block_samples, min(samples, copies // max(1, sample_bytes)))
     return _Plan(chunk, block_samples, taken, chunk * sample_bytes + (block_samples + 3) * block)
 
@@ -1080,10 +1082,11 @@ class _Kernels:
 
 def _accumulate(total: Tensor, block: Tensor) -> None:
     """``total += sum_n block_n^2``; the block is overwritten."""
-    if len(block) == 1:
-        total.addcmul_(block[0], block[0])
-    else:
+    if total.numel() < SMALL_ELEMENTS < block.numel():
         total += block.square_().sum(0)
+        return
+    for gradient in block.unbind():
+        total.addcmul_(gradient, gradient)
 
 
 _KERNEL_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}

@@ -23,6 +23,9 @@ import torch
 from jbrprune import sweep, zoo
 from jbrprune.data import fashion_mnist
 
+KEY = ("model", "setting", "seed", "images", "eval_images", "shares")
+"""A run that agrees in these has been made."""
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,6 +90,7 @@ def run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     shared = {
+        "shares": sorted(args.shares, reverse=True),
         "model": args.model,
         "data": "fashion_mnist",
         "setting": setting,
@@ -156,8 +160,8 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for setting in args.setting or ["default"]:
         for seed in args.seeds:
-            key = (args.model, setting, seed, args.images, args.eval_images)
-            if key in {(x["model"], x["setting"], x["seed"], x["images"], x["eval_images"]) for x in lines(args.out)}:
+            key = (args.model, setting, seed, args.images, args.eval_images, sorted(args.shares, reverse=True))
+            if key in [tuple(line[name] for name in KEY) for line in lines(args.out)]:
                 continue
             with args.out.open("a") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in run(args, setting, seed, train, test)))

@@ -125,7 +125,7 @@ def by_layer(arguments: argparse.Namespace) -> dict:
                 "model": arguments.model,
                 "batch_size": len(images),
                 "threads": arguments.threads,
-                "clock": arguments.clock,
+                "method": "layers",
             }
             | {"weight": shape, "positions": positions, "taps": taps, "groups": groups}
             | {"layers": len(times) // arguments.repeats}

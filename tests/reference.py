@@ -84,7 +84,8 @@ def mean_replaced(model: nn.Module, images: Tensor, groups: Sequence[Group], m: 
         for group in groups:
             total = torch.zeros(group.size, dtype=m.dtype)
             for member in group.side("in"):
-                _gather(total, member, by_name[member.axis[0]])
+                if not _cut_behind(model, group, member):
+                    _gather(total, member, by_name[member.axis[0]])
             found[group.name].append(total)
     return {name: torch.stack(rows) for name, rows in found.items()}
 
@@ -121,9 +122,20 @@ def _of_group(model: nn.Module, group: Group, products: dict[str, Tensor], site:
     total = torch.zeros(group.size, dtype=torch.float64)
     for member in group.members:
         name, side, _ = member.axis
+        if site == "consumer" and _cut_behind(model, group, member):
+            continue
         if side == "in" or (side == "out" and site == "all"):
             _gather(total, member, _by_channel(model.get_submodule(name), name, side, products))
     return total
+
+
+def _cut_behind(model: nn.Module, group: Group, member: Member) -> bool:
+    """Is this the input of a grouped convolution whose outputs are of the same unit? They are cut where they are read."""
+    if member.axis[1] != "in":
+        return False
+    module = model.get_submodule(member.axis[0])
+    outputs = any(other.axis[:2] == (member.axis[0], "out") for other in group.members)
+    return outputs and getattr(module, "groups", 1) > 1
 
 
 def _gather(total: Tensor, member: Member, by_channel: Tensor) -> None:

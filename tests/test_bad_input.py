@@ -115,15 +115,45 @@ def images_with(value: float) -> list[Tensor]:
 
 WRONG: dict[str, tuple[Callable[[], Any], Any, dict[str, Any], type[Exception], str]] = {
     # models
-    "unknown name": (lambda: "resnet5O", IMAGES, {}, ArgumentError, "no model named 'resnet5O'.*Nearest names: .*resnet50"),
-    "unknown tag": (lambda: "resnet50.mine", IMAGES, {}, ArgumentError, "resnet50 has no weights tagged 'mine'. Tags: .*a1_in1k"),
+    "unknown name": (
+        lambda: "resnet5O",
+        IMAGES,
+        {},
+        ArgumentError,
+        "no model named 'resnet5O'.*Nearest names: .*resnet50",
+    ),
+    "unknown tag": (
+        lambda: "resnet50.mine",
+        IMAGES,
+        {},
+        ArgumentError,
+        "resnet50 has no weights tagged 'mine'. Tags: .*a1_in1k",
+    ),
     "no name": (lambda: 50, IMAGES, {}, ArgumentError, "must be a timm name or an nn.Module, got int"),
     "masked": (masked, IMAGES, {}, ModelError, r"neck.weight \(and 1 more\) is masked.*prune.remove\(module, name\)"),
     "half": (lambda: net().half(), IMAGES.half(), {}, ModelError, r"stem.weight is float16: .* Call model.float\(\)"),
     "bfloat16": (lambda: net().bfloat16(), IMAGES, {}, ModelError, "stem.weight is bfloat16"),
-    "half in part": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 4).half()), IMAGES, {}, ModelError, "1.weight is float16"),
-    "NaN in a weight": (with_nan("neck.weight"), IMAGES, {}, NonFiniteError, "Parameter 'neck.weight' contains NaN or Inf"),
-    "Inf in a buffer": (with_nan("bn.running_var", math.inf), IMAGES, {}, NonFiniteError, "Buffer 'bn.running_var' contains NaN"),
+    "half in part": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 4).half()),
+        IMAGES,
+        {},
+        ModelError,
+        "1.weight is float16",
+    ),
+    "NaN in a weight": (
+        with_nan("neck.weight"),
+        IMAGES,
+        {},
+        NonFiniteError,
+        "Parameter 'neck.weight' contains NaN or Inf",
+    ),
+    "Inf in a buffer": (
+        with_nan("bn.running_var", math.inf),
+        IMAGES,
+        {},
+        NonFiniteError,
+        "Buffer 'bn.running_var' contains NaN",
+    ),
     "NaN in the logits": (
         lambda: net(lambda x: (x - 1e9).log()),
         IMAGES,
@@ -138,7 +168,13 @@ WRONG: dict[str, tuple[Callable[[], Any], Any, dict[str, Any], type[Exception], 
         DataError,
         r"Net does not run on float32 images of shape \(12, 3, 32, 32\): no such row\.$",
     ),
-    "no logits": (lambda: nn.Conv2d(3, 4, 1), IMAGES, {}, ModelError, r"Logits must be floating point \[B, K\].*\[12, 4, 32, 32\]"),
+    "no logits": (
+        lambda: nn.Conv2d(3, 4, 1),
+        IMAGES,
+        {},
+        ModelError,
+        r"Logits must be floating point \[B, K\].*\[1, 4, 32, 32\]",
+    ),
     "nothing to cut": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)),
         IMAGES,
@@ -147,10 +183,22 @@ WRONG: dict[str, tuple[Callable[[], Any], Any, dict[str, Any], type[Exception], 
         "nothing can be removed safely.*1: ",
     ),
     # budgets
-    "no budget": (net, IMAGES, {"macs": None}, BudgetError, "exactly one budget of macs=, params=, channels=.*got none"),
+    "no budget": (
+        net,
+        IMAGES,
+        {"macs": None},
+        BudgetError,
+        "exactly one budget of macs=, params=, channels=.*got none",
+    ),
     "two budgets": (net, IMAGES, {"params": 0.5}, BudgetError, r"exactly one budget.*got macs=0\.5 and params=0\.5"),
     **{
-        f"budget {value!r}": (net, IMAGES, {"macs": value}, BudgetError, "0 < macs < 1 .*the share of the dense model to keep")
+        f"budget {value!r}": (
+            net,
+            IMAGES,
+            {"macs": value},
+            BudgetError,
+            "0 < macs < 1 .*the share of the dense model to keep",
+        )
         for value in (0, 1, -0.5, math.nan, math.inf, "half", True)
     },
     "floors": (
@@ -169,7 +217,13 @@ WRONG: dict[str, tuple[Callable[[], Any], Any, dict[str, Any], type[Exception], 
     "min_channels": (net, IMAGES, {"min_channels": 0}, ArgumentError, "min_channels must be at least 1, got 0"),
     "round_to": (net, IMAGES, {"round_to": -8}, ArgumentError, "round_to must be at least 1, got -8"),
     "ridge": (net, IMAGES, {"ridge": 0.0}, ArgumentError, "0 < ridge < inf, got 0.0"),
-    "repair": (net, IMAGES, {"repair": "batchnorm"}, ArgumentError, "repair must be 'auto', None, or some of batch_norm.*'batchnorm'"),
+    "repair": (
+        net,
+        IMAGES,
+        {"repair": "batchnorm"},
+        ArgumentError,
+        "repair must be 'auto', None, or some of batch_norm.*'batchnorm'",
+    ),
     "repairs": (net, IMAGES, {"repair": ["auto", "batch_norm"]}, ArgumentError, "repair must be 'auto', None, or"),
     "objective": (net, IMAGES, {"objective": "loss"}, ArgumentError, "pseudo_label.*loss"),
     "site": (net, IMAGES, {"site": "both"}, ArgumentError, "consumer.*both"),
@@ -186,13 +240,25 @@ WRONG: dict[str, tuple[Callable[[], Any], Any, dict[str, Any], type[Exception], 
     "bytes": (net, IMAGES.byte(), {}, DataError, "Integer images must be scaled and normalised first"),
     "size": (vit, F.pad(IMAGES, (0, 8, 0, 8)), {}, DataError, r"\(12, 3, 40, 40\).*made for 3 x 32 x 32"),
     "channels": (resnet, IMAGES[:, :1], {}, DataError, "The images have 1 channels.*It was made for 3 x 160 x 160"),
-    "size, own model": (net, IMAGES[..., :4, :4], {}, DataError, r"Net does not run on float32 images of shape \(12, 3, 4, 4\)"),
+    "size, own model": (
+        net,
+        IMAGES[..., :4, :4],
+        {},
+        DataError,
+        r"Net does not run on float32 images of shape \(12, 3, 4, 4\)",
+    ),
     "mixed sizes": (net, [IMAGES, IMAGES[..., 1:]], {}, DataError, "different shapes cannot be one batch"),
     "NaN": (net, images_with(math.nan), {}, NonFiniteError, "Batch 1: image 2 contains NaN or Inf"),
     "Inf": (net, images_with(-math.inf), {}, NonFiniteError, "Batch 1: image 2 contains NaN or Inf"),
     "eval NaN": (net, IMAGES, {"eval_data": images_with(math.nan)}, NonFiniteError, "Batch 1: image 2 contains NaN"),
     "labels": (net, [(IMAGES, torch.arange(12))], {}, DataError, r"Labels must lie in \[0, 4\)"),
-    "eval labels": (net, IMAGES, {"eval_data": [(IMAGES, torch.arange(12))]}, DataError, r"Labels must lie in \[0, 4\)"),
+    "eval labels": (
+        net,
+        IMAGES,
+        {"eval_data": [(IMAGES, torch.arange(12))]},
+        DataError,
+        r"Labels must lie in \[0, 4\)",
+    ),
     "no images wanted": (net, IMAGES, {"images": 0}, ArgumentError, "images must be at least 1, got 0"),
     "batch size": (net, IMAGES, {"batch_size": 0}, ArgumentError, "batch_size must be"),
 }
@@ -244,7 +310,9 @@ def test_weights_out_of_reach(monkeypatch: pytest.MonkeyPatch, passes: list[int]
 # --- what looks bad and is not -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [IMAGES[:1], [IMAGES[:1]], list(IMAGES.split(1))], ids=["one", "a list of one", "ones"])
+@pytest.mark.parametrize(
+    "data", [IMAGES[:1], [IMAGES[:1]], list(IMAGES.split(1))], ids=["one", "a list of one", "ones"]
+)
 @pytest.mark.parametrize("make", [net, vit])
 def test_batches_of_one(make: Callable[[], nn.Module], data: Any) -> None:
     result = prune(make(), data, macs=0.7, batch_size=1, **QUICK)
@@ -383,7 +451,7 @@ def test_a_pickle_is_refused_unread(place: str, zipped: bool, saved: Path, tmp_p
             archive.writestr("archive/data.pkl", content)
     else:
         target.write_bytes(content)
-    with pytest.raises(CheckpointError, match="pickle|directory"):
+    with pytest.raises(CheckpointError, match=r"pickle|directory"):
         jbrprune.load(target if place == "a file" else path)
     with pytest.raises(CheckpointError, match=r"executed|cannot be read as weights|holds more than weights"):
         prune("test_vit", IMAGES, macs=0.5, checkpoint=target, num_classes=4, **QUICK)
@@ -410,7 +478,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     try:
         with pytest.raises(CheckpointError, match="could not be written"):
             result.save(tmp_path / "out")
-        with pytest.raises(CheckpointError, match="cannot? be written|Choose another path"):
+        with pytest.raises(CheckpointError, match=r"Choose another path"):
             checkpoint.check_target(tmp_path / "out")
     finally:
         tmp_path.chmod(0o700)
@@ -424,6 +492,6 @@ def test_a_place_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.Mon
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "mkdir", denied)
-    with pytest.raises(CheckpointError, match="out: could not be written: .*Permission denied"):
+    with pytest.raises(CheckpointError, match=r"out: could not be written: .*Permission denied"):
         result.save(tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -39,7 +39,7 @@ def test_what_is_not_a_share_is_refused(kind: str, share: object) -> None:
 
 
 def test_exactly_one_budget() -> None:
-    with pytest.raises(BudgetError, match="exactly one budget of macs=, params=, channels=.*got none"):
+    with pytest.raises(BudgetError, match=r"exactly one budget of macs=, params=, channels=.*got none"):
         Budget.of(macs=None, params=None, channels=None)
     with pytest.raises(BudgetError, match=r"exactly one budget.*got macs=0\.5 and channels=0\.3"):
         Budget.of(macs=0.5, params=None, channels=0.3)
@@ -68,7 +68,7 @@ def test_a_share_on_a_multiple_of_the_step_needs_no_step_more() -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, True, 2.5, "3"])
 def test_steps_are_counted(steps: object) -> None:
-    with pytest.raises(BudgetError, match="steps must be .*at least 1, got"):
+    with pytest.raises(BudgetError, match=r"steps must be .*at least 1, got"):
         Budget("macs", 0.5).schedule(steps)  # type: ignore[arg-type]
 
 

@@ -107,9 +107,18 @@ def test_help_of_the_whole_names_the_commands_and_the_exit_codes() -> None:
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("prune", ["--data", "--macs", "--params", "--channels", "--out", "--ignore", "--steps", "--repair", "--round-to"]),
-        ("prune", ["--min-channels", "--eval-data", "--model-arg", "--no-pretrained", "--checkpoint", "--json", "--seed"]),
-        ("score", ["--data", "--out", "--objective", "--site", "--statistic", "--model-arg", "--no-pretrained", "--json"]),
+        (
+            "prune",
+            ["--data", "--macs", "--params", "--channels", "--out", "--ignore", "--steps", "--repair", "--round-to"],
+        ),
+        (
+            "prune",
+            ["--min-channels", "--eval-data", "--model-arg", "--no-pretrained", "--checkpoint", "--json", "--seed"],
+        ),
+        (
+            "score",
+            ["--data", "--out", "--objective", "--site", "--statistic", "--model-arg", "--no-pretrained", "--json"],
+        ),
         ("eval", ["--data", "--reference", "--images", "--model-arg", "--no-pretrained", "--json"]),
         ("info", ["--ignore", "--width", "--min-channels", "--model-arg", "--json"]),
         ("demo", ["--out", "--seed"]),
@@ -225,9 +234,7 @@ def test_a_command_in_a_process_of_its_own(pictures: Path, tmp_path: Path) -> No
     jbrprune.load(tmp_path / "out")
 
 
-def test_an_interrupt_ends_with_130(
-    run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_ends_with_130(run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -239,7 +246,11 @@ def test_an_interrupt_ends_with_130(
 
 def environment() -> dict[str, str]:
     root = str(Path(jbrprune.__file__).parents[1])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
 
 
 # --- how they fail -------------------------------------------------------------------------------
@@ -248,7 +259,11 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "no command": (["pruen"], 2, "No such command 'pruen'"),
     "no data": (["prune", *RANDOM, "--macs", "0.5"], 2, "Missing option '--data'"),
     "no budget": (["prune", *RANDOM, "--data", "{data}"], 2, "exactly one budget"),
-    "two budgets": (["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--params", "0.5"], 2, "macs=0.5 and params=0.5"),
+    "two budgets": (
+        ["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--params", "0.5"],
+        2,
+        "macs=0.5 and params=0.5",
+    ),
     "a budget of 1": (["prune", *RANDOM, "--data", "{data}", "--macs", "1"], 2, "0 < macs < 1"),
     "half": (["prune", *RANDOM, "--data", "{data}", "--macs", "half"], 2, "Invalid value for '--macs'"),
     "out of reach": (["prune", *RANDOM, "--data", "{data}", "--macs", "0.0001"], 2, "with every group at its floor"),
@@ -258,16 +273,44 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "an empty folder": (["score", *RANDOM, "--data", "{tmp}"], 1, "No images in"),
     "not a key": (["info", "test_vit", "--model-arg", "classes"], 2, "--model-arg must be key=value, got 'classes'"),
     "unknown key": (["info", "test_vit", "--model-arg", "clases=3"], 2, "timm cannot make 'test_vit' with clases=3"),
-    "an option as key": (["prune", *RANDOM, "--model-arg", "macs=0.5", "--data", "{data}"], 2, "macs=0.5 is not an argument"),
-    "twice": (["score", *RANDOM, "--model-arg", "pretrained=true", "--data", "{data}"], 2, "pretrained=true is not an arg"),
-    "no checkpoint": (["prune", *NET, "--checkpoint", "{tmp}/w.pth", "--data", "{data}", "--macs", ".5"], 1, "no checkpoint file"),
+    "an option as key": (
+        ["prune", *RANDOM, "--model-arg", "macs=0.5", "--data", "{data}"],
+        2,
+        "macs=0.5 is not an argument",
+    ),
+    "twice": (
+        ["score", *RANDOM, "--model-arg", "pretrained=true", "--data", "{data}"],
+        2,
+        "pretrained=true is not an arg",
+    ),
+    "no checkpoint": (
+        ["prune", *NET, "--checkpoint", "{tmp}/w.pth", "--data", "{data}", "--macs", ".5"],
+        1,
+        "no checkpoint file",
+    ),
     "a pickle": (["score", *NET, "--checkpoint", "{pickle}", "--data", "{data}"], 1, "It was not executed"),
-    "out is a file": (["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--out", "{pickle}"], 1, "is a file|not a directory"),
+    "out is a file": (
+        ["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--out", "{pickle}"],
+        1,
+        "is a file|not a directory",
+    ),
     "out exists": (["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--out", "{data}"], 1, "exists"),
     "scores to a directory": (["score", *RANDOM, "--data", "{data}", "--out", "{tmp}"], 1, "cannot be written"),
-    "scores nowhere": (["score", *RANDOM, "--data", "{data}", "--out", "{tmp}/no/s.safetensors"], 1, "cannot be written"),
-    "plot nowhere": (["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--plot", "{tmp}/no/p.png"], 1, "cannot be written"),
-    "no images": (["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--images", "0"], 2, "images must be at least 1"),
+    "scores nowhere": (
+        ["score", *RANDOM, "--data", "{data}", "--out", "{tmp}/no/s.safetensors"],
+        1,
+        "cannot be written",
+    ),
+    "plot nowhere": (
+        ["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--plot", "{tmp}/no/p.png"],
+        1,
+        "cannot be written",
+    ),
+    "no images": (
+        ["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--images", "0"],
+        2,
+        "images must be at least 1",
+    ),
     "no batch": (["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--batch-size", "0"], 2, "batch_size must be"),
     "no device": (["score", *RANDOM, "--data", "{data}", "--device", "gpu"], 2, "--device 'gpu' cannot be used"),
     "no saved model": (["eval", "{tmp}", "--data", "{data}"], 1, "jbrprune.json"),
@@ -321,13 +364,17 @@ def test_out_is_checked_before_the_model_is_made(
 ) -> None:
     asked = []
     monkeypatch.setattr(cli.files, "check_target", lambda path, *, overwrite: asked.append((path, overwrite)))
-    monkeypatch.setattr(cli, "prune", lambda *_, **__: (_ for _ in ()).throw(ArgumentError(f"asked {len(asked)} times")))
+    monkeypatch.setattr(
+        cli, "prune", lambda *_, **__: (_ for _ in ()).throw(ArgumentError(f"asked {len(asked)} times"))
+    )
     code, _, err = run("prune", *RANDOM, "--data", pictures, "--macs", 0.5, "--out", tmp_path, "--overwrite")
     assert (code, asked) == (2, [(tmp_path, True)])
     assert "asked 1 times" in err
 
 
-@pytest.mark.parametrize(("error", "code"), [(ArgumentError("a"), 2), (JBRError("b"), 1), (ImportError("c"), 1), (OSError("d"), 1)])
+@pytest.mark.parametrize(
+    ("error", "code"), [(ArgumentError("a"), 2), (JBRError("b"), 1), (ImportError("c"), 1), (OSError("d"), 1)]
+)
 def test_exit_codes(error: Exception, code: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object, **__: object) -> None:
         raise error
@@ -338,7 +385,13 @@ def test_exit_codes(error: Exception, code: int, run: Run, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("num_classes=10", 10), ("img_size=[32, 48]", [32, 48]), ("global_pool=avg", "avg"), ("drop_rate=0.1", 0.1), ("a=", "")],
+    [
+        ("num_classes=10", 10),
+        ("img_size=[32, 48]", [32, 48]),
+        ("global_pool=avg", "avg"),
+        ("drop_rate=0.1", 0.1),
+        ("a=", ""),
+    ],
 )
 def test_values_of_model_arguments_are_read_as_json_where_they_are(text: str, value: object) -> None:
     assert cli._arguments([text]) == {text.partition("=")[0]: value}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 
 import pytest
@@ -152,7 +153,10 @@ def test_predict_refuses_another_number_of_rows():
         measure.predict(model, [Batch(images())])
 
 
-def test_predict_shows_progress_only_when_asked(capsys):
+def test_predict_shows_progress_only_when_asked_and_on_a_terminal(capsys, monkeypatch):
+    measure.predict(net(), [Batch(images())], progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     measure.predict(net(), [Batch(images())])
     assert capsys.readouterr().err == ""
     measure.predict(net(), [Batch(images())], progress=True)

@@ -183,7 +183,9 @@ def test_floors_are_kept(options: dict[str, Any], least: Callable[[int], int]) -
     with pytest.raises(BudgetError, match="cannot be reached: with every group at its floor") as caught:
         prune(own(), IMAGES, macs=1e-4, **QUICK, **options)
     share = float(str(caught.value).partition("at its floor ")[2].split()[0])
-    assert prune(own(), IMAGES, macs=share + 0.001, **QUICK, **options).report.kept <= share + 0.001
+    report = prune(own(), IMAGES, macs=share + 0.001, **{**QUICK, "steps": 3}, **options).report
+    assert report.kept <= share + 0.001
+    assert all(row.after >= least(row.before) for row in report.layers)
 
 
 def test_what_is_ignored_keeps_its_width() -> None:
@@ -352,6 +354,13 @@ def test_the_same_seed_gives_the_same_model(name: str) -> None:
     other = prune(MODELS[name](), IMAGES, macs=0.6, seed=3, objective="projection", **QUICK)
     assert_same(one.model, other.model)
     assert (one.report.layers, one.report.repaired) == (other.report.layers, other.report.repaired)
+
+
+def test_every_step_draws_its_own_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, seeds = engine.relevance_scores, []
+    monkeypatch.setattr(engine, "relevance_scores", lambda *a, **k: (seeds.append(k["seed"]), original(*a, **k))[1])
+    prune(own(), IMAGES, macs=0.6, seed=10, objective="projection", **QUICK)
+    assert seeds == [11, 12]
 
 
 def test_nothing_changes_when_nothing_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:

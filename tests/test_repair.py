@@ -517,6 +517,25 @@ def test_a_repair_that_breaks_the_model_is_undone(monkeypatch: pytest.MonkeyPatc
     assert_same_bits(smaller, before)
 
 
+def test_what_one_repair_breaks_does_not_reach_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = cases.randomised(plain())
+    (one, kept), (other, _) = pruned(dense, PLAIN), pruned(dense, PLAIN)
+    images = batches(dense)
+    targets = dense_targets(dense, images, consumers(PLAIN))
+    repaired(one, images, images, targets, kept, ("least_squares",), ridge=RIDGE)
+    apply = repair._apply
+
+    def breaks(model: nn.Module, *rest: Any) -> None:
+        if rest[3] == ("mean_shift",):
+            model[2].weight.data.fill_(torch.nan)  # type: ignore[index]
+            raise torch.linalg.LinAlgError("not positive definite")
+        apply(model, *rest)
+
+    monkeypatch.setattr(repair, "_apply", breaks)
+    assert repaired(other, images, images, targets, kept, ("auto",), ridge=RIDGE).kept == "least_squares"
+    assert_same_bits(other, one)
+
+
 def test_recording_leaves_the_dense_model_as_it_was(fingerprint: Callable[[nn.Module], dict]) -> None:
     dense = cases.randomised(normed()).train()
     before = fingerprint(dense)

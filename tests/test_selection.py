@@ -114,10 +114,16 @@ def test_floors_of_ten_channels(floors: Floors, kept: int) -> None:
         select({"a": torch.rand(10)}, [group("a", 10)], account([group("a", 10)], {"a": 1}), kept - 0.9, floors=floors)
 
 
-@pytest.mark.parametrize("kind", ["head", "group"])
-def test_heads_and_groups_are_not_channels(kind: str) -> None:
-    assert Floors(channels=8, round_to=8).of(group("a", 6, kind), 6) == 1
-    assert Floors(share=0.5, channels=8).of(group("a", 6, kind), 6) == 3
+def test_heads_are_not_channels() -> None:
+    assert Floors(channels=8, round_to=8).of(group("a", 6, "head"), 6) == 1
+    assert Floors(share=0.5, channels=8).of(group("a", 6, "head"), 6) == 3
+
+
+@pytest.mark.parametrize(("wide", "kept"), [(1, 8), (3, 3), (4, 2), (16, 1)])
+def test_as_many_channels_stay_in_whole_groups(wide: int, kept: int) -> None:
+    units = torch.arange(10).repeat_interleave(wide)
+    members = (Member(("a", "out", 0), torch.arange(10 * wide), units),)
+    assert Floors(channels=8, round_to=8).of(Group("a", "group", 10, members), 10) == kept
 
 
 @pytest.mark.parametrize(("share", "size", "kept"), [(0.1, 30, 3), (0.7, 10, 7), (1 / 3, 3, 1), (0.29, 100, 29)])
