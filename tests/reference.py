@@ -130,7 +130,7 @@ def _of_group(model: nn.Module, group: Group, products: dict[str, Tensor], site:
 
 
 def _cut_behind(model: nn.Module, group: Group, member: Member) -> bool:
-    """Is this the input of a grouped convolution whose outputs are of the same unit? They are cut where they are read."""
+    """Is this the input of a grouped convolution whose outputs, cut where they are read, are of the same unit?"""
     if member.axis[1] != "in":
         return False
     module = model.get_submodule(member.axis[0])
