@@ -138,7 +138,7 @@ def test_nothing_changes_when_nothing_was_removed(make: Callable[[], nn.Module],
 
 
 @pytest.mark.parametrize("methods", [("batch_norm",), ("mean_shift",), ("least_squares",)])
-@pytest.mark.parametrize("make", [plain, normed, timm_resnet])
+@pytest.mark.parametrize("make", [plain, normed, cases.Twice, timm_resnet])
 def test_it_is_the_identity_even_before_the_gate(make: Callable[[], nn.Module], methods: Sequence[str]) -> None:
     model = cases.randomised(make())
     same = copy.deepcopy(model)
