@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,6 +29,9 @@ from jbrprune import architectures, guest, layers
 from jbrprune.errors import ArgumentError, ModelError, UnsupportedModelError
 from jbrprune.groups import Axis, Group, Member
 from jbrprune.measure import logits_of
+
+MOST_VISITS = 64
+"""So often may a walk find new channels at one node of the dependency graph: a concatenation has fewer parts."""
 
 UNSHRINKABLE = (nn.MultiheadAttention, nn.RNNBase, nn.Embedding)
 
@@ -323,6 +326,7 @@ def _followed(atlas: _Atlas, root: nn.Module, width: int) -> Iterator[_Step]:
     start, every = atlas.graph.module2node[root], np.arange(width)
     prune = atlas.graph.get_pruner_of_module(root).prune_out_channels  # type: ignore[union-attr]
     seen = {(start, prune): every * width + every}
+    visits: Counter[tuple] = Counter()
     waiting: list[_Step] = [(tp.dependency.Dependency(prune, prune, start, start), every, every)]
     while waiting:
         step = waiting.pop()
@@ -341,7 +345,8 @@ def _followed(atlas: _Atlas, root: nn.Module, width: int) -> Iterator[_Step]:
                 pairs, there, origin = pairs[new], there[new], origin[new]
             if len(pairs):
                 seen[key] = pairs if known is None else np.concatenate([known, pairs])
-                if there.max() >= 2 * atlas.widest or len(seen[key]) > 4 * atlas.widest:
+                visits[key] += 1
+                if there.max() >= 2 * atlas.widest or len(seen[key]) > 4 * atlas.widest or visits[key] > MOST_VISITS:
                     raise _Lost  # as in a product of features that is reshaped, there is no end to it
                 waiting.append((dependency, there, origin))
 

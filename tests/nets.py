@@ -151,6 +151,16 @@ def _gram(net: Net, x: Tensor) -> Tensor:
     return net.fc(torch.einsum("bcn,bdn->bcd", x, x).flatten(1))
 
 
+def _partly_added(net: Net, x: Tensor) -> Tensor:
+    """Wider and wider layers, each with a shortcut over the channels of the one before (RexNet)."""
+    x = net.layers[0](net.a(x).relu())
+    for layer in net.layers[1:]:
+        y = layer(x.relu())
+        y[:, : x.shape[1]] += x
+        x = y
+    return pooled(net, x)
+
+
 def _kernels(net: Net, x: Tensor) -> Tensor:
     both = torch.stack([net.a(x), net.c(x)], 1)
     b, p, c, _, _ = both.shape
@@ -276,6 +286,16 @@ CASES: dict[str, Case] = {
         lambda: Net(_kernels, a=conv(3, 16), c=conv(3, 16), z=linear(16, 32), b=conv(16, 12), fc=linear(12)),
         {"b": 12},
         ("a",),
+    ),
+    "shortcuts over some channels": Case(
+        lambda: Net(
+            _partly_added,
+            a=conv(3, 6),
+            layers=nn.ModuleList([conv(6, 40), *(conv(40 + 4 * i, 44 + 4 * i, 1) for i in range(8))]),
+            fc=linear(72),
+        ),
+        {"a": 6},
+        ("layers.0",),
     ),
     "products of features": Case(lambda: Net(_gram, a=conv(3, 5), b=conv(5, 8), fc=linear(64)), {"a": 5}, ("b",)),
 }

@@ -212,10 +212,13 @@ def test_a_graph_that_does_not_fit_the_widths_is_not_believed(name: str) -> None
     assert not set(case.refused) & set(by_name(result))
 
 
-def test_a_walk_through_products_of_features_ends() -> None:
+@pytest.mark.parametrize(
+    ("name", "layer"), [("products of features", "b"), ("shortcuts over some channels", "layers.8")]
+)
+def test_a_walk_that_finds_ever_new_channels_ends(name: str, layer: str) -> None:
     start = time.perf_counter()
-    result = found(nets.CASES["products of features"].make(), 12)
-    assert result.kept["b"].startswith("the dependency graph does not follow its channels")
+    result = found(nets.CASES[name].make(), 12)
+    assert result.kept[layer].startswith("the dependency graph does not follow its channels")
     assert time.perf_counter() - start < 20
 
 
