@@ -1,7 +1,7 @@
 """Prune a trained model to several shares of its MACs with several settings and seeds; one JSON line per run and share.
 
     python scripts/bench_pruning.py resnet50 --checkpoint resnet50.safetensors --model-arg in_chans=1 \
-        --model-arg num_classes=10 --fashion-mnist /usr/share/datasets/fashion-mnist \
+        --model-arg num_classes=10 --fashion-mnist FOLDER \
         --setting default --setting objective=projection --seeds 0 1 2 --out results/pruning.jsonl
 
 A run that is in the output file already is skipped, so an interrupted benchmark goes on where it stopped.
