@@ -212,6 +212,12 @@ def test_a_graph_that_does_not_fit_the_widths_is_not_believed(name: str) -> None
     assert not set(case.refused) & set(by_name(result))
 
 
+def test_a_walk_through_many_partial_shortcuts_ends() -> None:
+    result = found(timm.create_model("rexnet_100", num_classes=4))
+    assert len(result.groups) == 31
+    assert result.kept["features.14.conv_pwl.conv"].startswith("the dependency graph does not follow its channels")
+
+
 @pytest.mark.parametrize(
     ("name", "layer"), [("products of features", "b"), ("shortcuts over some channels", "layers.8")]
 )
