@@ -21,6 +21,7 @@ ORDER = (
     "measure",
     "objectives",
     "groups",
+    "parameters",
     "scores",
     "layers",
     "relevance",

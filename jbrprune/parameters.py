@@ -1,0 +1,196 @@
+"""Parameters whose single entries can be pruned: plain ones, and those that ``torch.nn.utils.prune`` has masked.
+
+A masked parameter ``weight`` is three things on its module: the parameter ``weight_orig``, the buffer ``weight_mask``
+and, as a plain attribute, their product, made anew by a hook in every forward pass.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from jbrprune.errors import ArgumentError, ModelError
+
+KINDS = ("weight", "bias")
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A place of a parameter: ``module.weight`` or ``module.bias``; a shared parameter has several.
+
+    Attributes:
+        name: Qualified name, such as ``layer1.0.conv1.weight``, also where the module is masked.
+        module: The module that owns it.
+        kind: ``weight`` or ``bias``.
+    """
+
+    name: str
+    module: nn.Module
+    kind: str
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The parameter itself: ``weight``, or ``weight_orig`` where it is masked."""
+        parameter = self.module._parameters.get(self.kind)
+        return self.module._parameters[f"{self.kind}_orig"] if parameter is None else parameter  # type: ignore[return-value]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask of ``torch.nn.utils.prune``, if there is one."""
+        return self.module._buffers.get(f"{self.kind}_mask") if self.masked else None
+
+    @property
+    def masked(self) -> bool:
+        """Whether ``torch.nn.utils.prune`` has masked it."""
+        return _is_masked(self.module, self.kind)
+
+    @property
+    def used(self) -> Tensor:
+        """The very tensor that the module's function gets."""
+        return getattr(self.module, self.kind)
+
+    @property
+    def effective(self) -> Tensor:
+        """Values that count, without a graph: the parameter, zero where it is masked."""
+        weight = self.stored.detach()
+        return weight if self.mask is None else torch.where(self.mask.bool(), weight, 0)
+
+
+def slots(model: nn.Module) -> list[Slot]:
+    """Every plain or masked ``weight`` and ``bias``."""
+    return [
+        Slot(f"{name}.{kind}".removeprefix("."), module, kind)
+        for name, module in model.named_modules()
+        for kind in KINDS
+        if module._parameters.get(kind) is not None or _is_masked(module, kind)
+    ]
+
+
+def is_weight_layer(module: nn.Module) -> bool:
+    """Whether its weight is a matrix or a kernel: a convolution or a linear layer."""
+    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+
+
+def weights_of(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Slot]:
+    """Weights of all convolutions and linear layers by name, a shared one under its first name.
+
+    Args:
+        model: The model.
+        ignore: Globs of modules or parameters that are left out.
+
+    Raises:
+        ArgumentError: A glob matches nothing.
+    """
+    left_out = ignored(model, ignore)
+    found: dict[int, Slot] = {}
+    for slot in slots(model):
+        outside = not {slot.name, slot.name.rpartition(".")[0]} & left_out
+        if slot.kind == "weight" and is_weight_layer(slot.module) and outside:
+            found.setdefault(id(slot.stored), slot)
+    return {slot.name: slot for slot in found.values()}
+
+
+def ignored(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Names of modules and parameters that a glob matches, with everything inside of them.
+
+    Raises:
+        ArgumentError: A string instead of a list, or a glob that matches nothing.
+    """
+    if isinstance(patterns, str):
+        raise ArgumentError(f"ignore must be a list of globs, got the string {patterns!r}: write [{patterns!r}].")
+    names = [name for name, _ in model.named_modules() if name]
+    names += [slot.name for slot in slots(model)]
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not hits:
+            raise ArgumentError(
+                f"ignore: {pattern!r} matches no module and no parameter. Names look like {', '.join(names[:3])}; list "
+                "them with `[name for name, _ in model.named_modules()]`."
+            )
+        found |= hits | {name for name in names if any(name.startswith(hit + ".") for hit in hits)}
+    return found
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> boolean mask (False: pruned) of every parameter that ``torch.nn.utils.prune`` has masked."""
+    return {slot.name: slot.mask.bool() for slot in slots(model) if slot.mask is not None}
+
+
+def put_masks(model: nn.Module, masks: Mapping[str, Tensor], originals: Mapping[str, Tensor] | None = None) -> None:
+    """Mask parameters in place, as ``torch.nn.utils.prune.custom_from_mask`` does.
+
+    Args:
+        model: The model; the named parameters must be plain.
+        masks: Name -> mask of the parameter's shape, False (or 0) where it is pruned.
+        originals: Name -> values that ``weight_orig`` takes where the mask is zero; default: what is there.
+    """
+    found = {slot.name: slot for slot in slots(model)}
+    for name, mask in masks.items():
+        slot = found[name]
+        if originals is not None and name in originals:
+            with torch.no_grad():
+                slot.stored.copy_(torch.where(mask.to(slot.stored.device).bool(), slot.stored, originals[name]))
+        prune.custom_from_mask(slot.module, slot.kind, mask.to(slot.stored))
+
+
+def make_permanent(model: nn.Module) -> nn.Module:
+    """Turn the masks of ``torch.nn.utils.prune`` into zeros of plain parameters, in place.
+
+    Unlike a masked model, the result can be copied with ``copy.deepcopy``, exported and saved as any other. The
+    parameters stay the same objects, so an optimiser goes on with them.
+
+    Args:
+        model: Any model; parts that are not masked stay as they are.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelError: A mask of something else than ``weight`` or ``bias`` of a module.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 2))
+        >>> _ = prune.l1_unstructured(net[0], "weight", amount=0.5)
+        >>> sorted(make_permanent(net).state_dict())
+        ['0.bias', '0.weight']
+    """
+    for slot in slots(model):
+        if slot.masked:
+            prune.remove(slot.module, slot.kind)
+    foreign = [name.removesuffix("_mask") for name, _ in model.named_buffers() if name.endswith("_mask")]
+    foreign = [name for name in foreign if f"{name}_orig" in dict(model.named_parameters())]
+    if foreign:
+        raise ModelError(
+            f"{foreign[0]} is masked by torch.nn.utils.prune and is neither a weight nor a bias: call "
+            "torch.nn.utils.prune.remove(module, name) for it."
+        )
+    return model
+
+
+@contextmanager
+def fresh(model: nn.Module) -> Iterator[None]:
+    """Make effective weights anew, as torch.nn.utils.prune does when it is the module that is called.
+
+    A weight that another function reads is as old as its mask, with the graph of that time. Afterwards the user's
+    tensors are back.
+    """
+    masked = [slot for slot in slots(model) if slot.masked]
+    before = [slot.used for slot in masked]
+    try:
+        for slot in masked:
+            setattr(slot.module, slot.kind, slot.stored * slot.mask.to(slot.stored))  # type: ignore[union-attr]
+        yield
+    finally:
+        for slot, tensor in zip(masked, before):
+            setattr(slot.module, slot.kind, tensor)
+
+
+def _is_masked(module: nn.Module, kind: str) -> bool:
+    return module._parameters.get(f"{kind}_orig") is not None and module._buffers.get(f"{kind}_mask") is not None
