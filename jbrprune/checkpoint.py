@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from jbrprune import zoo
 from jbrprune.atomic import flush
-from jbrprune.description import DTYPES, Description, from_bytes, tampered, to_text
-from jbrprune.errors import CheckpointError
-from jbrprune.rebuilding import check_fits, check_loadable, created, filled, taken_apart
+from jbrprune.description import Description, bitmap_name, from_bytes, tampered, to_text
+from jbrprune.errors import ArgumentError, CheckpointError
+from jbrprune.packing import check_bitmap
+from jbrprune.parameters import put_masks
+from jbrprune.rebuilding import check_fits, check_loadable, copied, created, filled, stored_masks, taken_apart
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "jbrprune.json"
@@ -50,11 +52,17 @@ def save(
 ) -> None:
     """Write a model into a directory of its own, all or nothing.
 
+    A parameter that ``torch.nn.utils.prune`` has masked is stored as the values where its mask is 1, and one bit per
+    entry. The values under the mask are not kept: after loading, ``weight_orig`` is 0 there. A floating parameter
+    without a mask is stored in the same way if that is smaller, which takes about one zero among 32 values of float32;
+    every bit of it comes back, so -0.0, which ``torch.nn.utils.prune.remove`` leaves of a negative weight, is no zero
+    here (``weight.add_(0.0)`` makes it one). Anything else is stored as it is.
+
     With a recipe, the dense model is created once to make sure that `load` will be able to rebuild this one.
 
     Args:
         path: The directory; missing parents are created.
-        model: The pruned model.
+        model: The pruned model, with or without masks.
         recipe: How to create the dense model, or None: then `load` needs ``model=``.
         config: timm's data configuration (``timm.data.resolve_data_config``).
         provenance: Anything that JSON can hold.
@@ -62,8 +70,9 @@ def save(
         overwrite: Replace a model that was saved there. At every moment `load` finds the old or the new one.
 
     Raises:
-        CheckpointError: The target exists or cannot be written, the model is masked or holds something that
-            cannot be saved, or the recipe does not lead to it. Nothing is left behind.
+        CheckpointError: The target exists or cannot be written, the model holds something that cannot be saved
+            (such as a mask of something else than weight and bias, or a shared parameter that is masked in one
+            place only), or the recipe does not lead to it. Nothing is left behind.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -81,18 +90,19 @@ def save(
 def load(
     path: str | os.PathLike[str], *, model: nn.Module | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Rebuild a saved model, in eval mode.
+    """Rebuild a saved model, in eval mode, with its masks.
 
     Everything is verified before anything is built. No code is read from the files.
 
     Args:
         path: The directory that `save` wrote.
-        model: A dense model of the architecture that was pruned, for models saved without a recipe. It is
-            copied, not changed; its weights do not matter.
+        model: A dense model, without masks, of the architecture that was pruned, for models saved without a
+            recipe. It is copied, not changed; its weights do not matter.
         device: Where the model goes.
 
     Returns:
-        The model; its outputs are those of the model that was saved. ``pretrained_cfg`` holds the data
+        The model; its outputs are those of the model that was saved. What was masked is masked again, so that
+        pruning can go on, or end with ``jbrprune.parameters.make_permanent``. ``pretrained_cfg`` holds the data
         configuration for ``timm.data.resolve_data_config``, ``jbrprune_recipe`` the recipe.
 
     Raises:
@@ -103,9 +113,12 @@ def load(
     directory = _existing(Path(path))
     description = _read_description(directory)
     state = _read_weights(directory, description)
-    dense = created(description.recipe) if model is None else deepcopy(model)
+    dense = created(description.recipe) if model is None else copied(model)
     check_fits(description, dense)
-    return filled(dense, description, state).to(device).eval()
+    loaded = filled(dense, description, state).to(device).eval()
+    # Last: a masked weight is a plain attribute, which .to() would leave behind.
+    put_masks(loaded, stored_masks(loaded, description, state))
+    return loaded
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -293,6 +306,16 @@ def _read_weights(directory: Path, description: Description) -> dict[str, Tensor
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         tampered(path, f"not a safetensors file: {error}")
     stored = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    if stored != {name: (info.shape, DTYPES[info.dtype]) for name, info in description.tensors.items()}:
+    if stored != description.entries:
         tampered(path, f"its names, shapes or dtypes are not those in {DESCRIPTION}")
+    for name, info in description.tensors.items():
+        if info.values is not None:
+            _check_packed(path, name, state[bitmap_name(name)], math.prod(info.shape), info.values)
     return state
+
+
+def _check_packed(path: Path, name: str, bitmap: Tensor, entries: int, values: int) -> None:
+    try:
+        check_bitmap(bitmap, entries, values)
+    except ArgumentError as error:
+        tampered(path, f"{name}: {error}")

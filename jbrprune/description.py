@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ import torch
 
 from jbrprune import zoo
 from jbrprune.errors import CheckpointError
+from jbrprune.packing import bitmap_bytes
+from jbrprune.parameters import KINDS
 
 FORMAT = "jbrprune"
-FORMAT_VERSION = 1
-KNOWN_VERSIONS = (1,)
+FORMAT_VERSION = 2
+KNOWN_VERSIONS = (1, 2)
+"""Version 1 knew dense tensors only."""
 
 ATTRIBUTES = frozenset(
     (
@@ -46,6 +50,7 @@ _FORBIDDEN_ARGUMENTS = frozenset(
 """Arguments by which creating a model would read a file or the network."""
 
 _LARGEST_NUMBER = 2**20
+_MOST_DIMENSIONS, _LARGEST_DIMENSION = 8, 2**40  # of a packed tensor: the file does not bound it as a dense one
 
 _Kind = TypeVar("_Kind")
 
@@ -59,12 +64,16 @@ class TensorInfo:
         dtype: Name of its dtype, such as ``float32``.
         persistent: False for a buffer that is not part of ``state_dict()``.
         channels_last: Whether its memory is laid out channels last.
+        values: Number of values that are stored, beside one bit per entry, or None if it is stored dense.
+        masked: Whether ``torch.nn.utils.prune`` masks it where no value is stored.
     """
 
     shape: tuple[int, ...]
     dtype: str
     persistent: bool
     channels_last: bool
+    values: int | None = None
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,21 @@ class Description:
     def names(self) -> dict[str, str]:
         """Qualified name of every tensor -> name under which it is stored."""
         return {name: name for name in self.tensors} | dict(self.aliases)
+
+    @property
+    def entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name of every tensor in the file of the weights -> its shape and dtype there."""
+        found = {}
+        for name, info in self.tensors.items():
+            found[name] = (info.shape if info.values is None else (info.values,), DTYPES[info.dtype])
+            if info.values is not None:
+                found[bitmap_name(name)] = ((bitmap_bytes(math.prod(info.shape)),), torch.uint8)
+        return found
+
+
+def bitmap_name(name: str) -> str:
+    """Under which a packed tensor's bitmap is stored; no parameter has parameters of its own."""
+    return f"{name}.bitmap"
 
 
 class WildValue(Exception):
@@ -227,6 +251,10 @@ def parsed(body: Mapping[str, Any]) -> Description:
     aliases = _entry(body, "aliases", dict)
     for name, stored in aliases.items():
         _require(isinstance(stored, str) and stored in tensors and name not in tensors, f"aliases.{name}", stored)
+        _require(not tensors[stored].masked or _is_maskable(name), f"aliases.{name}", "shares a masked tensor")
+    for name, info in tensors.items():
+        _require(not info.masked or _is_maskable(name), f"tensors.{name}.masked", info.masked)
+        _require(info.values is None or bitmap_name(name) not in tensors, f"tensors.{bitmap_name(name)}", "a bitmap")
     attributes = _entry(body, "attributes", dict)
     return Description(
         recipe=_recipe(body.get("recipe")),
@@ -250,7 +278,17 @@ def _tensor(value: object, where: str) -> TensorInfo:
     _require(dtype in DTYPES, f"{where}.dtype", dtype)
     persistent, channels_last = (_entry(info, flag, bool, f"{where}.") for flag in ("persistent", "channels_last"))
     _require(not channels_last or len(shape) == 4, f"{where}.channels_last", channels_last)
-    return TensorInfo(shape, dtype, persistent, channels_last)
+    values, masked = info.get("values"), _typed(info.get("masked", False), bool, f"{where}.masked")
+    if values is not None:
+        sensible = len(shape) <= _MOST_DIMENSIONS and all(size <= _LARGEST_DIMENSION for size in shape)
+        _require(sensible, f"{where}.shape", shape)
+        _require(type(values) is int and 0 <= values <= math.prod(shape), f"{where}.values", values)
+    _require(values is not None or not masked, f"{where}.masked", masked)
+    return TensorInfo(shape, dtype, persistent, channels_last, values, masked)  # type: ignore[arg-type]
+
+
+def _is_maskable(name: str) -> bool:
+    return name.rpartition(".")[2] in KINDS
 
 
 def _attributes(values: object, where: str) -> dict[str, int | tuple[int, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -22,38 +22,15 @@ from jbrprune.description import (
     TensorInfo,
     WildValue,
     as_json,
+    bitmap_name,
     is_size,
     parsed,
 )
 from jbrprune.errors import CheckpointError, JBRError, ModelError
 from jbrprune.guest import same_randomness
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor is kept: ``module._parameters[name]`` or ``module._buffers[name]``."""
-
-    owned: dict[str, Tensor | None]
-    name: str
-    persistent: bool
-
-    @property
-    def tensor(self) -> Tensor:
-        tensor = self.owned[self.name]
-        assert tensor is not None
-        return tensor
-
-
-def _places(model: nn.Module) -> dict[str, _Place]:
-    """Every name of every parameter and buffer; shared ones have several."""
-    return {
-        f"{prefix}.{name}" if prefix else name: _Place(owned, name, name not in module._non_persistent_buffers_set)  # type: ignore[arg-type]
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for owned in (module._parameters, module._buffers)
-        for name, tensor in owned.items()
-        if tensor is not None
-    }
-
+from jbrprune.packing import packed, packed_bytes, set_bits, unpacked, unpacked_mask
+from jbrprune.parameters import slots
+from jbrprune.places import Place, places, unmasked
 
 # --- taking apart ---------------------------------------------------------------------------------
 
@@ -75,20 +52,22 @@ def taken_apart(
         report: Anything that JSON can hold.
 
     Raises:
-        CheckpointError: The model is masked or holds something that cannot be saved.
+        CheckpointError: The model holds something that cannot be saved.
     """
-    places = _places(model)
-    _check_savable(model, places)
+    found = places(model)
+    _check_savable(model, found)
+    found = unmasked(found)
     first: dict[int, str] = {}
     aliases = {}
-    for name, place in places.items():
+    for name, place in found.items():
         if first.setdefault(id(place.tensor), name) != name:
             aliases[name] = first[id(place.tensor)]
+    parts = {name: _parts(found[name]) for name in first.values()}
     body = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "recipe": None if recipe is None else {"name": recipe.name, "arguments": dict(recipe.arguments)},
-        "tensors": {name: _info(places[name]) for name in first.values()},
+        "tensors": {name: _info(found[name], *parts[name]) for name in first.values()},
         "aliases": aliases,
         "attributes": _attributes(model),
         "data_config": None if config is None else dict(config),
@@ -96,7 +75,8 @@ def taken_apart(
         "report": dict(report or {}),
         "versions": _versions(),
     }
-    state = {name: _writable(places[name].tensor) for name in first.values()}
+    state = {name: values for name, (values, _) in parts.items()}
+    state |= {bitmap_name(name): bitmap for name, (_, bitmap) in parts.items() if bitmap is not None}
     return {key: as_json(value, key) for key, value in body.items()}, state
 
 
@@ -117,19 +97,15 @@ def check_loadable(body: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _check_savable(model: nn.Module, places: Mapping[str, _Place]) -> None:
-    try:
-        refuse_masked(model)
-    except ModelError as error:
-        raise CheckpointError(f"The model cannot be saved: {error}") from None
-    for name, place in places.items():
+def _check_savable(model: nn.Module, found: Mapping[str, Place]) -> None:
+    for name, place in found.items():
         tensor = place.tensor
         if tensor.is_meta or tensor.layout is not torch.strided or tensor.dtype not in DTYPES.values():
             raise CheckpointError(
                 f"{name}: cannot save a tensor of {tensor.dtype}, {tensor.layout} on device {tensor.device}. "
                 f"Convert it to a dense tensor of {', '.join(DTYPES)}."
             )
-    other = sorted(model.state_dict().keys() - {name for name, place in places.items() if place.persistent})
+    other = sorted(model.state_dict().keys() - {name for name, place in found.items() if place.persistent})
     if other:
         raise CheckpointError(
             f"{other[0]}: this entry of state_dict() is neither a parameter nor a buffer and cannot be rebuilt. "
@@ -137,10 +113,23 @@ def _check_savable(model: nn.Module, places: Mapping[str, _Place]) -> None:
         )
 
 
-def _info(place: _Place) -> dict[str, Any]:
+def _parts(place: Place) -> tuple[Tensor, Tensor | None]:
+    """The values to store and, if it is packed, the bitmap."""
+    tensor = _writable(place.tensor)
+    if place.mask is not None:
+        return packed(tensor, place.mask)
+    if not isinstance(place.tensor, nn.Parameter) or not tensor.is_floating_point():
+        return tensor, None
+    kept = set_bits(tensor)
+    smaller = packed_bytes(tensor, int(kept.sum())) < tensor.nbytes
+    return packed(tensor, kept) if smaller else (tensor, None)
+
+
+def _info(place: Place, values: Tensor, bitmap: Tensor | None) -> dict[str, Any]:
     tensor = place.tensor
     last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return {
+    packing = {} if bitmap is None else {"values": len(values), "masked": place.mask is not None}
+    return packing | {
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "persistent": place.persistent,
@@ -197,25 +186,40 @@ def created(recipe: zoo.Recipe | None) -> nn.Module:
         ) from error
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of the dense model that the user has made.
+
+    Raises:
+        CheckpointError: It is masked; the masks come from the files.
+    """
+    try:
+        refuse_masked(model)
+    except ModelError as error:
+        raise CheckpointError(f"load needs a model without masks; it puts the stored ones on. {error}") from None
+    return deepcopy(model)
+
+
 def check_fits(description: Description, dense: nn.Module) -> None:
     """See that every stored tensor and size has its place in the dense model, and none is larger than there.
 
     Raises:
         CheckpointError: This is not the architecture that was saved.
     """
-    places, names = _places(dense), description.names
-    missing, unknown = sorted(places.keys() - names.keys()), sorted(names.keys() - places.keys())
+    found, names = places(dense), description.names
+    missing, unknown = sorted(found.keys() - names.keys()), sorted(names.keys() - found.keys())
     if missing or unknown:
         raise CheckpointError(
             f"This is not the architecture that was saved: the dense model has {_few(missing)} and lacks "
             f"{_few(unknown)}. Saved with {dict(description.versions)}, installed are {_versions()}."
         )
     for name, stored in names.items():
-        _check_tensor(name, description.tensors[stored], places[name])
+        _check_tensor(name, description.tensors[stored], found[name])
     _check_attributes(description, dense)
 
 
-def _check_tensor(name: str, info: TensorInfo, place: _Place) -> None:
+def _check_tensor(name: str, info: TensorInfo, place: Place) -> None:
+    if info.masked and not isinstance(place.tensor, nn.Parameter):
+        raise CheckpointError(f"{name}: stored as masked, but the dense model has no parameter there.")
     dtype, shape = place.tensor.dtype, tuple(place.tensor.shape)
     alike = place.persistent == info.persistent and _kind(dtype) == _kind(DTYPES[info.dtype])
     if not alike or not _at_most(info.shape, shape):
@@ -247,15 +251,15 @@ def filled(dense: nn.Module, description: Description, state: Mapping[str, Tenso
     Args:
         dense: What `check_fits` has accepted.
         description: What is stored.
-        state: Name -> stored tensor.
+        state: The tensors in the file, as `Description.entries` says.
 
     Returns:
-        The same model.
+        The same model, plain: what is masked is zero and gets its mask from `stored_masks`.
     """
     made: dict[str, Tensor] = {}
-    places, names = _places(dense), description.names
+    found, names = places(dense), description.names
     for name, stored in names.items():
-        place = places[name]
+        place = found[name]
         if stored not in made:
             made[stored] = _empty_like(place.tensor, description.tensors[stored])
         place.owned[place.name] = made[stored]
@@ -263,13 +267,30 @@ def filled(dense: nn.Module, description: Description, state: Mapping[str, Tenso
     for name, values in description.attributes.items():
         for attribute, value in values.items():
             setattr(modules[name], attribute, value)
-    whole = {name: state[stored] for name, stored in names.items()}
-    dense.load_state_dict({name: tensor for name, tensor in whole.items() if places[name].persistent}, strict=True)
-    for name, place in places.items():
+    whole = {name: _whole(name, info, state) for name, info in description.tensors.items()}
+    persistent = {name: whole[stored] for name, stored in names.items() if found[name].persistent}
+    dense.load_state_dict(persistent, strict=True)
+    for name, place in found.items():
         if not place.persistent:
-            place.tensor.copy_(whole[name])
+            place.tensor.copy_(whole[names[name]])
     _attach(dense, description)
     return dense
+
+
+def stored_masks(model: nn.Module, description: Description, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name -> boolean mask of every parameter of a `filled` model that was masked, as ``put_masks`` takes them."""
+    stored = {slot.name: description.names[slot.name] for slot in slots(model)}
+    return {
+        name: unpacked_mask(state[bitmap_name(origin)], description.tensors[origin].shape)
+        for name, origin in stored.items()
+        if description.tensors[origin].masked
+    }
+
+
+def _whole(name: str, info: TensorInfo, state: Mapping[str, Tensor]) -> Tensor:
+    if info.values is None:
+        return state[name]
+    return unpacked(state[name], state[bitmap_name(name)], info.shape, DTYPES[info.dtype])
 
 
 def _empty_like(tensor: Tensor, info: TensorInfo) -> Tensor:
