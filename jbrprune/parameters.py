@@ -102,17 +102,25 @@ def ignored(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     Raises:
         ArgumentError: A string instead of a list, or a glob that matches nothing.
     """
+    names = [name for name, _ in model.named_modules() if name]
+    return covered(names + [slot.name for slot in slots(model)], patterns, "module and no parameter")
+
+
+def covered(names: Sequence[str], patterns: Sequence[str], what: str) -> set[str]:
+    """Names that a glob matches, with everything inside of them; ``what`` they are is said in the error.
+
+    Raises:
+        ArgumentError: A string instead of a list, or a glob that matches nothing.
+    """
     if isinstance(patterns, str):
         raise ArgumentError(f"ignore must be a list of globs, got the string {patterns!r}: write [{patterns!r}].")
-    names = [name for name, _ in model.named_modules() if name]
-    names += [slot.name for slot in slots(model)]
     found: set[str] = set()
     for pattern in patterns:
         hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
         if not hits:
             raise ArgumentError(
-                f"ignore: {pattern!r} matches no module and no parameter. Names look like {', '.join(names[:3])}; list "
-                "them with `[name for name, _ in model.named_modules()]`."
+                f"ignore: {pattern!r} matches no {what}. Names look like {', '.join(names[:3])}; list them with "
+                "`[name for name, _ in model.named_modules()]`."
             )
         found |= hits | {name for name in names if any(name.startswith(hit + ".") for hit in hits)}
     return found

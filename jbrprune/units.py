@@ -8,7 +8,6 @@ the units. Whether a unit can really go is not believed but tried: see `jbrprune
 from __future__ import annotations
 
 import copy
-import fnmatch
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +25,10 @@ from torch_pruning.dependency.index_mapping import update_split_index_mapping
 from torch_pruning.ops import OPTYPE, _OutputOp
 
 from jbrprune import architectures, guest, layers
-from jbrprune.errors import ArgumentError, ModelError, UnsupportedModelError
+from jbrprune.errors import ModelError, UnsupportedModelError
 from jbrprune.groups import Axis, Group, Member
 from jbrprune.measure import logits_of
+from jbrprune.parameters import covered
 
 MOST_VISITS = 64
 """So often may a walk find new channels at one node of the dependency graph: a concatenation has fewer parts."""
@@ -67,7 +67,7 @@ def find_groups(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (),
         ModelError: The model cannot be copied.
         UnsupportedModelError: The graph cannot be traced.
     """
-    ignored = _ignored(model, ignore)
+    ignored = covered([name for name, _ in model.named_modules() if name], ignore, "module")
     model = copied(
         model, share=True
     )  # a forward with gradients may leave tensors with a graph in caches of the modules
@@ -99,7 +99,7 @@ def layer_groups(model: nn.Module, *, ignore: Sequence[str] = ()) -> tuple[Group
     Raises:
         ArgumentError: A glob in ``ignore`` matches no module.
     """
-    ignored = _ignored(model, ignore)
+    ignored = covered([name for name, _ in model.named_modules() if name], ignore, "module")
     groups = []
     for name, module in model.named_modules():
         if name in ignored or layers.channel_dim(module) is None or not layers.has_parameters(module):
@@ -495,19 +495,3 @@ def _kind(model: nn.Module, channels: dict[Axis, np.ndarray]) -> Literal["channe
 def _module_name(axis: Axis) -> str:
     name, side, _ = axis
     return name.rpartition(".")[0] if side == "param" else name
-
-
-def _ignored(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    if isinstance(patterns, str):
-        raise ArgumentError(f"ignore must be a list of globs, got the string {patterns!r}: write [{patterns!r}].")
-    names = [name for name, _ in model.named_modules() if name]
-    ignored: set[str] = set()
-    for pattern in patterns:
-        hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
-        if not hits:
-            raise ArgumentError(
-                f"ignore: {pattern!r} matches no module. Names look like {', '.join(names[:3])}; "
-                "list them with `[name for name, _ in model.named_modules()]`."
-            )
-        ignored |= hits | {name for name in names if any(name.startswith(hit + ".") for hit in hits)}
-    return ignored
