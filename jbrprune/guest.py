@@ -104,22 +104,6 @@ HOOK_TABLES = (
 
 
 @contextlib.contextmanager
-def no_new_hooks(model: nn.Module) -> Iterator[None]:
-    """Remove hooks that foreign code leaves behind when it raises."""
-    full = {module: module._is_full_backward_hook for module in model.modules()}
-    tables = [getattr(module, name) for module in full for name in HOOK_TABLES]
-    before = [set(table) for table in tables]
-    try:
-        yield
-    finally:
-        for module, flag in full.items():
-            module._is_full_backward_hook = flag
-        for table, ids in zip(tables, before, strict=True):
-            for key in set(table) - ids:
-                del table[key]
-
-
-@contextlib.contextmanager
 def same_randomness(device: torch.device) -> Iterator[None]:
     """Restore the global random state of the CPU and of one accelerator."""
     accelerators = [] if device.type == "cpu" else [device]

@@ -37,7 +37,6 @@ CONTEXTS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
     "not requiring_grad": lambda net: guest.requiring_grad(net, False),
     "keeping_gradients": guest.keeping_gradients,
     "switched_off": lambda net: guest.switched_off(net, "inplace"),
-    "no_new_hooks": guest.no_new_hooks,
     "same_randomness": lambda net: guest.same_randomness(torch.device("cpu")),
     "visiting": guest.visiting,
     "visiting with gradients": lambda net: guest.visiting(net, gradients=True),
@@ -133,18 +132,6 @@ def test_hooked_with_an_unknown_name_leaves_no_hook(fingerprint: Fingerprint) ->
     hooks = {"0": lambda *a: None, "nowhere": lambda *a: None}
     with pytest.raises(AttributeError, match="nowhere"), guest.hooked(net, forward=hooks):
         pass
-    assert fingerprint(net) == before
-
-
-def test_no_new_hooks_removes_those_of_others(fingerprint: Fingerprint) -> None:
-    net = model()
-    before = fingerprint(net)
-    with guest.no_new_hooks(net):
-        net[0].register_forward_hook(lambda *a: None, with_kwargs=True, always_call=True)
-        net[0].register_forward_pre_hook(lambda *a: None, with_kwargs=True)
-        net[1].register_full_backward_hook(lambda *a: None)
-        net[1].register_full_backward_pre_hook(lambda *a: None)
-        assert fingerprint(net) != before
     assert fingerprint(net) == before
 
 
