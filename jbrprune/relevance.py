@@ -16,7 +16,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,8 +27,9 @@ from jbrprune import guest, layers
 from jbrprune.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from jbrprune.groups import Group, Member, Side
-from jbrprune.measure import check_weights, logits_of, raise_nonfinite
-from jbrprune.objectives import OBJECTIVES, Objective, Target, confident
+from jbrprune.measure import check_weights, logits_of
+from jbrprune.objectives import OBJECTIVES, Objective
+from jbrprune.passes import Question, check_known, check_logits, check_samples_apart, check_sampling, losses_of, own
 from jbrprune.scores import Accumulator, Scores, Settings
 
 log = logging.getLogger(__name__)
@@ -149,15 +150,15 @@ def per_sample_relevances(
     The primitive under `relevance_scores`; arguments as there, ``means`` from `channel_means`.
     """
     device = guest.device_of(model)
-    question = _Question(objective, confidence, autocast, torch.Generator().manual_seed(seed))
+    question = Question(objective, confidence, autocast, torch.Generator().manual_seed(seed))
     tape = _Tape(model, groups, site, means)
     with ExitStack() as visit:
         # Everything is undone between two batches as well, because a generator may be left unfinished.
         for number, batch in enumerate(batches):
             visit.enter_context(guest.visiting(model))
-            batch = batch.to(device).map(_own)
+            batch = batch.to(device).map(own)
             if number == 0:
-                called = _check_samples_apart(model, batch.images, tape.names)
+                called = check_samples_apart(model, batch.images, tape.names)
                 _check_unused(model, batch.images, [name for name in tape.names if name not in called])
             result = _relevances(model, batch, number, tape, question)
             visit.close()
@@ -187,19 +188,9 @@ def channel_means(
         for batch in iterate(data, batch_size=batch_size):
             visit.enter_context(guest.visiting(model))
             visit.enter_context(guest.hooked(model, forward_pre={name: record(name) for name in names}))
-            model(batch.to(device).map(_own).images.clone())
+            model(batch.to(device).map(own).images.clone())
             visit.close()
     return {name: totals[name] / counts[name] for name in totals}
-
-
-@dataclass(frozen=True, eq=False)
-class _Question:
-    """What is asked of every batch."""
-
-    objective: Objective
-    confidence: float
-    autocast: torch.dtype | None
-    generator: torch.Generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -440,23 +431,17 @@ def _check_member(module: nn.Module | None, group: Group, member: Member) -> Non
 
 
 def _relevances(
-    model: nn.Module, batch: Batch, number: int, tape: _Tape, question: _Question
+    model: nn.Module, batch: Batch, number: int, tape: _Tape, question: Question
 ) -> tuple[dict[str, Tensor], int]:
     """Relevances ``[n, units]`` of one batch, and the number of samples left out."""
     tape.start(batch.images)
     logits = _recorded(model, batch.images, tape, question.autocast)
-    _check_logits(model, batch, number, logits, question.autocast)
-    batch = batch if batch.reference is not None else replace(batch, reference=logits.detach())
-    keep = confident(batch.reference, question.confidence) if question.confidence > 0 else None  # type: ignore[arg-type]
-    with torch.enable_grad():
-        # A sample's scalar is formed in float32 at least: a cross-entropy of half precision loses confident samples.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = question.objective(logits, Target(batch.reference, batch.labels, question.generator))  # type: ignore[arg-type]
-        loss = loss.sum() if keep is None else loss[keep].sum()
-    if not loss.requires_grad:
-        raise ModelError("No scored layer takes part in the logits: there is nothing to differentiate.")
-    if keep is None or keep.any():
-        loss.backward()
+    check_logits(model, batch, number, logits, question.autocast)
+    losses, keep = losses_of(batch, logits, question)
+    if len(losses):
+        with torch.enable_grad():
+            total = losses.sum()
+        total.backward()
     totals, tape.totals = tape.totals, {}
     _check_relevances(totals, number)
     if keep is None:
@@ -473,18 +458,6 @@ def _recorded(model: nn.Module, images: Tensor, tape: _Tape, autocast: torch.dty
             logits = logits_of(model(images.clone()))  # a clone, for a model that changes its input in place
         if not tape.keep_copies():
             return logits
-
-
-def _check_logits(model: nn.Module, batch: Batch, number: int, logits: Tensor, autocast: torch.dtype | None) -> None:
-    if len(logits) != len(batch):
-        raise ModelError(f"Batch {number}: {len(batch)} images went in, {len(logits)} rows of logits came out.")
-    if batch.reference is not None and batch.reference.shape != logits.shape:
-        raise DataError(
-            f"Batch {number}: the reference logits are {list(batch.reference.shape)}, the model's are "
-            f"{list(logits.shape)}. Attach the logits of the dense model on the same images."
-        )
-    if not torch.isfinite(logits).all():
-        raise_nonfinite(model, batch.images, f"Batch {number}: the logits", autocast_dtype=autocast)
 
 
 def _check_relevances(totals: Mapping[str, Tensor], number: int) -> None:
@@ -515,11 +488,6 @@ def _started(tensor: Tensor, *, apart: bool) -> Tensor:
     return tensor.clone() if apart else tensor
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """Apart from any graph of the user's; a tensor of inference mode cannot enter a graph at all."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
 def _batch_norm_tensors(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Running mean and variance, weight and bias."""
     names = ("running_mean", "running_var", "weight", "bias")
@@ -534,48 +502,6 @@ def _pieces(a: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _product(a: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) * g.to(dtype)
-
-
-def _check_samples_apart(model: nn.Module, images: Tensor, names: Sequence[str]) -> set[str]:
-    """Change one of three samples: only its rows may change, in the middle third of every activation.
-
-    Returns:
-        The names of the modules that were called.
-    """
-    one = images[:1]
-    other = one.flip(-1) + one.std().clamp_min(1e-3) * torch.linspace(-1, 1, one.shape[-1]).to(one)
-    first, second = (_row_sums(model, torch.cat([one, middle, one]), names) for middle in (one, other))
-    for name, rows in first.items():
-        for before, after in zip(rows, second.get(name, ()), strict=True):
-            _check_rows(name, before, after)
-    return set(first)
-
-
-def _row_sums(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
-    """Name -> per call, the sum of absolute values of each row of the module's input; and of the logits."""
-    sums: dict[str, list[Tensor]] = defaultdict(list)
-
-    def note(name: str, x: Tensor) -> None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        sums[name].append(x.detach().reshape(len(x), -1).abs().sum(1, dtype=wide).cpu())
-
-    def record(name: str) -> guest.Hook:
-        return lambda module, args, kwargs: note(name, guest.input_of(args, kwargs))
-
-    with torch.no_grad(), guest.hooked(model, forward_pre={name: record(name) for name in names}):
-        note("the logits", logits_of(model(images)))
-    return sums
-
-
-def _check_rows(name: str, first: Tensor, second: Tensor) -> None:
-    third = len(first) // 3
-    changed = (first - second).abs() > 1e-3 * first.abs().clamp_min(1e-12) if len(first) == len(second) else None
-    if changed is None or len(first) % 3 or changed[:third].any() or changed[2 * third :].any():
-        raise ModelError(
-            f"{name}: the first dimension ({len(first)} rows for 3 images) is not the batch, or samples influence each "
-            "other (a batch norm without stored statistics?), or the forward pass is random in eval mode. Per-sample "
-            "relevances are not defined there. Put this layer into `ignore`, or make the model treat samples apart."
-        )
 
 
 def _check_unused(model: nn.Module, images: Tensor, names: Sequence[str]) -> None:
@@ -610,19 +536,12 @@ def check_arguments(objective: str, site: str, statistic: str, batch: int, confi
     Raises:
         ArgumentError: Unknown objective, site or statistic, or a combination without meaning.
     """
-    for what, value, known in (
-        ("objective", objective, tuple(OBJECTIVES)),
-        ("site", site, SITES),
-        ("statistic", statistic, STATISTICS),
-    ):
-        if value not in known:
-            raise ArgumentError(f"{what} must be one of {', '.join(known)}, got {value!r}.")
+    check_known("objective", objective, OBJECTIVES)
+    check_known("site", site, SITES)
+    check_known("statistic", statistic, STATISTICS)
     if statistic == "mean_replaced" and site != "consumer":
         raise ArgumentError("statistic 'mean_replaced' is defined at site 'consumer' only: a mean replaces an input.")
-    if statistic == "batched" and batch < 1:
-        raise ArgumentError(f"batch must be at least 1, got {batch}.")
-    if not 0 <= confidence < 1:
-        raise ArgumentError(f"confidence must satisfy 0 <= confidence < 1, got {confidence}.")
+    check_sampling(statistic, batch, confidence)
 
 
 def _require_two_passes(data: object) -> None:

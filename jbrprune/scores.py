@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from jbrprune.atomic import replacing
-from jbrprune.errors import ArgumentError, CheckpointError
+from jbrprune import sumfiles
+from jbrprune.errors import ArgumentError
 from jbrprune.groups import Group, Member
 
-FORMAT = 1
+KIND = "units"
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,6 @@ class Scores:
                 tensors[f"members/{number}/{position}/channel"] = member.channel
                 tensors[f"members/{number}/{position}/unit"] = member.unit
         header = {
-            "format": FORMAT,
             "settings": vars(self.settings),
             "samples": self.samples,
             "skipped": self.skipped,
@@ -97,26 +93,16 @@ class Scores:
                 for g in self.groups
             ],
         }
-        # safetensors refuses tensors that share memory, as the members of a layer's own channels do.
-        own = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-        with replacing(path) as temporary:
-            save_file(own, temporary, metadata={"jbrprune": json.dumps(header)})
+        sumfiles.write(path, KIND, header, tensors)
 
     @staticmethod
     def load(path: str | Path) -> Scores:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: The file is missing, damaged, or not a scores file of a known format.
+            CheckpointError: The file is missing, damaged, or does not hold scores of units in a known format.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["jbrprune"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if header["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{path} has scores format {header['format']}; this version reads {FORMAT}. Upgrade jbrprune."
-                )
+        with sumfiles.reading(path, KIND) as (header, tensors):
             groups = tuple(_group(number, entry, tensors) for number, entry in enumerate(header["groups"]))
             return Scores(
                 sums={group.name: tensors[f"sums/{group.name}"] for group in groups},
@@ -125,10 +111,6 @@ class Scores:
                 skipped=header["skipped"],
                 settings=Settings(**header["settings"]),
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is not a scores file, or is damaged ({type(error).__name__}: {error}). Score again."
-            ) from error
 
 
 def _described(group: Group) -> tuple:

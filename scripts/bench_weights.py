@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from jbrprune import weights
+from jbrprune import squares
 from jbrprune.weights import weight_scores
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -104,7 +104,7 @@ def by_layer(arguments: argparse.Namespace) -> dict:
     """Time of the squares for every kind of layer, largest first, and of all else."""
     model, images = _prepared(arguments)
     spent: dict[tuple, list[float]] = defaultdict(list)
-    adding = weights._add_matrix_squares
+    adding = squares.add_matrix_squares
 
     def watched(sums: Tensor, factors: Any, samples: int, place: Any) -> None:
         start = _now()
@@ -113,7 +113,7 @@ def by_layer(arguments: argparse.Namespace) -> dict:
             f = factors[0]
             spent[tuple(sums.shape), f.positions, f.taps, f.groups].append(_since(start)["cpu"])
 
-    weights._add_matrix_squares = watched
+    squares.add_matrix_squares = watched
     _squares(model, images[:2], arguments)
     spent.clear()
     total = [_squares(model, images, arguments)["second_moment"]["cpu"] for _ in range(arguments.repeats)]

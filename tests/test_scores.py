@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jbrprune.errors import ArgumentError, CheckpointError
 from jbrprune.groups import Group, Member
 from jbrprune.scores import Accumulator, Scores, Settings
+from jbrprune.weights import WeightScores
 
 INDEX = torch.arange(3)
 # Channel and unit share memory, as in `layer_groups`.
@@ -90,7 +92,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         name.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("jbrprune.scores.save_file", fail)
+    monkeypatch.setattr("jbrprune.sumfiles.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         replace(scores(), samples=5).save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["scores.safetensors"]
@@ -140,15 +142,33 @@ def _damaged(tmp_path: Path, kind: str) -> Path:
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(CheckpointError, match="is not a scores file, or is damaged"):
+    with pytest.raises(CheckpointError, match="is not a file of scores of units, or is damaged"):
         Scores.load(_damaged(tmp_path, kind))
 
 
 def test_a_future_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "scores.safetensors"
     save_file({"x": torch.zeros(1)}, path, metadata={"jbrprune": json.dumps({"format": 2})})
-    with pytest.raises(CheckpointError, match="has scores format 2; this version reads 1"):
+    with pytest.raises(CheckpointError, match="units in format 2; expected scores of units in format 1"):
         Scores.load(path)
+
+
+def test_a_file_of_weight_scores_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    WeightScores({"fc.weight": torch.ones(2, 3)}, 4, 0, Settings("margin", "weight", "signed")).save(path)
+    with pytest.raises(CheckpointError, match=r"holds scores of weights in format 1; expected scores of units"):
+        Scores.load(path)
+
+
+def test_a_file_that_does_not_say_its_kind_is_one_of_units(tmp_path: Path) -> None:
+    """As the first versions wrote them."""
+    path = tmp_path / "scores.safetensors"
+    scores().save(path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["jbrprune"])
+    assert header.pop("kind") == "units"
+    save_file(load_file(path), path, metadata={"jbrprune": json.dumps(header)})
+    assert torch.equal(Scores.load(path).sums["conv"], scores().sums["conv"])
 
 
 def relevances(n: int) -> dict[str, Tensor]:

@@ -1,0 +1,121 @@
+"""What every pass over the data has in common: the question put to a batch, its answer, and the checks around it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from jbrprune import guest
+from jbrprune.batches import Batch
+from jbrprune.errors import ArgumentError, DataError, ModelError
+from jbrprune.measure import logits_of, raise_nonfinite
+from jbrprune.objectives import Objective, Target, confident
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What is asked of every batch."""
+
+    objective: Objective
+    confidence: float
+    autocast: torch.dtype | None
+    generator: torch.Generator
+
+
+def losses_of(batch: Batch, logits: Tensor, question: Question) -> tuple[Tensor, Tensor | None]:
+    """``[kept]`` the objective on every sample that the dense model is confident about, with its graph.
+
+    Returns:
+        The objective, and ``[B]`` which samples are kept (None: all).
+
+    Raises:
+        ModelError: Nothing that is scored takes part in the logits.
+    """
+    with torch.enable_grad():
+        # A sample's scalar is formed in float32 at least: a cross-entropy of half precision loses confident samples.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        reference = logits.detach() if batch.reference is None else batch.reference
+        losses = question.objective(logits, Target(reference, batch.labels, question.generator))
+        keep = confident(reference, question.confidence) if question.confidence > 0 else None
+        losses = losses if keep is None else losses[keep]
+    if not losses.requires_grad:
+        raise ModelError("No scored layer takes part in the logits: there is nothing to differentiate.")
+    return losses, keep
+
+
+def check_logits(model: nn.Module, batch: Batch, number: int, logits: Tensor, autocast: torch.dtype | None) -> None:
+    """Refuse logits that do not belong to the images, or are not finite."""
+    if len(logits) != len(batch):
+        raise ModelError(f"Batch {number}: {len(batch)} images went in, {len(logits)} rows of logits came out.")
+    if batch.reference is not None and batch.reference.shape != logits.shape:
+        raise DataError(
+            f"Batch {number}: the reference logits are {list(batch.reference.shape)}, the model's are "
+            f"{list(logits.shape)}. Attach the logits of the dense model on the same images."
+        )
+    if not torch.isfinite(logits).all():
+        raise_nonfinite(model, batch.images, f"Batch {number}: the logits", autocast_dtype=autocast)
+
+
+def own(tensor: Tensor) -> Tensor:
+    """Apart from any graph of the user's; a tensor of inference mode cannot enter a graph at all."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def check_samples_apart(model: nn.Module, images: Tensor, names: Sequence[str]) -> set[str]:
+    """Change one of three samples: only its rows may change, in the middle third of every activation.
+
+    Returns:
+        The names of the modules that were called.
+    """
+    one = images[:1]
+    other = one.flip(-1) + one.std().clamp_min(1e-3) * torch.linspace(-1, 1, one.shape[-1]).to(one)
+    first, second = (_row_sums(model, torch.cat([one, middle, one]), names) for middle in (one, other))
+    for name, rows in first.items():
+        for before, after in zip(rows, second.get(name, ()), strict=True):
+            _check_rows(name, before, after)
+    return set(first)
+
+
+def _row_sums(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Name -> per call, the sum of absolute values of each row of the module's input; and of the logits."""
+    sums: dict[str, list[Tensor]] = defaultdict(list)
+
+    def note(name: str, x: Tensor) -> None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        sums[name].append(x.detach().reshape(len(x), -1).abs().sum(1, dtype=wide).cpu())
+
+    def record(name: str) -> guest.Hook:
+        return lambda module, args, kwargs: note(name, guest.input_of(args, kwargs))
+
+    with torch.no_grad(), guest.hooked(model, forward_pre={name: record(name) for name in names}):
+        note("the logits", logits_of(model(images)))
+    return sums
+
+
+def _check_rows(name: str, first: Tensor, second: Tensor) -> None:
+    third = len(first) // 3
+    changed = (first - second).abs() > 1e-3 * first.abs().clamp_min(1e-12) if len(first) == len(second) else None
+    if changed is None or len(first) % 3 or changed[:third].any() or changed[2 * third :].any():
+        raise ModelError(
+            f"{name}: the first dimension ({len(first)} rows for 3 images) is not the batch, or samples influence each "
+            "other (a batch norm without stored statistics?), or the forward pass is random in eval mode. Per-sample "
+            "relevances are not defined there. Put this layer into `ignore`, or make the model treat samples apart."
+        )
+
+
+def check_known(what: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a choice that does not exist."""
+    if value not in known:
+        raise ArgumentError(f"{what} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def check_sampling(statistic: str, batch: int, confidence: float) -> None:
+    """Refuse a batch, where it counts, or a threshold of confidence that have no meaning."""
+    if statistic == "batched" and batch < 1:
+        raise ArgumentError(f"batch must be at least 1, got {batch}.")
+    if not 0 <= confidence < 1:
+        raise ArgumentError(f"confidence must satisfy 0 <= confidence < 1, got {confidence}.")
