@@ -53,7 +53,7 @@ def calibration(
 
     Args:
         model: The dense model.
-        data: As for `jbrprune.prune`.
+        data: As for `jbrprune.prune`; batches that carry the dense model's logits as reference keep them.
         images: Images to read; None: all.
         eval_data: Images to report the agreement on.
         eval_images: Images to read from ``eval_data``; None: all.
@@ -100,7 +100,9 @@ def _read(model: nn.Module, data: object, images: int | None, batch_size: int, p
     if parameter is not None:
         batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
     check_runs(model, batches[0].images)
-    whole = concatenated(with_reference(batches, predict(model, batches, progress=progress)))
+    if any(batch.reference is None for batch in batches):
+        batches = with_reference(batches, predict(model, batches, progress=progress))
+    whole = concatenated(batches)
     if whole.reference is not None:
         agreement(whole.reference, whole.reference, whole.labels)  # refuses labels that are not the model's classes
     return whole

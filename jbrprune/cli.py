@@ -27,7 +27,7 @@ from jbrprune.errors import ArgumentError, CheckpointError, JBRError
 from jbrprune.inventory import Inventory, inventory
 from jbrprune.measure import agreement_on, bytes_of, latency, parameters_of, predict
 from jbrprune.pruning import prune
-from jbrprune.relevance import Site, Statistic
+from jbrprune.relevance import Site
 from jbrprune.scoring import score
 
 app = typer.Typer(
@@ -43,11 +43,16 @@ app = typer.Typer(
 
 
 Objective = Annotated[
-    Literal["pseudo_label", "predicted_logit", "margin", "label", "projection"],
-    typer.Option(help="What counts as damage."),
+    Literal["pseudo_label", "predicted_logit", "margin", "label", "projection"] | None,
+    typer.Option(help="What counts as damage. Default: pseudo_label for channels, projection for single weights."),
 ]
-SiteName = Annotated[Site, typer.Option(help="Which cut counts.")]
-StatisticName = Annotated[Statistic, typer.Option(help="How samples are combined.")]
+SiteName = Annotated[Site | None, typer.Option(help="Which cut counts; channels only. Default: consumer.")]
+StatisticName = Annotated[
+    Literal["second_moment", "batched", "mean_replaced", "signed"] | None,
+    typer.Option(
+        help="How samples are combined (`mean_replaced`: channels, `signed`: weights). Default: second_moment."
+    ),
+]
 Repair = Annotated[
     Literal["auto", "none", "batch_norm", "mean_shift", "least_squares"],
     typer.Option(help="How to repair after every step."),
@@ -76,6 +81,10 @@ def prune_command(
     macs: Annotated[float | None, typer.Option(help="Share of the multiply-accumulates to keep, such as 0.5.")] = None,
     params: Annotated[float | None, typer.Option(help="Share of the parameters to keep.")] = None,
     channels: Annotated[float | None, typer.Option(help="Share of the channels to keep.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of the single weights to set to zero.")] = None,
+    structure: Annotated[
+        str | None, typer.Option(help="`channels`, `unstructured`, or N:M such as `2:4`. Default: as the budget says.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the pruned model.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that was saved there.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a figure here (.png, .svg, .pdf).")] = None,
@@ -84,21 +93,38 @@ def prune_command(
     ] = None,
     images: Annotated[int, typer.Option(help="Calibration images to read.")] = 512,
     eval_images: Annotated[int | None, typer.Option(help="Images to read from --eval-data; default: all.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of steps; default: one for every 5 %.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of steps; default: one for every 5 %, for single weights one.")
+    ] = None,
     repair: Repair = "auto",
-    objective: Objective = "pseudo_label",
-    site: SiteName = "consumer",
-    statistic: StatisticName = "second_moment",
-    batch: Annotated[int, typer.Option(help="Samples per batch of `--statistic batched`.")] = 128,
-    confidence: Annotated[float, typer.Option(help="Score only on images above this dense probability.")] = 0.0,
+    objective: Objective = None,
+    site: SiteName = None,
+    statistic: StatisticName = None,
+    batch: Annotated[int | None, typer.Option(help="Samples per batch of `--statistic batched` (128).")] = None,
+    confidence: Annotated[
+        float | None, typer.Option(help="Score only on images above this dense probability (0).")
+    ] = None,
     ridge: Annotated[float, typer.Option(help="Ridge of the least-squares repair.")] = 0.1,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Glob of module names that keep their width. Repeatable.")
     ] = None,
     width: Annotated[bool, typer.Option(help="Also prune the residual width under LayerNorms.")] = False,
-    floor: Annotated[float, typer.Option(help="Share of every layer's width that stays.")] = 0.0,
-    min_channels: Annotated[int, typer.Option(help="Channels of every layer that stay.")] = 8,
-    round_to: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1,
+    floor: Annotated[
+        float | None, typer.Option(help="Share of every layer's width (0) or of its weights (0.001) that stays.")
+    ] = None,
+    min_channels: Annotated[int | None, typer.Option(help="Channels of every layer that stay (8).")] = None,
+    round_to: Annotated[int | None, typer.Option(help="Kept widths are multiples of this (1).")] = None,
+    scope: Annotated[
+        Literal["global", "layer"] | None, typer.Option(help="Rank single weights together (default) or by layer.")
+    ] = None,
+    remainder: Annotated[
+        Literal["skip", "pad"] | None, typer.Option(help="What N:M does where M does not divide the inputs (skip).")
+    ] = None,
+    shrink: Annotated[bool, typer.Option(help="Remove channels that contribute nothing any more.")] = False,
+    keep_masks: Annotated[
+        bool, typer.Option(help="Leave the masks of torch.nn.utils.prune in place, to train on.")
+    ] = False,
+    max_memory: Annotated[int | None, typer.Option(help="MiB of scratch memory to score single weights (256).")] = None,
     checkpoint: Weights = None,
     model_arg: ModelArguments = None,
     pretrained: Pretrained = True,
@@ -109,7 +135,8 @@ def prune_command(
 ) -> None:
     """Prune a timm model to a budget and say what it cost.
 
-    Example: `jbrprune prune resnet50 --data photos/ --macs 0.5 --out pruned/`
+    Example: `jbrprune prune resnet50 --data photos/ --macs 0.5 --out pruned/`; single weights with `--sparsity 0.9`
+    or `--structure 2:4` in the place of `--macs`.
     """
     if out is not None:
         files.check_target(out, overwrite=overwrite)
@@ -120,6 +147,13 @@ def prune_command(
         macs=macs,
         params=params,
         channels=channels,
+        sparsity=sparsity,
+        structure=structure,
+        scope=scope,
+        remainder=remainder,
+        shrink=shrink or None,
+        permanent=False if keep_masks else None,
+        max_memory=_mebibytes(max_memory),
         steps=steps,
         repair=None if repair == "none" else repair,
         objective=objective,
@@ -129,7 +163,7 @@ def prune_command(
         confidence=confidence,
         ridge=ridge,
         ignore=ignore or (),
-        width=width,
+        width=width or None,
         floor=floor,
         min_channels=min_channels,
         round_to=round_to,
@@ -157,9 +191,12 @@ def score_command(
     model: TimmName,
     data: Data,
     out: Annotated[Path | None, typer.Option(help="File for the scores (.safetensors).")] = None,
-    objective: Objective = "pseudo_label",
-    site: SiteName = "consumer",
-    statistic: StatisticName = "second_moment",
+    granularity: Annotated[
+        Literal["unit", "layer", "weight"], typer.Option(help="Removable units, channels by layer, or single weights.")
+    ] = "unit",
+    objective: Objective = None,
+    site: SiteName = None,
+    statistic: StatisticName = None,
     checkpoint: Weights = None,
     model_arg: ModelArguments = None,
     pretrained: Pretrained = True,
@@ -179,6 +216,7 @@ def score_command(
     scores = score(
         module,
         data,
+        granularity=granularity,
         objective=objective,
         site=site,
         statistic=statistic,
@@ -189,11 +227,18 @@ def score_command(
     if out is not None:
         scores.save(out)
     rows = [
-        {"group": name, "units": len(v), "least": float(v.min()), "median": float(v.median()), "most": float(v.max())}
+        {
+            "group": name,
+            "units": v.numel(),
+            "least": float(v.min()),
+            "median": float(v.median()),
+            "most": float(v.max()),
+        }
         for name, v in scores.values().items()
     ]
-    facts = {"model": model, "samples": scores.samples, "settings": vars(scores.settings), "groups": rows}
-    _say(as_json, facts, _table(rows, f"{model}: scores of {scores.samples} images, {objective}, {site}"))
+    how = scores.settings
+    facts = {"model": model, "samples": scores.samples, "settings": vars(how), "groups": rows}
+    _say(as_json, facts, _table(rows, f"{model}: scores of {scores.samples} images, {how.objective}, {how.site}"))
 
 
 @app.command("eval")
@@ -312,6 +357,10 @@ def _arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             arguments[key] = value
     return arguments
+
+
+def _mebibytes(number: int | None) -> int | None:
+    return None if number is None else number << 20
 
 
 def _check_file(path: Path | None) -> None:

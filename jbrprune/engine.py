@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
-from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +14,24 @@ from tqdm import tqdm
 from jbrprune import guest, layers
 from jbrprune.batches import Batch, count
 from jbrprune.budget import Budget
-from jbrprune.calibration import FEWEST_TO_HOLD_BACK, Calibration
+from jbrprune.calibration import Calibration
 from jbrprune.cost import axis_widths, count_macs
-from jbrprune.errors import BudgetError
+from jbrprune.errors import ArgumentError, BudgetError, NonFiniteError
 from jbrprune.groups import Axis, Group, Selection, removed_channels
-from jbrprune.measure import Agreement, agreement_on, bytes_of, latency, parameters_of
+from jbrprune.measure import Agreement, parameters_of
 from jbrprune.relevance import Site, Statistic, relevance_scores
 from jbrprune.removal import remove_units, tried
 from jbrprune.repair import Targets, dense_targets, repaired
 from jbrprune.report import LayerRow, Report, Size, StepRow
+from jbrprune.runs import Clock, called, heldout_agreement, notes_on_images, provenance, size_of
+from jbrprune.scores import Scores
 from jbrprune.selection import Floors, reachable, select
 from jbrprune.units import Found, copied, find_groups
 
 log = logging.getLogger(__name__)
+
+Criterion = Callable[..., Scores]
+"""``criterion(model, batches, groups, *, seed, progress)`` -> scores of units."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Settings:
         budget: What is to be reached in the end.
         stops: Shares of the budget's kind at which a model is handed over, falling; the last is the budget's.
         steps: Steps to each stop; None: one for every 5 % of the dense cost.
+        criterion: Scores the units of the model as it is, or scores made before; None: relevance.
     """
 
     budget: Budget
@@ -62,6 +63,7 @@ class Settings:
     autocast: torch.dtype | None
     measure_latency: bool
     progress: bool
+    criterion: Criterion | Scores | None = None
 
     def schedule(self) -> list[float]:
         """Shares to reach, step by step."""
@@ -74,9 +76,12 @@ class Settings:
 
     def described(self) -> dict[str, object]:
         """What of it belongs into a report."""
-        names = ["objective", "site", "statistic", "confidence", "width", "ridge"]
-        names += ["batch"] if self.statistic == "batched" else []
-        shown: dict[str, object] = {name: getattr(self, name) for name in names}
+        names = ["width", "ridge"]
+        if self.criterion is None:
+            names = ["objective", "site", "statistic", "confidence", *names]
+            names += ["batch"] if self.statistic == "batched" else []
+        shown: dict[str, object] = {} if self.criterion is None else {"criterion": called(self.criterion)}
+        shown |= {name: getattr(self, name) for name in names}
         return shown | asdict(self.floors) | {"repair": list(self.repair), "ignore": list(self.ignore)}
 
 
@@ -97,7 +102,7 @@ class State:
         mispriced: How much more the plan of a step expected the model to cost than it does, as a share.
         unrepaired: Held-out agreement at the last stop, before its repair.
         repaired: The same, after it.
-        seconds: Part of the work -> time spent.
+        clock: Time spent on each part of the work.
     """
 
     model: nn.Module
@@ -112,14 +117,7 @@ class State:
     mispriced: float = 0.0
     unrepaired: Agreement | None = None
     repaired: Agreement | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Add the time of the block to a part of the work."""
-        start = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - start
+    clock: Clock = field(default_factory=Clock)
 
     def remove(self, selection: Selection) -> None:
         """Remove units, and remember which channels of the dense model are left."""
@@ -150,16 +148,16 @@ def run(
     """
     began = time.perf_counter()
     if images.gate:
-        with state.timed("repair"):
+        with state.clock.timed("repair"):
             consumers = [axis[0] for axis in state.full if axis[1] == "in"]
             state.targets = dense_targets(dense, images.repair, consumers)
-    size = _size(dense, state.example, settings.measure_latency)
+    size = size_of(dense, state.example, settings.measure_latency)
     rows: list[StepRow] = []
     shown = tqdm(settings.schedule(), "pruning", unit="step", disable=None if settings.progress else True, leave=False)
     for number, share in enumerate(shown, 1):
         rows.append(_step(state, images, settings, number, share))
         if share in settings.stops:
-            seconds = {**state.seconds, "total": time.perf_counter() - began}
+            seconds = {**state.clock.seconds, "total": time.perf_counter() - began}
             yield state.model, _report(name, size, state, images, settings, rows, seconds)
 
 
@@ -184,6 +182,8 @@ def start(dense: nn.Module, example: Tensor, settings: Settings) -> State:
     dense_sizes = {group.name: group.size for group in found.groups}
     account = settings.budget.account(work, example, found.groups)
     whole = account.total
+    if isinstance(settings.criterion, Scores):
+        check_units(settings.criterion, found.groups)
     _check_reachable(settings, reachable(found.groups, account, settings.floors, dense_sizes) / whole)
     full = axis_widths(work, found.groups)
     state = State(
@@ -196,7 +196,7 @@ def start(dense: nn.Module, example: Tensor, settings: Settings) -> State:
         dense_sizes,
         whole,
     )
-    state.seconds["units"] = time.perf_counter() - clock
+    state.clock.seconds["units"] = time.perf_counter() - clock
     return state
 
 
@@ -213,21 +213,9 @@ def _check_reachable(settings: Settings, least: float) -> None:
 def _step(state: State, images: Calibration, settings: Settings, number: int, share: float) -> StepRow:
     """Score, select, remove, repair."""
     clock = time.perf_counter()
-    with state.timed("scoring"):
-        scores = relevance_scores(
-            state.model,
-            images.score,
-            state.groups,
-            objective=settings.objective,
-            site=settings.site,
-            statistic=settings.statistic,
-            batch=settings.batch,
-            confidence=settings.confidence,
-            autocast=settings.autocast,
-            seed=settings.seed + number,
-            progress=settings.progress,
-        )
-    with state.timed("selection"):
+    with state.clock.timed("scoring"):
+        scores = _scores(state, images.score, settings, number)
+    with state.clock.timed("selection"):
         account = settings.budget.account(state.model, state.example, state.groups)
         selection = select(
             scores.values(),
@@ -238,16 +226,16 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
             dense_sizes=state.dense_sizes,
             per_cost=settings.budget.per_cost,
         )
-    with state.timed("removal"):
+    with state.clock.timed("removal"):
         state.remove(selection)
         measured = settings.budget.account(state.model, state.example, state.groups).total
         state.mispriced = max(state.mispriced, account.total / measured - 1)
     stops = share in settings.stops
-    with state.timed("evaluation"):
-        state.unrepaired = _agreement(state.model, images.heldout) if stops else None
+    with state.clock.timed("evaluation"):
+        state.unrepaired = heldout_agreement(state.model, images.heldout) if stops else None
     outcome = None
     if state.targets is not None:
-        with state.timed("repair"):
+        with state.clock.timed("repair"):
             outcome = repaired(
                 state.model,
                 images.repair,
@@ -257,9 +245,9 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
                 settings.repair,
                 ridge=settings.ridge,
             )
-    with state.timed("evaluation"):
+    with state.clock.timed("evaluation"):
         changed = outcome is not None and outcome.kept != "none"
-        state.repaired = _agreement(state.model, images.heldout) if stops and changed else state.unrepaired
+        state.repaired = heldout_agreement(state.model, images.heldout) if stops and changed else state.unrepaired
     return StepRow(
         step=number,
         target=share,
@@ -272,8 +260,51 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
     )
 
 
-def _agreement(model: nn.Module, batches: list[Batch]) -> Agreement | None:
-    return agreement_on(model, batches) if batches else None
+def _scores(state: State, batches: Sequence[Batch], settings: Settings, number: int) -> Scores:
+    """The criterion on the model as it is."""
+    seed, progress = settings.seed + number, settings.progress
+    if isinstance(settings.criterion, Scores):
+        return check_units(settings.criterion, state.groups)
+    if settings.criterion is not None:
+        return check_units(
+            settings.criterion(state.model, batches, state.groups, seed=seed, progress=progress), state.groups
+        )
+    return relevance_scores(
+        state.model,
+        batches,
+        state.groups,
+        objective=settings.objective,
+        site=settings.site,
+        statistic=settings.statistic,
+        batch=settings.batch,
+        confidence=settings.confidence,
+        autocast=settings.autocast,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def check_units(scores: Scores, groups: Sequence[Group]) -> Scores:
+    """Refuse scores that are not of these units.
+
+    Raises:
+        ArgumentError: Not scores of units, or of other ones.
+        NonFiniteError: NaN or Inf in them.
+    """
+    if not isinstance(scores, Scores):
+        raise ArgumentError(
+            f"criterion gave {type(scores).__name__}; channels need scores made with granularity='unit'."
+        )
+    for group in groups:
+        found = len(scores.sums[group.name]) if group.name in scores.sums else "no"
+        if found != group.size:
+            raise ArgumentError(
+                f"{group.name} has {group.size} units, but {found} scores: they are of another model, or made with "
+                "another `ignore` or `width`. Score this model."
+            )
+        if not torch.isfinite(scores.sums[group.name]).all():
+            raise NonFiniteError(f"The scores of {group.name} contain NaN or Inf: nothing can be ranked by them.")
+    return scores
 
 
 def _report(
@@ -291,21 +322,16 @@ def _report(
         budget={settings.budget.kind: last.target},
         settings=settings.described() | {"steps": len(rows), "images": count(images.score)},
         dense=dense,
-        pruned=_size(state.model, state.example, settings.measure_latency),
+        pruned=size_of(state.model, state.example, settings.measure_latency),
         layers=_layer_rows(state),
         steps=tuple(rows),
         unrepaired=state.unrepaired,
         repaired=state.repaired,
         heldout=images.described,
         seconds=seconds,
-        provenance=_provenance(settings.seed, guest.device_of(state.model)),
+        provenance=provenance(settings.seed, guest.device_of(state.model)),
         notes=_notes(state, images, settings),
     )
-
-
-def _size(model: nn.Module, example: Tensor, timed: bool) -> Size:
-    macs = sum(count_macs(model, example).values())
-    return Size(macs, parameters_of(model), bytes_of(model), latency(model, example[:1]) if timed else None)
 
 
 def _layer_rows(state: State) -> tuple[LayerRow, ...]:
@@ -324,31 +350,11 @@ def _layer_rows(state: State) -> tuple[LayerRow, ...]:
     return tuple(rows)
 
 
-def _provenance(seed: int, device: torch.device) -> dict[str, object]:
-    packages = ("jbrprune", "torch", "timm", "torch-pruning")
-    hardware = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    return {
-        "versions": {package: version(package) for package in packages},
-        "seed": seed,
-        "device": str(device),
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def _notes(state: State, images: Calibration, settings: Settings) -> tuple[str, ...]:
     notes = [
         f"{name} keeps its width: {reason}." for name, reason in state.found.kept.items() if reason not in _EXPECTED
     ]
-    if settings.repair and not images.gate:
-        notes.append(
-            f"Nothing was repaired: with fewer than {FEWEST_TO_HOLD_BACK} images none can be held back to check it."
-        )
-    if not images.heldout:
-        notes.append(f"No agreement was measured: fewer than {FEWEST_TO_HOLD_BACK} images.")
+    notes += notes_on_images(images, bool(settings.repair))
     if any(group.kind == "width" for group in state.groups):
         notes.append(
             "Residual width under a LayerNorm was offered: removing a channel there changes the norm's statistics."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jbrprune.atomic import replacing
 from jbrprune.measure import Agreement
-from jbrprune.records import LayerRow, Run
+from jbrprune.records import LayerRow, Run, StepRow
 from jbrprune.tables import check_reports, headline
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def _draw_layers(axes: Axes, layers: Sequence[LayerRow], rows: int) -> None:
     places = range(len(layers))
     axes.barh(places, [100.0] * len(layers), height=0.72, color=LIGHT)
     axes.barh(places, [100 * layer.kept for layer in layers], height=0.72, color=DARK)
+    what = "weights" if any(layer.kind == "weight" for layer in layers) else "width"
     small: dict[str, Any] = {"va": "center", "fontsize": 7, "color": "#444444"}
     axes.text(102, -0.85, "kept / dense", **small)
     for place, layer in zip(places, layers, strict=True):
@@ -127,7 +128,7 @@ def _draw_layers(axes: Axes, layers: Sequence[LayerRow], rows: int) -> None:
     _plain_axes(axes, grid="x")
     axes.spines["left"].set_visible(False)
     axes.set(xlim=(0, 100), ylim=(rows - 0.4, -0.6))
-    axes.set_xlabel("width kept (% of the dense layer)", fontsize=9)
+    axes.set_xlabel(f"{what} kept (% of the dense layer)", fontsize=9)
     axes.set_yticks(list(places), [layer.name for layer in layers], fontsize=7)
     axes.tick_params(axis="y", length=0)
 
@@ -138,23 +139,43 @@ def _draw_steps(axes: Axes, report: Run) -> None:
     if report.final is not None:
         errors = _error_bars([report.final])
         axes.errorbar(
-            100 * report.kept, 100 * report.final.top1, yerr=errors, fmt="D", color="black", markersize=5, capsize=3,
+            100 * _left(report), 100 * report.final.top1, yerr=errors, fmt="D", color="black", markersize=5, capsize=3,
             linewidth=1, label="final, held-out images, 95 % interval", zorder=4,
         )  # fmt: skip
-    _percent_axes(axes, "top-1 agreement with the dense model (%)")
+    _percent_axes(axes, _cost([report]), "top-1 agreement with the dense model (%)")
 
 
 def _step_points(report: Run, name: str) -> list[tuple[float, float]]:
-    """(MACs kept, top-1), in percent, from the dense model on; empty where no step was measured."""
-    rows = [(step.macs / report.dense.macs, getattr(step, name)) for step in report.steps]
-    points = [(100 * macs, 100 * row.top1) for macs, row in rows if row is not None]
+    """(cost kept, top-1), in percent, from the dense model on; empty where no step was measured."""
+    rows = [(_left_after(report, step), getattr(step, name)) for step in report.steps]
+    points = [(100 * left, 100 * row.top1) for left, row in rows if row is not None]
     return [(100.0, 100.0), *points] if points else []
+
+
+def _left(report: Run) -> float:
+    """What is left of the cost that was pruned: MACs, or where single weights were, effective parameters."""
+    if report.pruned.nonzero is None or report.dense.nonzero is None:
+        return report.kept
+    return report.pruned.nonzero / report.dense.nonzero
+
+
+def _left_after(report: Run, step: StepRow) -> float:
+    """The same after a step."""
+    if step.nonzero is None or report.dense.nonzero is None:
+        return step.macs / report.dense.macs
+    return step.nonzero / report.dense.nonzero
+
+
+def _cost(reports: Sequence[Run]) -> str:
+    """Name of the cost axis."""
+    names = {"MACs" if report.pruned.nonzero is None else "effective parameters" for report in reports}
+    return " or ".join(sorted(names))
 
 
 def _draw_ratios(axes: Axes, reports: Sequence[Run], value: str) -> None:
     models = list(dict.fromkeys(report.model for report in reports))
     for number, model in enumerate(models):
-        rows = sorted((report for report in reports if report.model == model), key=lambda report: -report.kept)
+        rows = sorted((report for report in reports if report.model == model), key=lambda report: -_left(report))
         suffix = f", {model}" if len(models) > 1 else ""
         colours = (BEFORE, DARK) if len(models) == 1 else (MODEL_COLOURS[number % len(MODEL_COLOURS)],) * 2
         for name, colour in zip(("unrepaired", "repaired"), colours, strict=True):
@@ -164,7 +185,7 @@ def _draw_ratios(axes: Axes, reports: Sequence[Run], value: str) -> None:
             level = 100 * rows[0].final.dense_accuracy
             axes.axhline(level, color=colour, linewidth=1, linestyle=":", label=f"dense{suffix}")
     label = "top-1 agreement with the dense model (%)" if value == "top1" else "accuracy (%)"
-    _percent_axes(axes, label)
+    _percent_axes(axes, _cost(reports), label)
 
 
 _WORDS = {"unrepaired": "before the last repair", "repaired": "after the last repair"}
@@ -172,7 +193,7 @@ _WORDS = {"unrepaired": "before the last repair", "repaired": "after the last re
 
 def _draw_ratio_line(axes: Axes, reports: Sequence[Run], name: str, value: str, colour: str, label: str) -> None:
     """From the dense model on, which agrees with itself."""
-    rows = [(100 * report.kept, getattr(report, name)) for report in reports]
+    rows = [(100 * _left(report), getattr(report, name)) for report in reports]
     rows = [(kept, row) for kept, row in rows if row is not None and getattr(row, value) is not None]
     if not rows:
         return
@@ -206,10 +227,10 @@ def _error_bars(rows: Sequence[Agreement]) -> list[list[float]]:
     ]
 
 
-def _percent_axes(axes: Axes, label: str) -> None:
-    """MACs fall from left to right, as pruning goes on."""
+def _percent_axes(axes: Axes, cost: str, label: str) -> None:
+    """The cost falls from left to right, as pruning goes on."""
     _plain_axes(axes, grid="both")
-    axes.set(xlabel="MACs kept (% of the dense model)", ylabel=label, ylim=(0, 101))
+    axes.set(xlabel=f"{cost} kept (% of the dense model)", ylabel=label, ylim=(0, 101))
     axes.xaxis.label.set_fontsize(9)
     axes.yaxis.label.set_fontsize(9)
     if not math.isfinite(axes.dataLim.x0):

@@ -7,6 +7,7 @@ and, as a plain attribute, their product, made anew by a hook in every forward p
 from __future__ import annotations
 
 import fnmatch
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,20 +133,25 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def put_masks(model: nn.Module, masks: Mapping[str, Tensor], originals: Mapping[str, Tensor] | None = None) -> None:
-    """Mask parameters in place, as ``torch.nn.utils.prune.custom_from_mask`` does.
+    """Mask parameters in place, as ``torch.nn.utils.prune.custom_from_mask`` does, wherever they are used.
 
     Args:
         model: The model; the named parameters must be plain.
         masks: Name -> mask of the parameter's shape, False (or 0) where it is pruned.
         originals: Name -> values that ``weight_orig`` takes where the mask is zero; default: what is there.
     """
+    places: dict[int, list[Slot]] = defaultdict(list)
+    for slot in slots(model):
+        places[id(slot.stored)].append(slot)
     found = {slot.name: slot for slot in slots(model)}
     for name, mask in masks.items():
-        slot = found[name]
+        stored = found[name].stored
         if originals is not None and name in originals:
             with torch.no_grad():
-                slot.stored.copy_(torch.where(mask.to(slot.stored.device).bool(), slot.stored, originals[name]))
-        prune.custom_from_mask(slot.module, slot.kind, mask.to(slot.stored))
+                stored.copy_(torch.where(mask.to(stored.device).bool(), stored, originals[name].to(stored)))
+        for slot in places[id(stored)]:  # a shared parameter would be whole again in a module without the mask
+            if not slot.masked:
+                prune.custom_from_mask(slot.module, slot.kind, mask.to(stored))
 
 
 def make_permanent(model: nn.Module) -> nn.Module:
@@ -170,8 +176,10 @@ def make_permanent(model: nn.Module) -> nn.Module:
         ['0.bias', '0.weight']
     """
     for slot in slots(model):
-        if slot.masked:
+        mask = slot.mask
+        if mask is not None:
             prune.remove(slot.module, slot.kind)
+            slot.stored.data.masked_fill_(mask == 0, 0)  # torch leaves -0.0, a value like any other in a file
     foreign = [name.removesuffix("_mask") for name, _ in model.named_buffers() if name.endswith("_mask")]
     foreign = [name for name in foreign if f"{name}_orig" in dict(model.named_parameters())]
     if foreign:

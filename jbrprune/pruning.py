@@ -5,32 +5,31 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from jbrprune import checkpoint as files
 from jbrprune import data as loading
-from jbrprune import guest, zoo
+from jbrprune import engine, guest, thinning, zoo
+from jbrprune.arguments import channel_settings, sparsity_of, structure_of, weight_settings
 from jbrprune.budget import KINDS, Budget
-from jbrprune.calibration import calibration, check_runs
-from jbrprune.engine import Settings, run, start
+from jbrprune.calibration import Calibration, calibration, check_runs
 from jbrprune.errors import ArgumentError, BudgetError, JBRError
-from jbrprune.relevance import check_arguments
-from jbrprune.repair import METHODS
+from jbrprune.parameters import fresh, make_permanent, masks_of, put_masks, slots
 from jbrprune.report import Report
+from jbrprune.scores import Scores
 from jbrprune.scoring import check_model, example_of, peeked, resolved
-from jbrprune.selection import Floors
+from jbrprune.sparsity import Pattern
+from jbrprune.thinning import Thinned
 from jbrprune.units import copied
+from jbrprune.weights import WeightScores
 
 log = logging.getLogger(__name__)
-
-WHOLE = ("batch", "batch_size", "seed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,18 +68,26 @@ def prune(
     macs: float | None = None,
     params: float | None = None,
     channels: float | None = None,
+    sparsity: float | None = None,
+    structure: str | None = None,
+    scope: str | None = None,
     steps: int | None = None,
     repair: str | Sequence[str] | None = "auto",
-    objective: str = "pseudo_label",
-    site: str = "consumer",
-    statistic: str = "second_moment",
-    batch: int = 128,
-    confidence: float = 0.0,
+    criterion: Callable[..., Scores | WeightScores] | Scores | WeightScores | None = None,
+    objective: str | None = None,
+    site: str | None = None,
+    statistic: str | None = None,
+    batch: int | None = None,
+    confidence: float | None = None,
     ignore: Sequence[str] = (),
-    width: bool = False,
-    floor: float = 0.0,
-    min_channels: int = 8,
-    round_to: int = 1,
+    width: bool | None = None,
+    floor: float | None = None,
+    min_channels: int | None = None,
+    round_to: int | None = None,
+    remainder: str | None = None,
+    shrink: bool | None = None,
+    permanent: bool | None = None,
+    max_memory: int | None = None,
     images: int | None = 512,
     eval_data: object = None,
     eval_images: int | None = None,
@@ -97,32 +104,51 @@ def prune(
 ) -> PruneResult:
     r"""Make a trained model smaller, without labels and without training.
 
-    Units (channels, heads) are ranked by relevance per cost,
+    Channels: units (channels, heads) are ranked by relevance per cost,
     s_u / cost_u with s_u = E_x[(m(x)^T J_u(x) w_u)^2], and removed in steps; after every step the model is
     repaired without training and scored again.
 
+    Single weights (``sparsity=`` or an N:M ``structure=``): ranked by s_j = w_j^2 E_x[(m(x)^T df/dw_j)^2] and set to
+    zero; repaired likewise. Zeros make a model smaller on disk, and faster only where hardware knows the pattern.
+
     Args:
-        model: A timm name (its pretrained weights are fetched) or any module ``[B, C, H, W] -> [B, K]``.
+        model: A timm name (its pretrained weights are fetched) or any module ``[B, C, H, W] -> [B, K]``. For single
+            weights it may be masked by ``torch.nn.utils.prune`` already; what is masked stays so.
         data: Unlabelled images: a folder, a tensor, a Dataset, a DataLoader, or any iterable of batches. Labels, if
             there are any, are used to report accuracy (and by ``objective="label"``), for nothing else.
-        macs: Share of the multiply-accumulates to keep. Give exactly one of macs, params, channels.
+        macs: Share of the multiply-accumulates to keep. Give exactly one of macs, params, channels, sparsity, or an
+            N:M structure.
         params: Share of the parameters to keep.
         channels: Share of the removable channels to keep, a head counted as one (ranked by score alone, as in the
             paper).
-        steps: Number of steps; default one for every 5 % of the dense cost.
+        sparsity: Share of the weights of convolutions and linear layers to set to zero, reached exactly.
+        structure: ``channels``, ``unstructured``, or N:M such as ``"2:4"``: of every M weights that follow each other
+            along the inputs, N stay. Default: what the budget is of.
+        scope: ``global`` (default): rank all weights together. ``layer``: each layer by itself.
+        steps: Number of steps; default for channels one for every 5 % of the dense cost, for single weights one.
         repair: ``"auto"`` (try what applies, keep what helps on images held back), one or several of
             ``"batch_norm"``, ``"mean_shift"``, ``"least_squares"``, or None.
-        objective: ``pseudo_label``, ``predicted_logit``, ``margin``, ``label`` or ``projection``.
-        site: ``consumer`` or ``all``; see `jbrprune.relevance.relevance_scores`.
-        statistic: ``second_moment``, ``batched`` or ``mean_replaced``.
-        batch: Samples per batch of ``statistic="batched"``.
-        confidence: Score only on images whose largest dense probability exceeds this.
-        ignore: Globs of module names that keep their width.
+        criterion: Something else than relevance to rank by: scores made before with `jbrprune.score` (for one step), or
+            a function ``(model, batches, groups, *, seed, progress) -> Scores`` for channels,
+            ``(model, batches, *, ignore, seed, progress) -> WeightScores`` for single weights.
+        objective: ``pseudo_label`` (default for channels), ``projection`` (default for single weights),
+            ``predicted_logit``, ``margin`` or ``label``.
+        site: ``consumer`` (default) or ``all``, for channels; see `jbrprune.relevance.relevance_scores`.
+        statistic: ``second_moment`` (default), ``batched``, ``mean_replaced`` (channels) or ``signed`` (weights).
+        batch: Samples per batch of ``statistic="batched"``; default 128.
+        confidence: Score only on images whose largest dense probability exceeds this; default 0.
+        ignore: Globs of module names that stay as they are.
         width: Also prune the residual width of transformers and ConvNeXt. A LayerNorm over fewer channels
             computes other statistics: its output changes even if the removed channels were zero.
-        floor: Share of every group's width that stays.
-        min_channels: Channels of every group that stay, where it has as many; of heads, one stays.
-        round_to: Kept widths are multiples of this.
+        floor: Share of every group's width (default 0) or of every layer's weights (default 0.001, and one weight)
+            that stays.
+        min_channels: Channels of every group that stay (default 8), where it has as many; of heads, one stays.
+        round_to: Kept widths are multiples of this; default 1.
+        remainder: Where M does not divide a layer's inputs: ``skip`` the layer (default), or ``pad`` its last group.
+        shrink: Remove the channels that contribute nothing once their weights are zero; the outputs stay equal.
+        permanent: True (default): zeros in plain parameters. False: masks of ``torch.nn.utils.prune``, with the
+            values from before under the mask, to train on.
+        max_memory: Bytes of scratch memory for scoring single weights.
         images: Calibration images to read from ``data``; None: all. They are kept in memory.
         eval_data: Images to measure the agreement on; default: a fifth of the calibration images is held out.
         eval_images: Images to read from ``eval_data``; None: all.
@@ -132,7 +158,7 @@ def prune(
         autocast: Low-precision dtype for scoring, such as ``torch.bfloat16``.
         device: Where to work; default: where the model is.
         measure_latency: Time the dense and the pruned model.
-        inplace: Shrink the given model itself, at the very end; until then, and after an exception, it is untouched.
+        inplace: Change the given model itself, at the very end; until then, and after an exception, it is untouched.
             Its parameters are new objects then: make a new optimiser.
         progress: Show progress bars.
         checkpoint: Local weights for a timm name, instead of the pretrained ones.
@@ -154,19 +180,28 @@ def prune(
         >>> result = prune("resnet10t", images, macs=0.7, pretrained=False, progress=False)
         >>> result.report.kept <= 0.7
         True
+        >>> sparse = prune("resnet10t", images, sparsity=0.8, pretrained=False, progress=False)
+        >>> round(sparse.report.sparsity, 6)
+        0.8
 
     Source:
         Arpit, arXiv 2512.11089.
     """
     arguments = dict(locals())
-    for name in ("model", "data", *KINDS, "inplace"):
+    budgets = {name: arguments.pop(name) for name in (*KINDS, "sparsity")}
+    for name in ("model", "data", "inplace"):
         del arguments[name]
-    budget = Budget.of(macs=macs, params=params, channels=channels)
-    result = _pruned(model, data, budget, (budget.share,), **arguments)[0]
-    if inplace and isinstance(model, nn.Module):
-        _transplant(result.model, model)
-        return PruneResult(model, result.report, result.recipe, result.config)
-    return result
+    chosen = structure_of(arguments.pop("structure"), budgets)
+    target = model if inplace and isinstance(model, nn.Module) else None
+    if chosen == "channels":
+        budget = Budget.of(**{name: budgets[name] for name in KINDS})
+        result = _pruned(model, data, budget, (budget.share,), arguments)[0]
+        if target is not None:
+            _transplant(result.model, target)
+            return PruneResult(target, result.report, result.recipe, result.config)
+        return result
+    goal = chosen if isinstance(chosen, Pattern) else sparsity_of(sparsity)
+    return _thinned(model, data, (goal,), arguments, target)[0]
 
 
 def sweep(
@@ -177,12 +212,12 @@ def sweep(
     Args:
         model: As for `prune`.
         data: As for `prune`.
-        shares: Shares of the dense model to keep.
-        budget: ``macs``, ``params`` or ``channels``.
+        shares: Shares of the dense model to keep; of ``sparsity``, to set to zero.
+        budget: ``macs``, ``params``, ``channels`` or ``sparsity``.
         **options: Other arguments of `prune`; ``steps`` counts the steps from one share to the next.
 
     Returns:
-        One result per share, largest first.
+        One result per share, the largest model first.
 
     Raises:
         BudgetError: No shares, equal ones, or one outside of (0, 1).
@@ -193,11 +228,15 @@ def sweep(
         >>> [result.report.kept <= share for result, share in zip(results, [0.9, 0.8])]
         [True, True]
     """
-    others = sorted(options.keys() & set(KINDS))
-    if budget not in KINDS or others:
+    kinds = (*KINDS, "sparsity")
+    others = sorted(options.keys() & {*kinds, "structure"})
+    if budget not in kinds or others:
         got = "".join(f" and {name}=" for name in others)
-        raise BudgetError(f"Give shares and, as budget=, one of {', '.join(KINDS)}; got budget={budget!r}{got}.")
-    stops = sorted((Budget.of(**{budget: share}).share for share in shares), reverse=True)
+        raise BudgetError(f"Give shares and, as budget=, one of {', '.join(kinds)}; got budget={budget!r}{got}.")
+    sparse = budget == "sparsity"
+    stops = sorted(
+        (sparsity_of(share) if sparse else Budget.of(**{budget: share}).share for share in shares), reverse=not sparse
+    )
     if not stops or len(set(stops)) < len(stops):
         raise BudgetError(f"shares must be one or more different numbers, got {stops}.")
     bound = inspect.signature(prune).bind(model, data, **options)
@@ -205,53 +244,98 @@ def sweep(
     arguments = dict(bound.arguments)
     if arguments["inplace"]:
         raise ArgumentError("inplace=True has no meaning for several budgets: call prune() for one.")
-    for name in ("model", "data", *KINDS, "inplace"):
+    for name in ("model", "data", "inplace", "structure", *kinds):
         del arguments[name]
-    return _pruned(model, data, Budget(budget, stops[-1]), tuple(stops), **arguments)
+    if sparse:
+        return _thinned(model, data, tuple(stops), arguments, None)
+    return _pruned(model, data, Budget(budget, stops[-1]), tuple(stops), arguments)
 
 
 @torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
 def _pruned(
-    model: nn.Module | str,
-    data: object,
-    budget: Budget,
-    stops: tuple[float, ...],
-    *,
-    images: int | None,
-    eval_data: object,
-    eval_images: int | None,
-    device: str | torch.device | None,
-    checkpoint: str | Path | None,
-    model_arguments: dict[str, object],
-    **options: object,
+    model: nn.Module | str, data: object, budget: Budget, stops: tuple[float, ...], arguments: Mapping[str, Any]
 ) -> list[PruneResult]:
-    settings = _settings(budget, stops, **options)  # type: ignore[arg-type]
-    given = resolved(model, checkpoint, model_arguments)
+    settings = channel_settings(budget, stops, arguments)
+    given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
     check_model(given)
-    dense = copied(given).to(device or guest.device_of(given)).eval()
-    opened = loading.open_data(data, dense, batch_size=settings.batch_size)
-    first, opened = peeked(opened, settings.batch_size)
-    example = example_of(dense, first)
-    check_runs(dense, first.images.to(example.dtype))
-    state = start(dense, example, settings)
-    prepared = calibration(
-        dense,
-        opened,
-        images=images,
-        eval_data=eval_data,
-        eval_images=eval_images,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        progress=settings.progress,
-    )
-    recipe = _recipe(dense)
-    config = zoo.data_config(dense) if zoo.recipe(dense) else None
-    name = recipe.name if recipe else type(dense).__name__
+    opened = _opened(copied(given), data, arguments)
+    state = engine.start(opened.dense, opened.example, settings)
     several = len(stops) > 1
     return [
-        PruneResult(copy.deepcopy(pruned) if several else pruned, report, recipe, config)
-        for pruned, report in run(dense, state, prepared, settings, name)
+        PruneResult(copy.deepcopy(pruned) if several else pruned, report, opened.recipe, opened.config)
+        for pruned, report in engine.run(opened.dense, state, opened.read(arguments), settings, opened.name)
     ]
+
+
+@torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
+def _thinned(
+    model: nn.Module | str,
+    data: object,
+    goals: tuple[thinning.Goal, ...],
+    arguments: Mapping[str, Any],
+    target: nn.Module | None,
+) -> list[PruneResult]:
+    settings = weight_settings(goals, arguments)
+    given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
+    check_model(given, masked=True)
+    masks = masks_of(given)
+    originals = None
+    if arguments["permanent"] is False:
+        originals = {slot.name: slot.stored.detach().clone() for slot in slots(given)}
+    opened = _opened(_plain(given), data, arguments)
+    state = thinning.start(copied(opened.dense), opened.example, masks, settings)
+    results = []
+    for thinned in thinning.run(state, opened.dense, opened.read(arguments), settings, opened.name):
+        finished = _finished(thinned, originals, target)
+        results.append(PruneResult(finished, thinned.report, opened.recipe, opened.config))
+    return results
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """A copy with zeros in the place of masks."""
+    with torch.no_grad(), fresh(model):  # deepcopy refuses a tensor with a graph, which a masked weight is
+        return make_permanent(copied(model))
+
+
+def _finished(thinned: Thinned, originals: Mapping[str, Tensor] | None, target: nn.Module | None) -> nn.Module:
+    """The model to hand over; with originals, masked, and they under the masks."""
+    model = thinned.model
+    if target is not None:
+        make_permanent(target)
+        _transplant(model, target)
+        model = target
+    if originals is not None:
+        some = {name: mask for name, mask in thinned.masks.items() if not bool(mask.all())}
+        put_masks(model, some, {name: originals[name] for name in some if originals[name].shape == some[name].shape})
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """The dense model, and images that are known to fit it."""
+
+    dense: nn.Module
+    example: Tensor
+    images: object
+    recipe: zoo.Recipe | None
+    config: Mapping[str, object] | None
+    name: str
+
+    def read(self, arguments: Mapping[str, Any]) -> Calibration:
+        """All calibration images."""
+        names = ("images", "eval_data", "eval_images", "batch_size", "seed", "progress")
+        return calibration(self.dense, self.images, **{name: arguments[name] for name in names})
+
+
+def _opened(dense: nn.Module, data: object, arguments: Mapping[str, Any]) -> _Opened:
+    dense = dense.to(arguments["device"] or guest.device_of(dense)).eval()
+    images = loading.open_data(data, dense, batch_size=arguments["batch_size"])
+    first, images = peeked(images, arguments["batch_size"])
+    example = example_of(dense, first)
+    check_runs(dense, first.images.to(example.dtype))
+    recipe = _recipe(dense)
+    config = zoo.data_config(dense) if zoo.recipe(dense) else None
+    return _Opened(dense, example, images, recipe, config, recipe.name if recipe else type(dense).__name__)
 
 
 def _recipe(dense: nn.Module) -> zoo.Recipe | None:
@@ -277,53 +361,6 @@ def _within(smaller: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> bool:
         tensor.dim() == dense[name].dim() and all(n <= most for n, most in zip(tensor.shape, dense[name].shape))
         for name, tensor in smaller.items()
     )
-
-
-def _settings(
-    budget: Budget,
-    stops: tuple[float, ...],
-    *,
-    steps: int | None,
-    repair: str | Sequence[str] | None,
-    floor: float,
-    min_channels: int,
-    round_to: int,
-    ignore: Sequence[str],
-    ridge: float,
-    **same: object,
-) -> Settings:
-    """The arguments, checked before anything is read or created."""
-    for name, number in (("min_channels", min_channels), ("round_to", round_to), *((n, same[n]) for n in WHOLE)):
-        if not isinstance(number, Integral) or isinstance(number, bool):
-            raise ArgumentError(f"{name} must be a whole number, got {number!r}.")
-    for name, value in (("ridge", ridge), ("floor", floor), ("confidence", same["confidence"])):
-        if not isinstance(value, Real):
-            raise ArgumentError(f"{name} must be a number, got {value!r}.")
-    if not isinstance(same["autocast"], torch.dtype | None):
-        raise ArgumentError(f"autocast must be a torch.dtype such as torch.bfloat16, got {same['autocast']!r}.")
-    if not 0 < ridge < math.inf:
-        raise ArgumentError(f"ridge must satisfy 0 < ridge < inf, got {ridge}.")
-    check_arguments(*(same[name] for name in ("objective", "site", "statistic", "batch", "confidence")))  # type: ignore[arg-type]
-    settings = Settings(
-        budget=budget,
-        stops=stops,
-        steps=steps,
-        repair=_methods(repair),
-        floors=Floors(floor, min_channels, round_to),
-        ridge=ridge,
-        ignore=ignore if isinstance(ignore, str) else tuple(ignore),  # type: ignore[arg-type]
-        **same,  # type: ignore[arg-type]
-    )
-    settings.schedule()
-    return settings
-
-
-def _methods(repair: str | Sequence[str] | None) -> tuple[str, ...]:
-    wanted = () if repair is None else (repair,) if isinstance(repair, str) else tuple(repair)
-    unknown = [method for method in wanted if method not in (*METHODS, "auto")]
-    if unknown or ("auto" in wanted and len(wanted) > 1):
-        raise ArgumentError(f"repair must be 'auto', None, or some of {', '.join(METHODS)}; got {repair!r}.")
-    return wanted
 
 
 def _transplant(source: nn.Module, target: nn.Module) -> None:

@@ -21,8 +21,8 @@ class LayerRow:
     Attributes:
         name: Qualified name.
         type: Class of the module.
-        kind: What its units are: ``channel``, ``head``, ``group`` or ``width``.
-        before: Output channels (heads of an attention) of the dense model.
+        kind: What its units are: ``channel``, ``head``, ``group``, ``width`` or, of single weights, ``weight``.
+        before: Output channels (heads of an attention, entries of the weight) of the dense model.
         after: The same of the pruned model.
     """
 
@@ -47,12 +47,16 @@ class Size:
         params: Number of parameters.
         bytes: Bytes of parameters and buffers.
         latency: Wall time of a forward pass, or None where it was not measured.
+        nonzero: Effective parameters: those that are not masked; None where no single weights were pruned.
+        packed: Bytes of a file that leaves out what is masked (one bit per entry says where); None as above.
     """
 
     macs: int
     params: int
     bytes: int
     latency: Latency | None = None
+    nonzero: int | None = None
+    packed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class StepRow:
         unrepaired: Agreement after removal, on the images that gate the repair; None where it was not measured.
         repaired: The same of the model as the step leaves it.
         repair: Name of the repair that was kept, or ``none``.
+        nonzero: Parameters that are not masked after the step; None where no single weights were pruned.
     """
 
     step: int
@@ -78,6 +83,7 @@ class StepRow:
     unrepaired: Agreement | None = None
     repaired: Agreement | None = None
     repair: str = "none"
+    nonzero: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,12 @@ class Run:
     def kept(self) -> float:
         """Share of the multiply-accumulates that stayed, in [0, 1]."""
         return self.pruned.macs / self.dense.macs
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of zeros among the weights that could be pruned one by one; None where channels were."""
+        rows = [layer for layer in self.layers if layer.kind == "weight"]
+        return 1 - sum(row.after for row in rows) / sum(row.before for row in rows) if rows else None
 
 
 @functools.singledispatch

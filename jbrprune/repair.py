@@ -9,7 +9,8 @@ reached, everything before it is already repaired.
 * ``mean_shift``: the bias of a consumer takes over the mean of what it no longer reads.
 * ``least_squares``: the kept weights of a consumer reproduce the dense model's output, against a ridge,
   W' = argmin ||(Y_dense - mean) - (A_kept - mean) W'^T||^2 + lambda ||W' - W_kept||^2, and its bias takes over the
-  mean. A consumer without bias needs ``batch_norm`` beside it: the norm behind it takes over the mean.
+  mean. A consumer without bias needs ``batch_norm`` beside it: the norm behind it takes over the mean. Where single
+  weights are masked, every row of W' has its own support and is fitted on it.
 
 Sources: mean shift as in variance-based pruning (arXiv 2507.12988), closed-form compensation as in CORP (arXiv
 2602.05243) and channel pruning by He, Zhang and Sun (ICCV 2017); here every layer sees the repaired inputs.
@@ -36,6 +37,10 @@ MOST_VALUES = 256 * 3 * 224 * 224
 """Repair images go through the model in one batch: as many as have this many values together."""
 ROWS = 4096
 """Output positions, over all images, that a least-squares problem looks at."""
+ITERATIONS = 50
+"""Conjugate gradients on masked weights stop here at the latest ..."""
+CONVERGED = 1e-3
+"""... or when the gradient of every row has fallen to this share of what it was."""
 LARGEST_RATIO = 16.0
 """A stored variance changes by at most this factor: a channel that is constant on few images says little."""
 
@@ -133,6 +138,7 @@ def repaired(
     methods: Sequence[str],
     *,
     ridge: float,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Outcome:
     """Repair a pruned model in place, if that raises the agreement on images held back.
 
@@ -144,6 +150,7 @@ def repaired(
         kept: Axis -> channels of the dense model that are left.
         methods: Some of `METHODS` to apply together, or ``("auto",)`` to choose among combinations; none: only measure.
         ridge: Ridge of ``least_squares``, relative to the mean square of the inputs.
+        masks: Weight name -> boolean mask of single weights, False where the model's weight is zero and stays so.
 
     Returns:
         What was kept, and the agreement on ``gate`` before and after. The divergence KL(dense || repaired) decides: on
@@ -158,7 +165,7 @@ def repaired(
     for combination in _combinations(methods, bool(targets.norms)):
         model.load_state_dict(original)
         try:
-            _apply(model, images, targets, kept, combination, ridge)
+            _apply(model, images, targets, kept, combination, ridge, masks)
             after = agreement_on(model, gate)
         except (NonFiniteError, torch.linalg.LinAlgError):  # a repair that breaks the model is not a repair
             continue
@@ -183,12 +190,16 @@ def _apply(
     kept: Mapping[Axis, Tensor],
     methods: Sequence[str],
     ridge: float,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> None:
     before: dict[str, guest.Hook] = {}
     if "least_squares" in methods or "mean_shift" in methods:
         for name, full in targets.fan_in.items():
-            if model.get_submodule(name).weight.shape[1] < full:  # type: ignore[union-attr, index]
-                before[name] = _refitting(name, targets, kept, ridge if "least_squares" in methods else None)
+            mask = (masks or {}).get(f"{name}.weight")
+            thinned = mask is not None and not bool(mask.all())
+            if thinned or model.get_submodule(name).weight.shape[1] < full:  # type: ignore[union-attr, index]
+                strength = ridge if "least_squares" in methods else None
+                before[name] = _refitting(name, targets, kept, strength, mask if thinned else None)
     if "batch_norm" in methods:
         for name, dense in targets.norms.items():
             before[name] = _following(dense, kept.get((name, "out", 0)))
@@ -213,7 +224,9 @@ def _following(dense: Moments, kept: Tensor | None) -> guest.Hook:
     return hook
 
 
-def _refitting(name: str, targets: Targets, kept: Mapping[Axis, Tensor], ridge: float | None) -> guest.Hook:
+def _refitting(
+    name: str, targets: Targets, kept: Mapping[Axis, Tensor], ridge: float | None, mask: Tensor | None = None
+) -> guest.Hook:
     """Fit a consumer's kept weights (with a ridge) and bias to the dense model's outputs."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -227,7 +240,10 @@ def _refitting(name: str, targets: Targets, kept: Mapping[Axis, Tensor], ridge: 
         if ridge is not None:
             centred = rows - row_mean
             residual = (wanted - wanted_mean) - centred @ weight.t()
-            weight = weight + _ridge_solution(centred, residual, ridge).t()
+            if mask is None:
+                weight = weight + _ridge_solution(centred, residual, ridge).t()
+            else:
+                weight = weight + _masked_ridge_solution(centred, residual, ridge, mask.flatten(1).to(weight))
             module.weight.copy_(weight.view_as(module.weight))  # type: ignore[union-attr, operator, arg-type]
         if module.bias is not None:
             module.bias.copy_(wanted_mean - weight @ row_mean)  # type: ignore[union-attr, operator]
@@ -249,6 +265,34 @@ def _ridge_solution(a: Tensor, residual: Tensor, ridge: float) -> Tensor:
     if d <= n:
         return torch.cholesky_solve((a.t() @ residual).cpu().double(), factor).to(a)
     return a.t() @ torch.cholesky_solve(residual.cpu().double(), factor).to(a)
+
+
+def _masked_ridge_solution(a: Tensor, residual: Tensor, ridge: float, mask: Tensor) -> Tensor:
+    """argmin_D ||residual - a D^T||^2 + lambda ||D||^2 over ``[outputs, inputs]`` D that are zero where the mask is.
+
+    Every row is a problem of its own, because its support is; all are solved together by conjugate gradients on
+    (a^T a + lambda) restricted to the supports. Each iteration is one matrix product, and none makes the fit worse.
+    """
+    gram = a.t() @ a
+    penalty = ridge * float(gram.diagonal().mean()) + torch.finfo(a.dtype).tiny
+    gram.diagonal().add_(penalty)
+    solution = torch.zeros_like(mask)
+    left = (residual.t() @ a) * mask
+    direction = left.clone()
+    square = left.square().sum(1, keepdim=True)
+    enough = square * CONVERGED**2
+    for _ in range(ITERATIONS):
+        image = (direction @ gram).mul_(mask)
+        curvature = (direction * image).sum(1, keepdim=True)
+        step = torch.where(curvature > 0, square / curvature.clamp_min(torch.finfo(a.dtype).tiny), 0)
+        solution.addcmul_(step, direction)
+        left.addcmul_(step, image, value=-1)
+        after = left.square().sum(1, keepdim=True)
+        if bool((after <= enough).all()):
+            break
+        direction = left + direction * torch.where(square > 0, after / square.clamp_min(torch.finfo(a.dtype).tiny), 0)
+        square = after
+    return solution
 
 
 def _images(model: nn.Module, batches: Sequence[Batch]) -> Tensor:

@@ -13,15 +13,17 @@ from jbrprune import architectures, guest, zoo
 from jbrprune import data as loading
 from jbrprune.batches import Batch, iterate
 from jbrprune.calibration import check_runs
+from jbrprune.defaults import CHANNELS, WEIGHTS, complete
 from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.groups import Group
 from jbrprune.measure import check_weights
-from jbrprune.relevance import Site, Statistic, check_arguments, relevance_scores
+from jbrprune.relevance import check_arguments, relevance_scores
 from jbrprune.removal import tried
 from jbrprune.scores import Scores
 from jbrprune.units import copied, find_groups, layer_groups
+from jbrprune.weights import WeightScores, check_weight_arguments, weight_scores
 
-GRANULARITIES = ("unit", "layer")
+GRANULARITIES = ("unit", "layer", "weight")
 
 
 @torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
@@ -29,38 +31,45 @@ def score(
     model: nn.Module | str,
     data: object,
     *,
-    objective: str = "pseudo_label",
-    site: Site = "consumer",
-    statistic: Statistic = "second_moment",
+    objective: str | None = None,
+    site: str | None = None,
+    statistic: str | None = None,
     granularity: str = "unit",
-    batch: int = 128,
-    confidence: float = 0.0,
+    parameters: str = "weights",
+    batch: int | None = None,
+    confidence: float | None = None,
     ignore: Sequence[str] = (),
-    width: bool = False,
+    width: bool | None = None,
+    max_memory: int | None = None,
     autocast: torch.dtype | None = None,
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = True,
     checkpoint: str | Path | None = None,
     **model_arguments: object,
-) -> Scores:
+) -> Scores | WeightScores:
     r"""Score what could be removed from a model: s_u = E_x[v_u(x)^2], v_u(x) = m(x)^T J_u(x) w_u.
+
+    A unit u is a channel, a head or a single weight, w_u its parameters, J_u the Jacobian of the logits by them.
 
     Reads the data once, streaming, whatever their number; memory does not grow.
 
     Args:
         model: A timm name or any module ``[B, C, H, W] -> [B, K]``. Left as it was.
         data: As for `jbrprune.prune`; all of it is read.
-        objective: ``pseudo_label``, ``predicted_logit``, ``margin``, ``label`` or ``projection``.
-        site: ``consumer`` or ``all``; see `jbrprune.relevance.relevance_scores`.
-        statistic: ``second_moment``, ``batched`` or ``mean_replaced``.
+        objective: ``pseudo_label`` (default for channels), ``projection`` (default for single weights),
+            ``predicted_logit``, ``margin`` or ``label``.
+        site: ``consumer`` (default) or ``all``; see `jbrprune.relevance.relevance_scores`.
+        statistic: ``second_moment`` (default), ``batched``, ``mean_replaced`` (channels) or ``signed`` (weights).
         granularity: ``unit``: removable units, coupled channels together. ``layer``: every channel of every known
             layer by itself, inputs and outputs (of ``site="all"``) apart; works for models whose graph cannot be
-            traced.
-        batch: Samples per batch of ``statistic="batched"``.
-        confidence: Score only on images whose largest probability exceeds this.
+            traced. ``weight``: every single weight, s_j = w_j^2 E_x[(m(x)^T df/dw_j)^2]; the model may be masked.
+        parameters: Of ``weight``: ``weights`` of convolutions and linear layers, or ``all``, with biases and norms.
+        batch: Samples per batch of ``statistic="batched"``; default 128.
+        confidence: Score only on images whose largest probability exceeds this; default 0.
         ignore: Globs of module names that are left out.
         width: Include the residual width under LayerNorms.
+        max_memory: Of ``weight``: bytes of scratch memory.
         autocast: Low-precision dtype, such as ``torch.bfloat16``.
         batch_size: Images per pass where the data do not say.
         seed: Seeds ``projection``.
@@ -69,7 +78,8 @@ def score(
         **model_arguments: For a timm name, passed to ``timm.create_model``.
 
     Returns:
-        `Scores`; ``scores["layer1.0.conv1"]`` is the tensor ``[units]`` of one group.
+        `Scores`; ``scores["layer1.0.conv1"]`` is the tensor ``[units]`` of one group. Of ``weight`` `WeightScores`;
+        ``scores["layer1.0.conv1.weight"]`` has the shape of the weight.
 
     Raises:
         ArgumentError: An argument has no meaning.
@@ -83,27 +93,31 @@ def score(
         >>> scores["layer1.0.conv1"].shape
         torch.Size([64])
     """
-    check_arguments(objective, site, statistic, batch, confidence)
+    arguments = dict(locals())
     if granularity not in GRANULARITIES:
         raise ArgumentError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
-    model = resolved(model, checkpoint, model_arguments)
-    check_model(model)
-    first, batches = peeked(loading.open_data(data, model, batch_size=batch_size), batch_size)
-    check_runs(model, first.images)
+    weights = granularity == "weight"
+    known = complete(arguments, WEIGHTS if weights else CHANNELS, "single weights" if weights else "channels")
+    how = {name: known[name] for name in ("objective", "statistic", "batch", "confidence", "autocast")}
+    how |= {name: known[name] for name in ("batch_size", "seed", "progress")}
+    if weights:
+        how |= {"parameters": parameters, "max_memory": known["max_memory"], "ignore": ignore}
+        check_weight_arguments(**{name: how[name] for name in _CHECKED})
+    else:
+        how["site"] = known["site"]
+        check_arguments(*(how[name] for name in ("objective", "site", "statistic", "batch", "confidence")))
+    made = resolved(model, checkpoint, model_arguments)
+    check_model(made, masked=weights)
+    first, batches = peeked(loading.open_data(data, made, batch_size=batch_size), batch_size)
+    check_runs(made, first.images)
+    if weights:
+        return weight_scores(made, batches, **how)
     return relevance_scores(
-        model,
-        batches,
-        _groups(model, first, granularity, site, ignore, width),
-        objective=objective,
-        site=site,
-        statistic=statistic,
-        batch=batch,
-        confidence=confidence,
-        autocast=autocast,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
+        made, batches, _groups(made, first, granularity, known["site"], ignore, known["width"]), **how
     )
+
+
+_CHECKED = ("objective", "statistic", "batch", "parameters", "confidence", "max_memory")
 
 
 def resolved(model: nn.Module | str, weights: str | Path | None, arguments: dict[str, object]) -> nn.Module:
@@ -123,14 +137,19 @@ def resolved(model: nn.Module | str, weights: str | Path | None, arguments: dict
     return model
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, *, masked: bool = False) -> None:
     """Refuse a model that cannot be scored or pruned as it is.
+
+    Args:
+        model: The model.
+        masked: Whether masks of `torch.nn.utils.prune` are welcome.
 
     Raises:
         ModelError: Masked by `torch.nn.utils.prune`, or in half precision.
         NonFiniteError: NaN or Inf in the weights.
     """
-    architectures.refuse_masked(model)
+    if not masked:
+        architectures.refuse_masked(model)
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             raise ModelError(
@@ -157,7 +176,7 @@ def peeked(data: object, batch_size: int) -> tuple[Batch, object]:
 
 
 def _groups(
-    model: nn.Module, first: Batch, granularity: str, site: Site, ignore: Sequence[str], width: bool
+    model: nn.Module, first: Batch, granularity: str, site: str, ignore: Sequence[str], width: bool
 ) -> tuple[Group, ...]:
     if granularity == "layer":
         return tuple(group for group in layer_groups(model, ignore=ignore) if site == "all" or group.side("in"))

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from jbrprune.errors import ArgumentError
 from jbrprune.measure import Agreement, Latency
-from jbrprune.records import LayerRow, Run, plain
+from jbrprune.records import LayerRow, Run, Size, plain
 
 WIDTH = 100
 RATIO_WIDTH = 120
@@ -54,15 +54,21 @@ def ratio_table(rows: Sequence[Run], title: str) -> str:
 
 
 def headline(report: Run) -> str:
-    """One line: the model, its multiply-accumulates before and after."""
+    """One line: the model, and its multiply-accumulates before and after, or how many weights are zero."""
+    if report.sparsity is not None:
+        weights = sum(layer.before for layer in report.layers if layer.kind == "weight")
+        return f"{report.model}: {_percent(report.sparsity)} of {_si(weights)} weights are zero"
     return f"{report.model}: {_change(report.dense.macs, report.pruned.macs, 'MACs')}"
 
 
 def _facts(report: Run) -> Table:
     dense, pruned = report.dense, report.pruned
     facts = {
+        "MACs": _change(dense.macs, pruned.macs, "MACs") if dense.macs != pruned.macs and pruned.nonzero else "",
         "parameters": _change(dense.params, pruned.params, ""),
+        "effective": _optional_change(dense.nonzero, pruned.nonzero, "", "parameters that are not masked"),
         "size": _change(dense.bytes, pruned.bytes, "B"),
+        "packed": _optional_change(dense.packed, pruned.packed, "B", "without what is masked"),
         "latency": _latency_change(dense.latency, pruned.latency),
         "budget": _listed(report.budget),
         "settings": _listed(report.settings),
@@ -166,6 +172,10 @@ def _change(before: float, after: float, unit: str) -> str:
     return f"{pair}, {_percent(after / before if before else None)} kept"
 
 
+def _optional_change(before: int | None, after: int | None, unit: str, what: str) -> str:
+    return "" if before is None or after is None else f"{_change(before, after, unit)} ({what})"
+
+
 def _latency_change(dense: Latency | None, pruned: Latency | None) -> str:
     if dense is None or pruned is None:
         return ""
@@ -222,6 +232,8 @@ def _ratio_table(reports: Sequence[Run]) -> Table:
     """Reports of one model."""
     known = {
         "accuracy": any(report.final and report.final.accuracy is not None for report in reports),
+        "zeros": any(report.sparsity is not None for report in reports),
+        "effective": any(report.pruned.nonzero for report in reports),
         "latency\n(ms)": any(report.pruned.latency for report in reports),
         "speed-up": any(_speedup(report.dense.latency, report.pruned.latency) for report in reports),
     }
@@ -242,6 +254,10 @@ def _repair_change(report: Run) -> str:
     return f"{before.removesuffix(' %')} -> {after}"
 
 
+def _effective(size: Size) -> str:
+    return _si(size.params if size.nonzero is None else size.nonzero)
+
+
 def _latency_cell(latency: Latency | None) -> str:
     return "-" if latency is None else _spread(latency)
 
@@ -256,6 +272,8 @@ _RATIO_COLUMNS: dict[str, tuple[Cell, Cell]] = {
     "kept": (lambda r: _percent(1.0), lambda r: _percent(r.kept)),
     "MACs": (lambda r: _si(r.dense.macs), lambda r: _si(r.pruned.macs)),
     "params": (lambda r: _si(r.dense.params), lambda r: _si(r.pruned.params)),
+    "zeros": (lambda r: "", lambda r: _percent(r.sparsity)),
+    "effective": (lambda r: _effective(r.dense), lambda r: _effective(r.pruned)),
     "top-1\nbefore -> after": (lambda r: "dense", _repair_change),
     "95 %\ninterval": (lambda r: "", lambda r: _interval(r.final)),
     "top-5": (lambda r: "", _of_final(lambda a: _percent(a.top5))),

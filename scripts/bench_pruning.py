@@ -86,9 +86,6 @@ def run(
         measure_latency=False,
         **parsed(setting),
     )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     shared = {
         "shares": sorted(args.shares, reverse=True),
         "model": args.model,
@@ -99,7 +96,7 @@ def run(
         "eval_images": args.eval_images,
         "seconds": round(time.perf_counter() - began, 1),
         "threads": args.threads,
-        "commit": commit,
+        "commit": commit(),
     }
     return [
         shared | record(result.report, share)
@@ -122,6 +119,11 @@ def record(report, share: float) -> dict:
         "repair": report.steps[-1].repair,
         "versions": report.provenance["versions"],
     }
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def lines(path: Path) -> list[dict]:

@@ -59,7 +59,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["jbrprune", *map(str, arguments)])
         monkeypatch.setattr(cli, "latency", quick(cli.latency))
-        monkeypatch.setattr("jbrprune.engine.latency", quick(cli.latency))
+        monkeypatch.setattr("jbrprune.runs.latency", quick(cli.latency))
         capsys.readouterr()
         try:
             cli.main()

@@ -60,6 +60,7 @@ ORDER = (
     "checkpoint",
     "calibration",
     "runs",
+    "defaults",
     "scoring",
     "inventory",
     "prediction",

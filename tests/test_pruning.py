@@ -296,7 +296,9 @@ def test_a_forward_that_raises_leaves_the_model_as_it_was(
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt("no")])
-@pytest.mark.parametrize("where", ["_step", "_report", "remove_units", "repaired", "dense_targets", "agreement_on"])
+@pytest.mark.parametrize(
+    "where", ["_step", "_report", "remove_units", "repaired", "dense_targets", "heldout_agreement"]
+)
 def test_an_exception_in_the_middle_leaves_the_model_as_it_was(
     where: str,
     error: BaseException,
@@ -434,7 +436,7 @@ def test_models_of_a_sweep_share_nothing() -> None:
         ([0.5, 0.5], {}, "one or more different numbers"),
         ([0.5, 1.2], {}, r"macs must satisfy 0 < macs < 1.*got 1\.2"),
         ([0.5, "half"], {}, "macs must satisfy 0 < macs < 1.*got 'half'"),
-        ([0.5], {"budget": "flops"}, "one of macs, params, channels; got budget='flops'"),
+        ([0.5], {"budget": "flops"}, "one of macs, params, channels, sparsity; got budget='flops'"),
         ([0.5], {"params": 0.3}, "got budget='macs' and params="),
         ([0.5], {"inplace": True}, "inplace=True has no meaning"),
     ],

@@ -191,9 +191,9 @@ WRONG: dict[str, tuple[Callable[[], Any], object, dict[str, Any], type[Exception
     "granularity": (
         own,
         SMALL,
-        {"granularity": "weight"},
+        {"granularity": "row"},
         ArgumentError,
-        "granularity must be one of unit, layer, got",
+        "granularity must be one of unit, layer, weight, got",
     ),
     "glob": (own, SMALL, {"ignore": ["nowhere"]}, ArgumentError, "nowhere"),
     "batch size": (own, SMALL, {"batch_size": 0}, ArgumentError, "batch_size must be"),

@@ -1,0 +1,160 @@
+"""The arguments of prune(), checked before anything is read or created."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from jbrprune import engine, thinning
+from jbrprune.budget import KINDS, Budget
+from jbrprune.defaults import CHANNELS, WEIGHTS, complete
+from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.relevance import check_arguments
+from jbrprune.repair import METHODS
+from jbrprune.runs import called
+from jbrprune.scores import Scores
+from jbrprune.selection import Floors
+from jbrprune.sparsity import REMAINDERS, SCOPES, Pattern
+from jbrprune.weights import WeightScores, check_weight_arguments, weight_scores
+
+
+def structure_of(structure: str | None, given: Mapping[str, object]) -> str | Pattern:
+    """What is pruned: ``channels``, ``unstructured`` or a pattern.
+
+    Args:
+        structure: What the user says; None: what the budget is of.
+        given: Budget -> share, None where it is not given; ``sparsity`` is one of them.
+
+    Raises:
+        ArgumentError: Not a structure.
+        BudgetError: The structure and the budget do not go together.
+    """
+    budgets = [name for name, share in given.items() if share is not None]
+    chosen = structure or ("unstructured" if budgets == ["sparsity"] else "channels")
+    if not isinstance(chosen, str):
+        raise ArgumentError(f"structure must be 'channels', 'unstructured' or 'N:M' such as '2:4', got {structure!r}.")
+    if chosen == "channels":
+        if "sparsity" in budgets:
+            raise BudgetError("sparsity= counts single weights: pass structure='unstructured', or macs= for channels.")
+        return chosen
+    pattern = None if chosen == "unstructured" else Pattern.of_text(chosen)
+    if pattern and budgets:
+        raise BudgetError(
+            f"structure='{pattern}' says how many weights stay, so no budget has a meaning beside it; got "
+            f"{', '.join(f'{name}=' for name in budgets)}."
+        )
+    if pattern is None and budgets != ["sparsity"]:
+        raise BudgetError(
+            "structure='unstructured' needs sparsity= (the share of weights to set to zero) and no other budget; got "
+            f"{', '.join(f'{name}=' for name in budgets) or 'none'}."
+        )
+    return pattern or chosen
+
+
+def sparsity_of(value: Any) -> float:
+    """A share of zeros.
+
+    Raises:
+        BudgetError: Not a number in (0, 1).
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < 1:
+        raise BudgetError(
+            f"sparsity must satisfy 0 < sparsity < 1 (the share of weights to set to zero), got {value!r}."
+        )
+    return float(value)
+
+
+def channel_settings(budget: Budget, stops: tuple[float, ...], arguments: Mapping[str, Any]) -> engine.Settings:
+    """Settings of a run on channels.
+
+    Raises:
+        ArgumentError: An argument has no meaning.
+    """
+    known = complete(arguments, CHANNELS, "channels (a budget of " + ", ".join(f"{kind}=" for kind in KINDS) + ")")
+    check_arguments(*(known[name] for name in ("objective", "site", "statistic", "batch", "confidence")))
+    criterion: Any = known["criterion"]
+    steps = known["steps"]
+    if isinstance(criterion, Scores):
+        if len(stops) > 1 or steps not in (None, 1):
+            raise ArgumentError(
+                "Scores made before hold for one step: the channels of the next step are others. Pass a function as "
+                "criterion=, or steps=1."
+            )
+        steps = 1
+    elif criterion is not None:
+        _check_criterion(criterion, "Scores")
+    settings = engine.Settings(
+        budget=budget,
+        stops=stops,
+        steps=steps,
+        repair=_methods(known["repair"]),
+        floors=Floors(known["floor"], known["min_channels"], known["round_to"]),
+        ignore=_globs(known["ignore"]),
+        criterion=criterion,
+        **{name: known[name] for name in ("objective", "site", "statistic", "batch", "confidence", "width", "ridge")},
+        **{name: known[name] for name in ("batch_size", "seed", "autocast", "measure_latency", "progress")},
+    )
+    settings.schedule()
+    return settings
+
+
+def weight_settings(stops: tuple[thinning.Goal, ...], arguments: Mapping[str, Any]) -> thinning.Settings:
+    """Settings of a run on single weights.
+
+    Raises:
+        ArgumentError: An argument has no meaning.
+    """
+    known = complete(arguments, WEIGHTS, "single weights (sparsity= or an N:M structure)")
+    for name, values in (("scope", SCOPES), ("remainder", REMAINDERS)):
+        if known[name] not in values:
+            raise ArgumentError(f"{name} must be one of {', '.join(values)}, got {known[name]!r}.")
+    if not 0 <= known["floor"] < 1:
+        raise ArgumentError(f"floor must satisfy 0 <= floor < 1, got {known['floor']!r}.")
+    if known["steps"] is not None and known["steps"] < 1:
+        raise BudgetError(f"steps must be a whole number of at least 1, got {known['steps']!r}.")
+    names = ("objective", "statistic", "batch", "confidence", "max_memory")
+    check_weight_arguments(parameters="weights", **{name: known[name] for name in names})
+    shown = ["scope", "floor", "ridge"] if not isinstance(stops[0], Pattern) else ["remainder", "ridge"]
+    criterion: Any = known["criterion"]
+    if criterion is None:
+        criterion, shown = _relevance(known), ["objective", "statistic", "confidence", *shown]
+    elif not isinstance(criterion, WeightScores):
+        _check_criterion(criterion, "WeightScores (granularity='weight')")
+    methods = _methods(known["repair"])
+    ignore = _globs(known["ignore"])
+    described = {} if known["criterion"] is None else {"criterion": called(criterion)}
+    described |= {name: known[name] for name in shown} | {"repair": list(methods), "ignore": list(ignore)}
+    return thinning.Settings(
+        stops=stops,
+        steps=known["steps"] or 1,
+        repair=methods,
+        ignore=ignore,
+        criterion=criterion,
+        described=described,
+        **{name: known[name] for name in ("scope", "remainder", "floor", "ridge", "shrink", "batch_size", "seed")},
+        **{name: known[name] for name in ("measure_latency", "progress")},
+    )
+
+
+def _relevance(known: Mapping[str, Any]) -> Callable[..., WeightScores]:
+    names = ("objective", "statistic", "batch", "confidence", "autocast", "max_memory")
+    return functools.partial(weight_scores, **{name: known[name] for name in names})
+
+
+def _check_criterion(criterion: object, what: str) -> None:
+    if not callable(criterion):
+        raise ArgumentError(f"criterion must be a function or {what}, got {called(criterion)}.")
+
+
+def _globs(ignore: str | Sequence[str]) -> Any:
+    return ignore if isinstance(ignore, str) else tuple(ignore)  # a string is refused where globs are matched
+
+
+def _methods(repair: str | Sequence[str] | None) -> tuple[str, ...]:
+    wanted = () if repair is None else (repair,) if isinstance(repair, str) else tuple(repair)
+    unknown = [method for method in wanted if method not in (*METHODS, "auto")]
+    if unknown or ("auto" in wanted and len(wanted) > 1):
+        raise ArgumentError(f"repair must be 'auto', None, or some of {', '.join(METHODS)}; got {repair!r}.")
+    return wanted

@@ -1,0 +1,85 @@
+"""What every pruning run notes of itself: time, agreement, cost, versions."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+
+from jbrprune.batches import Batch
+from jbrprune.calibration import FEWEST_TO_HOLD_BACK, Calibration
+from jbrprune.cost import count_macs
+from jbrprune.measure import Agreement, agreement_on, bytes_of, latency, parameters_of
+from jbrprune.records import Size
+
+
+@dataclass(eq=False)
+class Clock:
+    """Seconds spent on each part of the work.
+
+    Attributes:
+        seconds: Part -> seconds.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of the block to a part."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+
+def heldout_agreement(model: nn.Module, batches: Sequence[Batch]) -> Agreement | None:
+    """Agreement with the dense model; None without images."""
+    return agreement_on(model, batches) if batches else None
+
+
+def size_of(model: nn.Module, example: Tensor, timed: bool) -> Size:
+    """What a model costs on the first example image."""
+    macs = sum(count_macs(model, example).values())
+    return Size(macs, parameters_of(model), bytes_of(model), latency(model, example[:1]) if timed else None)
+
+
+def provenance(seed: int, device: torch.device) -> dict[str, object]:
+    """Versions, seed and hardware."""
+    packages = ("jbrprune", "torch", "timm", "torch-pruning")
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    return {
+        "versions": {package: version(package) for package in packages},
+        "seed": seed,
+        "device": str(device),
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def notes_on_images(images: Calibration, wants_repair: bool) -> list[str]:
+    """What the number of images did not allow."""
+    notes = []
+    if wants_repair and not images.gate:
+        notes.append(
+            f"Nothing was repaired: with fewer than {FEWEST_TO_HOLD_BACK} images none can be held back to check it."
+        )
+    if not images.heldout:
+        notes.append(f"No agreement was measured: fewer than {FEWEST_TO_HOLD_BACK} images.")
+    return notes
+
+
+def called(criterion: object) -> str:
+    """What a report calls a criterion: the name of a function, or the objective of scores that were made before."""
+    settings = getattr(criterion, "settings", None)
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    return name if settings is None else f"scores made before ({settings.objective}, {settings.statistic})"

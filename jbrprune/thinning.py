@@ -1,0 +1,372 @@
+"""One run on single weights: score, mask, repair, until the sparsity is reached."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from tqdm import tqdm
+
+from jbrprune import guest
+from jbrprune.batches import Batch, count
+from jbrprune.calibration import Calibration
+from jbrprune.cost import count_macs
+from jbrprune.errors import ArgumentError, BudgetError, NonFiniteError, UnsupportedModelError
+from jbrprune.measure import Agreement, bytes_of, parameters_of
+from jbrprune.packing import packed_bytes
+from jbrprune.parameters import weights_of
+from jbrprune.repair import Targets, dense_targets, repaired
+from jbrprune.report import LayerRow, Report, Size, StepRow
+from jbrprune.runs import Clock, heldout_agreement, notes_on_images, provenance, size_of
+from jbrprune.shrinking import shrink
+from jbrprune.sparsity import (
+    Pattern,
+    Remainder,
+    Scope,
+    at_floor,
+    keep_most_important,
+    keep_pattern,
+    schedule,
+)
+from jbrprune.weights import WeightScores
+
+Criterion = Callable[..., WeightScores]
+"""``criterion(model, batches, *, ignore, seed, progress)`` -> scores of single weights."""
+Goal = float | Pattern
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to prune single weights; see the arguments of `jbrprune.prune`.
+
+    Attributes:
+        stops: Sparsities (rising) or the one pattern at which a model is handed over.
+        criterion: Scores the weights of the model as it is, or scores made before that hold for all steps.
+    """
+
+    stops: tuple[Goal, ...]
+    steps: int
+    scope: Scope
+    remainder: Remainder
+    floor: float
+    ignore: tuple[str, ...]
+    repair: tuple[str, ...]
+    ridge: float
+    criterion: Criterion | WeightScores
+    shrink: bool
+    batch_size: int
+    seed: int
+    measure_latency: bool
+    progress: bool
+    described: Mapping[str, object]
+
+    def goals(self) -> list[Goal]:
+        """Sparsities or patterns to reach, step by step."""
+        goals: list[Goal] = []
+        start = 0.0
+        for stop in self.stops:
+            if isinstance(stop, Pattern):
+                goals += stop.schedule(self.steps)
+            else:
+                goals += schedule(stop, self.steps, start)
+                start = stop
+        return goals
+
+
+@dataclass(eq=False)
+class State:
+    """The model on its way.
+
+    Attributes:
+        model: Plain; what is pruned is zero.
+        example: Two images on the model's device.
+        masks: Weight name -> boolean mask on the CPU, False where it is pruned.
+        given: The masks that the model came with.
+        skipped: Weights that an N:M pattern does not fit.
+        targets: What repairs aim at; None without images to check them on.
+        unrepaired: Held-out agreement at the last stop, before its repair.
+        repaired: The same, after it.
+        clock: Time spent on each part of the work.
+    """
+
+    model: nn.Module
+    example: Tensor
+    masks: dict[str, Tensor]
+    given: dict[str, Tensor]
+    skipped: tuple[str, ...] = ()
+    targets: Targets | None = None
+    unrepaired: Agreement | None = None
+    repaired: Agreement | None = None
+    clock: Clock = field(default_factory=Clock)
+
+    def put(self, masks: Mapping[str, Tensor]) -> None:
+        """Set the weights that are masked to zero."""
+        found = weights_of(self.model)
+        with torch.no_grad():
+            for name, mask in masks.items():
+                weight = found[name].stored
+                weight.masked_fill_(~mask.to(weight.device), 0)
+        self.masks = dict(masks)
+
+
+@dataclass(frozen=True, eq=False)
+class Thinned:
+    """A model with zeros, at a stop.
+
+    Attributes:
+        model: A plain copy of its own.
+        masks: Weight name -> boolean mask in the model's shapes.
+        report: What was done and what it cost.
+    """
+
+    model: nn.Module
+    masks: dict[str, Tensor]
+    report: Report
+
+
+def start(plain: nn.Module, example: Tensor, given: Mapping[str, Tensor], settings: Settings) -> State:
+    """See that the goal can be reached, before any image is read.
+
+    Args:
+        plain: The model with its masks, if it came with any, as zeros; changed by `run`.
+        example: ``[2, C, H, W]`` on the model's device.
+        given: Weight name -> mask that the model came with.
+        settings: How to prune.
+
+    Raises:
+        ArgumentError: A glob matches nothing, or the scores are of another model.
+        BudgetError: The sparsity cannot be reached, or is exceeded already.
+        UnsupportedModelError: There is no weight to prune.
+    """
+    found = weights_of(plain, settings.ignore)
+    if not found:
+        raise UnsupportedModelError("The model has no convolution or linear layer left to prune. Is all in `ignore`?")
+    shapes = {name: slot.stored.shape for name, slot in found.items()}
+    ones = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    state = State(plain, example, {name: given.get(name, mask).cpu() for name, mask in ones.items()}, dict(given))
+    if isinstance(settings.criterion, WeightScores):
+        _checked(settings.criterion, shapes)
+    equal = {name: mask.float() for name, mask in state.masks.items()}
+    for goal in settings.stops:
+        _next(state, equal, goal, settings)
+    return state
+
+
+def run(state: State, dense: nn.Module, images: Calibration, settings: Settings, name: str) -> Iterator[Thinned]:
+    """Prune step by step; hand over a copy with a report at every stop.
+
+    Args:
+        state: From `start`.
+        dense: The model as it was given, plain, in eval mode; left as it was.
+        images: What to score, repair and report on.
+        settings: How to prune.
+        name: What to call the model in reports.
+
+    Raises:
+        DataError: The objective needs labels, or no image is left to score.
+        NonFiniteError: NaN or Inf on the way, or in the scores.
+    """
+    began = time.perf_counter()
+    if images.gate and settings.repair:
+        with state.clock.timed("repair"):
+            consumers = [weight.rpartition(".")[0] for weight in state.masks]
+            state.targets = dense_targets(dense, images.repair, consumers)
+    size = _with_zeros(size_of(dense, state.example, settings.measure_latency), dense, state.given)
+    rows: list[StepRow] = []
+    shown = tqdm(settings.goals(), "pruning", unit="step", disable=None if settings.progress else True, leave=False)
+    for number, goal in enumerate(shown, 1):
+        rows.append(_step(state, images, settings, number, goal))
+        if goal in settings.stops:
+            yield _handed_over(state, size, images, settings, name, rows, began)
+
+
+def _step(state: State, images: Calibration, settings: Settings, number: int, goal: Goal) -> StepRow:
+    """Score, mask, repair."""
+    clock = time.perf_counter()
+    with state.clock.timed("scoring"):
+        scores = _scores(state, images.score, settings, number)
+    with state.clock.timed("selection"):
+        masks = _next(state, scores, goal, settings)
+        state.skipped = tuple(name for name in state.masks if name not in masks)
+        state.put({name: masks.get(name, mask) for name, mask in state.masks.items()})
+    stops = goal in settings.stops
+    with state.clock.timed("evaluation"):
+        state.unrepaired = heldout_agreement(state.model, images.heldout) if stops else None
+    outcome = None
+    if state.targets is not None:
+        with state.clock.timed("repair"):
+            outcome = repaired(
+                state.model,
+                images.repair,
+                images.gate,
+                state.targets,
+                {},
+                settings.repair,
+                ridge=settings.ridge,
+                masks=state.masks,
+            )
+    with state.clock.timed("evaluation"):
+        changed = outcome is not None and outcome.kept != "none"
+        state.repaired = heldout_agreement(state.model, images.heldout) if stops and changed else state.unrepaired
+    params = parameters_of(state.model)
+    return StepRow(
+        step=number,
+        target=_density(goal),
+        macs=sum(count_macs(state.model, state.example).values()),
+        params=params,
+        seconds=time.perf_counter() - clock,
+        unrepaired=outcome.before if outcome else None,
+        repaired=outcome.after if outcome else None,
+        repair=outcome.kept if outcome else "none",
+        nonzero=params - _zeros(state.masks | _others(state)),
+    )
+
+
+def _scores(state: State, batches: Sequence[Batch], settings: Settings, number: int) -> dict[str, Tensor]:
+    scores = settings.criterion
+    if not isinstance(scores, WeightScores):
+        made = scores(
+            state.model, batches, ignore=settings.ignore, seed=settings.seed + number, progress=settings.progress
+        )
+        scores = _checked(made, {name: mask.shape for name, mask in state.masks.items()})
+    return {name: scores[name].cpu() for name in state.masks}
+
+
+def _checked(scores: WeightScores, shapes: Mapping[str, torch.Size]) -> WeightScores:
+    """Refuse scores that are not of this model's weights."""
+    if not isinstance(scores, WeightScores):
+        raise ArgumentError(
+            f"criterion gave {type(scores).__name__}; single weights need scores made with granularity='weight'."
+        )
+    for name, shape in shapes.items():
+        found = tuple(scores.sums[name].shape) if name in scores.sums else "no score"
+        if found != tuple(shape):
+            raise ArgumentError(
+                f"{name} has shape {tuple(shape)}, but in the scores {found}: they are of another model, or were made "
+                "with another `ignore`. Score this model, or put the parameter into `ignore`."
+            )
+        if not torch.isfinite(scores.sums[name]).all():
+            raise NonFiniteError(f"The scores of {name} contain NaN or Inf: nothing can be ranked by them.")
+    return scores
+
+
+def _next(state: State, scores: Mapping[str, Tensor], goal: Goal, settings: Settings) -> dict[str, Tensor]:
+    """The masks of the next step, without those of weights that a pattern does not fit."""
+    if isinstance(goal, Pattern):
+        found = weights_of(state.model)
+        masks = {
+            name: keep_pattern(score, state.masks[name], goal, _input_dim(found[name].module), settings.remainder)
+            for name, score in scores.items()
+        }
+        fitting = {name: mask for name, mask in masks.items() if mask is not None}
+        if not fitting:
+            raise BudgetError(
+                f"No weight has a number of inputs that {goal.of} divides, so nothing can be pruned {goal}. Pass "
+                "remainder='pad', or another pattern."
+            )
+        return fitting
+    return keep_most_important(scores, state.masks, goal, scope=settings.scope, floor=settings.floor)
+
+
+def _input_dim(module: nn.Module) -> int:
+    return 0 if isinstance(module, _ConvTransposeNd) else 1
+
+
+def _density(goal: Goal) -> float:
+    return goal.keep / goal.of if isinstance(goal, Pattern) else 1 - goal
+
+
+def _handed_over(
+    state: State,
+    dense: Size,
+    images: Calibration,
+    settings: Settings,
+    name: str,
+    rows: Sequence[StepRow],
+    began: float,
+) -> Thinned:
+    model, masks, removed = copy.deepcopy(state.model), state.masks | _others(state), ()
+    layers = _layer_rows(state)
+    if settings.shrink:
+        with state.clock.timed("shrinking"):
+            shrunk = shrink(model, state.example, masks=masks, ignore=settings.ignore, seed=settings.seed)
+        masks = shrunk.masks
+        removed = (
+            f"{sum(shrunk.removed.values())} channels that contributed nothing were removed from "
+            f"{len(shrunk.removed)} groups; {sum(shrunk.constant.values())} that are constant but not zero stay.",
+            *shrunk.notes,
+        )
+    seconds = {**state.clock.seconds, "total": time.perf_counter() - began}
+    report = Report(
+        model=name,
+        budget=_asked(settings, rows[-1]),
+        settings=dict(settings.described) | {"steps": settings.steps, "images": count(images.score)},
+        dense=dense,
+        pruned=_with_zeros(size_of(model, state.example, settings.measure_latency), model, masks),
+        layers=layers,
+        steps=tuple(rows),
+        unrepaired=state.unrepaired,
+        repaired=state.repaired,
+        heldout=images.described,
+        seconds=seconds,
+        provenance=provenance(settings.seed, guest.device_of(model)),
+        notes=(*removed, *_notes(state, settings), *notes_on_images(images, bool(settings.repair))),
+    )
+    return Thinned(model, masks, report)
+
+
+def _asked(settings: Settings, row: StepRow) -> dict[str, object]:
+    pattern = settings.stops[0]
+    return {"structure": str(pattern)} if isinstance(pattern, Pattern) else {"sparsity": round(1 - row.target, 12)}
+
+
+def _others(state: State) -> dict[str, Tensor]:
+    """Masks of what is not pruned here, such as ignored layers and biases."""
+    return {name: mask for name, mask in state.given.items() if name not in state.masks}
+
+
+def _zeros(masks: Mapping[str, Tensor]) -> int:
+    return sum(mask.numel() - int(mask.sum()) for mask in masks.values())
+
+
+def _with_zeros(size: Size, model: nn.Module, masks: Mapping[str, Tensor]) -> Size:
+    """The size with the parameters that are not masked, and the bytes of a file that leaves out what is."""
+    parameters = dict(model.named_parameters())
+    saved = sum(
+        bytes_of_tensor(parameters[name]) - packed_bytes(parameters[name], int(mask.sum()))
+        for name, mask in masks.items()
+    )
+    return replace(size, nonzero=size.params - _zeros(masks), packed=bytes_of(model) - saved)
+
+
+def bytes_of_tensor(tensor: Tensor) -> int:
+    """Bytes of one tensor, stored densely."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _layer_rows(state: State) -> tuple[LayerRow, ...]:
+    found = weights_of(state.model)
+    return tuple(
+        LayerRow(name.rpartition(".")[0], type(found[name].module).__name__, "weight", mask.numel(), int(mask.sum()))
+        for name, mask in state.masks.items()
+    )
+
+
+def _notes(state: State, settings: Settings) -> list[str]:
+    notes = []
+    if state.skipped:
+        notes.append(
+            f"Not pruned, because {settings.stops[0]} does not divide the number of their inputs "
+            f"(remainder='pad' prunes them): {', '.join(name.rpartition('.')[0] for name in state.skipped)}."
+        )
+    floored = [] if isinstance(settings.stops[0], Pattern) else at_floor(state.masks, settings.floor)
+    if floored:
+        shown = ", ".join(name.rpartition(".")[0] for name in floored[:8])
+        more = f" and {len(floored) - 8} more" if len(floored) > 8 else ""
+        notes.append(f"Only the floor ({settings.floor:g} of the weights, at least one) is left of {shown}{more}.")
+    return notes
