@@ -155,9 +155,9 @@ def table(path: Path) -> str:
     for line in lines(path):
         name = line["criterion"] + ("" if line["scope"] == "global" else " (by layer)")
         how = (line["model"], line["images"], line["draws"], line["steps"])
-        found[*how, line["repair"], name][line["goal"]].append(line["accuracy"])
+        found[(*how, line["repair"], name)][line["goal"]].append(line["accuracy"])
         if line["steps"] == 1 and line["repair"] != "none":
-            found[*how, "none", name][line["goal"]].append(line["unrepaired_accuracy"])
+            found[(*how, "none", name)][line["goal"]].append(line["unrepaired_accuracy"])
     goals = sorted({line["goal"] for line in lines(path)})
     rows = [
         "| model | images | steps | repair | criterion | " + " | ".join(goals) + " |",
