@@ -3,11 +3,15 @@
 from importlib.metadata import version
 
 from jbrprune.checkpoint import load
+from jbrprune.parameters import make_permanent
 from jbrprune.pruning import PruneResult, prune, sweep
 from jbrprune.report import Report
 from jbrprune.scores import Scores
 from jbrprune.scoring import score
+from jbrprune.semi_structured import to_semi_structured
 from jbrprune.structured import JBRImportance
+from jbrprune.unstructured import JBRUnstructured, jbr_global_unstructured, jbr_unstructured
+from jbrprune.weights import WeightScores
 
 __version__ = version("jbrprune")
 
@@ -22,4 +26,11 @@ __all__ = [
     "score",
     "Scores",
     "JBRImportance",
+    # single weights
+    "WeightScores",
+    "JBRUnstructured",
+    "jbr_unstructured",
+    "jbr_global_unstructured",
+    "make_permanent",
+    "to_semi_structured",
 ]

@@ -22,6 +22,7 @@ ORDER = (
     "objectives",
     "groups",
     "parameters",
+    "semi_structured",
     "packing",
     "sumfiles",
     "scores",
