@@ -107,6 +107,11 @@ def weight_settings(stops: tuple[thinning.Goal, ...], arguments: Mapping[str, An
         ArgumentError: An argument has no meaning.
     """
     known = complete(arguments, WEIGHTS, "single weights (sparsity= or an N:M structure)")
+    pattern = isinstance(stops[0], Pattern)
+    foreign, what = (("scope", "floor"), f"structure='{stops[0]}'") if pattern else (("remainder",), "sparsity=")
+    for name in foreign:
+        if arguments[name] is not None:
+            raise ArgumentError(f"{name}= has no meaning for {what}: leave it out.")
     for name, values in (("scope", SCOPES), ("remainder", REMAINDERS)):
         if known[name] not in values:
             raise ArgumentError(f"{name} must be one of {', '.join(values)}, got {known[name]!r}.")
@@ -116,7 +121,7 @@ def weight_settings(stops: tuple[thinning.Goal, ...], arguments: Mapping[str, An
         raise BudgetError(f"steps must be a whole number of at least 1, got {known['steps']!r}.")
     names = ("objective", "statistic", "batch", "confidence", "max_memory")
     check_weight_arguments(parameters="weights", **{name: known[name] for name in names})
-    shown = ["scope", "floor", "ridge"] if not isinstance(stops[0], Pattern) else ["remainder", "ridge"]
+    shown = ["remainder", "ridge"] if pattern else ["scope", "floor", "ridge"]
     criterion: Any = known["criterion"]
     if criterion is None:
         criterion, shown = _relevance(known), ["objective", "statistic", "confidence", *shown]

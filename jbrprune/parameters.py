@@ -81,6 +81,8 @@ def is_weight_layer(module: nn.Module) -> bool:
 def weights_of(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Slot]:
     """Weights of all convolutions and linear layers by name, a shared one under its first name.
 
+    A shared weight that is ignored in one place is left out everywhere: it is one tensor.
+
     Args:
         model: The model.
         ignore: Globs of modules or parameters that are left out.
@@ -89,10 +91,11 @@ def weights_of(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Slot]:
         ArgumentError: A glob matches nothing.
     """
     left_out = ignored(model, ignore)
+    every = slots(model)
+    stays = {id(slot.stored) for slot in every if {slot.name, slot.name.rpartition(".")[0]} & left_out}
     found: dict[int, Slot] = {}
-    for slot in slots(model):
-        outside = not {slot.name, slot.name.rpartition(".")[0]} & left_out
-        if slot.kind == "weight" and is_weight_layer(slot.module) and outside:
+    for slot in every:
+        if slot.kind == "weight" and is_weight_layer(slot.module) and id(slot.stored) not in stays:
             found.setdefault(id(slot.stored), slot)
     return {slot.name: slot for slot in found.values()}
 
@@ -128,8 +131,23 @@ def covered(names: Sequence[str], patterns: Sequence[str], what: str) -> set[str
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> boolean mask (False: pruned) of every parameter that ``torch.nn.utils.prune`` has masked."""
-    return {slot.name: slot.mask.bool() for slot in slots(model) if slot.mask is not None}
+    """Name -> boolean mask (False: pruned) of every parameter that ``torch.nn.utils.prune`` has masked.
+
+    A shared parameter appears under its first name.
+
+    Raises:
+        ModelError: Modules that share a parameter mask it differently: no single tensor stands for both.
+    """
+    first: dict[int, Slot] = {}
+    for slot in slots(model):
+        other = first.setdefault(id(slot.stored), slot)
+        if not _alike(other.mask, slot.mask):
+            raise ModelError(
+                f"{other.name} and {slot.name} are one shared parameter, but their masks differ. Mask both alike "
+                "(torch.nn.utils.prune.custom_from_mask), or make the masks permanent: "
+                "torch.nn.utils.prune.remove(module, name)."
+            )
+    return {slot.name: slot.mask.bool() for slot in first.values() if slot.mask is not None}
 
 
 def put_masks(model: nn.Module, masks: Mapping[str, Tensor], originals: Mapping[str, Tensor] | None = None) -> None:
@@ -206,6 +224,10 @@ def fresh(model: nn.Module) -> Iterator[None]:
     finally:
         for slot, tensor in zip(masked, before):
             setattr(slot.module, slot.kind, tensor)
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one.bool(), other.bool()))
 
 
 def _is_masked(module: nn.Module, kind: str) -> bool:

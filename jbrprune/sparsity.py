@@ -62,6 +62,7 @@ def keep_most_important(
     *,
     scope: Scope = "global",
     floor: float = 0.0,
+    passed: bool = False,
 ) -> dict[str, Tensor]:
     """Masks with exactly ``round(sparsity * n)`` zeros, at the least important weights; n over all, or per parameter.
 
@@ -73,6 +74,7 @@ def keep_most_important(
         sparsity: Share of zeros to reach, in [0, 1).
         scope: ``global``: rank all weights together. ``layer``: every parameter by itself.
         floor: Share of every parameter that stays, at least one weight: no layer collapses.
+        passed: Let be what is past the sparsity already, which is an error otherwise.
 
     Returns:
         Parameter name -> boolean mask.
@@ -86,8 +88,9 @@ def keep_most_important(
         tensor([[ True, False, False,  True]])
     """
     if scope == "layer":
-        return {name: _least_gone({name: scores[name]}, {name: masks[name]}, sparsity, floor)[name] for name in scores}
-    return _least_gone(scores, masks, sparsity, floor)
+        parts = (_least_gone({name: scores[name]}, {name: masks[name]}, sparsity, floor, passed) for name in scores)
+        return {name: mask for part in parts for name, mask in part.items()}
+    return _least_gone(scores, masks, sparsity, floor, passed)
 
 
 def keep_pattern(score: Tensor, mask: Tensor, pattern: Pattern, dim: int, remainder: Remainder) -> Tensor | None:
@@ -138,7 +141,7 @@ def _floor(size: int, floor: float) -> int:
 
 
 def _least_gone(
-    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: float, floor: float
+    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: float, floor: float, passed: bool
 ) -> dict[str, Tensor]:
     total = sum(mask.numel() for mask in masks.values())
     count = round(sparsity * total)
@@ -151,6 +154,8 @@ def _least_gone(
             f"sparsity={sparsity:g} cannot be reached: with floor={floor:g} (at least one weight) {total - free:,} of "
             f"{total:,} weights of {where} stay, {free / total:.4f} can go. Ask for less, or lower floor=."
         )
+    if count < gone and passed:
+        return {name: masks[name] for name in scores}
     if count < gone:
         raise BudgetError(
             f"sparsity={sparsity:g} is reached already: {gone:,} of {total:,} weights of {where} are masked "

@@ -65,17 +65,16 @@ class Settings:
     progress: bool
     described: Mapping[str, object]
 
-    def goals(self) -> list[Goal]:
-        """Sparsities or patterns to reach, step by step."""
+    def goals(self, start: float = 0.0) -> list[Goal]:
+        """Sparsities or patterns to reach, step by step, from a share that is masked already."""
         goals: list[Goal] = []
-        start = 0.0
         for stop in self.stops:
             if isinstance(stop, Pattern):
                 goals += stop.schedule(self.steps)
             else:
                 goals += schedule(stop, self.steps, start)
                 start = stop
-        return goals
+        return list(dict.fromkeys(goals))  # a stop is reached once, also by a model that is there already
 
 
 @dataclass(eq=False)
@@ -178,7 +177,10 @@ def run(state: State, dense: nn.Module, images: Calibration, settings: Settings,
             state.targets = dense_targets(dense, images.repair, consumers)
     size = _with_zeros(size_of(dense, state.example, settings.measure_latency), dense, state.given)
     rows: list[StepRow] = []
-    shown = tqdm(settings.goals(), "pruning", unit="step", disable=None if settings.progress else True, leave=False)
+    masked = _zeros(state.masks) / sum(mask.numel() for mask in state.masks.values())
+    shown = tqdm(
+        settings.goals(masked), "pruning", unit="step", disable=None if settings.progress else True, leave=False
+    )
     for number, goal in enumerate(shown, 1):
         rows.append(_step(state, images, settings, number, goal))
         if goal in settings.stops:
@@ -252,6 +254,8 @@ def _checked(scores: WeightScores, shapes: Mapping[str, torch.Size]) -> WeightSc
             )
         if not torch.isfinite(scores.sums[name]).all():
             raise NonFiniteError(f"The scores of {name} contain NaN or Inf: nothing can be ranked by them.")
+        if (scores[name] < 0).any():
+            raise ArgumentError(f"The scores of {name} are negative in places: the least important weight has 0.")
     return scores
 
 
@@ -260,7 +264,7 @@ def _next(state: State, scores: Mapping[str, Tensor], goal: Goal, settings: Sett
     if isinstance(goal, Pattern):
         found = weights_of(state.model)
         masks = {
-            name: keep_pattern(score, state.masks[name], goal, _input_dim(found[name].module), settings.remainder)
+            name: _patterned(score, state.masks[name], goal, found[name].module, settings.remainder)
             for name, score in scores.items()
         }
         fitting = {name: mask for name, mask in masks.items() if mask is not None}
@@ -270,11 +274,17 @@ def _next(state: State, scores: Mapping[str, Tensor], goal: Goal, settings: Sett
                 "remainder='pad', or another pattern."
             )
         return fitting
-    return keep_most_important(scores, state.masks, goal, scope=settings.scope, floor=settings.floor)
+    on_the_way = goal not in settings.stops
+    return keep_most_important(scores, state.masks, goal, scope=settings.scope, floor=settings.floor, passed=on_the_way)
 
 
-def _input_dim(module: nn.Module) -> int:
-    return 0 if isinstance(module, _ConvTransposeNd) else 1
+def _patterned(score: Tensor, mask: Tensor, pattern: Pattern, module: nn.Module, remainder: Remainder) -> Tensor | None:
+    if not isinstance(module, _ConvTransposeNd):
+        return keep_pattern(score, mask, pattern, 1, remainder)
+    # [inputs, ...], and the inputs of different groups of the convolution never meet in an output
+    score, mask = (tensor.unflatten(0, (module.groups, -1)) for tensor in (score, mask))
+    kept = keep_pattern(score, mask, pattern, 1, remainder)
+    return None if kept is None else kept.flatten(0, 1)
 
 
 def _density(goal: Goal) -> float:
