@@ -1,0 +1,29 @@
+"""The Jacobian criterion of Optimal Brain Connection, which the published relevance comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from baselines.common import check_labels, layerwise, named
+from baselines.jbr import PUBLISHED
+from jbrprune.batches import Batch
+from jbrprune.groups import Group
+from jbrprune.scores import Scores
+
+
+def jacobian(
+    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], *, seed: int = 0, progress: bool = False
+) -> Scores:
+    """s_u = sum over layers of E[(mean over 128 samples of g w)^2], L with labels (Optimal Brain Connection).
+
+    Chen et al., arXiv 2508.05521. Departs from it in that a unit of several channels (a head) is squared as a whole,
+    and that nothing is normalised by the group.
+
+    Raises:
+        DataError: The batches have no labels.
+    """
+    check_labels("jacobian", batches)
+    how = {**PUBLISHED, "objective": "label", "progress": progress}
+    return named("jacobian", layerwise(model, batches, groups, how))
