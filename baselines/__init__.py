@@ -1,1 +1,78 @@
-"""Criteria to compare relevance with: each a function that returns scores, all else being equal."""
+"""Criteria to compare relevance with: each a function that returns scores, all else being equal.
+
+Pass one as ``criterion=`` to `jbrprune.prune`: budget, selection, repair, images and report stay the same.
+"""
+
+from __future__ import annotations
+
+from baselines import (
+    bn_scale,
+    fisher,
+    fpgm,
+    grasp,
+    group_fisher,
+    hrank,
+    jacobian,
+    jbr,
+    lamp,
+    magnitude,
+    random,
+    snip,
+    synflow,
+    taylor,
+    variance,
+    wanda,
+    whc,
+)
+from baselines import torch_pruning_shipped as shipped
+from jbrprune.engine import Criterion
+
+CRITERIA: dict[str, Criterion] = {
+    # relevance
+    "jbr": jbr.jbr,
+    "jbr_predicted_logit": jbr.jbr_predicted_logit,
+    "jbr_projection": jbr.jbr_projection,
+    "jbr_mean_replaced": jbr.jbr_mean_replaced,
+    "jbr_batched": jbr.jbr_batched,
+    "jbr_published": jbr.jbr_published,
+    "jbr_published_code": jbr.jbr_published_code,
+    # weights only
+    "random": random.random,
+    "l1": magnitude.l1,
+    "l2": magnitude.l2,
+    "l1_grouped": magnitude.l1_grouped,
+    "l2_grouped": magnitude.l2_grouped,
+    "l2_normalised": magnitude.l2_normalised,
+    "lamp": lamp.lamp,
+    "bn_scale": bn_scale.bn_scale,
+    "fpgm": fpgm.fpgm,
+    "whc": whc.whc,
+    "synflow": synflow.synflow,
+    # activations
+    "wanda": wanda.wanda,
+    "variance": variance.variance,
+    "hrank": hrank.hrank,
+    # labels
+    "taylor": taylor.taylor,
+    "taylor_per_sample": taylor.taylor_per_sample,
+    "fisher": fisher.fisher,
+    "group_fisher": group_fisher.group_fisher,
+    "jacobian": jacobian.jacobian,
+    "snip": snip.snip,
+    "grasp": grasp.grasp,
+    # torch-pruning's own, with their faults (`baselines.torch_pruning_shipped.KNOWN_FAULTS`)
+    "tp_magnitude": shipped.tp_magnitude,
+    "tp_bn_scale": shipped.tp_bn_scale,
+    "tp_lamp": shipped.tp_lamp,
+    "tp_fpgm": shipped.tp_fpgm,
+    "tp_random": shipped.tp_random,
+    "tp_taylor": shipped.tp_taylor,
+    "tp_hessian": shipped.tp_hessian,
+}
+"""Name -> ``criterion(model, batches, groups, *, seed, progress)``."""
+
+LABELS = (
+    *("taylor", "taylor_per_sample", "fisher", "group_fisher", "jacobian", "snip", "grasp"),
+    *("tp_taylor", "tp_hessian"),
+)
+"""Criteria that need labels."""
