@@ -37,7 +37,7 @@ DESCRIPTION = "jbrprune.json"
 
 _LARGEST_DESCRIPTION = 64 * 2**20
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".pkl", ".pickle", ".ckpt", ".tar")
-_PICKLE_MAGIC = (b"\x80", b"PK\x03\x04")
+_PICKLE_MAGIC, _ZIP_MAGIC = b"\x80", b"PK\x03\x04"
 
 
 def save(
@@ -256,8 +256,10 @@ def _existing(path: Path) -> Path:
 def _refuse_pickle(path: Path) -> None:
     """By its suffix or its first bytes, without unpickling anything."""
     with path.open("rb") as file:
-        start = file.read(4)
-    if path.suffix.lower() in _PICKLE_SUFFIXES or start.startswith(_PICKLE_MAGIC):
+        start = file.read(9)
+    # A safetensors file begins with the length of its header, whose first byte may be 0x80, and has a brace at byte 8.
+    magic = start.startswith(_ZIP_MAGIC) or (start.startswith(_PICKLE_MAGIC) and start[8:] != b"{")
+    if path.suffix.lower() in _PICKLE_SUFFIXES or magic:
         raise CheckpointError(
             f"{path}: this looks like a pickle, which can run code when it is read; it was not. If you trust it, "
             "convert it: load_state_dict(torch.load(path, weights_only=True)) into the model, then save the model here."

@@ -557,6 +557,18 @@ def test_load_refuses_a_pickle_unread(saved: Path) -> None:
     assert not (saved / "boom").exists()
 
 
+def test_weights_that_begin_like_a_pickle_are_none(tmp_path: Path) -> None:
+    """The first byte of the weights is that of their header's length; 0x80 is also how a pickle begins."""
+    for length in range(1, 257, 8):
+        model = nn.ModuleDict({"x" * length: nn.Linear(1, 1)})
+        path = tmp_path / str(length)
+        save(path, model, recipe=None)
+        if (path / WEIGHTS).read_bytes()[0] == 0x80:
+            assert torch.equal(load(path, model=model)["x" * length].weight, model["x" * length].weight)  # type: ignore[index]
+            return
+    raise AssertionError("no header of such a length was made")
+
+
 def test_load_refuses_files_and_what_is_not_there(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="Pass the directory that holds it"):
         load(saved / WEIGHTS)

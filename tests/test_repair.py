@@ -18,6 +18,7 @@ from jbrprune import repair
 from jbrprune.batches import Batch, with_reference
 from jbrprune.groups import Axis
 from jbrprune.measure import agreement_on, predict
+from jbrprune.parameters import weights_of
 from jbrprune.repair import Targets, dense_targets, repaired
 from jbrprune.slicing import remove_channels
 
@@ -555,3 +556,64 @@ def test_modes_and_frozen_parameters_survive_a_repair() -> None:
     assert smaller[0].weight.requires_grad  # type: ignore[index, union-attr]
     assert smaller[1].training  # type: ignore[index]
     assert not any(module._forward_pre_hooks for module in smaller.modules())
+
+
+# --- masks of single weights ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("positions", "inputs"), [(60, 12), (9, 12), (40, 40)])
+@pytest.mark.parametrize("ridge", [0.01, 0.1, 2.0])
+def test_masked_least_squares_solves_every_row_on_its_support(
+    positions: int, inputs: int, ridge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row by row: (a_S^T a_S + lambda) d_S = a_S^T r, lambda = ridge * mean square of a column's sum."""
+    monkeypatch.setattr(repair, "ITERATIONS", 500)
+    monkeypatch.setattr(repair, "CONVERGED", 1e-13)
+    a, residual = torch.randn(positions, inputs).double(), torch.randn(positions, 7).double()
+    mask = torch.rand(7, inputs) > 0.5
+    mask[0], mask[1] = False, True
+    found = repair._masked_ridge_solution(a, residual, ridge, mask.double())
+    penalty = ridge * float((a * a).sum()) / inputs
+    for row in range(7):
+        support = mask[row].nonzero().flatten()
+        part = a[:, support]
+        normal = part.t() @ part + penalty * torch.eye(len(support)).double()
+        expected = torch.zeros(inputs).double()
+        expected[support] = torch.linalg.solve(normal, part.t() @ residual[:, row])
+        torch.testing.assert_close(found[row], expected, rtol=1e-9, atol=1e-11)
+    assert (found[~mask] == 0).all()
+
+
+def test_stopping_early_never_fits_worse() -> None:
+    a, residual = torch.randn(50, 30).double(), torch.randn(50, 5).double()
+    mask = (torch.rand(5, 30) > 0.3).double()
+    penalty = 0.1 * float((a * a).sum()) / 30
+
+    def loss(d: Tensor) -> float:
+        return float((residual - a @ d.t()).square().sum() + penalty * d.square().sum())
+
+    losses = [loss(torch.zeros(5, 30).double())]
+    for iterations in range(1, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(repair, "ITERATIONS", iterations)
+            losses.append(loss(repair._masked_ridge_solution(a, residual, 0.1, mask)))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("make", [plain, normed])
+def test_masked_weights_stay_zero_and_the_rest_makes_up_for_them(make: Callable[[], nn.Module]) -> None:
+    dense = cases.randomised(make())
+    images = batches(dense)
+    slots = weights_of(dense)
+    masks = {name: torch.rand(slot.stored.shape) > 0.5 for name, slot in slots.items()}
+    targets = dense_targets(dense, images, [name.rpartition(".")[0] for name in masks])
+    thinned = copy.deepcopy(dense)
+    for name, slot in weights_of(thinned).items():
+        slot.stored.data.mul_(masks[name])
+    outcome = repaired(thinned, images, images, targets, {}, ("auto",), ridge=RIDGE, masks=masks)
+    assert "least_squares" in outcome.kept
+    assert outcome.after.kl < 0.5 * outcome.before.kl
+    for name, slot in weights_of(thinned).items():
+        assert (slot.stored[~masks[name]] == 0).all()
+        assert (slot.stored[masks[name]] != 0).all()
