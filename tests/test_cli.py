@@ -24,6 +24,7 @@ from jbrprune import cli
 from jbrprune.errors import ArgumentError, JBRError
 from jbrprune.report import Report
 from jbrprune.scores import Scores
+from jbrprune.weights import WeightScores
 
 COMMANDS = ("prune", "score", "eval", "info", "demo")
 ARGUMENTS = {"num_classes": 4, "img_size": 32, "depth": 2}
@@ -86,6 +87,8 @@ def no_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("jbrprune.engine.relevance_scores", reached)
     monkeypatch.setattr("jbrprune.scoring.relevance_scores", reached)
+    monkeypatch.setattr("jbrprune.arguments.weight_scores", reached)
+    monkeypatch.setattr("jbrprune.scoring.weight_scores", reached)
 
 
 # --- help ----------------------------------------------------------------------------------------
@@ -116,8 +119,22 @@ def test_help_of_the_whole_names_the_commands_and_the_exit_codes() -> None:
             ["--min-channels", "--eval-data", "--model-arg", "--no-pretrained", "--checkpoint", "--json", "--seed"],
         ),
         (
+            "prune",
+            ["--sparsity", "--structure", "--scope", "--remainder", "--shrink", "--keep-masks", "--max-memory"],
+        ),
+        (
             "score",
-            ["--data", "--out", "--objective", "--site", "--statistic", "--model-arg", "--no-pretrained", "--json"],
+            [
+                "--granularity",
+                "--data",
+                "--out",
+                "--objective",
+                "--site",
+                "--statistic",
+                "--model-arg",
+                "--no-pretrained",
+                "--json",
+            ],
         ),
         ("eval", ["--data", "--reference", "--images", "--model-arg", "--no-pretrained", "--json"]),
         ("info", ["--ignore", "--width", "--min-channels", "--model-arg", "--json"]),
@@ -197,6 +214,74 @@ def test_score(run: Run, pictures: Path, tmp_path: Path) -> None:
     facts = json.loads(text)
     assert facts["samples"] == 12
     assert {row["group"]: row["units"] for row in facts["groups"]} == {g.name: g.size for g in scores.groups}
+
+
+def zeros(model: torch.nn.Module) -> list[int]:
+    """Of every layer that is pruned, in order."""
+    layers = (m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
+    return [int((layer.weight == 0).sum()) for layer in layers]
+
+
+@pytest.mark.parametrize("options", [[], ["--keep-masks"], ["--scope", "layer", "--max-memory", 8, "--floor", 0]])
+def test_prune_single_weights(options: list[object], run: Run, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sparse"
+    asked = ["--data", pictures, "--sparsity", 0.8, "--repair", "none", "--out", out, "--json", *options]
+    code, text, err = run("prune", *RANDOM, *asked)
+    assert (code, err) == (0, "")
+    facts = json.loads(text)
+    assert facts["budget"] == {"sparsity": 0.8}
+    sizes = [row["before"] for row in facts["layers"]]
+    assert sum(row["before"] - row["after"] for row in facts["layers"]) == pytest.approx(0.8 * sum(sizes), abs=5)
+    model = jbrprune.load(out).eval()
+    assert torch.nn.utils.prune.is_pruned(model) == ("--keep-masks" in options)
+    assert zeros(model) == [row["before"] - row["after"] for row in facts["layers"]]
+    if "layer" in options:
+        assert zeros(model) == [round(0.8 * size) for size in sizes]
+        assert facts["settings"]["floor"] == 0
+
+
+def test_prune_a_pattern_and_shrink(run: Run, pictures: Path, tmp_path: Path) -> None:
+    pattern = ["--data", pictures, "--structure", "2:4", "--objective", "margin", "--steps", 2]
+    code, text, err = run("prune", *RANDOM, *pattern, "--remainder", "pad", "--plot", tmp_path / "plot.png")
+    assert (code, err) == (0, "")
+    assert "weights are zero" in text
+    assert "structure=2:4" in text
+    assert "remainder=pad" in text
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    code, text, _ = run("prune", *RANDOM, "--data", pictures, "--sparsity", 0.5, "--shrink", "--repair", "none")
+    assert code == 0
+    assert "channels that contributed nothing were removed from" in text
+
+
+def test_mebibytes_of_scratch_memory(run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def stopped(*_: object, **options: object) -> None:
+        asked.update(options)
+        raise ArgumentError("stop")
+
+    monkeypatch.setattr(cli, "prune", stopped)
+    given = ["--shrink", "--keep-masks", "--max-memory", 3]
+    assert run("prune", *RANDOM, "--data", pictures, "--sparsity", 0.5, *given)[0] == 2
+    assert (asked["max_memory"], asked["shrink"], asked["permanent"]) == (3 << 20, True, False)
+    assert run("prune", *RANDOM, "--data", pictures, "--macs", 0.5)[0] == 2
+    said = {"max_memory", "shrink", "permanent", "scope", "remainder", "structure", "sparsity", "floor", "width"}
+    assert not [name for name in said if asked[name] is not None]  # an option that is not given has no meaning
+
+
+def test_score_single_weights(run: Run, pictures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    options = ["--data", pictures, "--granularity", "weight"]
+    code, text, err = run("score", *RANDOM, *options, "--statistic", "signed", "--out", path)
+    assert (code, err) == (0, "")
+    assert "test_vit: scores of 12 images, projection, weight" in text
+    scores = WeightScores.load(path)
+    assert (scores.samples, scores.settings.statistic) == (12, "signed")
+    code, text, _ = run("score", *RANDOM, *options, "--json")
+    assert code == 0
+    assert {row["group"]: row["units"] for row in json.loads(text)["groups"]} == {
+        name: total.numel() for name, total in scores.sums.items()
+    }
 
 
 def test_info(run: Run) -> None:
@@ -314,6 +399,52 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "no batch": (["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--batch-size", "0"], 2, "batch_size must be"),
     "no device": (["score", *RANDOM, "--data", "{data}", "--device", "gpu"], 2, "--device 'gpu' cannot be used"),
     "no saved model": (["eval", "{tmp}", "--data", "{data}"], 1, "jbrprune.json"),
+    "sparsity of everything": (
+        ["prune", *RANDOM, "--data", "{data}", "--sparsity", "1"],
+        2,
+        r"0 < sparsity < 1 \(the share of weights to set to zero\), got 1.0",
+    ),
+    "no pattern": (["prune", *RANDOM, "--data", "{data}", "--structure", "4:2"], 2, "such as '2:4', got '4:2'"),
+    "pattern and sparsity": (
+        ["prune", *RANDOM, "--data", "{data}", "--structure", "2:4", "--sparsity", "0.5"],
+        2,
+        "no budget has a meaning beside it; got sparsity=",
+    ),
+    "shrink channels": (
+        ["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--shrink"],
+        2,
+        "shrink= has no meaning for channels",
+    ),
+    "masks of channels": (
+        ["prune", *RANDOM, "--data", "{data}", "--macs", "0.5", "--keep-masks"],
+        2,
+        "permanent= has no meaning for channels",
+    ),
+    "width of weights": (
+        ["prune", *RANDOM, "--data", "{data}", "--sparsity", "0.5", "--width"],
+        2,
+        "width= has no meaning for single weights",
+    ),
+    "no memory": (
+        ["prune", *RANDOM, "--data", "{data}", "--sparsity", "0.5", "--max-memory", "0"],
+        2,
+        "max_memory must be a positive number of bytes, got 0",
+    ),
+    "scope": (
+        ["prune", *RANDOM, "--data", "{data}", "--sparsity", "0.5", "--scope", "net"],
+        2,
+        "Invalid value for '--scope'",
+    ),
+    "granularity": (
+        ["score", *RANDOM, "--data", "{data}", "--granularity", "bit"],
+        2,
+        "Invalid value for '--granularity'",
+    ),
+    "site of weights": (
+        ["score", *RANDOM, "--data", "{data}", "--granularity", "weight", "--site", "all"],
+        2,
+        "site= has no meaning for single weights",
+    ),
     "no such glob": (["info", *NET, "--ignore", "nowhere"], 2, "nowhere"),
 }
 
