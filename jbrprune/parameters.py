@@ -136,8 +136,10 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     A shared parameter appears under its first name.
 
     Raises:
-        ModelError: Modules that share a parameter mask it differently: no single tensor stands for both.
+        ModelError: Modules that share a parameter mask it differently: no single tensor stands for both. Or a mask of
+            something else than ``weight`` or ``bias`` of a module.
     """
+    _refuse_foreign(model)
     first: dict[int, Slot] = {}
     for slot in slots(model):
         other = first.setdefault(id(slot.stored), slot)
@@ -193,18 +195,12 @@ def make_permanent(model: nn.Module) -> nn.Module:
         >>> sorted(make_permanent(net).state_dict())
         ['0.bias', '0.weight']
     """
+    _refuse_foreign(model)
     for slot in slots(model):
         mask = slot.mask
         if mask is not None:
             prune.remove(slot.module, slot.kind)
             slot.stored.data.masked_fill_(mask == 0, 0)  # torch leaves -0.0, a value like any other in a file
-    foreign = [name.removesuffix("_mask") for name, _ in model.named_buffers() if name.endswith("_mask")]
-    foreign = [name for name in foreign if f"{name}_orig" in dict(model.named_parameters())]
-    if foreign:
-        raise ModelError(
-            f"{foreign[0]} is masked by torch.nn.utils.prune and is neither a weight nor a bias: call "
-            "torch.nn.utils.prune.remove(module, name) for it."
-        )
     return model
 
 
@@ -224,6 +220,18 @@ def fresh(model: nn.Module) -> Iterator[None]:
     finally:
         for slot, tensor in zip(masked, before):
             setattr(slot.module, slot.kind, tensor)
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    """Only weights and biases are looked at: any other mask would be overlooked."""
+    masked = [name.removesuffix("_mask") for name, _ in model.named_buffers() if name.endswith("_mask")]
+    parameters = dict(model.named_parameters())
+    for name in masked:
+        if f"{name}_orig" in parameters and name.rpartition(".")[2] not in KINDS:
+            raise ModelError(
+                f"{name} is masked by torch.nn.utils.prune and is neither a weight nor a bias: call "
+                "torch.nn.utils.prune.remove(module, name) for it."
+            )
 
 
 def _alike(one: Tensor | None, other: Tensor | None) -> bool:

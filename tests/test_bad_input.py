@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as masks
 
 import jbrprune
-from jbrprune import checkpoint, engine, prune
+from jbrprune import arguments, checkpoint, engine, prune
 from jbrprune.errors import (
     ArgumentError,
     BudgetError,
@@ -364,6 +364,79 @@ def test_constant_images() -> None:
 def test_double_precision_stays_double() -> None:
     result = prune(net().double(), IMAGES, macs=0.6, **QUICK)
     assert {p.dtype for p in result.model.parameters()} == {torch.float64}
+
+
+# --- single weights ------------------------------------------------------------------------------
+
+
+def foreign_mask() -> nn.Module:
+    model = net()
+    model.register_parameter("gain", nn.Parameter(torch.ones(4)))
+    masks.random_unstructured(model, "gain", amount=2)
+    return model
+
+
+def parametrized() -> nn.Module:
+    model = net()
+    nn.utils.parametrizations.weight_norm(model.fc)  # type: ignore[arg-type]
+    return model
+
+
+def masked_with_nan() -> nn.Module:
+    model = masked()
+    model.neck.weight_orig.data[0, 0, 0, 0] = math.nan  # type: ignore[union-attr, index]
+    return model
+
+
+WRONG_FOR_WEIGHTS: dict[str, tuple[Callable[[], Any], Any, type[Exception], str]] = {
+    "half": (lambda: net().half(), IMAGES.half(), ModelError, r"stem.weight is float16: .* Call model.float\(\)"),
+    "NaN in a weight": (with_nan("neck.weight"), IMAGES, NonFiniteError, "'neck.weight' contains NaN or Inf"),
+    "NaN under a mask or not": (masked_with_nan, IMAGES, NonFiniteError, "'neck.weight_orig' contains NaN or Inf"),
+    "a mask of something else": (foreign_mask, IMAGES, ModelError, "gain is masked by .* neither a weight nor a bias"),
+    "no layer": (lambda: nn.Flatten(), IMAGES, UnsupportedModelError, "no convolution or linear layer left to prune"),
+    "forward raises": (lambda: net(raising), IMAGES, DataError, "Net does not run on float32 images .*no such row"),
+    "NaN in an image": (net, images_with(math.nan), NonFiniteError, "Batch 1: image 2 contains NaN or Inf"),
+    "empty": (net, [], DataError, "yielded no batch"),
+    "no folder": (net, "/no/such/folder", DataError, "There is no folder /no/such/folder"),
+    "no name": (lambda: 50, IMAGES, ArgumentError, "must be a timm name or an nn.Module, got int"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FOR_WEIGHTS)
+def test_the_same_for_single_weights(case: str, fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, data, error, message = WRONG_FOR_WEIGHTS[case]
+    model, scored = make(), []
+    monkeypatch.setattr(arguments, "weight_scores", lambda *_, **__: scored.append(1))
+    before = fingerprint(model) if isinstance(model, nn.Module) else None
+    with pytest.raises(error, match=message) as caught:
+        prune(model, data, sparsity=0.5, inplace=True, **QUICK)
+    assert isinstance(caught.value, JBRError)
+    assert not scored
+    assert before is None or fingerprint(model) == before
+
+
+def test_a_computed_weight_is_refused_or_ignored(fingerprint: Fingerprint) -> None:
+    model = parametrized()
+    before = fingerprint(model)
+    with pytest.raises(ModelError, match=r"fc.weight \(.*Linear\) is not a plain parameter .* put it into `ignore`"):
+        prune(model, IMAGES, sparsity=0.5, inplace=True, **QUICK)
+    assert fingerprint(model) == before
+    result = prune(model, IMAGES, sparsity=0.5, ignore=["fc"], **QUICK)
+    assert [row.name for row in result.report.layers] == ["stem", "neck"]
+
+
+@pytest.mark.parametrize("data", [IMAGES[:1], list(IMAGES.split(1))], ids=["one", "ones"])
+def test_few_images_for_single_weights(data: Any) -> None:
+    result = prune(masked(), data, sparsity=0.8, batch_size=1, **QUICK)
+    assert result.report.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert result.model(IMAGES[:1]).isfinite().all()
+    assert any("Nothing was repaired" in note for note in result.report.notes) == (len(data) == 1)
+
+
+def test_double_precision_stays_double_with_zeros() -> None:
+    result = prune(net().double(), IMAGES, sparsity=0.7, permanent=False, **QUICK)
+    assert {p.dtype for p in result.model.parameters()} == {torch.float64}
+    assert result.model.neck.weight_mask.dtype == torch.float64  # type: ignore[union-attr]
 
 
 # --- files ---------------------------------------------------------------------------------------
