@@ -142,6 +142,15 @@ def _of_a_copy(call: ast.Call) -> bool:
     return any(isinstance(node, ast.Call) for node in ast.walk(call.func.value))
 
 
+def test_baselines_stand_outside() -> None:
+    """They import the library, never the reverse, and one file speaks to torch-pruning."""
+    assert not any(module.split(".")[0] == "baselines" for name in FILES for module in imported(tree(name)))
+    for path in sorted((PACKAGE.parent / "baselines").glob("*.py")):
+        libraries = {module.split(".")[0] for module in imported(ast.parse(path.read_text(encoding="utf-8")))}
+        assert "timm" not in libraries, path.name
+        assert "torch_pruning" not in libraries or path.name == "torch_pruning_shipped.py", path.name
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_library_does_not_print(name: str) -> None:
     names = {
