@@ -110,8 +110,8 @@ def parts(model: nn.Module, group: Group) -> list[Part]:
             found.append(Part(model.get_parameter(name), name.rpartition(".")[2], None, member))
         elif side != "heads":
             module = model.get_submodule(name)
-            own = {kind: module._parameters.get(kind) for kind in channels(module)[side].dims}
-            found += [Part(tensor, kind, module, member) for kind, tensor in own.items() if tensor is not None]
+            tensors = {kind: module._parameters.get(kind) for kind in channels(module)[side].dims}
+            found += [Part(tensor, kind, module, member) for kind, tensor in tensors.items() if tensor is not None]
     return found
 
 
@@ -268,10 +268,11 @@ def squared_inputs(
     counts: dict[str, int] = {}
 
     def note(name: str, x: Tensor) -> None:
-        x = x.cpu().double().flatten(2) if x.dim() > 2 else x.cpu().double()[:, :, None]
-        x = x if means is None else x - means[name][:, None]
-        totals[name] = totals.get(name, 0) + x.square().sum((0, 2))
-        counts[name] = counts.get(name, 0) + x.shape[0] * x.shape[2]
+        for row in x:  # one by one: float64 of a whole batch would take much memory
+            row = row.cpu().double().reshape(len(row), -1)
+            row = row if means is None else row - means[name][:, None]
+            totals[name] = totals.get(name, 0) + row.square().sum(1)
+            counts[name] = counts.get(name, 0) + row.shape[1]
 
     read_inputs(model, batches, groups, note, progress=progress)
     return {name: total / counts[name] for name, total in totals.items()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.common import Part, check_labels, made, unit_sums
+from jbrprune import layers
 from jbrprune.batches import Batch
 from jbrprune.groups import Group
 from jbrprune.scores import Scores
@@ -21,13 +22,15 @@ def fisher(
 
     Departs from it in that the Hessian's diagonal is that of the empirical Fisher matrix, per sample and over all
     samples (as in Theis et al., arXiv 1801.05787), that weights are added up to units, and that the factor 1/2 is left
-    out. Layer scales and bare parameters do not count.
+    out. Layer scales, global response norms and bare parameters do not count.
 
     Raises:
         DataError: The batches have no labels.
+        ModelError: A layer transforms its weight before it is used, as standardised convolutions do.
     """
     check_labels("fisher", batches)
-    single = weight_scores(model, batches, objective="label", parameters="all", progress=progress)
+    transformed = [name for name, module in model.named_modules() if layers.adds_input(module)]
+    single = weight_scores(model, batches, objective="label", parameters="all", ignore=transformed, progress=progress)
     names = {parameter: name for name, parameter in model.named_parameters()}
 
     def quantity(part: Part) -> Tensor:

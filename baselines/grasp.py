@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from baselines.common import label_losses, made, mean_gradients, products, shown, unit_sums
 from jbrprune import guest
 from jbrprune.batches import Batch
+from jbrprune.errors import ModelError
 from jbrprune.groups import Group
 from jbrprune.scores import Scores
 
@@ -27,6 +28,7 @@ def grasp(
 
     Raises:
         DataError: The batches have no labels.
+        ModelError: An operation has no second derivative (a hard sigmoid, for instance).
     """
     gradients = mean_gradients(model, batches, "grasp", progress)
     flow = _hessian_times(model, batches, gradients, progress)
@@ -51,7 +53,19 @@ def _hessian_times(
             loss = label_losses(model, batch).sum()
             first = torch.autograd.grad(loss, leaves, create_graph=True)
             along = sum((g * d).sum() for g, d in zip(first, weights, strict=True))
-            for leaf, second in zip(leaves, torch.autograd.grad(along, leaves, allow_unused=True), strict=True):  # type: ignore[arg-type]
+            for leaf, second in zip(leaves, _second(along, leaves), strict=True):  # type: ignore[arg-type]
                 if second is not None:
                     found[leaf] += second.cpu().double() / count
     return found
+
+
+def _second(along: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(along, leaves, allow_unused=True)
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        raise ModelError(
+            f"Criterion 'grasp' needs second derivatives, which an operation of this model has not: {error}. Choose "
+            "another criterion for this model."
+        ) from error

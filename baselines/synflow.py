@@ -28,7 +28,7 @@ def synflow(
     """
     if not batches:
         raise DataError("Criterion 'synflow' reads the shape of the images, but there is no batch.")
-    work = copied(model).double().eval()
+    work = copied(model).cpu().double().eval()
     with torch.no_grad():
         for parameter in work.parameters():
             parameter.abs_()
@@ -36,7 +36,7 @@ def synflow(
             if layers.has_running_statistics(module):
                 module.running_mean.zero_()  # type: ignore[union-attr, operator]
     leaves = list(work.parameters())
-    ones = torch.ones_like(batches[0].images[:1], dtype=torch.float64, device=guest.device_of(work))
+    ones = torch.ones_like(batches[0].images[:1], dtype=torch.float64, device="cpu")
     with guest.visiting(work, gradients=True):
         found = torch.autograd.grad(logits_of(work(ones)).sum(), leaves, allow_unused=True)
     gradients = {leaf: gradient for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None}

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 
 from baselines.common import check_labels, label_losses, made, shown, summed
 from jbrprune import guest, layers
@@ -38,12 +37,15 @@ KNOWN_FAULTS: dict[str, str] = {
     ),
     "tp_bn_scale": "Groups without batch norm get no importance at all; torch-pruning leaves them as they are.",
     "tp_lamp": "A group of zeros gives NaN (0 / 0); equal units are told apart by their order.",
-    "tp_fpgm": "Distances are between powers of weights (squares by default), not between filters.",
+    "tp_fpgm": (
+        "Distances are between powers of weights (squares by default), not between filters; inputs of grouped "
+        "convolutions are an error."
+    ),
     "tp_random": "Draws from the global generator, once per group and call, so that a seed is the caller's business.",
 }
 """Name of a criterion -> what is wrong with it in torch-pruning 1.6.1."""
 
-Importance = Callable[[tp.dependency.Group], Any]
+Importance = Callable[[tp.dependency.Group], Tensor | None]
 
 
 def tp_magnitude(
@@ -146,7 +148,7 @@ def _shipped(
         prepare(work, importance)
         for group in groups:
             member = _root(work, group)
-            found = importance(_traced(graph, work, member))
+            found = _asked(name, importance, group, _traced(graph, work, member))
             if found is None:
                 raise UnsupportedModelError(
                     f"Criterion {name!r}: torch-pruning has no importance for group {group.name}. {KNOWN_FAULTS[name]}"
@@ -154,6 +156,16 @@ def _shipped(
             of_channel = found.detach()[member.channel] * group.size / len(member.channel)
             values[group.name] = summed(group, [(member, of_channel)])
     return made(name, values, groups, site="torch-pruning", statistic="as shipped")
+
+
+def _asked(name: str, importance: Importance, group: Group, traced: tp.dependency.Group) -> Tensor | None:
+    try:
+        return importance(traced)
+    except Exception as error:  # whatever torch-pruning stumbles over
+        raise UnsupportedModelError(
+            f"Criterion {name!r}: torch-pruning fails on group {group.name}: {type(error).__name__}: {error}. "
+            f"{KNOWN_FAULTS[name]}"
+        ) from error
 
 
 def _root(model: nn.Module, group: Group) -> Member:

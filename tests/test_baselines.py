@@ -578,8 +578,10 @@ def test_the_model_is_left_as_it_was(name: str, fingerprint: Callable) -> None:
     assert scores.groups == groups
 
 
-def check_all(model: nn.Module, images: Tensor, classes: int, refuses: tuple[str, ...] = ()) -> None:
-    groups = groups_of(model, images)
+def check_all(
+    model: nn.Module, images: Tensor, classes: int, refuses: tuple[str, ...] = (), width: bool = False
+) -> None:
+    groups = find_groups(model, images, width=width).groups
     data = [Batch(images, torch.arange(len(images)) % classes)]
     for name, criterion in CRITERIA.items():
         if name in refuses:
@@ -612,7 +614,26 @@ def test_all_criteria_run_on_a_vit() -> None:
     check_all(model, cases.images(2, 32), 4, NEEDS_NORM)
 
 
-# torch-pruning's own walk has its say in what is a group; ours are finer where it concatenates.
+def test_all_criteria_run_on_the_width_under_a_layer_norm() -> None:
+    model, images = cases.timm_model("convnextv2")
+    model.get_classifier().weight.data *= 50  # type: ignore[operator]
+    assert any(group.kind == "width" for group in find_groups(model, images, width=True).groups)
+    check_all(model, images, 4, NEEDS_NORM, width=True)
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    model = nets.CASES["grouped"].make().double().eval()
+    groups = groups_of(model, nets.example().double())
+    data = [Batch(nets.example().double(), torch.tensor([0, 1]))]
+    with pytest.raises(UnsupportedModelError, match=r"torch-pruning fails on group a: RuntimeError: .*grouped"):
+        CRITERIA["tp_fpgm"](model, data, groups)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Hardsigmoid(), nn.Linear(4, 2), nn.Flatten())
+    units = torch.arange(4)
+    group = Group("0", "channel", 4, (Member(("0", "out", 0), units, units), Member(("2", "in", 0), units, units)))
+    with pytest.raises(ModelError, match=r"second derivatives.*hardsigmoid"):
+        CRITERIA["grasp"](model, [Batch(torch.randn(2, 1, 1, 3), torch.tensor([0, 1]))], (group,))
+
+
 NETS = ("grouped", "depthwise", "transposed", "flattened", "two pools", "prelu", "dense", "called twice")
 
 
