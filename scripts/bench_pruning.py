@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
 import torch
+from common import commit, lines, parsed
 
 from jbrprune import sweep, zoo
 from jbrprune.data import fashion_mnist
@@ -48,20 +48,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", action="store_true")
     return parser.parse_args()
-
-
-def parsed(pairs: str) -> dict[str, object]:
-    """``a=1,b=x`` -> {"a": 1, "b": "x"}; ``default`` -> {}."""
-    return {
-        key: value_of(value) for key, _, value in (pair.partition("=") for pair in pairs.split(",")) if key != "default"
-    }
-
-
-def value_of(text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None if text == "None" else text
 
 
 def run(
@@ -119,15 +105,6 @@ def record(report, share: float) -> dict:
         "repair": report.steps[-1].repair,
         "versions": report.provenance["versions"],
     }
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(path: Path) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from bench_pruning import commit, lines, parsed
+from common import commit, lines, parsed
 from torch import Tensor, nn
 
 from baselines.weights import WEIGHT_CRITERIA
