@@ -1,0 +1,241 @@
+"""Compare pruning criteria: model x data x protocol x criterion x repair x steps x seed; one JSON line per budget.
+
+    python scripts/benchmark.py --model resnet10t --data digits --weights trained --protocol budget \
+        --criterion jbr l1 taylor random --seeds 0 1 2 --out results/digits.jsonl
+    python scripts/benchmark.py --config scripts/configs/resnet50_imagenet.yaml --data IMAGENET --out imagenet.jsonl
+
+A protocol (see protocols.py) says what is compared and how; whatever else is given replaces its part. A configuration
+is a YAML file of the same names (``model_args`` for ``--model-arg``); the command line goes before it. Budgets that
+are in the output file already are skipped, so an interrupted benchmark goes on where it stopped. ``--shard 1/4`` makes
+the first quarter of all runs; shards may share an output file. table.py and plot.py show what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import append, commit, lines, parsed
+from plan import DEFAULTS, Run, Setup, configured, runs, shard
+from protocols import PROTOCOLS
+from sources import Source, open_source
+from torch import nn
+
+from jbrprune import prune, sweep, zoo
+from jbrprune.batches import Batch, with_reference
+from jbrprune.demo_data import train_digits
+from jbrprune.errors import ArgumentError, JBRError
+from jbrprune.measure import predict
+from jbrprune.records import plain
+from jbrprune.report import Report
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A dense model, and what it says about the images to measure on."""
+
+    model: nn.Module
+    source: Source
+    test: list[Batch]
+
+
+@functools.lru_cache(maxsize=1)
+def opened(setup: Setup) -> Dense:
+    """The dense model with its images; kept until another is asked for."""
+    model = created(setup).eval().to(setup.device)
+    source = open_source(setup.data, setup.root, model)
+    test = source.measured(setup.eval_images, setup.workers)
+    return Dense(model, source, with_reference(test, predict(model, test)))
+
+
+@functools.lru_cache(maxsize=1)
+def calibrated(setup: Setup, images: int, seed: int) -> list[Batch]:
+    """Calibration images with their labels."""
+    return opened(setup).source.calibration(images, seed, setup.workers)
+
+
+def created(setup: Setup) -> nn.Module:
+    """The model with its weights.
+
+    Raises:
+        ArgumentError: No such model, weights or file.
+        ModelError: Weights that cannot be fetched.
+    """
+    arguments = dict(setup.model_args)
+    if setup.weights == "pretrained":
+        return zoo.create(setup.model, **arguments)
+    if setup.weights == "random":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return zoo.create(setup.model, pretrained=False, **arguments)
+    if setup.weights == "trained":
+        if setup.data != "digits":
+            raise ArgumentError(f"weights 'trained' are trained on digits, which takes seconds, not on {setup.data}.")
+        return train_digits(name=setup.model)
+    if not Path(setup.weights).expanduser().is_file():
+        raise ArgumentError(f"weights must be pretrained, random, trained or a file, got {setup.weights!r}.")
+    return zoo.create(setup.model, checkpoint=setup.weights, **arguments)
+
+
+def reports(run: Run) -> list[Report]:
+    """Prune to all budgets, the largest model first; only criteria that need labels are shown any."""
+    protocol = run.protocol
+    dense, batches = opened(run.setup), calibrated(run.setup, protocol.images, run.seed)
+    if run.criterion not in protocol.labelled:
+        batches = [Batch(batch.images) for batch in batches]
+    criterion = protocol.known[run.criterion]
+    how: dict[str, Any] = {
+        **{"steps": protocol.steps, "repair": protocol.repair, "seed": run.seed, "batch_size": run.batch_size},
+        **{"images": None, "eval_data": dense.test, "measure_latency": False, "progress": False},
+        **protocol.options,
+    }
+    if not protocol.from_dense:
+        made = sweep(dense.model, batches, protocol.budgets, budget=protocol.kind, criterion=criterion, **how)
+        return [result.report for result in made]
+    scored = once(criterion) if protocol.steps == 1 else criterion
+    budgets = sorted(protocol.budgets, reverse=protocol.kind != "sparsity")
+    return [
+        prune(dense.model, batches, criterion=scored, **{protocol.kind: budget}, **how).report for budget in budgets
+    ]
+
+
+def once(criterion: Callable[..., Any]) -> Callable[..., Any]:
+    """The criterion, for several cuts of one model with the same images: it is asked the first time only."""
+    found: list[Any] = []
+
+    def remembered(*args: object, **options: object) -> Any:
+        if not found:
+            found.append(criterion(*args, **options))
+        return found[0]
+
+    return remembered
+
+
+def records(run: Run) -> list[dict[str, Any]]:
+    """One line per budget."""
+    protocol, made, keys = run.protocol, reports(run), run.keys()
+    shared = run.described() | {
+        "labels": run.criterion in protocol.labelled,
+        "commit": commit(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    budgets = sorted(protocol.budgets, reverse=protocol.kind != "sparsity")
+    scored_once = protocol.from_dense and protocol.steps == 1
+    found = []
+    for budget, report in zip(budgets, made, strict=True):
+        scoring, total = report.seconds["scoring"], report.seconds["total"]
+        first = made[0].seconds["scoring"] if scored_once else scoring
+        seconds = {"seconds": total - scoring + first, "scoring_seconds": first, "scorings": len(report.steps)}
+        found.append(plain({"key": keys[budget], **shared, "budget": budget, **measured(report), **seconds}))
+    return found
+
+
+def measured(report: Report) -> dict[str, Any]:
+    """What a report says about cost and agreement."""
+    final, before = report.final, report.unrepaired
+    return {
+        "dense_macs": report.dense.macs,
+        "macs": report.pruned.macs,
+        "dense_params": report.dense.params,
+        "params": report.pruned.params,
+        "nonzero": report.pruned.nonzero,
+        "sparsity": report.sparsity,
+        "accuracy": final.accuracy,
+        "dense_accuracy": final.dense_accuracy,
+        "agreement": final.top1,
+        "kl": final.kl,
+        "unrepaired_accuracy": before.accuracy,
+        "unrepaired_agreement": before.top1,
+        "repaired_by": report.steps[-1].repair,
+        "eval_images": final.images,
+        **{name: report.provenance[name] for name in ("versions", "hardware", "device", "threads", "time")},
+    }
+
+
+def benchmark(wanted: Sequence[Run], out: Path) -> int:
+    """Run what is not in the file yet; return how many runs failed."""
+    failed = 0
+    for number, run in enumerate(wanted, 1):
+        done = {line["key"] for line in lines(out)}
+        if done.issuperset(run.keys().values()):
+            continue
+        label = f"{number}/{len(wanted)} {run.setup.model} {run.setup.data} {run.name} {run.criterion} seed {run.seed}"
+        try:
+            made = records(run)
+        except JBRError as error:
+            failed += 1
+            print(f"{label}: {error}", file=sys.stderr, flush=True)
+            continue
+        append(out, [record for record in made if record["key"] not in done])
+        print(f"{label}: {made[-1]['seconds']:.1f} s", flush=True)
+    return failed
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        epilog="protocols:\n" + "\n".join(f"  {name}: {protocol.about}" for name, protocol in PROTOCOLS.items()),
+    )
+    parser.add_argument("--config", type=Path, default=None, help="YAML file with the names below")
+    parser.add_argument("--model", nargs="+", help="timm names")
+    parser.add_argument("--weights", help="pretrained, random, trained (on digits, takes seconds) or a file")
+    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--data", nargs="+", help="digits, fashion_mnist, cifar10, a folder, or such as hfds/NAME")
+    parser.add_argument("--root", help="where named data are stored; the folder with the IDX files of fashion_mnist")
+    parser.add_argument("--protocol", nargs="+", help=", ".join(PROTOCOLS))
+    parser.add_argument("--criterion", nargs="+", help="default: those of the protocol")
+    parser.add_argument("--budgets", type=float, nargs="+", help="shares; default: those of the protocol")
+    parser.add_argument("--steps", type=_steps, nargs="+", help="to each budget; auto: one per 5 %% of the dense cost")
+    parser.add_argument("--repair", nargs="+", help="none, auto, or methods such as batch_norm+least_squares")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--images", type=int, help="calibration images; default: as many as the protocol says")
+    parser.add_argument("--eval-images", type=int, help="default: all; they are kept in memory")
+    parser.add_argument("--batch-size", type=int, help="images per pass")
+    parser.add_argument("--workers", type=int, help="processes that read pictures")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of all runs")
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
+    parser.add_argument("--dry-run", action="store_true", default=False, help="say what would run")
+    return parser.parse_args(argv)
+
+
+def _steps(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
+    try:
+        wanted = configured(args.config, given)
+        wanted["model_args"] = wanted["model_args"] | {
+            key: value for pair in args.model_arg for key, value in parsed(pair).items()
+        }
+        chosen = shard(runs(wanted), args.shard)
+    except JBRError as error:
+        raise SystemExit(f"benchmark.py: {error}") from error
+    if args.dry_run:
+        print("\n".join(f"{run.setup.model} {run.name} {run.criterion} seed {run.seed}" for run in chosen))
+        return
+    if wanted["threads"]:
+        torch.set_num_threads(wanted["threads"])
+    failed = benchmark(chosen, args.out)
+    if failed:
+        raise SystemExit(f"benchmark.py: {failed} of {len(chosen)} runs failed.")
+
+
+if __name__ == "__main__":
+    main()

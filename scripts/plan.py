@@ -1,0 +1,203 @@
+"""What a benchmark runs: everything that was asked for, as a list of runs that can be told apart."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from protocols import PROTOCOLS, Protocol
+from sources import SMALL, check_source
+
+from jbrprune.errors import ArgumentError
+from jbrprune.records import plain
+
+DEFAULTS: dict[str, Any] = {
+    "model": None,
+    "weights": "pretrained",
+    "model_args": {},
+    "data": None,
+    "root": None,
+    "protocol": ["budget"],
+    "criterion": None,
+    "budgets": None,
+    "steps": None,
+    "repair": None,
+    "seeds": [0, 1, 2],
+    "images": None,
+    "eval_images": None,
+    "batch_size": 32,
+    "workers": 0,
+    "threads": None,
+    "device": "cpu",
+}
+"""Everything that a configuration may hold; None: what the protocol says, or all."""
+MANY = ("model", "data", "protocol", "criterion", "budgets", "steps", "repair", "seeds")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The dense model and its images.
+
+    Attributes:
+        weights: ``pretrained``, ``random``, ``trained`` (on digits, here and now) or a file.
+        root: Where named data are stored.
+    """
+
+    model: str
+    weights: str
+    model_args: tuple[tuple[str, object], ...]
+    data: str
+    root: str | None
+    eval_images: int | None
+    device: str
+    workers: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One criterion on one model with one seed, to all budgets of a protocol.
+
+    Attributes:
+        protocol: With everything replaced that was asked for.
+        name: Of the protocol.
+    """
+
+    setup: Setup
+    name: str
+    protocol: Protocol
+    criterion: str
+    seed: int
+    batch_size: int
+
+    def described(self) -> dict[str, Any]:
+        """What makes two runs the same, in the words of a line."""
+        setup, protocol = self.setup, self.protocol
+        return {
+            "model": setup.model,
+            "weights": _weights_named(setup.weights),
+            "model_args": dict(setup.model_args),
+            "data": setup.data,
+            "protocol": self.name,
+            "kind": protocol.kind,
+            "criterion": self.criterion,
+            "steps": protocol.steps,
+            "repair": repair_named(protocol.repair),
+            "from_dense": protocol.from_dense,
+            "options": dict(protocol.options),
+            "seed": self.seed,
+            "images": protocol.images,
+            "eval_images": setup.eval_images,
+            "batch_size": self.batch_size,
+        }
+
+    def keys(self) -> dict[float, str]:
+        """Budget -> what its line is recognised by; on the way from one budget to the next, all of them count."""
+        own = self.described()
+        whole = None if self.protocol.from_dense else self.protocol.budgets
+        return {budget: _digest([own, whole, budget]) for budget in self.protocol.budgets}
+
+
+def configured(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`DEFAULTS`, under a YAML file, under what the command line gives.
+
+    Raises:
+        ArgumentError: The file cannot be read, or holds a name that is not known.
+    """
+    wanted = DEFAULTS | (_read(config) if config else {}) | dict(given)
+    for name in MANY:
+        if wanted[name] is not None and not isinstance(wanted[name], list):
+            wanted[name] = [wanted[name]]
+    return wanted
+
+
+def _read(config: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(config.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ArgumentError(f"{config} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(found, dict):
+        raise ArgumentError(f"{config} must hold names and values such as `model: resnet50`.")
+    for name in found:
+        _check_known(f"entry of {config.name}", name, DEFAULTS)
+    return found
+
+
+def runs(wanted: Mapping[str, Any]) -> list[Run]:
+    """All runs that a configuration asks for, seed by seed, so that an interrupted benchmark compares whole sets.
+
+    Raises:
+        ArgumentError: Something is missing or unknown.
+    """
+    for name in ("model", "data"):
+        if not wanted[name]:
+            raise ArgumentError(f"Say which {name}: --{name} NAME, or `{name}:` in the configuration.")
+    for name in wanted["data"]:
+        check_source(name)
+    found = []
+    for model, data, name, seed in product(wanted["model"], wanted["data"], wanted["protocol"], wanted["seeds"]):
+        _check_known("protocol", name, PROTOCOLS)
+        arguments = tuple((SMALL.get(data, {}) | wanted["model_args"]).items())
+        places = {key: wanted[key] for key in ("weights", "root", "eval_images", "device", "workers")}
+        setup = Setup(model=model, data=data, model_args=arguments, **places)
+        for protocol in variants(PROTOCOLS[name], wanted):
+            for criterion in wanted["criterion"] or protocol.criteria:
+                _check_known("criterion", criterion, protocol.known)
+                found.append(Run(setup, name, protocol, criterion, seed, wanted["batch_size"]))
+    return found
+
+
+def variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Protocol]:
+    """The protocol, with what was asked for in place of its own."""
+    budgets = protocol.budgets if wanted["budgets"] is None else tuple(wanted["budgets"])
+    images = wanted["images"] or protocol.images
+    steps = [protocol.steps] if wanted["steps"] is None else [None if s == "auto" else s for s in wanted["steps"]]
+    repairs = [protocol.repair] if wanted["repair"] is None else [_repair(text) for text in wanted["repair"]]
+    for step, repair in product(steps, repairs):
+        yield replace(protocol, budgets=budgets, images=images, steps=step, repair=repair)
+
+
+def shard(all_runs: list[Run], text: str) -> list[Run]:
+    """Every n-th run, from the i-th: ``i/n``, i from 1.
+
+    Raises:
+        ArgumentError: Not of this form.
+    """
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ArgumentError(f"--shard must be i/n with 1 <= i <= n, such as 1/4, got {text!r}.")
+    return all_runs[int(number) - 1 :: int(count)]
+
+
+def repair_named(repair: str | tuple[str, ...] | None) -> str:
+    """As lines and arguments say it: ``none``, ``auto``, ``batch_norm+least_squares``."""
+    return "none" if repair is None else repair if isinstance(repair, str) else "+".join(repair)
+
+
+def _repair(text: str) -> str | tuple[str, ...] | None:
+    parts = tuple(text.split("+"))
+    return {"none": None, "auto": "auto"}.get(text, parts if len(parts) > 1 else text)
+
+
+def _check_known(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}."
+        raise ArgumentError(f"Unknown {what} {name!r}{meant}")
+
+
+@functools.cache
+def _weights_named(weights: str) -> str:
+    path = Path(weights).expanduser()
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" if path.is_file() else weights
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:16]

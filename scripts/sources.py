@@ -1,0 +1,113 @@
+"""Images to calibrate on and others to measure on, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from jbrprune.batches import Batch, materialise
+from jbrprune.data import PREFIXES, fashion_mnist, open_data
+from jbrprune.demo_data import digits
+from jbrprune.errors import ArgumentError, DataError
+
+SMALL = {"digits": {"in_chans": 1, "num_classes": 10}, "fashion_mnist": {"in_chans": 1, "num_classes": 10}}
+"""Data of small grey images -> what a timm model needs to be told for them."""
+ALIASES = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100"}
+MEASURED = ("val", "validation", "test")
+"""Folders beside ``train`` that images to measure on are in, the first that is there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Images and labels; items of both are ``(image, label)``, or the image alone.
+
+    Attributes:
+        name: What it is called.
+        train: Calibration images are drawn from these.
+        test: Agreement and accuracy are measured on these.
+    """
+
+    name: str
+    train: Dataset
+    test: Dataset
+
+    def calibration(self, count: int, seed: int, workers: int) -> list[Batch]:
+        """So many images at random, the same for the same seed."""
+        order = torch.randperm(_count(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
+        return self._read(self.train, "calibration", order, count, workers)
+
+    def measured(self, count: int | None, workers: int) -> list[Batch]:
+        """The first images to measure on; None: all."""
+        return self._read(self.test, "evaluation", range(_count(self.test)), count, workers)
+
+    def _read(self, data: Dataset, what: str, order: Sequence[int], count: int | None, workers: int) -> list[Batch]:
+        if count is not None and not 1 <= count <= len(order):
+            raise DataError(f"{self.name} has {len(order)} images for {what}, {count} were asked for.")
+        chosen = Subset(data, list(order[:count]))
+        loader = DataLoader(chosen, 64, num_workers=workers, generator=torch.Generator())
+        return materialise(loader, images=None, batch_size=64)
+
+
+def check_source(name: str) -> None:
+    """Refuse what is no name of data, before a model is made.
+
+    Raises:
+        ArgumentError: Neither a known name nor a folder.
+    """
+    prefixes = [f"{prefix}/" for prefix in PREFIXES]
+    if name in {*SMALL, *ALIASES} or name.startswith(tuple(prefixes)) or Path(name).expanduser().is_dir():
+        return
+    known = ", ".join([*SMALL, *ALIASES])
+    raise ArgumentError(f"Unknown data {name!r}: give a folder, {known}, or a name after one of {', '.join(prefixes)}.")
+
+
+def open_source(name: str, root: str | None, model: nn.Module) -> Source:
+    """Find data by name.
+
+    A folder is read as ``train`` and ``val`` (or ``validation``, ``test``) below it; without these, half of its
+    images are for calibration.
+
+    Args:
+        name: ``digits``, ``fashion_mnist``, ``cifar10``, a folder, or what `jbrprune.data.open_data` takes.
+        root: Where the files are; of ``fashion_mnist`` the folder with the IDX files.
+        model: Pictures are prepared for it.
+
+    Raises:
+        ArgumentError: No such data.
+        DataError: They cannot be read.
+    """
+    check_source(name)
+    if name == "digits":
+        images, labels, test_images, test_labels = digits()
+        return Source(name, TensorDataset(images, labels), TensorDataset(test_images, test_labels))
+    if name == "fashion_mnist":
+        if root is None:
+            raise ArgumentError("fashion_mnist is read from its IDX files: pass their folder as root.")
+        return Source(name, *(TensorDataset(*fashion_mnist(root, train=part)) for part in (True, False)))
+    folder = Path(name).expanduser()
+    below = next((part for part in MEASURED if (folder / part).is_dir()), None)
+    if below is not None and (folder / "train").is_dir():
+        return Source(name, *(_pictures(str(folder / part), model) for part in ("train", below)))
+    if folder.is_dir():
+        both = _pictures(name, model)
+        order = range(_count(both))
+        return Source(name, *(Subset(both, order[start::2]) for start in (0, 1)))
+    full = ALIASES.get(name, name)
+    return Source(name, *(_pictures(full, model, root=root, split=part) for part in ("train", "validation")))
+
+
+def _pictures(name: str, model: nn.Module, **where: Any) -> Dataset:
+    opened = open_data(name, model, **where)
+    if not isinstance(opened, DataLoader):
+        raise DataError(f"{name} is a stream, which images cannot be drawn from by a seed: store it in a folder.")
+    return opened.dataset
+
+
+def _count(data: Dataset) -> int:
+    return len(data)  # type: ignore[arg-type]
