@@ -1,0 +1,131 @@
+"""The lines of a benchmark as curves: accuracy over cost, one per criterion and seed; values between budgets, areas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from common import lines
+
+from jbrprune.errors import ArgumentError
+
+CONTEXT = (
+    *("model", "weights", "model_args", "data", "protocol", "kind", "repair", "steps", "options"),
+    *("images", "eval_images", "batch_size"),
+)
+"""Curves are compared that agree in these."""
+COSTS = ("macs", "params", "sparsity")
+METRICS = ("accuracy", "agreement", "kl", "unrepaired_accuracy", "unrepaired_agreement")
+EQUAL = 0.005
+"""Costs that differ by no more, as shares of the dense model, count as equal."""
+
+
+def read(paths: Sequence[Path]) -> pd.DataFrame:
+    """All lines of some files, one row each; a budget that is there twice counts once.
+
+    Adds ``at_macs``, ``at_params`` (of single weights: of those that are not zero) and ``at_sparsity``, shares of the
+    dense model.
+
+    Raises:
+        ArgumentError: A file is missing or has no lines of benchmark.py.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise ArgumentError(f"There is no file {path}.")
+    found = [line for path in paths for line in lines(path)]
+    if not found or not all("key" in line for line in found):
+        raise ArgumentError(f"{' and '.join(map(str, paths))}: expected lines written by benchmark.py.")
+    frame = pd.DataFrame(found).drop_duplicates("key", keep="last")
+    for name in ("model_args", "options"):
+        frame[name] = [json.dumps(value, sort_keys=True) for value in frame[name]]
+    frame["steps"] = ["auto" if pd.isna(steps) else str(int(steps)) for steps in frame["steps"]]
+    effective = pd.to_numeric(frame["nonzero"]).fillna(frame["params"])
+    return frame.assign(
+        at_macs=frame["macs"] / frame["dense_macs"],
+        at_params=effective / frame["dense_params"],
+        at_sparsity=pd.to_numeric(frame["sparsity"]),
+    )
+
+
+def only(frame: pd.DataFrame, criteria: Sequence[str] | None) -> pd.DataFrame:
+    """The lines of some criteria; None: all.
+
+    Raises:
+        ArgumentError: There is no line of one of them.
+    """
+    missing = sorted(set(criteria or ()) - set(frame["criterion"]))
+    if missing:
+        raise ArgumentError(f"No line of {', '.join(missing)}; there are {', '.join(frame['criterion'].unique())}.")
+    return frame[frame["criterion"].isin(criteria)] if criteria else frame
+
+
+def contexts(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """What is comparable, with a title."""
+    for values, rows in frame.groupby(list(CONTEXT), sort=False, dropna=False):
+        own = dict(zip(CONTEXT, values, strict=True))
+        dense = f", dense accuracy {rows['dense_accuracy'].iloc[0]:.2%}" if rows["dense_accuracy"].notna().all() else ""
+        yield (
+            f"{own['model']} ({own['weights']}) on {own['data']}, protocol {own['protocol']}: repair {own['repair']}, "
+            f"steps {own['steps']}, {own['images']} calibration and {own['eval_images']} evaluation images{dense}",
+            rows,
+        )
+
+
+def curves(rows: pd.DataFrame, at: str, metric: str) -> dict[str, dict[int, np.ndarray]]:
+    """Criterion -> seed -> ``[2, n]`` cost (rising) and metric; the dense model is the first or the last point.
+
+    Raises:
+        ArgumentError: The lines say nothing about it.
+    """
+    if rows[f"at_{at}"].isna().any() or rows[metric].isna().any():
+        raise ArgumentError(f"Some lines say nothing about {metric} at {at}: pick another --at or --metric.")
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for (criterion, seed), part in rows.groupby(["criterion", "seed"], sort=False):
+        costs = [*part[f"at_{at}"], 0.0 if at == "sparsity" else 1.0]
+        points = pd.Series([*part[metric], _dense(part, metric)], costs, dtype=float)
+        points = points.groupby(level=0).mean()  # a cost that is reached twice has one point, and costs rise
+        found.setdefault(criterion, {})[seed] = np.stack([points.index.to_numpy(), points.to_numpy()])
+    return found
+
+
+def _dense(rows: pd.DataFrame, metric: str) -> float:
+    """The metric of the dense model."""
+    known = {"agreement": 1.0, "unrepaired_agreement": 1.0, "kl": 0.0}
+    return known[metric] if metric in known else float(rows["dense_accuracy"].iloc[0])
+
+
+def value(curve: np.ndarray, target: float) -> tuple[float, bool]:
+    """The metric at a cost, and whether it is interpolated linearly; NaN outside of the curve."""
+    costs, values = curve
+    nearest = np.abs(costs - target).argmin()
+    if abs(costs[nearest] - target) <= EQUAL:
+        return float(values[nearest]), False
+    if not costs[0] < target < costs[-1]:
+        return float("nan"), False
+    return float(np.interp(target, costs, values)), True
+
+
+def common_range(found: dict[str, dict[int, np.ndarray]]) -> tuple[float, float]:
+    """The costs that every curve covers; empty where the first is not below the second."""
+    every = [curve[0] for seeds in found.values() for curve in seeds.values()]
+    return max(costs[0] for costs in every), min(costs[-1] for costs in every)
+
+
+def area(curve: np.ndarray, low: float, high: float) -> float:
+    """Mean of the metric between two costs, by trapezoids; NaN for an empty range."""
+    if not low < high:
+        return float("nan")
+    costs, values = curve
+    inside = (costs > low) & (costs < high)
+    grid = np.concatenate([[low], costs[inside], [high]])
+    return float(np.trapezoid(np.interp(grid, costs, values), grid) / (high - low))
+
+
+def scoring(rows: pd.DataFrame) -> pd.Series:
+    """Criterion -> seconds of one scoring, mean over the passes of all seeds."""
+    last = rows.sort_values("scorings").groupby(["criterion", "seed"], sort=False).last()
+    sums = last.groupby("criterion")[["scoring_seconds", "scorings"]].sum()
+    return sums["scoring_seconds"] / sums["scorings"]
