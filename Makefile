@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench bench-smoke clean
 
 # pip and venv: the stamp makes an unchanged project install once.
 $(VENV)/.installed: pyproject.toml
@@ -33,5 +33,11 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python scripts/bench_relevance.py
 
+bench-smoke: $(VENV)/.installed
+	$(BIN)/python scripts/benchmark.py --config scripts/configs/digits.yaml --protocol budget --criterion jbr taylor l1 \
+		random --budgets 0.8 0.6 0.4 --seeds 0 1 --images 128 --out bench-smoke/lines.jsonl
+	$(BIN)/python scripts/table.py bench-smoke/lines.jsonl
+	$(BIN)/python scripts/plot.py bench-smoke/lines.jsonl --out bench-smoke/lines.png
+
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) demo bench-smoke build dist *.egg-info

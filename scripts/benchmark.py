@@ -160,18 +160,23 @@ def measured(report: Report) -> dict[str, Any]:
 
 
 def benchmark(wanted: Sequence[Run], out: Path) -> int:
-    """Run what is not in the file yet; return how many runs failed."""
+    """Run what is not in the file yet; return how many runs failed.
+
+    Raises:
+        JBRError: A model, or its images, cannot be had.
+    """
     failed = 0
     for number, run in enumerate(wanted, 1):
         done = {line["key"] for line in lines(out)}
         if done.issuperset(run.keys().values()):
             continue
         label = f"{number}/{len(wanted)} {run.setup.model} {run.setup.data} {run.name} {run.criterion} seed {run.seed}"
+        opened(run.setup)
         try:
             made = records(run)
-        except JBRError as error:
+        except (JBRError, RuntimeError) as error:  # a criterion that does not suit a model must not stop the others
             failed += 1
-            print(f"{label}: {error}", file=sys.stderr, flush=True)
+            print(f"{label}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             continue
         append(out, [record for record in made if record["key"] not in done])
         print(f"{label}: {made[-1]['seconds']:.1f} s", flush=True)
@@ -232,7 +237,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if wanted["threads"]:
         torch.set_num_threads(wanted["threads"])
-    failed = benchmark(chosen, args.out)
+    try:
+        failed = benchmark(chosen, args.out)
+    except JBRError as error:
+        raise SystemExit(f"benchmark.py: {error}") from error
     if failed:
         raise SystemExit(f"benchmark.py: {failed} of {len(chosen)} runs failed.")
 

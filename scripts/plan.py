@@ -18,6 +18,7 @@ from sources import SMALL, check_source
 
 from jbrprune.errors import ArgumentError
 from jbrprune.records import plain
+from jbrprune.repair import METHODS
 
 DEFAULTS: dict[str, Any] = {
     "model": None,
@@ -183,6 +184,8 @@ def repair_named(repair: str | tuple[str, ...] | None) -> str:
 
 def _repair(text: str) -> str | tuple[str, ...] | None:
     parts = tuple(text.split("+"))
+    for part in parts:
+        _check_known("repair", part, ("none", "auto", *METHODS))
     return {"none": None, "auto": "auto"}.get(text, parts if len(parts) > 1 else text)
 
 

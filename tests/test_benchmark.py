@@ -1,0 +1,470 @@
+"""The benchmark from the command line to the figure: runs, resuming, shards, tables at equal cost, areas."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import benchmark  # noqa: E402
+import common  # noqa: E402
+import curves  # noqa: E402
+import plan  # noqa: E402
+import plot  # noqa: E402
+import protocols  # noqa: E402
+import sources  # noqa: E402
+import table  # noqa: E402
+
+from baselines.torch_pruning_shipped import KNOWN_FAULTS  # noqa: E402
+from jbrprune.errors import ArgumentError, DataError  # noqa: E402
+
+FEW = ["--data", "digits", "--weights", "random", "--images", "32", "--eval-images", "40"]
+TINY = ["--model", "test_resnet", "--model-arg", "zero_init_last=false", *FEW]  # each block has a part in the logits
+TINY_VIT = ["--model", "test_vit", "--model-arg", "img_size=32", *FEW]
+NEEDED = (
+    *("model", "data", "protocol", "criterion", "budget", "seed", "macs", "params", "accuracy", "dense_accuracy"),
+    *("agreement", "kl", "seconds", "scoring_seconds", "images", "eval_images", "versions", "hardware", "threads"),
+    *("commit", "command"),
+)
+
+
+def run(out: Path, *extra: str, base: list[str] = TINY) -> list[dict]:
+    benchmark.main([*base, *extra, "--out", str(out)])
+    return common.lines(out)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two criteria, two budgets, two seeds."""
+    out = tmp_path_factory.mktemp("benchmark") / "lines.jsonl"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(out, "--criterion", "jbr", "tp_taylor", "--budgets", "0.8", "0.6", "--steps", "1", "--seeds", "0", "1")
+    torch.set_num_threads(threads)
+    return out
+
+
+# --- lines -----------------------------------------------------------------------------------------
+
+
+def test_a_line_for_every_run_and_budget(measured: Path) -> None:
+    lines = common.lines(measured)
+    found = {(line["criterion"], line["seed"], line["budget"]) for line in lines}
+    assert len(lines) == len({line["key"] for line in lines}) == 8
+    assert found == {(name, seed, b) for name in ("jbr", "tp_taylor") for seed in (0, 1) for b in (0.8, 0.6)}
+    for line in lines:
+        assert set(NEEDED) <= line.keys()
+        assert 0.5 * line["budget"] < line["macs"] / line["dense_macs"] <= line["budget"]
+        assert line["images"] == 32
+        assert line["eval_images"] == 40
+        assert line["labels"] == (line["criterion"] == "tp_taylor")
+        assert 0 < line["scoring_seconds"] < line["seconds"]
+        assert line["scorings"] == (1 if line["budget"] == 0.8 else 2)  # from one budget to the next
+
+
+def test_resuming_adds_nothing_and_repairs_a_half_line(measured: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lines.jsonl"
+    whole = measured.read_bytes()
+    arguments = ("--criterion", "jbr", "tp_taylor", "--budgets", "0.8", "0.6", "--steps", "1", "--seeds", "0", "1")
+    out.write_bytes(whole)
+    run(out, *arguments)
+    assert out.read_bytes() == whole
+    rows = whole.splitlines(keepends=True)
+    out.write_bytes(b"".join(rows[:-1]) + rows[-1][:-40])  # killed while the last line was written
+    assert len(common.lines(out)) == 7
+    again = run(out, *arguments)
+    assert len(again) == 8
+    assert again[:7] == [json.loads(row) for row in rows[:7]]
+    last, before = again[7], json.loads(rows[7])
+    same = ("key", "criterion", "budget", "seed", "macs", "params", "accuracy", "agreement")
+    assert {name: last[name] for name in same} == {name: before[name] for name in same}
+
+
+def test_lines_are_cut_and_completed(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lines.jsonl"
+    common.append(path, [{"a": 1}])
+    path.write_text('{"a": 1}\n{"a": 2}')  # whole but for its end of line
+    assert common.lines(path) == [{"a": 1}, {"a": 2}]
+    common.append(path, [{"a": 3}])
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n{"a": 3}\n'
+    path.write_text('{"a": 1}\n{"a": 2')
+    common.append(path, [{"a": 3}, {"a": 4}])
+    assert path.read_text() == '{"a": 1}\n{"a": 3}\n{"a": 4}\n'
+
+
+def test_arguments_of_the_older_scripts() -> None:
+    assert common.parsed("a=1,b=x,c=None,d=0.5,e=true") == {"a": 1, "b": "x", "c": None, "d": 0.5, "e": True}
+    assert common.parsed("default") == {}
+
+
+# --- runs ------------------------------------------------------------------------------------------
+
+
+def wanted(**given: object) -> dict:
+    return plan.configured(None, {"model": ["test_resnet"], "data": ["digits"], **given})
+
+
+def test_shards_are_disjoint_and_complete() -> None:
+    every = plan.runs(wanted(protocol=["budget", "unstructured"], seeds=[0, 1]))
+    parts = [plan.shard(every, f"{number}/4") for number in range(1, 5)]
+    keys = [key for part in parts for run in part for key in run.keys().values()]
+    assert sorted(keys) == sorted(key for run in every for key in run.keys().values())
+    assert len(keys) == len(set(keys))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    with pytest.raises(ArgumentError, match="i/n"):
+        plan.shard(every, "0/4")
+
+
+def test_shards_write_into_one_file(tmp_path: Path) -> None:
+    out = tmp_path / "lines.jsonl"
+    common_part = ("--criterion", "l1", "random", "--budgets", "0.8", "--steps", "1", "--seeds", "0")
+    assert [line["criterion"] for line in run(out, *common_part, "--shard", "2/2")] == ["random"]
+    assert [line["criterion"] for line in run(out, *common_part, "--shard", "1/2")] == ["random", "l1"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"seeds": [1]}, {"images": 31}, {"eval_images": 9}, {"repair": ["none"]}, {"steps": [2]}, {"batch_size": 8}),
+        *({"model": ["test_vit"]}, {"weights": "random"}, {"model_args": {"in_chans": 3}}, {"budgets": [0.9, 0.5]}),
+        *({"criterion": ["l2"]}, {"protocol": ["one_shot"]}),
+    ],
+    ids=str,
+)
+def test_whatever_changes_the_result_changes_the_key(change: dict) -> None:
+    base = {"seeds": [0], "criterion": ["l1"], "budgets": [0.9, 0.6]}
+    (one,), (other,) = plan.runs(wanted(**base)), plan.runs(wanted(**base | change))
+    assert not set(one.keys().values()) & set(other.keys().values())
+
+
+def test_budgets_that_start_from_the_dense_model_stand_alone() -> None:
+    def keys(name: str, budgets: list[float]) -> dict[float, str]:
+        (only,) = plan.runs(wanted(protocol=[name], budgets=budgets, criterion=["random"], seeds=[0]))
+        return only.keys()
+
+    assert keys("one_shot", [0.8, 0.6])[0.6] == keys("one_shot", [0.6])[0.6]
+    assert keys("budget", [0.8, 0.6])[0.6] != keys("budget", [0.6])[0.6]
+
+
+def test_weights_in_a_file_are_known_by_their_content(tmp_path: Path) -> None:
+    def key(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        given = {"weights": str(tmp_path / name), "criterion": ["l1"], "seeds": [0], "budgets": [0.5]}
+        (only,) = plan.runs(wanted(**given))
+        return only.keys()[0.5]
+
+    assert key("a", b"1") == key("b", b"1") != key("c", b"2")
+
+
+@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+def test_every_protocol_runs(name: str, tmp_path: Path) -> None:
+    base = TINY_VIT if name == "vit_mlp_heads" else TINY
+    budgets = ["0.7", "0.5"] if name == "unstructured" else ["0.8", "0.7"]
+    criteria = ("--criterion", "jbr_projection", "random")
+    lines = run(tmp_path / "out", "--protocol", name, *criteria, "--budgets", *budgets, "--seeds", "3", base=base)
+    assert [line["criterion"] for line in lines] == ["jbr_projection"] * 2 + ["random"] * 2
+    assert [line["budget"] for line in lines] == ([0.5, 0.7] if name == "unstructured" else [0.8, 0.7]) * 2
+    protocol = protocols.PROTOCOLS[name]
+    for line in lines:
+        assert (line["protocol"], line["kind"]) == (name, protocol.kind)
+        assert line["repair"] == plan.repair_named(protocol.repair)
+        assert line["dense_accuracy"] == lines[0]["dense_accuracy"]
+        if name == "unstructured":
+            assert line["sparsity"] == pytest.approx(line["budget"], abs=1e-4)
+            assert line["macs"] == line["dense_macs"]
+        elif name != "paper":
+            assert line["macs"] <= line["budget"] * line["dense_macs"]
+    if name == "paper":
+        assert {line["repaired_by"] for line in lines} == {"none"}
+
+
+def test_the_paper_takes_eighteen_equal_steps() -> None:
+    paper = protocols.PROTOCOLS["paper"]
+    assert np.allclose(-np.diff([1.0, *paper.budgets]), 0.05)
+    assert (len(paper.budgets), paper.budgets[-1], paper.steps, paper.images) == (18, 0.1, 1, 6400)
+    assert not {"jbr", "jbr_predicted_logit", "jbr_mean_replaced"} & set(paper.criteria)  # not batched
+
+
+def test_criteria_of_protocols_exist() -> None:
+    for protocol in protocols.PROTOCOLS.values():
+        assert set(protocol.criteria) <= set(protocol.known)
+        assert protocol.labelled <= set(protocol.known)
+
+
+def test_only_criteria_that_need_labels_see_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = {}
+
+    def spy(name: str) -> None:
+        real = protocols.CRITERIA[name]
+
+        def watched(model: nn.Module, batches: list, groups: list, **how: object) -> object:
+            seen[name] = [batch.labels is not None for batch in batches]
+            return real(model, batches, groups, **how)
+
+        monkeypatch.setitem(protocols.CRITERIA, name, watched)
+
+    spy("l1")
+    spy("taylor")
+    run(tmp_path / "out", "--criterion", "l1", "taylor", "--budgets", "0.8", "--steps", "1", "--seeds", "0")
+    assert not any(seen["l1"])
+    assert all(seen["taylor"])
+
+
+def test_one_shot_scores_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+    real = protocols.CRITERIA["l1"]
+
+    def counted(model: nn.Module, batches: list, groups: list, **how: object) -> object:
+        calls.append(sum(parameter.numel() for parameter in model.parameters()))
+        return real(model, batches, groups, **how)
+
+    monkeypatch.setitem(protocols.CRITERIA, "l1", counted)
+    lines = run(
+        tmp_path / "out", "--protocol", "one_shot", "--criterion", "l1", "--budgets", "0.6", "0.8", "--seeds", "0"
+    )
+    assert calls == [lines[0]["dense_params"]]
+    assert [line["scoring_seconds"] for line in lines] == [lines[0]["scoring_seconds"]] * 2
+    again = run(tmp_path / "alone", "--protocol", "one_shot", "--criterion", "l1", "--budgets", "0.6", "--seeds", "0")
+    assert [again[0][name] for name in ("key", "macs", "accuracy")] == [
+        lines[1][name] for name in ("key", "macs", "accuracy")
+    ]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "lines.jsonl"
+    criteria = ("--criterion", "bn_scale", "l1")  # a vision transformer has no batch norm
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        run(out, *criteria, "--budgets", "0.8", "--steps", "1", "--seeds", "0", base=TINY_VIT)
+    assert [line["criterion"] for line in common.lines(out)] == ["l1"]
+    assert "bn_scale" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--protocol", "papper"], "did you mean 'paper'"),
+        (["--criterion", "tailor"], "did you mean 'taylor'"),
+        (["--protocol", "unstructured", "--criterion", "fpgm"], "known are magnitude"),
+        (["--data", "imagnet"], "Unknown data 'imagnet'"),
+        (["--repair", "batchnorm"], "did you mean 'batch_norm'"),
+        (["--model", "resnet10x"], "resnet10"),
+        (["--weights", "missing.pth"], "weights must be"),
+        (["--data", "cifar10"], "torch/cifar10"),
+        (["--data", "fashion_mnist"], "pass their folder as root"),
+        (["--shard", "3/2"], "--shard must be i/n"),
+        (["--config", "missing.yaml"], "cannot be read as YAML"),
+    ],
+)
+def test_unknown_names_are_one_sentence(arguments: list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "out", *arguments)
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+
+
+def test_an_unknown_entry_of_a_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("modle: resnet50\n")
+    with pytest.raises(ArgumentError, match="did you mean 'model'"):
+        plan.configured(path, {})
+    path.write_text("- 1\n")
+    with pytest.raises(ArgumentError, match="names and values"):
+        plan.configured(path, {})
+
+
+def test_the_command_line_goes_before_the_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model: resnet18\nseeds: 7\nrepair: none\n")
+    found = plan.configured(path, {"model": ["test_resnet"], "data": ["digits"]})
+    assert (found["model"], found["seeds"], found["repair"]) == (["test_resnet"], [7], ["none"])
+    assert {run.protocol.repair for run in plan.runs(found)} == {None}
+
+
+# --- data ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet's layout: train and val, a folder per class; pixels say which class and which part."""
+    root = tmp_path_factory.mktemp("pictures")
+    for part, count in (("train", 6), ("val", 4)):
+        for label, name in enumerate(("n01440764", "n01443537", "n01484850")):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                grey = 40 + 60 * label + 20 * (part == "val") + number
+                Image.new("RGB", (40, 48), (grey, grey, grey)).save(root / part / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("name", ["resnet50_imagenet", "deit_small_imagenet"])
+def test_configurations_for_imagenet(name: str, pictures: Path, tmp_path: Path) -> None:
+    """As they stand, but for a tiny net and few images."""
+    config = ROOT / "scripts" / "configs" / f"{name}.yaml"
+    real = plan.runs(plan.configured(config, {"data": [str(pictures)]}))
+    assert {run.setup.eval_images for run in real} == {10_000}
+    tiny = "test_vit" if "deit" in name else "test_resnet"
+    arguments = ["--config", str(config), "--data", str(pictures), "--model", tiny, "--weights", "random"]
+    arguments += ["--model-arg", "num_classes=3", "--images", "12", "--eval-images", "12", "--workers", "0"]
+    lines = run(tmp_path / "out", "--criterion", "taylor", "--budgets", "0.8", "--seeds", "0", base=arguments)
+    assert {line["protocol"] for line in lines} == {run.name for run in real}
+    assert all(line["accuracy"] is not None for line in lines)
+
+
+def test_folders_are_read_apart(pictures: Path) -> None:
+    model = benchmark.created(
+        plan.runs(wanted(model_args={"num_classes": 3, "in_chans": 3}, weights="random"))[0].setup
+    )
+    source = sources.open_source(str(pictures), None, model)
+    assert len(source.train) == 18
+    assert len(source.test) == 12
+    one, same, other = (torch.cat([b.images for b in source.calibration(9, seed, 0)]) for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    halves = sources.open_source(str(pictures / "train"), None, model)
+    batches = [*halves.calibration(9, 0, 0), *halves.measured(None, 0)]
+    greys = [round(grey, 4) for batch in batches for grey in batch.images.mean((1, 2, 3)).tolist()]
+    assert len(set(greys)) == 18  # all different: disjoint
+    with pytest.raises(DataError, match="12 images for evaluation, 13 were asked for"):
+        source.measured(13, 0)
+
+
+def test_fashion_mnist_and_weights_in_a_file(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 30), ("t10k", 20)):
+        images, labels = generator.integers(0, 256, (count, 28, 28)), np.arange(count) % 10
+        for name, values in (("images-idx3", images), ("labels-idx1", labels)):
+            header = np.array([0x800 + values.ndim, *values.shape], ">u4").tobytes()
+            (tmp_path / f"{part}-{name}-ubyte").write_bytes(header + values.astype(np.uint8).tobytes())
+    net = benchmark.created(plan.runs(wanted(weights="random"))[0].setup)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    base = ["--model", "test_resnet", "--data", "fashion_mnist", "--root", str(tmp_path), "--images", "30"]
+    base += ["--weights", str(tmp_path / "net.pth")]
+    (line,) = run(tmp_path / "out", "--criterion", "l1", "--budgets", "0.8", "--steps", "1", "--seeds", "0", base=base)
+    assert (line["images"], line["eval_images"]) == (30, 20)
+    assert line["weights"].startswith("sha256:")
+    assert line["model_args"] == {"in_chans": 1, "num_classes": 10}
+
+
+# --- tables and figures ----------------------------------------------------------------------------
+
+
+def synthetic(path: Path, rows: list[tuple[str, int, float, float]], **more: object) -> pd.DataFrame:
+    """Lines of (criterion, seed, share of MACs, accuracy); the parameters are the square of the share."""
+    base = {
+        **{"model": "m", "weights": "w", "model_args": {}, "data": "d", "protocol": "budget", "kind": "macs"},
+        **{"repair": "auto", "steps": None, "options": {}, "images": 8, "eval_images": 8, "batch_size": 4},
+        **{"dense_accuracy": 0.9, "dense_macs": 1000, "dense_params": 100, "nonzero": None, "sparsity": None},
+        **{"agreement": 1.0, "kl": 0.0, "unrepaired_accuracy": 0.5, "unrepaired_agreement": 0.5, "commit": "c"},
+    }
+    made = [
+        base
+        | {"key": f"{number}", "criterion": name, "seed": seed, "budget": round(share, 1), "accuracy": accuracy}
+        | {"macs": 1000 * share, "params": 100 * share**2, "scoring_seconds": 3.0, "scorings": 2, **more}
+        for number, (name, seed, share, accuracy) in enumerate(rows)
+    ]
+    common.append(path, made)
+    return curves.read([path])
+
+
+def test_cells_at_equal_macs(tmp_path: Path) -> None:
+    rows = [("a", 0, 0.798, 0.8), ("a", 1, 0.8, 0.7), ("a", 0, 0.4, 0.6), ("a", 1, 0.55, 0.5), ("a", 1, 0.35, 0.3)]
+    (made,) = table.tables(synthetic(tmp_path / "l", rows), "macs", "accuracy", [0.8, 0.4, 0.36])
+    cells = made.cells.set_index("macs")
+    assert cells.loc[0.8, "mean"] == pytest.approx(0.75)
+    assert cells.loc[0.8, "deviation"] == pytest.approx(0.1 / 2**0.5)
+    assert not cells.loc[0.8, "interpolated"]  # 0.798 counts as 0.8
+    assert cells.loc[0.4, "mean"] == pytest.approx((0.6 + 0.35) / 2)  # 0.3 + (0.4 - 0.35) / (0.55 - 0.35) * 0.2
+    assert cells.loc[0.4, "interpolated"]
+    assert np.isnan(cells.loc[0.36, "mean"])  # the first seed ends at 0.4
+    text = table.markdown([made], "accuracy")
+    assert "| a | 75.00 ± 7.07 | ~47.50 ± 17.68 |  |" in text
+    assert "interpolated linearly" in text
+
+
+def test_cells_at_equal_parameters_and_sparsity(tmp_path: Path) -> None:
+    rows = [("a", 0, 0.8, 0.8), ("a", 0, 0.5, 0.6)]
+    (made,) = table.tables(synthetic(tmp_path / "l", rows), "params", "accuracy", [0.64, 0.25])
+    assert made.cells["mean"].tolist() == pytest.approx([0.8, 0.6])
+    sparse = synthetic(tmp_path / "s", rows[:1], nonzero=30, sparsity=0.75, kind="sparsity", budget=0.75)
+    (made,) = table.tables(sparse, "sparsity", "accuracy", None)
+    assert made.cells[["sparsity", "mean"]].to_numpy().tolist() == [[0.75, 0.8]]
+    (made,) = table.tables(sparse, "params", "accuracy", [0.3, 0.65])  # between it and the dense model
+    assert made.cells["mean"].tolist() == pytest.approx([0.85, 0.8])
+
+
+def test_what_is_not_comparable_is_in_another_table(tmp_path: Path) -> None:
+    synthetic(tmp_path / "l", [("a", 0, 0.5, 0.6)])
+    synthetic(tmp_path / "k", [("b", 0, 0.5, 0.6)], images=9, key="x")
+    made = table.tables(curves.read([tmp_path / "l", tmp_path / "k"]), "macs", "accuracy", None)
+    assert [list(one.cells["criterion"]) for one in made] == [["a"], ["b"]]
+
+
+def test_a_line_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+    synthetic(tmp_path / "l", [("a", 0, 0.5, 0.6)])
+    assert len(curves.read([tmp_path / "l", tmp_path / "l"])) == 1
+
+
+def test_formats(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for form in table.FORMATS:
+        table.main([str(measured), "--format", form])
+        text = capsys.readouterr().out
+        assert KNOWN_FAULTS["tp_taylor"][:40] in text
+        if form == "csv":
+            frame = pd.read_csv(io.StringIO(text))
+            assert len(frame) == 4
+            lines = [line for line in common.lines(measured) if line["criterion"] == "jbr" and line["budget"] == 0.6]
+            assert all(abs(line["macs"] / line["dense_macs"] - 0.6) < 0.2 for line in lines)
+        if form == "latex":
+            assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 1
+            assert r"tp\_taylor [1]" in text
+        if form == "markdown":
+            assert "| tp_taylor [1] |" in text
+
+
+def test_area_is_a_mean_over_the_common_range(tmp_path: Path) -> None:
+    rows = [("a", 0, 0.5, 0.5), ("a", 0, 0.2, 0.1), ("b", 0, 0.4, 0.3)]
+    frame = synthetic(tmp_path / "l", rows)
+    made = plot.areas(frame, "macs", "accuracy")
+    low, high = 0.4, 1.0  # b ends at 0.4; the dense model, 0.9, is at 1
+    at_low = 0.1 + (0.4 - 0.2) / (0.5 - 0.2) * (0.5 - 0.1)
+    first = ((at_low + 0.5) / 2 * 0.1 + (0.5 + 0.9) / 2 * 0.5) / (high - low)
+    assert made.loc["a", "area"] == pytest.approx(first)
+    assert made.loc["b", "area"] == pytest.approx(0.6)
+    assert made.loc["a", "scoring_seconds"] == pytest.approx(1.5)  # 3 seconds for 2 scorings
+    assert list(made.index) == ["a", "b"] if first > 0.6 else ["b", "a"]
+
+
+def test_the_figure(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot.main([str(measured), "--out", str(tmp_path / "a.png")])
+    text = capsys.readouterr().out
+    assert "jbr" in text
+    assert "scoring_seconds" in text
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width > 1000
+    left, middle, right = plot.figure(curves.read([measured]), "macs", "accuracy").axes
+    assert left.xaxis_inverted()
+    assert {label.get_text() for label in middle.get_yticklabels()} == {"jbr", "tp_taylor"}
+    assert right.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("main", [table.main, plot.main])
+def test_files_that_are_none(main: object, measured: Path, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out.png")]
+    with pytest.raises(SystemExit, match="There is no file"):
+        main([str(tmp_path / "missing"), *out])
+    with pytest.raises(SystemExit, match=r"No line of l1; there are jbr, tp_taylor\."):
+        main([str(measured), "--criterion", "l1", *out])
+    with pytest.raises(SystemExit, match="pick another --at"):
+        main([str(measured), "--at", "sparsity", *out])
