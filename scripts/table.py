@@ -162,7 +162,7 @@ def csv(found: Sequence[Table], metric: str) -> str:
     """One row per criterion and cost, in full precision, shares not percent."""
     parts = [
         table.cells.assign(
-            title=table.title, metric=metric, fault=table.cells["criterion"].map(table.faults).fillna("")
+            title=table.title, metric=metric, fault=[table.faults.get(name, "") for name in table.cells["criterion"]]
         )
         for table in found
     ]

@@ -388,6 +388,9 @@ def test_cells_at_equal_macs(tmp_path: Path) -> None:
     assert cells.loc[0.4, "mean"] == pytest.approx((0.6 + 0.35) / 2)  # 0.3 + (0.4 - 0.35) / (0.55 - 0.35) * 0.2
     assert cells.loc[0.4, "interpolated"]
     assert np.isnan(cells.loc[0.36, "mean"])  # the first seed ends at 0.4
+    whole = pd.read_csv(io.StringIO(table.csv([made], "accuracy")))
+    assert whole["mean"].tolist()[:2] == pytest.approx([0.75, 0.475])
+    assert whole["fault"].isna().all()
     text = table.markdown([made], "accuracy")
     assert "| a | 75.00 ± 7.07 | ~47.50 ± 17.68 |  |" in text
     assert "interpolated linearly" in text
