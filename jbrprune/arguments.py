@@ -94,7 +94,7 @@ def channel_settings(budget: Budget, stops: tuple[float, ...], arguments: Mappin
         ignore=_globs(known["ignore"]),
         criterion=criterion,
         **{name: known[name] for name in ("objective", "site", "statistic", "batch", "confidence", "width", "ridge")},
-        **{name: known[name] for name in ("batch_size", "seed", "autocast", "measure_latency", "progress")},
+        **{name: known[name] for name in ("seed", "autocast", "measure_latency", "progress")},
     )
     settings.schedule()
     return settings
@@ -122,6 +122,11 @@ def weight_settings(stops: tuple[thinning.Goal, ...], arguments: Mapping[str, An
     names = ("objective", "statistic", "batch", "confidence", "max_memory")
     check_weight_arguments(parameters="weights", **{name: known[name] for name in names})
     shown = ["remainder", "ridge"] if pattern else ["scope", "floor", "ridge"]
+    if known["shrink"] and isinstance(stops[0], Pattern):
+        raise ArgumentError(
+            f"shrink=True would move the inputs of layers out of their groups of {stops[0].of} and end the {stops[0]} "
+            "pattern: leave one of them out."
+        )
     criterion: Any = known["criterion"]
     if criterion is None:
         criterion, shown = _relevance(known), ["objective", "statistic", "confidence", *shown]
@@ -138,7 +143,7 @@ def weight_settings(stops: tuple[thinning.Goal, ...], arguments: Mapping[str, An
         ignore=ignore,
         criterion=criterion,
         described=described,
-        **{name: known[name] for name in ("scope", "remainder", "floor", "ridge", "shrink", "batch_size", "seed")},
+        **{name: known[name] for name in ("scope", "remainder", "floor", "ridge", "shrink", "seed")},
         **{name: known[name] for name in ("measure_latency", "progress")},
     )
 

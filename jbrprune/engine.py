@@ -58,7 +58,6 @@ class Settings:
     width: bool
     floors: Floors
     ridge: float
-    batch_size: int
     seed: int
     autocast: torch.dtype | None
     measure_latency: bool

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -140,6 +140,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
             something else than ``weight`` or ``bias`` of a module.
     """
     _refuse_foreign(model)
+    refuse_hidden_sharing(model, [slot.name for slot in slots(model) if slot.masked])
     first: dict[int, Slot] = {}
     for slot in slots(model):
         other = first.setdefault(id(slot.stored), slot)
@@ -150,6 +151,29 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
                 "torch.nn.utils.prune.remove(module, name)."
             )
     return {slot.name: slot.mask.bool() for slot in first.values() if slot.mask is not None}
+
+
+def refuse_hidden_sharing(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to mask a parameter that is also used under a name other than ``weight`` or ``bias``: it would not see it.
+
+    Raises:
+        ModelError: Names both places.
+    """
+    found = {slot.name: slot for slot in slots(model)}
+    seen = {id(slot.stored) for slot in found.values()}
+    hidden = {
+        id(parameter): f"{prefix}.{kind}".removeprefix(".")
+        for prefix, module in model.named_modules()
+        for kind, parameter in module._parameters.items()
+        if id(parameter) in seen and kind.removesuffix("_orig") not in KINDS
+    }
+    for name in names:
+        other = hidden.get(id(found[name].stored))
+        if other is not None:
+            raise ModelError(
+                f"{name} and {other} are one shared parameter, and a mask on the first is unknown to the second. Put "
+                "it into `ignore`, or prune with permanent=True."
+            )
 
 
 def put_masks(model: nn.Module, masks: Mapping[str, Tensor], originals: Mapping[str, Tensor] | None = None) -> None:

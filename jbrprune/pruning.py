@@ -20,7 +20,7 @@ from jbrprune.arguments import channel_settings, sparsity_of, structure_of, weig
 from jbrprune.budget import KINDS, Budget
 from jbrprune.calibration import Calibration, calibration, check_runs
 from jbrprune.errors import ArgumentError, BudgetError, JBRError
-from jbrprune.parameters import fresh, make_permanent, masks_of, put_masks, slots
+from jbrprune.parameters import fresh, make_permanent, masks_of, put_masks, refuse_hidden_sharing, slots
 from jbrprune.report import Report
 from jbrprune.scores import Scores
 from jbrprune.scoring import check_model, example_of, peeked, resolved
@@ -128,8 +128,8 @@ def prune(
         steps: Number of steps; default for channels one for every 5 % of the dense cost, for single weights one.
         repair: ``"auto"`` (try what applies, keep what helps on images held back), one or several of
             ``"batch_norm"``, ``"mean_shift"``, ``"least_squares"``, or None.
-        criterion: Something else than relevance to rank by: scores made before with `jbrprune.score` (for one step), or
-            a function ``(model, batches, groups, *, seed, progress) -> Scores`` for channels,
+        criterion: Something else than relevance to rank by: scores made before with `jbrprune.score` (for channels, in
+            one step), or a function ``(model, batches, groups, *, seed, progress) -> Scores`` for channels,
             ``(model, batches, *, ignore, seed, progress) -> WeightScores`` for single weights.
         objective: ``pseudo_label`` (default for channels), ``projection`` (default for single weights),
             ``predicted_logit``, ``margin`` or ``label``.
@@ -137,7 +137,8 @@ def prune(
         statistic: ``second_moment`` (default), ``batched``, ``mean_replaced`` (channels) or ``signed`` (weights).
         batch: Samples per batch of ``statistic="batched"``; default 128.
         confidence: Score only on images whose largest dense probability exceeds this; default 0.
-        ignore: Globs of module names that stay as they are.
+        ignore: Globs of module names that keep their width, or (of modules or parameters) their weights. The
+            repair of ``batch_norm`` corrects statistics everywhere.
         width: Also prune the residual width of transformers and ConvNeXt. A LayerNorm over fewer channels
             computes other statistics: its output changes even if the removed channels were zero.
         floor: Share of every group's width (default 0) or of every layer's weights (default 0.001, and one weight)
@@ -145,9 +146,10 @@ def prune(
         min_channels: Channels of every group that stay (default 8), where it has as many; of heads, one stays.
         round_to: Kept widths are multiples of this; default 1.
         remainder: Where M does not divide a layer's inputs: ``skip`` the layer (default), or ``pad`` its last group.
-        shrink: Remove the channels that contribute nothing once their weights are zero; the outputs stay equal.
+        shrink: Remove the channels that contribute nothing once their weights are zero; the outputs stay equal. Not
+            with N:M, whose groups would shift.
         permanent: True (default): zeros in plain parameters. False: masks of ``torch.nn.utils.prune``, with the
-            values from before under the mask, to train on.
+            values from before under the mask (zero in layers that ``shrink`` has cut), to train on.
         max_memory: Bytes of scratch memory for scoring single weights.
         images: Calibration images to read from ``data``; None: all. They are kept in memory.
         eval_data: Images to measure the agreement on; default: a fifth of the calibration images is held out.
@@ -284,6 +286,8 @@ def _thinned(
         originals = {slot.name: slot.stored.detach().clone() for slot in slots(given)}
     opened = _opened(_plain(given), data, arguments)
     state = thinning.start(copied(opened.dense), opened.example, masks, settings)
+    if originals is not None:
+        refuse_hidden_sharing(given, state.masks)
     results = []
     for thinned in thinning.run(state, opened.dense, opened.read(arguments), settings, opened.name):
         finished = _finished(thinned, originals, target)

@@ -150,7 +150,7 @@ def repaired(
         kept: Axis -> channels of the dense model that are left.
         methods: Some of `METHODS` to apply together, or ``("auto",)`` to choose among combinations; none: only measure.
         ridge: Ridge of ``least_squares``, relative to the mean square of the inputs.
-        masks: Weight name -> boolean mask of single weights, False where the model's weight is zero and stays so.
+        masks: Name of a weight or bias -> boolean mask, False where the model's value is zero and stays so.
 
     Returns:
         What was kept, and the agreement on ``gate`` before and after. The divergence KL(dense || repaired) decides: on
@@ -199,7 +199,9 @@ def _apply(
             thinned = mask is not None and not bool(mask.all())
             if thinned or model.get_submodule(name).weight.shape[1] < full:  # type: ignore[union-attr, index]
                 strength = ridge if "least_squares" in methods else None
-                before[name] = _refitting(name, targets, kept, strength, mask if thinned else None)
+                before[name] = _refitting(
+                    name, targets, kept, strength, mask if thinned else None, (masks or {}).get(f"{name}.bias")
+                )
     if "batch_norm" in methods:
         for name, dense in targets.norms.items():
             before[name] = _following(dense, kept.get((name, "out", 0)))
@@ -225,7 +227,12 @@ def _following(dense: Moments, kept: Tensor | None) -> guest.Hook:
 
 
 def _refitting(
-    name: str, targets: Targets, kept: Mapping[Axis, Tensor], ridge: float | None, mask: Tensor | None = None
+    name: str,
+    targets: Targets,
+    kept: Mapping[Axis, Tensor],
+    ridge: float | None,
+    mask: Tensor | None = None,
+    bias_mask: Tensor | None = None,
 ) -> guest.Hook:
     """Fit a consumer's kept weights (with a ridge) and bias to the dense model's outputs."""
 
@@ -246,7 +253,8 @@ def _refitting(
                 weight = weight + _masked_ridge_solution(centred, residual, ridge, mask.flatten(1).to(weight))
             module.weight.copy_(weight.view_as(module.weight))  # type: ignore[union-attr, operator, arg-type]
         if module.bias is not None:
-            module.bias.copy_(wanted_mean - weight @ row_mean)  # type: ignore[union-attr, operator]
+            bias = wanted_mean - weight @ row_mean
+            module.bias.copy_(bias if bias_mask is None else bias * bias_mask.to(bias))  # type: ignore[union-attr, operator]
 
     return hook
 
@@ -271,18 +279,20 @@ def _masked_ridge_solution(a: Tensor, residual: Tensor, ridge: float, mask: Tens
     """argmin_D ||residual - a D^T||^2 + lambda ||D||^2 over ``[outputs, inputs]`` D that are zero where the mask is.
 
     Every row is a problem of its own, because its support is; all are solved together by conjugate gradients on
-    (a^T a + lambda) restricted to the supports. Each iteration is one matrix product, and none makes the fit worse.
+    (a^T a + lambda) restricted to the supports. Each iteration is one matrix product (two thin ones where there are
+    fewer rows than inputs), and none makes the fit worse.
     """
-    gram = a.t() @ a
-    penalty = ridge * float(gram.diagonal().mean()) + torch.finfo(a.dtype).tiny
-    gram.diagonal().add_(penalty)
+    n, d = a.shape
+    penalty = ridge * float(a.square().sum()) / d + torch.finfo(a.dtype).tiny
+    gram = a.t() @ a if d <= n else None
     solution = torch.zeros_like(mask)
     left = (residual.t() @ a) * mask
     direction = left.clone()
     square = left.square().sum(1, keepdim=True)
     enough = square * CONVERGED**2
     for _ in range(ITERATIONS):
-        image = (direction @ gram).mul_(mask)
+        product = (direction @ a.t()) @ a if gram is None else direction @ gram
+        image = product.add_(direction, alpha=penalty).mul_(mask)
         curvature = (direction * image).sum(1, keepdim=True)
         step = torch.where(curvature > 0, square / curvature.clamp_min(torch.finfo(a.dtype).tiny), 0)
         solution.addcmul_(step, direction)

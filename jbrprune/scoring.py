@@ -17,6 +17,7 @@ from jbrprune.defaults import CHANNELS, WEIGHTS, complete
 from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.groups import Group
 from jbrprune.measure import check_weights
+from jbrprune.parameters import fresh
 from jbrprune.relevance import check_arguments, relevance_scores
 from jbrprune.removal import tried
 from jbrprune.scores import Scores
@@ -109,7 +110,8 @@ def score(
     made = resolved(model, checkpoint, model_arguments)
     check_model(made, masked=weights)
     first, batches = peeked(loading.open_data(data, made, batch_size=batch_size), batch_size)
-    check_runs(made, first.images)
+    with fresh(made):  # running a masked model would replace its weights by others without a graph
+        check_runs(made, first.images)
     if weights:
         return weight_scores(made, batches, **how)
     return relevance_scores(

@@ -67,7 +67,8 @@ def shrink(
         W[:, c] = 0   or   a_c(x) = 0 at every position, for every image x
 
     The second is not read off one image: rows of zeros cut the image off, what depends on it is marked (by NaN, and
-    by noise), and the marks are followed to the readers. A channel that is constant but not zero stays: zero padding
+    by noise), and the marks are followed to the readers. A function that swallows
+    NaN and both inputs can hide them. A channel that is constant but not zero stays: zero padding
     makes it depend on the position. Some removals make others possible; it ends when there is nothing left to remove.
     One unit of each group stays, and channels under a LayerNorm do.
 

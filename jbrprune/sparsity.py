@@ -137,7 +137,7 @@ def schedule(sparsity: float, steps: int, start: float = 0.0) -> list[float]:
 
 
 def _floor(size: int, floor: float) -> int:
-    return max(1, math.ceil(floor * size))
+    return max(1, math.ceil(floor * size - 1e-9))
 
 
 def _least_gone(

@@ -16,10 +16,10 @@ from jbrprune import guest
 from jbrprune.batches import Batch, count
 from jbrprune.calibration import Calibration
 from jbrprune.cost import count_macs
-from jbrprune.errors import ArgumentError, BudgetError, NonFiniteError, UnsupportedModelError
+from jbrprune.errors import ArgumentError, BudgetError, ModelError, NonFiniteError, UnsupportedModelError
 from jbrprune.measure import Agreement, bytes_of, parameters_of
 from jbrprune.packing import packed_bytes
-from jbrprune.parameters import weights_of
+from jbrprune.parameters import ignored, is_weight_layer, slots, weights_of
 from jbrprune.repair import Targets, dense_targets, repaired
 from jbrprune.report import LayerRow, Report, Size, StepRow
 from jbrprune.runs import Clock, heldout_agreement, notes_on_images, provenance, size_of
@@ -59,7 +59,6 @@ class Settings:
     ridge: float
     criterion: Criterion | WeightScores
     shrink: bool
-    batch_size: int
     seed: int
     measure_latency: bool
     progress: bool
@@ -145,6 +144,7 @@ def start(plain: nn.Module, example: Tensor, given: Mapping[str, Tensor], settin
     found = weights_of(plain, settings.ignore)
     if not found:
         raise UnsupportedModelError("The model has no convolution or linear layer left to prune. Is all in `ignore`?")
+    _refuse_computed(plain, settings.ignore)
     shapes = {name: slot.stored.shape for name, slot in found.items()}
     ones = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
     state = State(plain, example, {name: given.get(name, mask).cpu() for name, mask in ones.items()}, dict(given))
@@ -210,7 +210,7 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, go
                 {},
                 settings.repair,
                 ridge=settings.ridge,
-                masks=state.masks,
+                masks=state.masks | _others(state),
             )
     with state.clock.timed("evaluation"):
         changed = outcome is not None and outcome.kept != "none"
@@ -252,7 +252,7 @@ def _checked(scores: WeightScores, shapes: Mapping[str, torch.Size]) -> WeightSc
                 f"{name} has shape {tuple(shape)}, but in the scores {found}: they are of another model, or were made "
                 "with another `ignore`. Score this model, or put the parameter into `ignore`."
             )
-        if not torch.isfinite(scores.sums[name]).all():
+        if not torch.isfinite(scores[name]).all():
             raise NonFiniteError(f"The scores of {name} contain NaN or Inf: nothing can be ranked by them.")
         if (scores[name] < 0).any():
             raise ArgumentError(f"The scores of {name} are negative in places: the least important weight has 0.")
@@ -300,22 +300,25 @@ def _handed_over(
     rows: Sequence[StepRow],
     began: float,
 ) -> Thinned:
-    model, masks, removed = copy.deepcopy(state.model), state.masks | _others(state), ()
+    model, masks, removed = copy.deepcopy(state.model).eval(), state.masks | _others(state), ()
     layers = _layer_rows(state)
     if settings.shrink:
         with state.clock.timed("shrinking"):
-            shrunk = shrink(model, state.example, masks=masks, ignore=settings.ignore, seed=settings.seed)
+            shrunk = shrink(
+                model, state.example, masks=masks, ignore=_modules(model, settings.ignore), seed=settings.seed
+            )
         masks = shrunk.masks
         removed = (
             f"{sum(shrunk.removed.values())} channels that contributed nothing were removed from "
-            f"{len(shrunk.removed)} groups; {sum(shrunk.constant.values())} that are constant but not zero stay.",
+            f"{len(shrunk.removed)} groups; {sum(shrunk.constant.values())} that are constant but not zero stay. The "
+            "layers are listed as they were before that.",
             *shrunk.notes,
         )
     seconds = {**state.clock.seconds, "total": time.perf_counter() - began}
     report = Report(
         model=name,
         budget=_asked(settings, rows[-1]),
-        settings=dict(settings.described) | {"steps": settings.steps, "images": count(images.score)},
+        settings=dict(settings.described) | {"steps": len(rows), "images": count(images.score)},
         dense=dense,
         pruned=_with_zeros(size_of(model, state.example, settings.measure_latency), model, masks),
         layers=layers,
@@ -335,6 +338,25 @@ def _asked(settings: Settings, row: StepRow) -> dict[str, object]:
     return {"structure": str(pattern)} if isinstance(pattern, Pattern) else {"sparsity": round(1 - row.target, 12)}
 
 
+def _refuse_computed(model: nn.Module, ignore: Sequence[str]) -> None:
+    """Refuse layers whose weight is computed from other parameters: there are no single weights to prune."""
+    left_out, plain = ignored(model, ignore), {slot.name for slot in slots(model)}
+    for name, module in model.named_modules():
+        full = f"{name}.weight".removeprefix(".")
+        if is_weight_layer(module) and full not in plain and not {name, full} & left_out:
+            raise ModelError(
+                f"{full} ({type(module).__name__}) is not a plain parameter (a parametrization or a weight norm "
+                "computes it), so a single weight has no meaning there. Remove the parametrization, or put it into `ignore`."
+            )
+
+
+def _modules(model: nn.Module, ignore: Sequence[str]) -> list[str]:
+    """Globs of modules and parameters as names of modules: removing channels knows nothing smaller."""
+    parameters = {slot.name for slot in slots(model)}
+    names = (name.rpartition(".")[0] if name in parameters else name for name in ignored(model, ignore))
+    return sorted({name for name in names if name})
+
+
 def _others(state: State) -> dict[str, Tensor]:
     """Masks of what is not pruned here, such as ignored layers and biases."""
     return {name: mask for name, mask in state.given.items() if name not in state.masks}
@@ -346,7 +368,7 @@ def _zeros(masks: Mapping[str, Tensor]) -> int:
 
 def _with_zeros(size: Size, model: nn.Module, masks: Mapping[str, Tensor]) -> Size:
     """The size with the parameters that are not masked, and the bytes of a file that leaves out what is."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     saved = sum(
         bytes_of_tensor(parameters[name]) - packed_bytes(parameters[name], int(mask.sum()))
         for name, mask in masks.items()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
-from jbrprune.parameters import slots
+from jbrprune.parameters import Slot, slots
 from jbrprune.sparsity import smallest
 from jbrprune.weights import WeightScores
 
@@ -55,6 +55,10 @@ class JBRUnstructured(prune.BasePruningMethod):
         cls, module: nn.Module, name: str, amount: float | int, importance_scores: Tensor | None = None
     ) -> prune.BasePruningMethod:
         """Add the mask and the hook to a module, as all methods of ``torch.nn.utils.prune`` do."""
+        found = {slot.kind: slot for slot in slots(module) if slot.module is module}
+        if name in found:  # torch takes the hook of an earlier mask away before it asks for the new one
+            _check_values(found[name].effective if importance_scores is None else importance_scores, name)
+            _check_left(_left(found[name]), amount, name)
         return super().apply(module, name, amount=amount, importance_scores=importance_scores)
 
 
@@ -85,7 +89,9 @@ def jbr_unstructured(
     """
     found = {slot.kind: slot for slot in slots(module) if slot.module is module}
     if name not in found:
-        raise ArgumentError(f"{type(module).__name__} has no parameter {name!r}; it has {sorted(found)}.")
+        raise ArgumentError(
+            f"{type(module).__name__} has no parameter {name!r} of its own that can be pruned; it has {sorted(found)}."
+        )
     values = _values(scores, parameter)
     slot = found[name]
     if values.shape != slot.stored.shape:
@@ -94,8 +100,7 @@ def jbr_unstructured(
             "another parameter."
         )
     _check_values(values, parameter or name)
-    left = slot.stored.numel() if slot.mask is None else int(slot.mask.sum())
-    _check_left(left, amount, parameter or name)
+    _check_left(_left(slot), amount, parameter or name)
     JBRUnstructured.apply(module, name, amount, values.to(slot.stored.device))
     return module
 
@@ -109,6 +114,7 @@ def jbr_global_unstructured(
 
     Args:
         parameters: ``(module, "weight")`` pairs; any iterable (torch's own function needs a list, it walks it thrice).
+            A weight that several modules share counts once, and is masked in all of them.
         amount: Share in [0, 1), or an absolute number, of all their weights that are left.
         importance_scores: From `WeightScores.importance_scores`.
 
@@ -126,6 +132,8 @@ def jbr_global_unstructured(
     pairs = list(parameters)
     if not pairs:
         raise ArgumentError("parameters is empty: give (module, 'weight') pairs.")
+    first: dict[int, tuple[nn.Module, str]] = {}
+    owners: dict[tuple[nn.Module, str], Slot] = {}
     left = 0
     for module, name in pairs:
         if (module, name) not in importance_scores:
@@ -138,9 +146,24 @@ def jbr_global_unstructured(
                 "another parameter."
             )
         _check_values(values, f"{type(module).__name__}.{name}")
-        left += stored.stored.numel() if stored.mask is None else int(stored.mask.sum())
-    _check_left(left, amount, f"{len(pairs)} parameters")
-    prune.global_unstructured(pairs, JBRUnstructured, dict(importance_scores), amount=amount)
+        if first.setdefault(id(stored.stored), (module, name)) == (module, name):
+            left += _left(stored)
+            owners[module, name] = stored
+    _check_left(left, amount, f"{len(owners)} parameters")
+    prune.global_unstructured(list(owners), JBRUnstructured, dict(importance_scores), amount=amount)
+    for module, name in pairs:  # a shared weight counts once, and all its modules get the same mask
+        owner = owners.get((module, name))
+        if owner is None:
+            mask = owners[first[id(_slot(module, name).stored)]].mask
+            prune.custom_from_mask(module, name, mask)
+
+
+def _slot(module: nn.Module, name: str) -> Slot:
+    return next(slot for slot in slots(module) if slot.module is module and slot.kind == name)
+
+
+def _left(slot: Slot) -> int:
+    return slot.stored.numel() if slot.mask is None else int(slot.mask.sum())
 
 
 def _values(scores: WeightScores | Tensor, parameter: str | None) -> Tensor:

@@ -155,6 +155,40 @@ def test_ignored_layers_stay() -> None:
     assert sum(zeros(result.model).values()) == round(0.6 * (3456 + 768))
 
 
+@pytest.mark.parametrize("permanent", [True, False])
+def test_a_masked_bias_stays_masked_through_a_repair(permanent: bool) -> None:
+    model = own()
+    torch_prune.custom_from_mask(model.fc, "bias", torch.tensor([0, 1, 0, 1]))
+    tests = [(IMAGES, LABELS)]
+    result = thin(model, sparsity=0.9, repair="least_squares", permanent=permanent, eval_data=tests)
+    assert result.report.steps[-1].repair == "least_squares"
+    assert (result.model.fc.bias[[0, 2]] == 0).all()
+    assert (result.model.fc.bias[[1, 3]] != 0).all()
+    same = (logits(result.model).argmax(1) == logits(model).argmax(1)).float().mean()
+    assert result.report.final is not None
+    assert result.report.final.top1 == pytest.approx(float(same))  # the report is about the model that is handed over
+
+
+def test_parameters_can_be_ignored_beside_shrink() -> None:
+    result = thin(own(), sparsity=0.9, ignore=["fc.weight"], shrink=True)
+    assert (result.model.fc.weight != 0).all()
+
+
+def test_computed_weights_are_refused() -> None:
+    model = own()
+    nn.utils.parametrizations.weight_norm(model.fc)
+    with pytest.raises(JBRError, match=r"fc\.weight \(.*\) is not a plain parameter"):
+        thin(model, data=unread(), sparsity=0.5, criterion=WEIGHT_CRITERIA["magnitude"])
+
+
+def test_a_weight_that_is_known_under_two_names() -> None:
+    model = own()
+    model.register_parameter("prototype", model.fc.weight)
+    assert sum(zeros(thin(model, sparsity=0.5).model).values()) == 2344
+    with pytest.raises(JBRError, match=r"fc\.weight and prototype are one shared parameter"):
+        thin(model, data=unread(), sparsity=0.5, permanent=False)
+
+
 # --- patterns --------------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +491,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[JBRError], str]] = {
     "statistic": ({"sparsity": 0.5, "statistic": "mean_replaced"}, ArgumentError, "second_moment, batched, signed"),
     "width": ({"sparsity": 0.5, "width": True}, ArgumentError, "width= has no meaning for single weights"),
     "site": ({"structure": "2:4", "site": "all"}, ArgumentError, "site= has no meaning for single weights"),
+    "shrink and pattern": ({"structure": "2:4", "shrink": True}, ArgumentError, "end the 2:4 pattern"),
     "shrink": ({"macs": 0.5, "shrink": True}, ArgumentError, "shrink= has no meaning for channels"),
     "glob": ({"sparsity": 0.5, "ignore": ["layer9"]}, ArgumentError, "'layer9' matches no module and no parameter"),
     "objective and criterion": (

@@ -222,7 +222,6 @@ def negative(model: nn.Module, batches: object, **_: object) -> WeightScores:
         ({"sparsity": 0.5, "criterion": negative}, r"The scores of 0\.weight are negative in places"),
         ({"sparsity": 0.5, "criterion": negative(net(), ())}, r"The scores of 0\.weight are negative in places"),
     ],
-    ids=str,
 )
 def test_refused(options: dict[str, Any], message: str, fingerprint: Callable[[nn.Module], dict]) -> None:
     model = half_masked()

@@ -130,7 +130,11 @@ SCORES = torch.rand(3, 4)
         (("weight", "half", SCORES), ArgumentError, "got 'half'"),
         (("weight", 13, SCORES), ArgumentError, "amount=13 is more than the 12 weights that are left"),
         (("weight", 0.5, SCORES.T), ArgumentError, r"The scores have shape \(4, 3\), but weight has \(3, 4\)"),
-        (("gain", 0.5, SCORES), ArgumentError, r"Linear has no parameter 'gain'; it has \['bias', 'weight'\]"),
+        (
+            ("gain", 0.5, SCORES),
+            ArgumentError,
+            r"no parameter 'gain' of its own that .* it has \['bias', 'weight'\]",
+        ),
         (("weight", 0.5, SCORES.log() * 0 / 0), NonFiniteError, "The scores of weight contain NaN or Inf"),
         (("weight", 0.5, -SCORES), ArgumentError, "The scores of weight are negative in places"),
         (("weight", 0.5, [1.0]), ArgumentError, "scores must be a tensor or scores of single weights .*, got list"),
@@ -180,3 +184,30 @@ def test_weights_in_the_place_of_scores_are_refused() -> None:
     """What torch hands over where importance_scores is forgotten."""
     with pytest.raises(ArgumentError, match="without it torch hands over the weights themselves"):
         prune.global_unstructured([(nn.Linear(8, 8), "weight")], JBRUnstructured, amount=0.5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(0.5,), (0.5, torch.full((3, 4), torch.nan)), (13, SCORES), (1.5, SCORES)],
+    ids=["no scores", "NaN", "too many", "too much"],
+)
+def test_a_refusal_leaves_the_mask_that_was_there(arguments: tuple) -> None:
+    """torch takes the earlier hook away before it asks for the new mask."""
+    layer = nn.Linear(4, 3)
+    layer.weight.data.abs_().neg_()
+    prune.l1_unstructured(layer, "weight", 0.25)
+    with pytest.raises((ArgumentError, NonFiniteError)):
+        JBRUnstructured.apply(layer, "weight", *arguments)
+    assert prune.is_pruned(layer)
+    assert len(gone(layer.weight_mask)) == 3
+
+
+def test_a_shared_weight_counts_once() -> None:
+    one, two, other = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+    two.weight = one.weight
+    shared = torch.rand(8, 8)
+    scores = {(one, "weight"): shared, (two, "weight"): shared, (other, "weight"): torch.rand(4, 8)}
+    jbr_global_unstructured(scores, 0.5, scores)
+    assert torch.equal(one.weight_mask, two.weight_mask)
+    assert torch.equal(one.weight, two.weight)
+    assert len(gone(one.weight_mask)) + len(gone(other.weight_mask)) == (64 + 32) // 2
