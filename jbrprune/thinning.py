@@ -346,7 +346,8 @@ def _refuse_computed(model: nn.Module, ignore: Sequence[str]) -> None:
         if is_weight_layer(module) and full not in plain and not {name, full} & left_out:
             raise ModelError(
                 f"{full} ({type(module).__name__}) is not a plain parameter (a parametrization or a weight norm "
-                "computes it), so a single weight has no meaning there. Remove the parametrization, or put it into `ignore`."
+                "computes it), so a single weight has no meaning there. Remove the parametrization, or put it into "
+                "`ignore`."
             )
 
 

@@ -617,3 +617,19 @@ def test_masked_weights_stay_zero_and_the_rest_makes_up_for_them(make: Callable[
     for name, slot in weights_of(thinned).items():
         assert (slot.stored[~masks[name]] == 0).all()
         assert (slot.stored[masks[name]] != 0).all()
+
+
+def test_a_masked_bias_stays_zero() -> None:
+    dense = cases.randomised(plain())
+    images = batches(dense)
+    last = list(weights_of(dense))[-1].removesuffix(".weight")
+    masks = {f"{last}.weight": torch.rand(dense.get_submodule(last).weight.shape) > 0.5}  # type: ignore[union-attr, arg-type]
+    bias = torch.arange(len(dense.get_submodule(last).bias)) % 2 == 0  # type: ignore[arg-type]
+    targets = dense_targets(dense, images, [last])
+    for given, zeros in (({}, 0), ({f"{last}.bias": bias}, int((~bias).sum()))):
+        thinned = copy.deepcopy(dense)
+        layer = thinned.get_submodule(last)
+        layer.weight.data.mul_(masks[f"{last}.weight"])
+        repair._apply(thinned, repair._images(thinned, images), targets, {}, ("least_squares",), RIDGE, masks | given)
+        assert int((layer.bias == 0).sum()) == zeros
+        assert not torch.equal(layer.bias, dense.get_submodule(last).bias)

@@ -155,20 +155,6 @@ def test_ignored_layers_stay() -> None:
     assert sum(zeros(result.model).values()) == round(0.6 * (3456 + 768))
 
 
-@pytest.mark.parametrize("permanent", [True, False])
-def test_a_masked_bias_stays_masked_through_a_repair(permanent: bool) -> None:
-    model = own()
-    torch_prune.custom_from_mask(model.fc, "bias", torch.tensor([0, 1, 0, 1]))
-    tests = [(IMAGES, LABELS)]
-    result = thin(model, sparsity=0.9, repair="least_squares", permanent=permanent, eval_data=tests)
-    assert result.report.steps[-1].repair == "least_squares"
-    assert (result.model.fc.bias[[0, 2]] == 0).all()
-    assert (result.model.fc.bias[[1, 3]] != 0).all()
-    same = (logits(result.model).argmax(1) == logits(model).argmax(1)).float().mean()
-    assert result.report.final is not None
-    assert result.report.final.top1 == pytest.approx(float(same))  # the report is about the model that is handed over
-
-
 def test_parameters_can_be_ignored_beside_shrink() -> None:
     result = thin(own(), sparsity=0.9, ignore=["fc.weight"], shrink=True)
     assert (result.model.fc.weight != 0).all()
