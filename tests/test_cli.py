@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import jbrprune
-from jbrprune import cli
+from jbrprune import cli, measure
+from jbrprune.commands.options import model_arguments
 from jbrprune.errors import ArgumentError, JBRError
 from jbrprune.report import Report
 from jbrprune.scores import Scores
@@ -59,8 +60,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["jbrprune", *map(str, arguments)])
-        monkeypatch.setattr(cli, "latency", quick(cli.latency))
-        monkeypatch.setattr("jbrprune.runs.latency", quick(cli.latency))
+        for user in ("commands.evaluate", "runs"):
+            monkeypatch.setattr(f"jbrprune.{user}.latency", quick(measure.latency))
         capsys.readouterr()
         try:
             cli.main()
@@ -260,7 +261,7 @@ def test_mebibytes_of_scratch_memory(run: Run, pictures: Path, monkeypatch: pyte
         asked.update(options)
         raise ArgumentError("stop")
 
-    monkeypatch.setattr(cli, "prune", stopped)
+    monkeypatch.setattr("jbrprune.commands.prune.prune", stopped)
     given = ["--shrink", "--keep-masks", "--max-memory", 3]
     assert run("prune", *RANDOM, "--data", pictures, "--sparsity", 0.5, *given)[0] == 2
     assert (asked["max_memory"], asked["shrink"], asked["permanent"]) == (3 << 20, True, False)
@@ -494,9 +495,10 @@ def test_out_is_checked_before_the_model_is_made(
     run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(cli.files, "check_target", lambda path, *, overwrite: asked.append((path, overwrite)))
+    monkeypatch.setattr("jbrprune.checkpoint.check_target", lambda path, *, overwrite: asked.append((path, overwrite)))
     monkeypatch.setattr(
-        cli, "prune", lambda *_, **__: (_ for _ in ()).throw(ArgumentError(f"asked {len(asked)} times"))
+        "jbrprune.commands.prune.prune",
+        lambda *_, **__: (_ for _ in ()).throw(ArgumentError(f"asked {len(asked)} times")),
     )
     code, _, err = run("prune", *RANDOM, "--data", pictures, "--macs", 0.5, "--out", tmp_path, "--overwrite")
     assert (code, asked) == (2, [(tmp_path, True)])
@@ -510,7 +512,7 @@ def test_exit_codes(error: Exception, code: int, run: Run, monkeypatch: pytest.M
     def failing(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli.zoo, "create", failing)
+    monkeypatch.setattr("jbrprune.zoo.create", failing)
     assert run("info", "test_vit") == (code, "", f"jbrprune: {error}\n")
 
 
@@ -525,4 +527,4 @@ def test_exit_codes(error: Exception, code: int, run: Run, monkeypatch: pytest.M
     ],
 )
 def test_values_of_model_arguments_are_read_as_json_where_they_are(text: str, value: object) -> None:
-    assert cli._arguments([text]) == {text.partition("=")[0]: value}
+    assert model_arguments([text]) == {text.partition("=")[0]: value}

@@ -1,0 +1,141 @@
+"""`jbrprune prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from jbrprune import checkpoint as files
+from jbrprune.commands.options import (
+    AsJson,
+    BatchSize,
+    Data,
+    Device,
+    ModelArguments,
+    Objective,
+    Pretrained,
+    Repair,
+    SiteName,
+    StatisticName,
+    TimmName,
+    Weights,
+    check_file,
+    device_named,
+    mebibytes,
+    model_arguments,
+)
+from jbrprune.commands.output import interactive, say
+from jbrprune.pruning import prune
+
+
+def prune_command(
+    model: TimmName,
+    data: Data,
+    macs: Annotated[float | None, typer.Option(help="Share of the multiply-accumulates to keep, such as 0.5.")] = None,
+    params: Annotated[float | None, typer.Option(help="Share of the parameters to keep.")] = None,
+    channels: Annotated[float | None, typer.Option(help="Share of the channels to keep.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of the single weights to set to zero.")] = None,
+    structure: Annotated[
+        str | None, typer.Option(help="`channels`, `unstructured`, or N:M such as `2:4`. Default: as the budget says.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for the pruned model.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that was saved there.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a figure here (.png, .svg, .pdf).")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Measure the agreement on these images instead of a fifth of --data.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Calibration images to read.")] = 512,
+    eval_images: Annotated[int | None, typer.Option(help="Images to read from --eval-data; default: all.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of steps; default: one for every 5 %, for single weights one.")
+    ] = None,
+    repair: Repair = "auto",
+    objective: Objective = None,
+    site: SiteName = None,
+    statistic: StatisticName = None,
+    batch: Annotated[int | None, typer.Option(help="Samples per batch of `--statistic batched` (128).")] = None,
+    confidence: Annotated[
+        float | None, typer.Option(help="Score only on images above this dense probability (0).")
+    ] = None,
+    ridge: Annotated[float, typer.Option(help="Ridge of the least-squares repair.")] = 0.1,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Glob of module names that keep their width. Repeatable.")
+    ] = None,
+    width: Annotated[bool, typer.Option(help="Also prune the residual width under LayerNorms.")] = False,
+    floor: Annotated[
+        float | None, typer.Option(help="Share of every layer's width (0) or of its weights (0.001) that stays.")
+    ] = None,
+    min_channels: Annotated[int | None, typer.Option(help="Channels of every layer that stay (8).")] = None,
+    round_to: Annotated[int | None, typer.Option(help="Kept widths are multiples of this (1).")] = None,
+    scope: Annotated[
+        Literal["global", "layer"] | None, typer.Option(help="Rank single weights together (default) or by layer.")
+    ] = None,
+    remainder: Annotated[
+        Literal["skip", "pad"] | None, typer.Option(help="What N:M does where M does not divide the inputs (skip).")
+    ] = None,
+    shrink: Annotated[bool, typer.Option(help="Remove channels that contribute nothing any more.")] = False,
+    keep_masks: Annotated[
+        bool, typer.Option(help="Leave the masks of torch.nn.utils.prune in place, to train on.")
+    ] = False,
+    max_memory: Annotated[int | None, typer.Option(help="MiB of scratch memory to score single weights (256).")] = None,
+    checkpoint: Weights = None,
+    model_arg: ModelArguments = None,
+    pretrained: Pretrained = True,
+    batch_size: BatchSize = 32,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a timm model to a budget and say what it cost.
+
+    Example: `jbrprune prune resnet50 --data photos/ --macs 0.5 --out pruned/`; single weights with `--sparsity 0.9`
+    or `--structure 2:4` in the place of `--macs`.
+    """
+    if out is not None:
+        files.check_target(out, overwrite=overwrite)
+    check_file(plot)
+    result = prune(
+        model,
+        data,
+        macs=macs,
+        params=params,
+        channels=channels,
+        sparsity=sparsity,
+        structure=structure,
+        scope=scope,
+        remainder=remainder,
+        shrink=shrink or None,
+        permanent=False if keep_masks else None,
+        max_memory=mebibytes(max_memory),
+        steps=steps,
+        repair=None if repair == "none" else repair,
+        objective=objective,
+        site=site,
+        statistic=statistic,
+        batch=batch,
+        confidence=confidence,
+        ridge=ridge,
+        ignore=ignore or (),
+        width=width or None,
+        floor=floor,
+        min_channels=min_channels,
+        round_to=round_to,
+        images=images,
+        eval_data=eval_data,
+        eval_images=eval_images,
+        batch_size=batch_size,
+        seed=seed,
+        device=device_named(device),
+        progress=interactive(as_json),
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        **model_arguments(model_arg),
+    )
+    if out is not None:
+        result.save(out, overwrite=overwrite)
+    saved = {"out": str(out)} if out is not None else {}
+    say(as_json, result.report.to_dict() | saved, str(result.report) + (f"\n\nSaved to {out}" if out else ""))
+    if plot is not None:
+        result.report.plot(plot)
