@@ -1,34 +1,25 @@
 """Gradients of single weights, added up over a pass: their squares per sample, or those of their means over batches.
 
-`Means` asks autograd. `Squares` sees, during the forward pass, every use of a scored parameter by a layer function,
-with the input as the function itself gets it: behind a padding inside ``forward``, for a weight that another module
-reads, for a weight that several modules share. When the gradient of the function's output arrives, the squares are
-added up, and everything is freed before the next layer's gradient arrives.
+`Means` asks autograd. `Squares` sees every use of a scored parameter through `jbrprune.recording`, adds the squares up
+when the gradient of the function's output arrives, and everything is freed before the next layer's gradient arrives.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from jbrprune import guest
 from jbrprune.errors import ModelError
-from jbrprune.functions import FUNCTIONS, Call
+from jbrprune.factors import wide
 from jbrprune.measure import logits_of
 from jbrprune.parameters import Slot, fresh
 from jbrprune.passes import check_samples_apart
+from jbrprune.recording import Recorder, Use
 from jbrprune.squares import Place, add_squares
-
-
-def wide(device: torch.device) -> torch.dtype:
-    """The widest dtype for sums that a device has."""
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def _zeros(like: Tensor, least: torch.dtype | None = None) -> Tensor:
@@ -99,26 +90,31 @@ class Squares:
         self.max_memory = max_memory
         self.sums = {s.name: _zeros(s.stored) for s in scored}
         self.seen: set[str] = set()
-        self._recorder: _Recorder | None = None
+        self._recorder: Recorder | None = None
 
     @contextmanager
     def recording(self, samples: int) -> Iterator[None]:
         """Context of a forward pass over ``samples`` images."""
-        recorder = self._recorder = _Recorder(self, samples)
-        masked = [s.name.rpartition(".")[0] for s in self.scored if s.mask is not None]
+        recorder = self._recorder = Recorder(
+            {s.name: s.used for s in self.scored}, samples, lambda name, uses: self.add(name, uses, samples)
+        )
+        masked = [s for s in self.scored if s.mask is not None]
+
+        def identify_again(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            recorder.identify({s.name: s.used for s in masked if s.module is module})
+
+        names = [s.name.rpartition(".")[0] for s in masked]
         # Behind the hook of torch.nn.utils.prune, which makes the effective weight anew in every forward pass.
-        with guest.hooked(self.model, forward_pre=dict.fromkeys(masked, recorder.identify_again)), recorder:
+        with guest.hooked(self.model, forward_pre=dict.fromkeys(names, identify_again)), recorder:
             yield
+        self.seen |= recorder.seen
 
     def backward(self, losses: Tensor) -> None:
         """Add the squares of the gradients of ``losses`` that the recorded forward pass has led to."""
         recorder, self._recorder = self._recorder, None
-        with torch.enable_grad():
-            total = losses.sum()
-        total.backward()
-        recorder.finish()  # type: ignore[union-attr]
+        recorder.backward(losses)  # type: ignore[union-attr]
 
-    def add(self, name: str, uses: Sequence[_Use], samples: int) -> None:
+    def add(self, name: str, uses: Sequence[Use], samples: int) -> None:
         """Add what all uses of a parameter contribute: the sum of their gradients per sample, squared."""
         calls = [(use.call, use.gradient) for use in uses]
         kinds = [use.kinds[name] for use in uses]
@@ -202,92 +198,3 @@ def _refusal(wrong: Sequence[Slot], seen: set[str]) -> str:
         "parameter is used a second time in another way, or the forward pass is random in eval mode. Put it into "
         "`ignore`, or make the model treat samples apart."
     )
-
-
-class _Use:
-    """One call that reads scored parameters; holds its input until all of them have been dealt with."""
-
-    def __init__(self, call: Call, kinds: Mapping[str, str]) -> None:
-        self.call: Call | None = replace(call, input=call.input.detach())
-        self.kinds = kinds  # parameter name -> "weight" or "bias"
-        self.version = call.input._version
-        self.gradient: Tensor | None = None
-        self.left = set(kinds)
-
-    def done(self, name: str) -> None:
-        """Forget the tensors when the last parameter has been dealt with."""
-        self.left.discard(name)
-        if not self.left:
-            self.call = self.gradient = None
-
-
-class _Recorder(TorchFunctionMode):
-    """Sees every call of a layer function during one forward pass, and its gradient during the backward."""
-
-    def __init__(self, squares: Squares, samples: int) -> None:
-        super().__init__()
-        self.squares = squares
-        self.samples = samples
-        self.uses: dict[str, list[_Use]] = defaultdict(list)
-        self.arrived: dict[str, list[_Use]] = defaultdict(list)
-        self.tensors: dict[int, tuple[str, Tensor]] = {}
-        self.identify(squares.scored)
-
-    def identify(self, scored: Iterable[Slot]) -> None:
-        """Remember parameters by identity; the tensor is kept, so that its identity is not used again."""
-        for s in scored:
-            self.tensors[id(s.used)] = (s.name, s.used)
-
-    def identify_again(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward-pre hook of masked modules."""
-        self.identify(s for s in self.squares.scored if s.module is module)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        output = func(*args, **(kwargs or {}))
-        read = FUNCTIONS.get(func)
-        if read is None or not torch.is_grad_enabled():
-            return output
-        call = read(*args, **(kwargs or {}))
-        parameters = {"weight": call.weight, "bias": call.bias}
-        kinds = {self.tensors[id(t)][0]: kind for kind, t in parameters.items() if id(t) in self.tensors}
-        return self._watched(call, kinds, output) if kinds else output
-
-    def _watched(self, call: Call, kinds: Mapping[str, str], output: Tensor) -> Tensor:
-        batched = call.convolution is None or call.input.dim() == 2 + len(call.convolution.kernel)
-        if not batched or len(call.input) % self.samples or len(output) % self.samples:
-            raise ModelError(
-                f"{next(iter(kinds))}: the first dimension of the input {tuple(call.input.shape)} of this layer is "
-                f"not the batch of {self.samples}; squares per sample are not defined there. Put it into `ignore`."
-            )
-        use = _Use(call, kinds)
-        for name in kinds:
-            self.uses[name].append(use)
-        self.squares.seen |= set(kinds)
-        if not output.requires_grad:  # a clone, because a leaf may not be changed in place
-            output = output.detach().requires_grad_().clone()
-        output.register_hook(lambda gradient: self._arrive(use, gradient))
-        return output
-
-    def _arrive(self, use: _Use, gradient: Tensor) -> None:
-        if use.call is not None and use.call.input._version != use.version:
-            raise ModelError(
-                f"{next(iter(use.kinds))}: the input of this layer is changed in place after the layer has read it. "
-                "Put the layer into `ignore`, or make that change out of place."
-            )
-        use.gradient = gradient
-        for name in use.kinds:
-            self.arrived[name].append(use)
-            if len(self.arrived[name]) == len(self.uses[name]):
-                self._settle(name)
-
-    def _settle(self, name: str) -> None:
-        uses = self.arrived.pop(name)
-        self.squares.add(name, uses, self.samples)
-        for use in uses:
-            use.done(name)
-
-    def finish(self) -> None:
-        """Settle parameters of which some uses have no part in the logits."""
-        for name in list(self.arrived):
-            self._settle(name)
-        self.uses.clear()

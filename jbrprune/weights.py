@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from jbrprune import guest, layers, sumfiles
 from jbrprune.batches import Batch, iterate
-from jbrprune.collectors import Means, Squares, wide
+from jbrprune.collectors import Means, Squares
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from jbrprune.factors import wide
 from jbrprune.measure import check_weights, logits_of
 from jbrprune.objectives import OBJECTIVES, Objective
 from jbrprune.parameters import Slot, fresh, ignored, is_weight_layer, slots

@@ -1,0 +1,169 @@
+"""A measured number with what is not known about it; parts of the data add up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from jbrprune.errors import ArgumentError
+from jbrprune.tpv.validity import Validity
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over N samples and R draws of v_nr; those of disjoint sets of samples add up.
+
+    Attributes:
+        samples: N.
+        by_draw: For every draw, the sum over samples.
+        squares_of_means: Sum over samples of (mean over draws of v_nr)^2.
+        squares: Sum over samples and draws of v_nr^2.
+        shared: All samples see the same random draws, so that the draws have a variance of their own.
+    """
+
+    samples: int
+    by_draw: tuple[float, ...]
+    squares_of_means: float
+    squares: float
+    shared: bool
+
+    @staticmethod
+    def of(values: Tensor, *, shared: bool) -> Sums:
+        """Sums of ``[N, R]`` values."""
+        values = values.cpu().double()
+        return Sums(
+            len(values),
+            tuple(values.sum(0).tolist()),
+            float(values.mean(1).square().sum()),
+            float(values.square().sum()),
+            shared,
+        )
+
+    def __add__(self, other: Sums) -> Sums:
+        """Sums over both sets of samples, which have seen the same draws."""
+        if (len(self.by_draw), self.shared) != (len(other.by_draw), other.shared):
+            raise ArgumentError(
+                f"Cannot add estimates made with {len(self.by_draw)} and {len(other.by_draw)} draws: every shard must "
+                "see the same draws. Give all of them the same seed and number of draws, and rtol=0."
+            )
+        return Sums(
+            self.samples + other.samples,
+            tuple(a + b for a, b in zip(self.by_draw, other.by_draw)),
+            self.squares_of_means + other.squares_of_means,
+            self.squares + other.squares,
+            self.shared,
+        )
+
+    @property
+    def mean(self) -> float:
+        """The mean over samples and draws."""
+        return sum(self.by_draw) / (self.samples * len(self.by_draw))
+
+    @property
+    def standard_error(self) -> float:
+        r"""Of the mean, over other samples and other draws; NaN where there is one sample, or one random draw.
+
+        Samples and draws are crossed: s_n^2/N + s_r^2/R - s_nr^2/(N R), with the variances s_n^2 of the samples' means,
+        s_r^2 of the draws' means, and s_nr^2 of what neither explains, which both of the first contain.
+        """
+        n, draws, mean = self.samples, len(self.by_draw), self.mean
+        if n < 2 or (self.shared and draws < 2):
+            return math.nan
+        between = max(0.0, self.squares_of_means - n * mean**2)
+        variance = between / (n - 1) / n
+        if self.shared:
+            means = [total / n for total in self.by_draw]
+            spread = sum((m - mean) ** 2 for m in means)
+            rest = max(0.0, self.squares - draws * self.squares_of_means - n * spread)
+            variance += spread / (draws - 1) / draws - rest / ((n - 1) * (draws - 1)) / (n * draws)
+        return math.sqrt(max(0.0, variance))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A TPV: mean over samples of the sum over outputs of squared changes.
+
+    Attributes:
+        value: The estimate.
+        standard_error: Of the value, over samples and over what was drawn at random; NaN where it is not known (one
+            sample, or one random draw).
+        samples: Samples N.
+        seconds: Wall time.
+        unit: What the value is measured in.
+        method: ``exact``, ``projection``, ``jvp`` or ``empirical``.
+        draws: Sign vectors per sample, or draws of the perturbation; 1 for what is not random.
+        stopped: ``rtol``: the relative standard error was reached; ``budget``: the data or the draws came to an end.
+        validity: How far first order holds along the perturbation; None where it was not asked for.
+        sums: What estimates on other samples can be added to.
+    """
+
+    value: float
+    standard_error: float
+    samples: int
+    seconds: float
+    unit: str
+    method: str
+    draws: int
+    stopped: Literal["rtol", "budget"]
+    validity: Validity | None
+    sums: Sums
+
+    @staticmethod
+    def from_sums(sums: Sums, **facts: Any) -> Estimate:
+        """Value and standard error from the sums, the rest as given."""
+        return Estimate(value=sums.mean, standard_error=sums.standard_error, samples=sums.samples, sums=sums, **facts)
+
+    @property
+    def relative_error(self) -> float:
+        """Standard error over value; 0 where both are 0, NaN where the standard error is not known."""
+        return _relative(self.value, self.standard_error)
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """The estimate on two disjoint sets of samples; the same number as one run on both.
+
+        Raises:
+            ArgumentError: They were made by other methods, or with other draws.
+        """
+        if not isinstance(other, Estimate):
+            return NotImplemented
+        mine, others = ((e.method, e.draws, e.unit) for e in (self, other))
+        if mine != others:
+            raise ArgumentError(f"Cannot add estimates made as {mine} and as {others} (method, draws, unit).")
+        sums = self.sums + other.sums
+        stopped = "rtol" if "rtol" in (self.stopped, other.stopped) else "budget"
+        return replace(
+            self,
+            value=sums.mean,
+            standard_error=sums.standard_error,
+            samples=sums.samples,
+            seconds=self.seconds + other.seconds,
+            stopped=stopped,
+            sums=sums,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Pure JSON types, without the sums; what is not known is None."""
+        facts = {name: value for name, value in vars(self).items() if name not in ("sums", "validity")}
+        facts["standard_error"] = None if math.isnan(self.standard_error) else self.standard_error
+        return facts | {"validity": self.validity and self.validity.to_dict()}
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"{self.value:.4g} +- {self.standard_error:.2g} {self.unit} ({self.method}, {self.samples} samples, "
+            f"{self.draws} draws, {self.seconds:.1f} s, stopped by {self.stopped})"
+        )
+
+
+def reached(sums: Sums, rtol: float, least: int) -> bool:
+    """Whether the relative standard error is at most ``rtol``, from ``least`` samples on."""
+    return rtol > 0 and sums.samples >= least and _relative(sums.mean, sums.standard_error) <= rtol
+
+
+def _relative(value: float, error: float) -> float:
+    if value == 0:
+        return 0.0 if error == 0 else math.nan
+    return error / abs(value)

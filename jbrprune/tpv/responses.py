@@ -1,0 +1,73 @@
+"""How the outputs of a model answer to a change of its weights: really, and to first order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from jbrprune.errors import ModelError
+from jbrprune.measure import logits_of
+
+Output = Callable[[object], Tensor]
+"""What a model returns -> ``[B, K]``."""
+
+
+def outputs_of(model: nn.Module, images: Tensor, output: Output = logits_of) -> Tensor:
+    """``[B, K]`` the outputs, checked to be one row for every image."""
+    return checked(output(model(images.clone())), images)  # a clone, for a model that changes its input in place
+
+
+def changed_outputs(model: nn.Module, images: Tensor, change: Mapping[str, Tensor], output: Output) -> Tensor:
+    """``[B, K]`` f(w + dw), in the model's dtype. The model keeps its weights."""
+    weights = dict(model.named_parameters())
+    moved = {name: weights[name].detach() + d.to(weights[name]) for name, d in change.items()}
+    return checked(output(functional_call(model, moved, (images.clone(),))), images)
+
+
+def linear_outputs(
+    model: nn.Module, images: Tensor, change: Mapping[str, Tensor], output: Output
+) -> tuple[Tensor, Tensor]:
+    """``[B, K]`` f(w), and the first-order change J(x) dw, by forward-mode differentiation.
+
+    Raises:
+        ModelError: An operation has no forward-mode derivative.
+    """
+    weights = {name: p.detach() for name, p in model.named_parameters() if name in change}
+    tangents = {name: change[name].to(weight) for name, weight in weights.items()}
+
+    def function(moved: dict[str, Tensor]) -> Tensor:
+        return checked(output(functional_call(model, moved, (images.clone(),))), images)
+
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+            outputs, product = jvp(function, (weights,), (tangents,))
+    except NotImplementedError as error:
+        raise ModelError(
+            f"The model has no forward-mode derivative: {str(error).splitlines()[0]} Use method='projection' (or "
+            "'exact'), and validity=False."
+        ) from error
+    return outputs, product
+
+
+def checked(outputs: Tensor, images: Tensor) -> Tensor:
+    """Refuse outputs that are not one row of numbers for every image."""
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or not outputs.is_floating_point():
+        what = f"{list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ModelError(
+            f"The outputs must be floating point [B, K], got {what}. Say with `output=` which tensor of what the model "
+            "returns counts; for a regression to one number, output=lambda y: y[:, None]."
+        )
+    if len(outputs) != len(images):
+        raise ModelError(f"{len(images)} images went in, {len(outputs)} rows of outputs came out.")
+    return outputs
+
+
+def applied(covariance: object, model: nn.Module) -> AbstractContextManager[object] | None:
+    """The context in which a covariance really perturbs the model, if it has one of its own."""
+    context = getattr(covariance, "applied", None)
+    return None if context is None else context(model)
