@@ -17,7 +17,7 @@ from jbrprune.errors import ModelError
 from jbrprune.factors import wide
 from jbrprune.measure import logits_of
 from jbrprune.parameters import Slot, fresh
-from jbrprune.passes import check_samples_apart
+from jbrprune.passes import check_samples_apart, two_images
 from jbrprune.recording import Recorder, Use
 from jbrprune.squares import Place, add_squares
 
@@ -131,7 +131,7 @@ class Squares:
             ModelError: They differ, or autograd cannot differentiate by the weights at all.
         """
         check_samples_apart(self.model, images, ())
-        pair = _two_images(images)
+        pair = two_images(images)
         with torch.enable_grad(), self.recording(2):
             logits = logits_of(self.model(pair.clone()))
         if len(logits) != 2:
@@ -173,13 +173,6 @@ class Squares:
                         expected[i] += float(square.sum())
                         self.sums[scored.name] -= square
         return [(s, e, float(self.sums[s.name].abs().sum())) for s, e in zip(self.scored, expected)]
-
-
-def _two_images(images: Tensor) -> Tensor:
-    """The first image, and one made from it that is different everywhere."""
-    one = images[:1]
-    ramp = torch.linspace(-1, 1, one.shape[-1], device=one.device, dtype=one.dtype)
-    return torch.cat([one, one.flip(-1) + one.std(correction=0).clamp_min(1e-3) * ramp])
 
 
 def _refusal(wrong: Sequence[Slot], seen: set[str]) -> str:

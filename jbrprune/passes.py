@@ -65,6 +65,13 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
+def two_images(images: Tensor) -> Tensor:
+    """The first image, and one made from it that is different everywhere."""
+    one = images[:1]
+    ramp = torch.linspace(-1, 1, one.shape[-1], device=one.device, dtype=one.dtype)
+    return torch.cat([one, one.flip(-1) + one.std(correction=0).clamp_min(1e-3) * ramp])
+
+
 def check_samples_apart(model: nn.Module, images: Tensor, names: Sequence[str]) -> set[str]:
     """Change one of three samples: only its rows may change, in the middle third of every activation.
 

@@ -20,10 +20,7 @@ BROADCASTING = {
     for owner in (torch, Tensor)
     for function in (getattr(owner, name), getattr(owner, f"{name}_", None))
     if function is not None
-} | {
-    getattr(Tensor, name)
-    for name in ("__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__")
-}
+} | {getattr(Tensor, f"__{side}{name}__") for name in ("add", "sub", "mul") for side in ("", "r", "i")}
 """Functions of two tensors that broadcast."""
 RESHAPING = {
     getattr(Tensor, name)
@@ -82,7 +79,7 @@ class BareRecorder(Recorder):
 
     def _reshaped(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         before, name, pull = self.derived[id(args[0])]
-        output, back = vjp(lambda tensor: func(tensor, *args[1:], **kwargs), before.detach())
+        output, back = vjp(lambda tensor: func(tensor, *args[1:], **kwargs), before.detach())  # type: ignore[misc]
         self.derived[id(output)] = (output, name, lambda gradient: pull(vmap(back)(gradient)[0]))
         return output
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -45,13 +44,13 @@ def linear_outputs(
 
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
-            outputs, product = jvp(function, (weights,), (tangents,))
+            found = jvp(function, (weights,), (tangents,))
     except NotImplementedError as error:
         raise ModelError(
             f"The model has no forward-mode derivative: {str(error).splitlines()[0]} Use method='projection' (or "
             "'exact'), and validity=False."
         ) from error
-    return outputs, product
+    return found[0], found[1]
 
 
 def checked(outputs: Tensor, images: Tensor) -> Tensor:

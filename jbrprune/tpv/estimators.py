@@ -1,0 +1,463 @@
+r"""TPV of a model under a perturbation of its weights, to first order and really.
+
+    TPV = E_x E_dw sum_k (f_k(w + dw; x) - f_k(w; x))^2   (`empirical`)
+        ~ E_x sum_k J_k(x) C J_k(x)^T                      (`trace_form`)
+
+Sum over outputs, mean over samples. The outputs are the logits unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jbrprune import guest
+from jbrprune.batches import iterate
+from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from jbrprune.measure import check_weights, logits_of, raise_nonfinite
+from jbrprune.parameters import covered, masks_of
+from jbrprune.passes import check_known, own
+from jbrprune.tpv.covariances import Change, Covariance, Isotropic, Perturbation  # noqa: F401  (Isotropic: the examples)
+from jbrprune.tpv.estimate import Estimate, Sums, reached
+from jbrprune.tpv.gradients import checked_direction
+from jbrprune.tpv.recorded import Recorded, check_recording, recorded
+from jbrprune.tpv.responses import Output, applied, changed_outputs, linear_outputs, outputs_of
+from jbrprune.tpv.validity import Validity, taylor_error, warn_if_invalid
+
+Method = Literal["auto", "exact", "projection", "jvp"]
+METHODS = ("auto", "exact", "projection", "jvp")
+EXACT_OUTPUTS = 4
+"""Up to here ``auto`` takes one backward per output, and has no variance from signs."""
+MOST_EXACT = 4096
+"""Outputs beyond which ``exact`` is refused."""
+LEAST_SAMPLES = 64
+"""Samples before which no standard error is trusted enough to stop."""
+
+
+def trace_form(
+    model: nn.Module,
+    data: object,
+    covariance: Covariance | Perturbation,
+    *,
+    method: Method = "auto",
+    rtol: float = 0.02,
+    samples: int | None = None,
+    signs: int = 1,
+    draws: int = 8,
+    batch_size: int = 32,
+    ignore: Sequence[str] = (),
+    output: Output = logits_of,
+    unit: str | None = None,
+    autocast: torch.dtype | None = None,
+    first: int = 0,
+    validity: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> Estimate:
+    r"""TPV to first order: Tr(H_eff C) = E_x sum_k J_k(x) C J_k(x)^T.
+
+    Three methods, chosen by ``auto`` as follows:
+
+    * ``jvp``: sum_r \|J(x) d_r\|^2 by forward-mode differentiation, where C = sum_r d_r d_r^T has finite rank, as for
+      removal. Asked for by name it works for every covariance: then d is drawn ``draws`` times.
+    * ``exact``: one backward per output, g = J_k^T; where there are at most `EXACT_OUTPUTS`.
+    * ``projection``: one backward per vector of random signs s, E_s g^T C g with g = J^T s.
+
+    The last two take whole batches: norms of per-sample gradients come from activations and output gradients.
+
+    Args:
+        model: Any module that maps images to logits ``[B, K]``; left as it was. All its parameters are perturbed,
+            also frozen ones.
+        data: Anything that yields images (`jbrprune.batches.iterate`); read once, streaming (``jvp`` with draws: once
+            per draw, in the same order).
+        covariance: What the perturbation is (`jbrprune.tpv.covariances`).
+        method: See above.
+        rtol: Stop when standard error / value is at most this, from `LEAST_SAMPLES` samples on; 0: read everything.
+        samples: Images to read, at most; default: all.
+        signs: Sign vectors per sample.
+        draws: Draws of the perturbation for ``jvp`` where C has no finite rank.
+        batch_size: Images per pass where the data do not say.
+        ignore: Globs of modules or parameters that are not perturbed.
+        output: What the model returns -> ``[B, K]``; default: the logits.
+        unit: What the squared outputs are measured in; default: ``squared logits``, or ``squared outputs``.
+        autocast: Low-precision dtype of the forward pass of ``exact`` and ``projection``.
+        first: Number of the first sample, for shards: the signs of a sample depend on the seed and its number, so that
+            shards with ``rtol=0`` add up to the run on all samples.
+        validity: Also compare first order with the real change along one draw, on the first batch (`taylor_error`).
+        seed: Seeds signs and draws.
+        progress: Show a progress bar.
+
+    Returns:
+        `Estimate`; its standard error is over samples and signs (or draws) together.
+
+    Raises:
+        ArgumentError: Arguments without meaning; ``exact`` with more than `MOST_EXACT` outputs; a covariance of another
+            model.
+        DataError: No data; the order of the data changes between passes.
+        ModelError: No parameter is perturbed; masks of ``torch.nn.utils.prune``; a parameter whose gradients per
+            sample cannot be seen.
+        NonFiniteError: NaN or Inf in weights, images, outputs or gradients.
+
+    Source:
+        Arpit, arXiv 2512.11089 (trace form, sign projections).
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4, bias=False))
+        >>> images = torch.ones(64, 3, 2, 2)
+        >>> trace_form(net, images, Isotropic(0.5), progress=False).value  # 0.25 * 4 outputs * 12 inputs
+        12.0
+    """
+    check_known("method", method, METHODS)
+    settings = _Settings.checked(rtol, samples, draws, signs, first, seed, progress)
+    began = time.perf_counter()
+    bound = _bound(model, covariance, ignore, output)
+    stream = _Stream(data, batch_size, guest.device_of(model), samples, progress)
+    ranked = getattr(bound.covariance, "directions", None) is not None
+    if method == "jvp" or (method == "auto" and (ranked or getattr(bound.covariance, "by_draws", False))):
+        sums, taken, stopped, change = _by_jvp(bound, stream, settings)
+        done = "jvp"
+    else:
+        sums, done, stopped = _by_gradients(bound, stream, settings, method, autocast)
+        taken, change = (signs if done == "projection" else 1), None
+    return _estimate(
+        bound, stream, sums, done, taken, stopped, unit, began, validity=validity, change=change, seed=seed
+    )
+
+
+def empirical(
+    model: nn.Module,
+    data: object,
+    covariance: Covariance | Perturbation,
+    *,
+    draws: int = 16,
+    rtol: float = 0.02,
+    samples: int | None = None,
+    batch_size: int = 32,
+    ignore: Sequence[str] = (),
+    output: Output = logits_of,
+    unit: str | None = None,
+    validity: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> Estimate:
+    r"""TPV as it is: E_x E_dw \|f(w + dw; x) - f(w; x)\|^2, by drawing dw and running the model.
+
+    Args:
+        model: As for `trace_form`.
+        data: As for `trace_form`; read once per draw, in the same order.
+        covariance: What the perturbation is.
+        draws: Draws of dw, at most; a fixed perturbation (rounding, removal) is drawn once.
+        rtol: Stop after a draw (the second, at the earliest) when standard error / value is at most this.
+        samples: Images to read, at most; default: all.
+        batch_size: Images per pass where the data do not say.
+        ignore: Globs of modules or parameters that are not perturbed.
+        output: What the model returns -> ``[B, K]``; default: the logits.
+        unit: What the squared outputs are measured in; default: ``squared logits``, or ``squared outputs``.
+        validity: Also compare first order with the real change along the first draw, on the first batch.
+        seed: Seeds the draws; shards with the same seed, the same ``draws`` and ``rtol=0`` add up.
+        progress: Show a progress bar.
+
+    Returns:
+        `Estimate`; its standard error is over samples and draws together.
+
+    Raises:
+        ArgumentError, DataError, ModelError, NonFiniteError: As for `trace_form`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4, bias=False))
+        >>> found = empirical(net, torch.ones(64, 3, 2, 2), Isotropic(0.5), draws=400, progress=False)
+        >>> abs(found.value - 12) < 3 * found.standard_error
+        True
+    """
+    settings = _Settings.checked(rtol, samples, draws, 1, 0, seed, progress)
+    began = time.perf_counter()
+    bound = _bound(model, covariance, ignore, output)
+    stream = _Stream(data, batch_size, guest.device_of(model), samples, progress)
+    dense: list[Tensor] = []
+
+    def squared(number: int, images: Tensor, change: Change) -> Tensor:
+        if len(dense) == number:
+            dense.append(_finite_outputs(model, images, outputs_of(model, images, output), number).cpu())
+        context = applied(bound.covariance, model)
+        if context is None:
+            outputs = changed_outputs(model, images, change, output)
+        else:
+            with context:
+                outputs = outputs_of(model, images, output)
+        difference = outputs.double().cpu() - dense[number].double()
+        return difference.square().sum(1)
+
+    sums, taken, stopped, change = _by_draws(bound, stream, settings, squared)
+    return _estimate(
+        bound, stream, sums, "empirical", taken, stopped, unit, began, validity=validity, change=change, seed=seed
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How long to go on, and from where the randomness comes."""
+
+    rtol: float
+    samples: int | None
+    draws: int
+    signs: int
+    first: int
+    seed: int
+    progress: bool
+
+    @staticmethod
+    def checked(
+        rtol: float, samples: int | None, draws: int, signs: int, first: int, seed: int, progress: bool
+    ) -> _Settings:
+        if not 0 <= rtol < 1:
+            raise ArgumentError(f"rtol must satisfy 0 <= rtol < 1, got {rtol}.")
+        for name, value, least in (
+            ("samples", samples, 1),
+            ("draws", draws, 1),
+            ("signs", signs, 1),
+            ("first", first, 0),
+        ):
+            if value is not None and value < least:
+                raise ArgumentError(f"{name} must be at least {least}, got {value}.")
+        return _Settings(rtol, samples, draws, signs, first, seed, progress)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bound:
+    """A model, what is perturbed of it, and how."""
+
+    model: nn.Module
+    covariance: Covariance
+    shapes: Mapping[str, torch.Size]
+    output: Output
+
+
+def _bound(model: nn.Module, covariance: Covariance | Perturbation, ignore: Sequence[str], output: Output) -> _Bound:
+    check_weights(model)
+    if masks_of(model):
+        raise ModelError(
+            f"{next(iter(masks_of(model)))} is masked by torch.nn.utils.prune, so that its parameter is not what the "
+            "model computes with. Call jbrprune.make_permanent(model) first (on a copy, if the masks are still needed)."
+        )
+    names = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    if ignore:
+        modules = [name for name, _ in model.named_modules() if name]
+        left_out = covered(modules + names, ignore, "module and no parameter")
+        names = [name for name in names if name not in left_out]
+    if not names:
+        raise ModelError(f"{type(model).__name__} has no parameter that can be perturbed. Is everything in `ignore`?")
+    weights = {name: p.detach() for name, p in model.named_parameters() if name in set(names)}
+    if isinstance(covariance, Perturbation):
+        covariance = covariance.of(model, weights)
+    if not isinstance(covariance, Covariance):
+        raise ArgumentError(
+            f"{type(covariance).__name__} is not a covariance: it needs the methods quadratic(gradients) and "
+            "sample(generator), see jbrprune.tpv.covariances."
+        )
+    return _Bound(model, covariance, {name: w.shape for name, w in weights.items()}, output)
+
+
+@dataclass(eq=False)
+class _Stream:
+    """The images, on the device, limited in number, and known to be the same in every pass."""
+
+    data: object
+    batch_size: int
+    device: torch.device
+    samples: int | None
+    progress: bool
+    prints: list[int] = field(default_factory=list)
+    head: Tensor | None = None
+
+    def read(self, what: str) -> Iterator[Tensor]:
+        """One pass.
+
+        Raises:
+            DataError: These are not the images of the first pass.
+        """
+        again, left = bool(self.prints), self.samples
+        batches = iterate(self.data, batch_size=self.batch_size)
+        number = -1
+        for number, batch in enumerate(tqdm(batches, what, unit="batch", disable=not self.progress, leave=False)):
+            images = own(batch.images)[:left]
+            self._compare(number, _fingerprint(images), again)
+            images = images.to(self.device)
+            self.head = images if self.head is None else self.head
+            yield images
+            left = None if left is None else left - len(images)
+            if left == 0:
+                break
+        if again and number + 1 != len(self.prints):
+            raise DataError(
+                f"The data gave {len(self.prints)} batches in the first pass and {number + 1} in a later one."
+            )
+
+    def _compare(self, number: int, found: int, again: bool) -> None:
+        if not again:
+            self.prints.append(found)
+        elif number >= len(self.prints) or self.prints[number] != found:
+            raise DataError(
+                f"Batch {number} is not the one of the first pass: the data are shuffled (or augmented at random) anew "
+                "every time they are read, but the changed and the unchanged model must see the same images. Use "
+                "shuffle=False, or pass a tensor or a list of batches."
+            )
+
+
+def _fingerprint(images: Tensor) -> int:
+    return zlib.crc32(images.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _finite_outputs(model: nn.Module, images: Tensor, outputs: Tensor, number: int) -> Tensor:
+    if not torch.isfinite(outputs).all():
+        raise_nonfinite(model, images, f"Batch {number}: the outputs")
+    return outputs
+
+
+def _by_gradients(
+    bound: _Bound, stream: _Stream, settings: _Settings, method: str, autocast: torch.dtype | None
+) -> tuple[Sums, str, str]:
+    """Sums of g^T C g, g = J^T m, m the unit vectors or random signs."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    names = list(bound.shapes)
+    sums: Sums | None = None
+    for number, images in enumerate(stream.read("trace form")):
+        with guest.visiting(bound.model):
+            if number == 0:
+                check_recording(bound.model, images, names, bound.output)
+            run = recorded(bound.model, images, names, bound.output, autocast)
+            outputs = _finite_outputs(bound.model, images, run.outputs, number)
+            if not outputs.requires_grad:
+                raise ModelError(
+                    "No parameter that is perturbed takes part in the outputs: there is nothing to predict."
+                )
+            if number == 0:
+                method = _chosen(method, outputs.shape[1])
+                _skip(generator, settings, outputs.shape[1])
+            values = torch.stack(
+                [_quadratic(bound, run, m) for m in _directions(method, outputs, settings.signs, generator)]
+            )
+            value = values.sum(0) if method == "exact" else values.mean(0)
+        part = Sums.of(value[:, None], shared=False)
+        sums = part if sums is None else sums + part
+        if reached(sums, settings.rtol, LEAST_SAMPLES):
+            return sums, method, "rtol"
+    return sums, method, "budget"  # type: ignore[return-value]
+
+
+def _quadratic(bound: _Bound, run: Recorded, directions: Tensor) -> Tensor:
+    value = bound.covariance.quadratic(run.gradients(directions))
+    if not isinstance(value, Tensor) or value.shape != (len(directions),):
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ArgumentError(f"quadratic() must give one number per sample, [{len(directions)}], got {got}.")
+    if not torch.isfinite(value).all():
+        raise NonFiniteError("quadratic() gave NaN or Inf: the gradients, or the covariance, are not finite.")
+    return value.detach().cpu().double()
+
+
+def _chosen(method: str, outputs: int) -> str:
+    if method == "auto":
+        return "exact" if outputs <= EXACT_OUTPUTS else "projection"
+    if method == "exact" and outputs > MOST_EXACT:
+        raise ArgumentError(
+            f"method='exact' takes one backward per output, and there are {outputs:,}: more than {MOST_EXACT:,}. Use "
+            "method='projection', which takes one per sign vector."
+        )
+    return method
+
+
+def _skip(generator: torch.Generator, settings: _Settings, outputs: int) -> None:
+    """Let the signs of the samples of earlier shards pass."""
+    for _ in range(settings.first):
+        torch.randint(0, 2, (settings.signs, outputs), generator=generator, dtype=torch.int8)
+
+
+def _directions(method: str, outputs: Tensor, signs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """``[B, K]`` unit vectors, or random signs, drawn sample by sample so that the batch size does not matter."""
+    samples, number = outputs.shape
+    if method == "exact":
+        for k in range(number):
+            yield torch.zeros_like(outputs).index_fill_(1, torch.tensor(k, device=outputs.device), 1)
+        return
+    drawn = torch.randint(0, 2, (samples, signs, number), generator=generator, dtype=torch.int8)
+    for s in (2 * drawn - 1).unbind(1):
+        yield s.to(outputs)
+
+
+def _by_jvp(bound: _Bound, stream: _Stream, settings: _Settings) -> tuple[Sums, int, str, Change]:
+    """Sums of squares of J d: over all directions of a finite rank, or over draws."""
+    directions = getattr(bound.covariance, "directions", None)
+
+    def squared(number: int, images: Tensor, change: Change) -> Tensor:
+        total = torch.zeros(len(images), dtype=torch.float64)
+        for d in directions or (change,):
+            outputs, product = linear_outputs(bound.model, images, d, bound.output)
+            _finite_outputs(bound.model, images, outputs, number)
+            total += product.double().square().sum(1).cpu()
+        return total
+
+    return _by_draws(bound, stream, settings, squared, once=directions is not None)
+
+
+def _by_draws(
+    bound: _Bound,
+    stream: _Stream,
+    settings: _Settings,
+    squared: Callable[[int, Tensor, Change], Tensor],
+    *,
+    once: bool = False,
+) -> tuple[Sums, int, str, Change]:
+    """Sums of what every draw does to every sample; one draw where there is nothing random (any more)."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    once = once or getattr(bound.covariance, "fixed", False)
+    columns: list[Tensor] = []
+    start: Change = {}
+    sums: Sums | None = None
+    for draw in range(1 if once else settings.draws):
+        change = checked_direction(bound.covariance.sample(generator), bound.shapes)
+        start = start or change
+        parts: list[Tensor] = []
+        for number, images in enumerate(stream.read(f"draw {draw + 1}")):
+            with guest.visiting(bound.model):
+                parts.append(squared(number, images, change))
+            if not torch.isfinite(parts[-1]).all():
+                raise NonFiniteError(f"Draw {draw + 1}, batch {number}: the changed outputs contain NaN or Inf.")
+            if once and reached(Sums.of(torch.cat(parts)[:, None], shared=False), settings.rtol, LEAST_SAMPLES):
+                break
+        columns.append(torch.cat(parts))
+        sums = Sums.of(torch.stack(columns, 1), shared=not once)
+        if reached(sums, settings.rtol, LEAST_SAMPLES):
+            return sums, draw + 1, "rtol", start
+    return sums, len(columns), "budget", start  # type: ignore[return-value]
+
+
+def _estimate(
+    bound: _Bound,
+    stream: _Stream,
+    sums: Sums,
+    method: str,
+    draws: int,
+    stopped: str,
+    unit: str | None,
+    began: float,
+    *,
+    validity: bool,
+    change: Change | None,
+    seed: int,
+) -> Estimate:
+    seconds = time.perf_counter() - began
+    found: Validity | None = None
+    if validity and stream.head is not None:
+        direction = change or bound.covariance.sample(torch.Generator().manual_seed(seed))
+        found = taylor_error(bound.model, stream.head, direction, output=bound.output, progress=False)
+        warn_if_invalid(found)
+    unit = unit or ("squared logits" if bound.output is logits_of else "squared outputs")
+    return Estimate.from_sums(
+        sums, seconds=seconds, unit=unit, method=method, draws=draws, stopped=stopped, validity=found
+    )
