@@ -40,7 +40,8 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 _BROKEN_NAME = (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 _BROKEN_FILE = (OSError, EOFError, zlib.error)
-_RAW_FOLDERS = ("", "raw", "FashionMNIST/raw")
+RAW_FOLDERS = ("", "raw", "FashionMNIST/raw")
+"""Where below a folder IDX files are looked for; the last is torchvision's layout."""
 _IDX_MAGIC = {1: 0x00000801, 3: 0x00000803}
 
 
@@ -86,16 +87,56 @@ def open_data(
     if batch_size < 1 or workers < 0:
         raise ArgumentError(f"batch_size must be >= 1 and workers >= 0, got {batch_size} and {workers}.")
     by_name = isinstance(data, str | Path)
-    pictures = _by_name(str(data), model, root, split) if by_name else data
+    stored = pictures(str(data), model, root=root, split=split) if by_name else data
     if not by_name and not _needs_transform(data, model):
         return data
-    prepare = _Prepare(model, labels=labels and _labels_fit(pictures, model))
-    if isinstance(pictures, IterableDataset):
-        return _Stream(pictures, prepare)
-    source = cast("Sequence[object]", pictures)
+    prepare = _Prepare(model, labels=labels and _labels_fit(stored, model))
+    if isinstance(stored, IterableDataset):
+        return _Stream(stored, prepare)
+    source = cast("Sequence[object]", stored)
     order = _shuffled(len(source)) if by_name else range(len(source))
     # A generator of its own: iterating must not advance the user's random state.
     return DataLoader(_Indexed(source, order, prepare), batch_size, num_workers=workers, generator=torch.Generator())
+
+
+def pictures(name: str, model: nn.Module, *, root: str | Path | None = None, split: str = "validation") -> object:
+    """The stored pictures of a folder or a named data set as they are, with class indices where there are any.
+
+    Args:
+        name: A folder, or a name that begins with one of `PREFIXES`.
+        model: Its number of channels is what named data are asked for.
+        root: Where a named data set is stored.
+        split: Which part of a named data set.
+
+    Returns:
+        A sequence or a stream of items that `picture_of` and `label_of` understand.
+
+    Raises:
+        DataError: No such folder, no images in it, or a named data set that cannot be opened.
+    """
+    folder = Path(name).expanduser()
+    if name.partition("/")[0].lower() not in PREFIXES or "/" not in name or folder.is_dir():
+        return _Folder(_checked(folder))
+    size = image_size(model)
+    mode = _MODES.get(size[0], "RGB") if size else "RGB"
+    place = None if root is None else str(Path(root).expanduser())
+    try:
+        return create_dataset(name, root=place, split=split, input_img_mode=mode)  # type: ignore[arg-type]
+    except _BROKEN_NAME as error:
+        raise DataError(
+            f"timm cannot open the data set {name!r} (root={place!r}, split={split!r}): {type(error).__name__}: {error}"
+        ) from error
+
+
+def picture_of(item: object) -> Image.Image | None:
+    """The PIL image in an item; None where there is none."""
+    return next((part for part in _parts(item, IMAGE_KEYS, 0) if isinstance(part, Image.Image)), None)
+
+
+def label_of(item: object) -> int | None:
+    """The class index of an item; None where it has none (timm marks that by -1)."""
+    labels = [int(part) for part in _parts(item, LABEL_KEYS, 1) if isinstance(part, int | np.integer)]
+    return labels[0] if labels and labels[0] >= 0 else None
 
 
 def fashion_mnist(folder: str | Path, train: bool, *, size: int = 32) -> tuple[Tensor, Tensor]:
@@ -177,7 +218,7 @@ class _Prepare:
         self._labels = labels
 
     def __call__(self, item: object) -> object:
-        image = _image_of(item)
+        image = picture_of(item)
         if image is None:
             return item
         if image.mode.startswith(("I", "F")):
@@ -185,7 +226,7 @@ class _Prepare:
                 f"An image has pixels of mode {image.mode}, which have no agreed range. Scale them to 8 bits first."
             )
         tensor = self._transform(image.convert(self._mode))
-        label = _label_of(item) if self._labels else None
+        label = label_of(item) if self._labels else None
         return tensor if label is None else (tensor, label)
 
 
@@ -208,26 +249,11 @@ class _Stream(IterableDataset):
         return map(self._prepare, self._source)
 
 
-def _by_name(name: str, model: nn.Module, root: str | Path | None, split: str) -> object:
-    folder = Path(name).expanduser()
-    if name.partition("/")[0].lower() not in PREFIXES or "/" not in name or folder.is_dir():
-        return _Folder(_checked(folder))
-    size = image_size(model)
-    mode = _MODES.get(size[0], "RGB") if size else "RGB"
-    place = None if root is None else str(Path(root).expanduser())
-    try:
-        return create_dataset(name, root=place, split=split, input_img_mode=mode)  # type: ignore[arg-type]
-    except _BROKEN_NAME as error:
-        raise DataError(
-            f"timm cannot open the data set {name!r} (root={place!r}, split={split!r}): {type(error).__name__}: {error}"
-        ) from error
-
-
 def _needs_transform(data: object, model: nn.Module) -> bool:
     """Whether it yields PIL images; a stream is not read to find out, its items are looked at as they come."""
     if isinstance(data, IterableDataset):
         return image_size(model) is not None
-    return _image_of(_first(data)) is not None
+    return picture_of(_first(data)) is not None
 
 
 def _first(data: object) -> object:
@@ -239,16 +265,6 @@ def _first(data: object) -> object:
             return source[0] if len(source) else None
     except LookupError:
         return None
-
-
-def _image_of(item: object) -> Image.Image | None:
-    return next((part for part in _parts(item, IMAGE_KEYS, 0) if isinstance(part, Image.Image)), None)
-
-
-def _label_of(item: object) -> int | None:
-    """The class index of an item; None where it has none (timm marks that by -1)."""
-    labels = [int(part) for part in _parts(item, LABEL_KEYS, 1) if isinstance(part, int | np.integer)]
-    return labels[0] if labels and labels[0] >= 0 else None
 
 
 def _parts(item: object, keys: Sequence[str], position: int) -> list[object]:
@@ -318,11 +334,11 @@ def _halves(pixels: int) -> tuple[int, int]:
 
 
 def _found(folder: Path, name: str) -> Path:
-    candidates = [folder / below / (name + ending) for below in _RAW_FOLDERS for ending in ("", ".gz")]
+    candidates = [folder / below / (name + ending) for below in RAW_FOLDERS for ending in ("", ".gz")]
     for path in candidates:
         if path.is_file():
             return path
-    raise DataError(f"{folder} holds no {name} or {name}.gz, nor do {' and '.join(_RAW_FOLDERS[1:])} below it.")
+    raise DataError(f"{folder} holds no {name} or {name}.gz, nor do {' and '.join(RAW_FOLDERS[1:])} below it.")
 
 
 def _idx(path: Path, dimensions: int) -> Tensor:

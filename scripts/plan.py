@@ -145,7 +145,7 @@ def runs(wanted: Mapping[str, Any]) -> list[Run]:
     found = []
     for model, data, name, seed in product(wanted["model"], wanted["data"], wanted["protocol"], wanted["seeds"]):
         _check_known("protocol", name, PROTOCOLS)
-        arguments = tuple((SMALL.get(data, {}) | wanted["model_args"]).items())
+        arguments = tuple(model_arguments(data, wanted["model_args"]).items())
         places = {key: wanted[key] for key in ("weights", "root", "eval_images", "device", "workers")}
         setup = Setup(model=model, data=data, model_args=arguments, **places)
         for protocol in variants(PROTOCOLS[name], wanted):
@@ -153,6 +153,11 @@ def runs(wanted: Mapping[str, Any]) -> list[Run]:
                 _check_known("criterion", criterion, protocol.known)
                 found.append(Run(setup, name, protocol, criterion, seed, wanted["batch_size"]))
     return found
+
+
+def model_arguments(data: str, given: Mapping[str, object]) -> dict[str, object]:
+    """What a timm model is made with for some data: what they need, under what is given."""
+    return SMALL.get(data, {}) | dict(given)
 
 
 def variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Protocol]:

@@ -12,12 +12,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from jbrprune.batches import Batch, materialise
-from jbrprune.data import PREFIXES, fashion_mnist, open_data
-from jbrprune.demo_data import digits
+from jbrprune.data import FASHION_MEAN, FASHION_STD, PREFIXES, fashion_mnist, open_data
+from jbrprune.demo_data import DIGITS_MEAN, DIGITS_STD, digits
 from jbrprune.errors import ArgumentError, DataError
 
 SMALL = {"digits": {"in_chans": 1, "num_classes": 10}, "fashion_mnist": {"in_chans": 1, "num_classes": 10}}
 """Data of small grey images -> what a timm model needs to be told for them."""
+NORMALISED = {"digits": (DIGITS_MEAN, DIGITS_STD), "fashion_mnist": (FASHION_MEAN, FASHION_STD)}
+"""Data that are held as tensors -> mean and standard deviation that are taken out of them."""
 ALIASES = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100"}
 MEASURED = ("val", "validation", "test")
 """Folders beside ``train`` that images to measure on are in, the first that is there."""
@@ -91,8 +93,7 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
             raise ArgumentError("fashion_mnist is read from its IDX files: pass their folder as root.")
         return Source(name, *(TensorDataset(*fashion_mnist(root, train=part)) for part in (True, False)))
     folder = Path(name).expanduser()
-    below = next((part for part in MEASURED if (folder / part).is_dir()), None)
-    if below is not None and (folder / "train").is_dir():
+    if (below := _below(folder)) is not None:
         return Source(name, *(_pictures(str(folder / part), model) for part in ("train", below)))
     if folder.is_dir():
         both = _pictures(name, model)
@@ -100,6 +101,20 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
         return Source(name, *(Subset(both, order[start::2]) for start in (0, 1)))
     full = ALIASES.get(name, name)
     return Source(name, *(_pictures(full, model, root=root, split=part) for part in ("train", "validation")))
+
+
+def train_folder(name: str) -> Path | None:
+    """Where the training pictures of a folder are: in ``train`` beside ``val``, else in the folder; None for a name."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return None
+    return folder if _below(folder) is None else folder / "train"
+
+
+def _below(folder: Path) -> str | None:
+    """The folder to measure on beside ``train``."""
+    found = next((part for part in MEASURED if (folder / part).is_dir()), None)
+    return found if (folder / "train").is_dir() else None
 
 
 def _pictures(name: str, model: nn.Module, **where: Any) -> Dataset:
