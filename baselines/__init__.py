@@ -13,7 +13,6 @@ from baselines import (
     group_fisher,
     hrank,
     jacobian,
-    jbr,
     lamp,
     magnitude,
     random,
@@ -25,17 +24,11 @@ from baselines import (
     whc,
 )
 from baselines import torch_pruning_shipped as shipped
+from jbrprune import variants
 from jbrprune.engine import Criterion
 
 CRITERIA: dict[str, Criterion] = {
-    # relevance
-    "jbr": jbr.jbr,
-    "jbr_predicted_logit": jbr.jbr_predicted_logit,
-    "jbr_projection": jbr.jbr_projection,
-    "jbr_mean_replaced": jbr.jbr_mean_replaced,
-    "jbr_batched": jbr.jbr_batched,
-    "jbr_published": jbr.jbr_published,
-    "jbr_published_code": jbr.jbr_published_code,
+    **variants.CHANNELS,
     # weights only
     "random": random.random,
     "l1": magnitude.l1,

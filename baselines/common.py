@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from jbrprune.groups import Group, Member
 from jbrprune.measure import logits_of
 from jbrprune.objectives import Target, label
 from jbrprune.passes import own
-from jbrprune.relevance import relevance_scores
 from jbrprune.scores import Scores, Settings
 
 Values = dict[str, Tensor]
@@ -44,12 +43,6 @@ def made(
             )
     sums = {group: value.cpu().double() * samples for group, value in values.items()}
     return Scores(sums, tuple(groups), samples, 0, Settings(name, site, statistic))
-
-
-def named(name: str, scores: Scores) -> Scores:
-    """Scores of relevance under the name of a criterion."""
-    done = scores.settings
-    return replace(scores, settings=replace(done, objective=name, statistic=f"{done.statistic} of {done.objective}"))
 
 
 # --- the tensors of a unit -------------------------------------------------------------------------
@@ -157,29 +150,6 @@ def filter_sums(model: nn.Module, groups: Sequence[Group], score: Callable[[Tens
             if part.produces:
                 found[group.name] += score(part.vectors(group.size))
     return found
-
-
-def layerwise(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], how: dict[str, Any]) -> Scores:
-    """Relevance that is squared layer by layer and then added up; ``how`` goes to `relevance_scores`."""
-    single = _by_member(model, groups)
-    scores = relevance_scores(model, batches, [one for ones in single.values() for one in ones], **how)
-    sums = {name: torch.stack([scores.sums[one.name] for one in ones]).sum(0) for name, ones in single.items()}
-    return Scores(sums, tuple(groups), scores.samples, scores.skipped, scores.settings)
-
-
-def _by_member(model: nn.Module, groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Group name -> groups of the same units with one scored member each, to square layer by layer."""
-    found: dict[str, list[Group]] = {}
-    for group in groups:
-        members = [m for side in ("in", "out") for m in group.side(side) if _is_layer(model.get_submodule(m.axis[0]))]
-        found[group.name] = [
-            replace(group, name=f"{group.name}: {m.axis[1]} {m.axis[0]}", members=(m,)) for m in members
-        ]
-    return found
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return layers.channel_dim(module) is not None and layers.has_parameters(module)
 
 
 # --- the data --------------------------------------------------------------------------------------

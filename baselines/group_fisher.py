@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from baselines.common import check_labels, named
+from baselines.common import check_labels
 from jbrprune.batches import Batch
 from jbrprune.groups import Group
 from jbrprune.relevance import relevance_scores
 from jbrprune.scores import Scores
+from jbrprune.variants import named
 
 
 def group_fisher(

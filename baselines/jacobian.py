@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from baselines.common import check_labels, layerwise, named
-from baselines.jbr import PUBLISHED
+from baselines.common import check_labels
 from jbrprune.batches import Batch
 from jbrprune.groups import Group
 from jbrprune.scores import Scores
+from jbrprune.variants import PUBLISHED, layerwise, named
 
 
 def jacobian(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from jbrprune import engine, thinning
+from jbrprune import engine, thinning, variants
 from jbrprune.budget import KINDS, Budget
 from jbrprune.defaults import CHANNELS, WEIGHTS, complete
 from jbrprune.errors import ArgumentError, BudgetError
@@ -74,7 +74,7 @@ def channel_settings(budget: Budget, stops: tuple[float, ...], arguments: Mappin
     """
     known = complete(arguments, CHANNELS, "channels (a budget of " + ", ".join(f"{kind}=" for kind in KINDS) + ")")
     check_arguments(*(known[name] for name in ("objective", "site", "statistic", "batch", "confidence")))
-    criterion: Any = known["criterion"]
+    criterion = _criterion(known["criterion"], variants.CHANNELS)
     steps = known["steps"]
     if isinstance(criterion, Scores):
         if len(stops) > 1 or steps not in (None, 1):
@@ -127,7 +127,7 @@ def weight_settings(stops: tuple[thinning.Goal, ...], arguments: Mapping[str, An
             f"shrink=True would move the inputs of layers out of their groups of {stops[0].of} and end the {stops[0]} "
             "pattern: leave one of them out."
         )
-    criterion: Any = known["criterion"]
+    criterion = _criterion(known["criterion"], variants.WEIGHTS)
     if criterion is None:
         criterion, shown = _relevance(known), ["objective", "statistic", "confidence", *shown]
     elif not isinstance(criterion, WeightScores):
@@ -153,9 +153,14 @@ def _relevance(known: Mapping[str, Any]) -> Callable[..., WeightScores]:
     return functools.partial(weight_scores, **{name: known[name] for name in names})
 
 
+def _criterion(given: Any, known: Mapping[str, Callable[..., Any]]) -> Any:
+    """What a name stands for; anything else as it is."""
+    return variants.variant(given, known) if isinstance(given, str) else given
+
+
 def _check_criterion(criterion: object, what: str) -> None:
     if not callable(criterion):
-        raise ArgumentError(f"criterion must be a function or {what}, got {called(criterion)}.")
+        raise ArgumentError(f"criterion must be a name, a function or {what}, got {called(criterion)}.")
 
 
 def _globs(ignore: str | Sequence[str]) -> Any:

@@ -3,6 +3,11 @@
 Every message says what is wrong, where (qualified name), what was received and what to do.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class JBRError(Exception):
     """Base of all errors that jbrprune raises on purpose."""
@@ -34,3 +39,17 @@ class BudgetError(ArgumentError):
 
 class CheckpointError(JBRError):
     """A saved model is missing, truncated, tampered with, or of an unknown format."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ArgumentError:
+    """The error about a name that is not known: it names the nearest, or all.
+
+    Example:
+        >>> print(unknown("fruit", "appel", ["apple", "pear"]))
+        Unknown fruit 'appel'; did you mean 'apple'?
+    """
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return ArgumentError(
+        f"Unknown {what} {name!r}" + (f"; did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}.")
+    )

@@ -73,7 +73,7 @@ def prune(
     scope: str | None = None,
     steps: int | None = None,
     repair: str | Sequence[str] | None = "auto",
-    criterion: Callable[..., Scores | WeightScores] | Scores | WeightScores | None = None,
+    criterion: str | Callable[..., Scores | WeightScores] | Scores | WeightScores | None = None,
     objective: str | None = None,
     site: str | None = None,
     statistic: str | None = None,
@@ -128,7 +128,8 @@ def prune(
         steps: Number of steps; default for channels one for every 5 % of the dense cost, for single weights one.
         repair: ``"auto"`` (try what applies, keep what helps on images held back), one or several of
             ``"batch_norm"``, ``"mean_shift"``, ``"least_squares"``, or None.
-        criterion: Something else than relevance to rank by: scores made before with `jbrprune.score` (for channels, in
+        criterion: Something else to rank by: the name of a variant of relevance such as ``"jbr_published"`` (in
+            `jbrprune.variants.CHANNELS` and ``WEIGHTS``), scores made before with `jbrprune.score` (for channels, in
             one step), or a function ``(model, batches, groups, *, seed, progress) -> Scores`` for channels,
             ``(model, batches, *, ignore, seed, progress) -> WeightScores`` for single weights.
         objective: ``pseudo_label`` (default for channels), ``projection`` (default for single weights),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -16,7 +15,7 @@ import yaml
 from protocols import PROTOCOLS, Protocol
 from sources import SMALL, check_source
 
-from jbrprune.errors import ArgumentError
+from jbrprune.errors import ArgumentError, unknown
 from jbrprune.records import plain
 from jbrprune.repair import METHODS
 
@@ -196,9 +195,7 @@ def _repair(text: str) -> str | tuple[str, ...] | None:
 
 def _check_known(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        meant = f"; did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}."
-        raise ArgumentError(f"Unknown {what} {name!r}{meant}")
+        raise unknown(what, name, known)
 
 
 @functools.cache

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from baselines import CRITERIA, LABELS
 from baselines.weights import WEIGHT_CRITERIA
-from jbrprune.objectives import OBJECTIVES
-from jbrprune.weights import weight_scores
+from jbrprune import variants
 
-BY_WEIGHT: dict[str, Callable] = WEIGHT_CRITERIA | {
-    f"jbr_{name}": functools.partial(weight_scores, objective=name) for name in OBJECTIVES
-}
-"""Criteria for single weights; relevance by its objective."""
+BY_WEIGHT: Mapping[str, Callable] = {**WEIGHT_CRITERIA, **variants.WEIGHTS}
+"""Criteria for single weights."""
 NEED_LABELS = {"channels": frozenset(LABELS), "weights": frozenset({"snip", "fisher", "jbr_label"})}
 NEED_BATCH_NORM = ("bn_scale", "tp_bn_scale")
 
@@ -96,7 +92,7 @@ PROTOCOLS: dict[str, Protocol] = {
         about="single weights, ranked globally, each sparsity cut in one step from the dense model, BatchNorm repaired",
         kind="sparsity",
         budgets=(0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
-        criteria=tuple(name for name in BY_WEIGHT if name != "jbr_label"),  # which is `fisher`
+        criteria=tuple(name for name in BY_WEIGHT if name not in ("jbr", "jbr_label")),  # `jbr_projection`, `fisher`
         steps=1,
         repair="batch_norm",
         from_dense=True,

@@ -36,6 +36,7 @@ ORDER = (
     "norms",
     "collectors",
     "weights",
+    "variants",
     "zoo",
     "data",
     "demo_data",

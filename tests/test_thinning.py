@@ -485,7 +485,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[JBRError], str]] = {
         ArgumentError,
         "objective= belongs to relevance, but criterion= replaces it",
     ),
-    "criterion": ({"sparsity": 0.5, "criterion": 3}, ArgumentError, "criterion must be a function or WeightScores"),
+    "criterion": (
+        {"sparsity": 0.5, "criterion": 3},
+        ArgumentError,
+        "criterion must be a name, a function or Weight",
+    ),
     "another model": (
         {"sparsity": 0.5, "criterion": of_another_model()},
         ArgumentError,

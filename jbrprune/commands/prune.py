@@ -59,6 +59,10 @@ def prune_command(
     confidence: Annotated[
         float | None, typer.Option(help="Score only on images above this dense probability (0).")
     ] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(help="Variant of relevance to rank by, such as `jbr_published`, instead of its parts."),
+    ] = None,
     ridge: Annotated[float, typer.Option(help="Ridge of the least-squares repair.")] = 0.1,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Glob of module names that keep their width. Repeatable.")
@@ -116,6 +120,7 @@ def prune_command(
         statistic=statistic,
         batch=batch,
         confidence=confidence,
+        criterion=criterion,
         ridge=ridge,
         ignore=ignore or (),
         width=width or None,
