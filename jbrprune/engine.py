@@ -19,6 +19,7 @@ from jbrprune.cost import axis_widths, count_macs
 from jbrprune.errors import ArgumentError, BudgetError, NonFiniteError
 from jbrprune.groups import Axis, Group, Selection, removed_channels
 from jbrprune.measure import Agreement, parameters_of
+from jbrprune.passes import BATCHED
 from jbrprune.relevance import Site, Statistic, relevance_scores
 from jbrprune.removal import remove_units, tried
 from jbrprune.repair import Targets, dense_targets, repaired
@@ -52,7 +53,7 @@ class Settings:
     objective: str
     site: Site
     statistic: Statistic
-    batch: int
+    batch: float
     confidence: float
     ignore: tuple[str, ...]
     width: bool
@@ -78,7 +79,7 @@ class Settings:
         names = ["width", "ridge"]
         if self.criterion is None:
             names = ["objective", "site", "statistic", "confidence", *names]
-            names += ["batch"] if self.statistic == "batched" else []
+            names += ["batch"] if self.statistic in BATCHED else []
         shown: dict[str, object] = {} if self.criterion is None else {"criterion": called(self.criterion)}
         shown |= {name: getattr(self, name) for name in names}
         return shown | asdict(self.floors) | {"repair": list(self.repair), "ignore": list(self.ignore)}

@@ -15,6 +15,9 @@ from jbrprune.errors import ArgumentError, DataError, ModelError
 from jbrprune.measure import logits_of, raise_nonfinite
 from jbrprune.objectives import Objective, Target, confident
 
+BATCHED = ("batched", "mixed")
+"""Statistics that a number of samples belongs to."""
+
 
 @dataclass(frozen=True, eq=False)
 class Question:
@@ -120,9 +123,11 @@ def check_known(what: str, value: str, known: Iterable[str]) -> None:
         raise ArgumentError(f"{what} must be one of {', '.join(known)}, got {value!r}.")
 
 
-def check_sampling(statistic: str, batch: int, confidence: float) -> None:
+def check_sampling(statistic: str, batch: float, confidence: float) -> None:
     """Refuse a batch, where it counts, or a threshold of confidence that have no meaning."""
-    if statistic == "batched" and batch < 1:
+    if statistic == "batched" and batch % 1:
+        raise ArgumentError(f"batch must be a whole number for statistic 'batched', got {batch}.")
+    if statistic in BATCHED and not batch >= 1:
         raise ArgumentError(f"batch must be at least 1, got {batch}.")
     if not 0 <= confidence < 1:
         raise ArgumentError(f"confidence must satisfy 0 <= confidence < 1, got {confidence}.")

@@ -29,15 +29,24 @@ from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from jbrprune.groups import Group, Member, Side
 from jbrprune.measure import check_weights, logits_of
 from jbrprune.objectives import OBJECTIVES, Objective
-from jbrprune.passes import Question, check_known, check_logits, check_samples_apart, check_sampling, losses_of, own
+from jbrprune.passes import (
+    BATCHED,
+    Question,
+    check_known,
+    check_logits,
+    check_samples_apart,
+    check_sampling,
+    losses_of,
+    own,
+)
 from jbrprune.scores import Accumulator, Scores, Settings
 
 log = logging.getLogger(__name__)
 
 Site = Literal["consumer", "all"]
-Statistic = Literal["second_moment", "batched", "mean_replaced"]
+Statistic = Literal["second_moment", "batched", "mean_replaced", "mixed"]
 SITES = ("consumer", "all")
-STATISTICS = ("second_moment", "batched", "mean_replaced")
+STATISTICS = ("second_moment", "batched", "mean_replaced", "mixed")
 
 CACHE_ELEMENTS = 1 << 18
 """Products of activation and gradient are formed in pieces of this size, which stay in the cache."""
@@ -51,7 +60,7 @@ def relevance_scores(
     objective: str = "pseudo_label",
     site: Site = "consumer",
     statistic: Statistic = "second_moment",
-    batch: int = 128,
+    batch: float = 128,
     confidence: float = 0.0,
     autocast: torch.dtype | None = None,
     batch_size: int = 32,
@@ -72,8 +81,10 @@ def relevance_scores(
             to no layer class, such as a position embedding, have no term of their own.
         statistic: ``second_moment``: E[v^2] per sample. ``batched``: E[(mean over ``batch`` samples of v)^2],
             as in the published code. ``mean_replaced``: E[(sum (a - mean a) dL/da)^2], the effect of replacing
-            a channel by its mean (site ``consumer`` only).
-        batch: Number of samples whose mean is squared by ``batched``, whatever the data's batch size.
+            a channel by its mean (site ``consumer`` only). ``mixed``: E[v]^2 + Var[v] / ``batch`` over all samples:
+            what ``batched`` tends to, of any batch size, whatever the order of the samples.
+        batch: Number of samples whose mean is squared by ``batched``, whatever the data's batch size; of ``mixed``
+            any number from 1 (``second_moment``) to infinity (the square of the mean).
         confidence: Leave out samples whose largest dense probability is not above this (published code: 0.9).
         autocast: Low-precision dtype of the forward pass, e.g. ``torch.bfloat16``.
         batch_size: Images per pass where the data do not say.
@@ -102,7 +113,7 @@ def relevance_scores(
     if statistic == "mean_replaced":
         _require_two_passes(data)
         means = channel_means(model, data, groups, batch_size=batch_size)
-    accumulator = Accumulator(groups, batch if statistic == "batched" else None)
+    accumulator = Accumulator(groups, int(batch) if statistic == "batched" else None, first=statistic == "mixed")
     skipped = 0
     for relevances, left_out in per_sample_relevances(
         model,
@@ -129,8 +140,8 @@ def relevance_scores(
             f"No sample was left: the dense model's largest probability exceeds confidence={confidence} on none "
             f"of {skipped} images. Lower the threshold."
         )
-    settings = Settings(objective, site, statistic, batch if statistic == "batched" else None, confidence)
-    return Scores(accumulator.finish(), groups, accumulator.samples, skipped, settings)
+    settings = Settings(objective, site, statistic, batch if statistic in BATCHED else None, confidence)
+    return Scores(accumulator.finish(), groups, accumulator.samples, skipped, settings, accumulator.first)
 
 
 def per_sample_relevances(
@@ -520,7 +531,7 @@ def _check_unused(model: nn.Module, images: Tensor, names: Sequence[str]) -> Non
 
 
 def _checked(
-    groups: Sequence[Group], objective: str, site: str, statistic: str, batch: int, confidence: float
+    groups: Sequence[Group], objective: str, site: str, statistic: str, batch: float, confidence: float
 ) -> Objective:
     check_arguments(objective, site, statistic, batch, confidence)
     if not groups:
@@ -530,7 +541,7 @@ def _checked(
     return OBJECTIVES[objective]
 
 
-def check_arguments(objective: str, site: str, statistic: str, batch: int, confidence: float) -> None:
+def check_arguments(objective: str, site: str, statistic: str, batch: float, confidence: float) -> None:
     """Refuse arguments of `relevance_scores` without meaning, before anything expensive.
 
     Raises:

@@ -160,7 +160,7 @@ def weight_scores(
     *,
     objective: str = "projection",
     statistic: Statistic = "second_moment",
-    batch: int = 128,
+    batch: float = 128,
     parameters: Parameters = "weights",
     ignore: Sequence[str] = (),
     confidence: float = 0.0,
@@ -221,7 +221,7 @@ def weight_scores(
     if statistic == "second_moment":
         collector = Squares(model, scored, max_memory)
     else:
-        collector = Means(scored, batch if statistic == "batched" else None)
+        collector = Means(scored, int(batch) if statistic == "batched" else None)
     question = Question(function, confidence, autocast, torch.Generator().manual_seed(seed))
     batches = tqdm(iterate(data, batch_size=batch_size), "scoring", unit="batch", disable=not progress, leave=False)
     samples, skipped = _collect(model, batches, collector, question)
@@ -291,7 +291,7 @@ def _kinds(module: nn.Module, parameters: Parameters) -> tuple[str, ...]:
 
 
 def check_weight_arguments(
-    objective: str, statistic: str, batch: int, parameters: str, confidence: float, max_memory: int
+    objective: str, statistic: str, batch: float, parameters: str, confidence: float, max_memory: int
 ) -> Objective:
     """Refuse arguments of `weight_scores` without meaning, before anything expensive; give back the objective.
 

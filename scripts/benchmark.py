@@ -35,6 +35,7 @@ from jbrprune.errors import ArgumentError, JBRError
 from jbrprune.measure import predict
 from jbrprune.records import plain
 from jbrprune.report import Report
+from jbrprune.variants import variant
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ def reports(run: Run) -> list[Report]:
     dense, batches = opened(run.setup), calibrated(run.setup, protocol.images, run.seed)
     if run.criterion not in protocol.labelled:
         batches = [Batch(batch.images) for batch in batches]
-    criterion = protocol.known[run.criterion]
+    criterion = variant(run.criterion, protocol.known)
     how: dict[str, Any] = {
         **{"steps": protocol.steps, "repair": protocol.repair, "seed": run.seed, "batch_size": run.batch_size},
         **{"images": None, "eval_data": dense.test, "measure_latency": False, "progress": False},

@@ -18,6 +18,7 @@ from sources import SMALL, check_source
 from jbrprune.errors import ArgumentError, unknown
 from jbrprune.records import plain
 from jbrprune.repair import METHODS
+from jbrprune.variants import variant
 
 DEFAULTS: dict[str, Any] = {
     "model": None,
@@ -149,7 +150,7 @@ def runs(wanted: Mapping[str, Any]) -> list[Run]:
         setup = Setup(model=model, data=data, model_args=arguments, **places)
         for protocol in variants(PROTOCOLS[name], wanted):
             for criterion in wanted["criterion"] or protocol.criteria:
-                _check_known("criterion", criterion, protocol.known)
+                variant(criterion, protocol.known)
                 found.append(Run(setup, name, protocol, criterion, seed, wanted["batch_size"]))
     return found
 
