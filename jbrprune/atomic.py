@@ -56,3 +56,13 @@ def flush(path: Path) -> None:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def advice_on(error: Exception) -> str:
+    """What to do about a file that could not be written."""
+    text = str(error).lower()
+    if "no space" in text or "os error 28" in text or "quota" in text:
+        return "The disk is full: free some space or choose another path."
+    if "denied" in text or "read-only" in text or "not permitted" in text:
+        return "Choose a directory that you may write to."
+    return "Choose another path."

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from jbrprune import zoo
-from jbrprune.atomic import flush
+from jbrprune.atomic import advice_on, flush
 from jbrprune.description import Description, bitmap_name, from_bytes, tampered, to_text
 from jbrprune.errors import ArgumentError, CheckpointError
 from jbrprune.packing import check_bitmap
@@ -84,7 +84,7 @@ def save(
             _write(directory, body, state)
             _publish(directory, target)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: could not be written: {error}. {_advice(error)}") from error
+        raise CheckpointError(f"{target}: could not be written: {error}. {advice_on(error)}") from error
 
 
 def load(
@@ -214,15 +214,6 @@ def _recover(target: Path) -> None:
         os.replace(aside, target)
     elif aside.exists():
         shutil.rmtree(aside)
-
-
-def _advice(error: Exception) -> str:
-    text = str(error).lower()
-    if "no space" in text or "os error 28" in text or "quota" in text:
-        return "The disk is full: free some space or choose another path."
-    if "denied" in text or "read-only" in text or "not permitted" in text:
-        return "Choose a directory that you may write to."
-    return "Choose another path."
 
 
 def _sha256_of_file(path: Path) -> str:

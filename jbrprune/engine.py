@@ -18,6 +18,7 @@ from jbrprune.calibration import Calibration
 from jbrprune.cost import axis_widths, count_macs
 from jbrprune.errors import ArgumentError, BudgetError, NonFiniteError
 from jbrprune.groups import Axis, Group, Selection, removed_channels
+from jbrprune.journal import NOTHING, Journal, facts_of, recall
 from jbrprune.measure import Agreement, parameters_of
 from jbrprune.passes import BATCHED
 from jbrprune.relevance import Site, Statistic, relevance_scores
@@ -98,6 +99,7 @@ class State:
         kept: Axis -> channels of the dense model that are left.
         dense_sizes: Group -> units in the dense model.
         whole: Cost of the dense model in the unit of the budget.
+        gone: Units that the last step removed.
         targets: What repairs aim at; None without images to check them on.
         mispriced: How much more the plan of a step expected the model to cost than it does, as a share.
         unrepaired: Held-out agreement at the last stop, before its repair.
@@ -113,6 +115,7 @@ class State:
     kept: dict[Axis, Tensor]
     dense_sizes: dict[str, int]
     whole: float
+    gone: Selection = field(default_factory=dict)
     targets: Targets | None = None
     mispriced: float = 0.0
     unrepaired: Agreement | None = None
@@ -126,10 +129,16 @@ class State:
             stays[gone] = False
             self.kept[axis] = self.kept[axis][stays]
         self.groups = remove_units(self.model, self.groups, selection)
+        self.gone = selection
 
 
 def run(
-    dense: nn.Module, state: State, images: Calibration, settings: Settings, name: str
+    dense: nn.Module,
+    state: State,
+    images: Calibration,
+    settings: Settings,
+    name: str,
+    journal: Journal = NOTHING,
 ) -> Iterator[tuple[nn.Module, Report]]:
     """Prune a copy of the dense model; yield it with a report at every stop.
 
@@ -141,8 +150,10 @@ def run(
         images: What to score, repair and report on.
         settings: How to prune.
         name: What to call the model in reports.
+        journal: Steps that are finished already; the others are added.
 
     Raises:
+        CheckpointError: A finished step cannot be read, or a new one not be written.
         DataError: The objective needs labels, or no image is left to score.
         NonFiniteError: NaN or Inf on the way.
     """
@@ -155,8 +166,14 @@ def run(
     rows: list[StepRow] = []
     shown = tqdm(settings.schedule(), "pruning", unit="step", disable=None if settings.progress else True, leave=False)
     for number, share in enumerate(shown, 1):
-        rows.append(_step(state, images, settings, number, share))
-        if share in settings.stops:
+        stops = share in settings.stops
+        if number <= journal.finished:
+            rows.append(_again(state, journal, number, whole=stops or number == journal.finished))
+        else:
+            rows.append(_step(state, images, settings, number, share))
+            facts = {"mispriced": state.mispriced, **facts_of(state, rows[-1])}
+            journal.write(number, facts, state.gone, state.model.state_dict(), stays=stops)
+        if stops:
             seconds = {**state.clock.seconds, "total": time.perf_counter() - began}
             yield state.model, _report(name, size, state, images, settings, rows, seconds)
 
@@ -258,6 +275,18 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
         repaired=outcome.after if outcome else None,
         repair=outcome.kept if outcome else "none",
     )
+
+
+def _again(state: State, journal: Journal, number: int, *, whole: bool) -> StepRow:
+    """Do what a finished step did; with ``whole``, the model's values are needed as well."""
+    with journal.step(number) as (facts, gone):
+        row = recall(state, facts)
+        state.remove(gone)
+        state.mispriced = facts["mispriced"]
+    if whole:
+        with journal.model(number) as tensors:
+            state.model.load_state_dict(tensors)
+    return row
 
 
 def _scores(state: State, batches: Sequence[Batch], settings: Settings, number: int) -> Scores:

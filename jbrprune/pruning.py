@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jbrprune import checkpoint as files
 from jbrprune import data as loading
-from jbrprune import engine, guest, thinning, zoo
+from jbrprune import engine, guest, journal, thinning, zoo
 from jbrprune.arguments import channel_settings, sparsity_of, structure_of, weight_settings
 from jbrprune.budget import KINDS, Budget
 from jbrprune.calibration import Calibration, calibration, check_runs
@@ -100,6 +100,7 @@ def prune(
     inplace: bool = False,
     progress: bool = True,
     checkpoint: str | Path | None = None,
+    resume: str | Path | None = None,
     **model_arguments: object,
 ) -> PruneResult:
     r"""Make a trained model smaller, without labels and without training.
@@ -166,6 +167,9 @@ def prune(
             Its parameters are new objects then: make a new optimiser.
         progress: Show progress bars.
         checkpoint: Local weights for a timm name, instead of the pretrained ones.
+        resume: Directory for this run alone. Every finished step is noted there; a later call with the same model,
+            images, settings and versions goes on behind the last one, to the same weights and numbers. (A function
+            as ``criterion`` counts as the same if its name is.)
         **model_arguments: For a timm name, passed to ``timm.create_model``.
 
     Returns:
@@ -174,6 +178,7 @@ def prune(
     Raises:
         ArgumentError: An argument has no meaning.
         BudgetError: No budget, two budgets, or one that the floors do not allow.
+        CheckpointError: ``resume`` cannot be written, is damaged, or belongs to another run.
         DataError: The images cannot be used.
         ModelError: The model cannot be pruned as it is.
         NonFiniteError: NaN or Inf in weights, images or logits.
@@ -260,14 +265,17 @@ def _pruned(
     model: nn.Module | str, data: object, budget: Budget, stops: tuple[float, ...], arguments: Mapping[str, Any]
 ) -> list[PruneResult]:
     settings = channel_settings(budget, stops, arguments)
+    directory = journal.check_directory(arguments["resume"])
     given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
     check_model(given)
     opened = _opened(copied(given), data, arguments)
     state = engine.start(opened.dense, opened.example, settings)
+    images = opened.read(arguments)
+    steps = journal.opened(directory, settings, given, images)
     several = len(stops) > 1
     return [
         PruneResult(copy.deepcopy(pruned) if several else pruned, report, opened.recipe, opened.config)
-        for pruned, report in engine.run(opened.dense, state, opened.read(arguments), settings, opened.name)
+        for pruned, report in engine.run(opened.dense, state, images, settings, opened.name, steps)
     ]
 
 
@@ -280,6 +288,7 @@ def _thinned(
     target: nn.Module | None,
 ) -> list[PruneResult]:
     settings = weight_settings(goals, arguments)
+    directory = journal.check_directory(arguments["resume"])
     given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
     check_model(given, masked=True)
     masks = masks_of(given)
@@ -290,8 +299,10 @@ def _thinned(
     state = thinning.start(copied(opened.dense), opened.example, masks, settings)
     if originals is not None:
         refuse_hidden_sharing(given, state.masks)
+    images = opened.read(arguments)
+    steps = journal.opened(directory, settings, given, images)
     results = []
-    for thinned in thinning.run(state, opened.dense, opened.read(arguments), settings, opened.name):
+    for thinned in thinning.run(state, opened.dense, images, settings, opened.name, steps):
         finished = _finished(thinned, originals, target)
         results.append(PruneResult(finished, thinned.report, opened.recipe, opened.config))
     return results

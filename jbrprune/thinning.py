@@ -17,6 +17,7 @@ from jbrprune.batches import Batch, count
 from jbrprune.calibration import Calibration
 from jbrprune.cost import count_macs
 from jbrprune.errors import ArgumentError, BudgetError, ModelError, NonFiniteError, UnsupportedModelError
+from jbrprune.journal import NOTHING, Journal, facts_of, recall
 from jbrprune.measure import Agreement, bytes_of, parameters_of
 from jbrprune.packing import packed_bytes
 from jbrprune.parameters import ignored, is_weight_layer, slots, weights_of
@@ -156,7 +157,9 @@ def start(plain: nn.Module, example: Tensor, given: Mapping[str, Tensor], settin
     return state
 
 
-def run(state: State, dense: nn.Module, images: Calibration, settings: Settings, name: str) -> Iterator[Thinned]:
+def run(
+    state: State, dense: nn.Module, images: Calibration, settings: Settings, name: str, journal: Journal = NOTHING
+) -> Iterator[Thinned]:
     """Prune step by step; hand over a copy with a report at every stop.
 
     Args:
@@ -165,8 +168,10 @@ def run(state: State, dense: nn.Module, images: Calibration, settings: Settings,
         images: What to score, repair and report on.
         settings: How to prune.
         name: What to call the model in reports.
+        journal: Steps that are finished already; the others are added.
 
     Raises:
+        CheckpointError: A finished step cannot be read, or a new one not be written.
         DataError: The objective needs labels, or no image is left to score.
         NonFiniteError: NaN or Inf on the way, or in the scores.
     """
@@ -182,8 +187,16 @@ def run(state: State, dense: nn.Module, images: Calibration, settings: Settings,
         settings.goals(masked), "pruning", unit="step", disable=None if settings.progress else True, leave=False
     )
     for number, goal in enumerate(shown, 1):
-        rows.append(_step(state, images, settings, number, goal))
-        if goal in settings.stops:
+        stops = goal in settings.stops
+        if number > journal.finished:
+            rows.append(_step(state, images, settings, number, goal))
+            tensors = {f"model/{key}": value for key, value in state.model.state_dict().items()}
+            tensors |= {f"masks/{key}": value for key, value in state.masks.items()}
+            facts = {"skipped": list(state.skipped), **facts_of(state, rows[-1])}
+            journal.write(number, facts, {}, tensors, stays=stops)
+        else:
+            rows.append(_again(state, journal, number, whole=stops or number == journal.finished))
+        if stops:
             yield _handed_over(state, size, images, settings, name, rows, began)
 
 
@@ -227,6 +240,19 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, go
         repair=outcome.kept if outcome else "none",
         nonzero=params - _zeros(state.masks | _others(state)),
     )
+
+
+def _again(state: State, journal: Journal, number: int, *, whole: bool) -> StepRow:
+    """What a finished step left; with ``whole``, the model and the masks are needed as well."""
+    with journal.step(number) as (facts, _):
+        row = recall(state, facts)
+        state.skipped = tuple(facts["skipped"])
+    if whole:
+        with journal.model(number) as tensors:
+            state.masks = {name: tensors[f"masks/{name}"] for name in state.masks}
+            stored = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+            state.model.load_state_dict(stored)
+    return row
 
 
 def _scores(state: State, batches: Sequence[Batch], settings: Settings, number: int) -> dict[str, Tensor]:

@@ -65,6 +65,7 @@ ORDER = (
     "checkpoint",
     "calibration",
     "runs",
+    "journal",
     "defaults",
     "scoring",
     "inventory",

@@ -91,6 +91,9 @@ def prune_command(
     pretrained: Pretrained = True,
     batch_size: BatchSize = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    resume: Annotated[
+        Path | None, typer.Option(help="Note every finished step in this directory, and go on behind the last one.")
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -137,6 +140,7 @@ def prune_command(
         device=device_named(device),
         progress=interactive(as_json),
         checkpoint=checkpoint,
+        resume=resume,
         pretrained=pretrained,
         **model_arguments(model_arg),
     )
