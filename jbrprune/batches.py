@@ -61,7 +61,7 @@ def iterate(data: object, *, batch_size: int = 32) -> Iterator[Batch]:
         Batches; images are checked to be finite floating-point ``[B, C, H, W]``.
 
     Raises:
-        DataError: Nothing to iterate, an item of unknown form, wrong rank or dtype.
+        DataError: Nothing to iterate, an item of unknown form, wrong rank or dtype, a reading process that died.
         NonFiniteError: NaN or Inf in an image (names the batch).
 
     Example:
@@ -72,7 +72,7 @@ def iterate(data: object, *, batch_size: int = 32) -> Iterator[Batch]:
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1, got {batch_size}.")
     number = -1
-    for number, batch in enumerate(_gathered(_items(data, batch_size), batch_size)):
+    for number, batch in enumerate(_gathered(_read(_items(data, batch_size)), batch_size)):
         _check(batch, number)
         yield batch
     if number < 0:
@@ -141,6 +141,19 @@ def _items(data: object, batch_size: int) -> Iterator[object]:
             "a DataLoader, or an iterable of tensors, (image, label) tuples or dicts."
         )
     return iter(data)
+
+
+def _read(items: Iterator[object]) -> Iterator[object]:
+    """The items; a loader's process that dies is the data's fault, not the model's."""
+    try:
+        yield from items
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"A process that reads images for the DataLoader died: {error} It may have run out of memory, or have been "
+            "ended. Use fewer of them, or num_workers=0 to see what happens."
+        ) from error
 
 
 def _gathered(items: Iterator[object], batch_size: int) -> Iterator[Batch]:

@@ -46,6 +46,7 @@ def calibration(
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = False,
+    skip_corrupt: bool = False,
 ) -> Calibration:
     """Read the images, let the dense model look at them, and split them at random.
 
@@ -60,6 +61,7 @@ def calibration(
         batch_size: Images per pass.
         seed: Seeds the split.
         progress: Show a progress bar.
+        skip_corrupt: Leave out images that cannot be read.
 
     Raises:
         ArgumentError: A number of images below 1.
@@ -69,7 +71,7 @@ def calibration(
     for what, number in (("images", images), ("eval_images", eval_images)):
         if number is not None and number < 1:
             raise ArgumentError(f"{what} must be at least 1, got {number}.")
-    whole = _read(model, data, images, batch_size, progress)
+    whole = _read(model, data, images, batch_size, progress, skip_corrupt)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     whole = whole.map(lambda tensor: tensor[order])
     fifth = len(whole) // 5 if len(whole) >= FEWEST_TO_HOLD_BACK else 0
@@ -77,7 +79,7 @@ def calibration(
         heldout, described = _part(whole, 0, fifth), f"{fifth} calibration images that were used for nothing else"
         whole = _part(whole, fifth, len(whole))
     else:
-        heldout = _read(model, eval_data, eval_images, batch_size, progress)
+        heldout = _read(model, eval_data, eval_images, batch_size, progress, skip_corrupt)
         described = f"{len(heldout)} images of eval_data"
     cut = len(whole) - fifth
     score, repair, gate, rest = (
@@ -91,9 +93,11 @@ def _part(batch: Batch, start: int, stop: int) -> Batch:
     return batch.map(lambda tensor: tensor[start:stop])
 
 
-def _read(model: nn.Module, data: object, images: int | None, batch_size: int, progress: bool) -> Batch:
+def _read(
+    model: nn.Module, data: object, images: int | None, batch_size: int, progress: bool, skip_corrupt: bool
+) -> Batch:
     """Images in the model's precision, with the dense model's logits."""
-    opened = loading.open_data(data, model, batch_size=batch_size)
+    opened = loading.open_data(data, model, batch_size=batch_size, skip_corrupt=skip_corrupt)
     with guest.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
         batches = materialise(opened, images=images, batch_size=batch_size)
     parameter = guest.first_tensor(model)

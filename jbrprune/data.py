@@ -19,7 +19,7 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.utils.misc import natural_key
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from jbrprune.batches import IMAGE_KEYS, LABEL_KEYS
 from jbrprune.errors import ArgumentError, DataError, ModelError
@@ -54,6 +54,7 @@ def open_data(
     labels: bool = True,
     root: str | Path | None = None,
     split: str = "validation",
+    skip_corrupt: bool = False,
 ) -> object:
     """Turn what a user calls data into something that `jbrprune.batches.iterate` reads.
 
@@ -74,6 +75,8 @@ def open_data(
         labels: Use labels where there are any; has no effect on data returned as they are.
         root: Where a named data set is stored.
         split: Which part of a named data set.
+        skip_corrupt: Leave out images that cannot be read, and log their names, instead of stopping at the first.
+            (timm's own readers, of ``hfds/`` and the like, replace such an image by the next and log it.)
 
     Returns:
         A `DataLoader` or another iterable.
@@ -96,7 +99,14 @@ def open_data(
     source = cast("Sequence[object]", stored)
     order = _shuffled(len(source)) if by_name else range(len(source))
     # A generator of its own: iterating must not advance the user's random state.
-    return DataLoader(_Indexed(source, order, prepare), batch_size, num_workers=workers, generator=torch.Generator())
+    loader = DataLoader(
+        _Indexed(source, order, prepare, skip_corrupt),
+        batch_size,
+        num_workers=workers,
+        generator=torch.Generator(),
+        collate_fn=_intact if skip_corrupt else None,
+    )
+    return _Intact(loader) if skip_corrupt else loader
 
 
 def pictures(name: str, model: nn.Module, *, root: str | Path | None = None, split: str = "validation") -> object:
@@ -194,8 +204,9 @@ class _Folder(Sequence[tuple[Image.Image, int | None]]):
                 image.load()
                 return image, self._labels[position]
         except _BROKEN_IMAGE as error:
-            raise DataError(
-                f"{path} cannot be read as an image ({type(error).__name__}: {error}). Repair it or take it out."
+            raise _CorruptImage(
+                f"{path} cannot be read as an image ({type(error).__name__}: {error}). Repair it or take it out, or "
+                "pass skip_corrupt=True (--skip-corrupt)."
             ) from error
 
 
@@ -230,15 +241,65 @@ class _Prepare:
         return tensor if label is None else (tensor, label)
 
 
+class _CorruptImage(DataError):
+    """An image that cannot be read."""
+
+
 class _Indexed(Dataset):
-    def __init__(self, source: Sequence[object], order: Sequence[int], prepare: _Prepare) -> None:
-        self._source, self._order, self._prepare = source, order, prepare
+    """Prepared images in an order; with ``skip_corrupt``, an error in the place of one that cannot be read."""
+
+    def __init__(
+        self, source: Sequence[object], order: Sequence[int], prepare: _Prepare, skip_corrupt: bool = False
+    ) -> None:
+        self._source, self._order, self._prepare, self._skip = source, order, prepare, skip_corrupt
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, position: int) -> object:
-        return self._prepare(self._source[self._order[position]])
+        try:
+            return self._read(self._order[position])
+        except _CorruptImage as error:
+            if self._skip:
+                return error
+            raise
+
+    def _read(self, index: int) -> object:
+        try:
+            return self._prepare(self._source[index])
+        except DataError:
+            raise
+        except _BROKEN_IMAGE as error:
+            raise _CorruptImage(
+                f"Item {index} of {type(self._source).__name__} cannot be read as an image ({type(error).__name__}: "
+                f"{error}). Repair it or take it out, or pass skip_corrupt=True (--skip-corrupt)."
+            ) from error
+
+
+def _intact(items: list[object]) -> tuple[object, list[str]]:
+    """The batch of what could be read (None: nothing), and what is wrong with the rest."""
+    good = [item for item in items if not isinstance(item, _CorruptImage)]
+    messages = [str(item) for item in items if isinstance(item, _CorruptImage)]
+    return default_collate(good) if good else None, messages
+
+
+class _Intact(Iterable[object]):
+    """The batches of a loader without the images that cannot be read, which are logged where the reader is."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[object]:
+        left_out = read = 0
+        for batch, messages in self._loader:
+            for message in messages:
+                logger.warning("Left out: %s", message)
+            left_out += len(messages)
+            if batch is not None:
+                read += 1
+                yield batch
+        if not read:
+            raise DataError(f"None of {left_out} images could be read; their names are in the log.")
 
 
 class _Stream(IterableDataset):

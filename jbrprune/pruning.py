@@ -93,6 +93,7 @@ def prune(
     eval_images: int | None = None,
     ridge: float = 0.1,
     batch_size: int = 32,
+    skip_corrupt: bool = False,
     seed: int = 0,
     autocast: torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -159,6 +160,7 @@ def prune(
         eval_images: Images to read from ``eval_data``; None: all.
         ridge: Strength of the ridge of ``least_squares``, relative to the mean square of the inputs.
         batch_size: Images per pass.
+        skip_corrupt: Leave out images of a folder or data set that cannot be read, and log their names.
         seed: Seeds the split of the images and everything random.
         autocast: Low-precision dtype for scoring, such as ``torch.bfloat16``.
         device: Where to work; default: where the model is.
@@ -340,13 +342,13 @@ class _Opened:
 
     def read(self, arguments: Mapping[str, Any]) -> Calibration:
         """All calibration images."""
-        names = ("images", "eval_data", "eval_images", "batch_size", "seed", "progress")
+        names = ("images", "eval_data", "eval_images", "batch_size", "seed", "progress", "skip_corrupt")
         return calibration(self.dense, self.images, **{name: arguments[name] for name in names})
 
 
 def _opened(dense: nn.Module, data: object, arguments: Mapping[str, Any]) -> _Opened:
     dense = dense.to(arguments["device"] or guest.device_of(dense)).eval()
-    images = loading.open_data(data, dense, batch_size=arguments["batch_size"])
+    images = loading.open_data(data, dense, batch_size=arguments["batch_size"], skip_corrupt=arguments["skip_corrupt"])
     first, images = peeked(images, arguments["batch_size"])
     example = example_of(dense, first)
     check_runs(dense, first.images.to(example.dtype))

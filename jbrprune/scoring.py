@@ -44,6 +44,7 @@ def score(
     max_memory: int | None = None,
     autocast: torch.dtype | None = None,
     batch_size: int = 32,
+    skip_corrupt: bool = False,
     seed: int = 0,
     progress: bool = True,
     checkpoint: str | Path | None = None,
@@ -73,6 +74,7 @@ def score(
         max_memory: Of ``weight``: bytes of scratch memory.
         autocast: Low-precision dtype, such as ``torch.bfloat16``.
         batch_size: Images per pass where the data do not say.
+        skip_corrupt: Leave out images of a folder or data set that cannot be read, and log their names.
         seed: Seeds ``projection``.
         progress: Show a progress bar.
         checkpoint: Local weights for a timm name.
@@ -109,7 +111,8 @@ def score(
         check_arguments(*(how[name] for name in ("objective", "site", "statistic", "batch", "confidence")))
     made = resolved(model, checkpoint, model_arguments)
     check_model(made, masked=weights)
-    first, batches = peeked(loading.open_data(data, made, batch_size=batch_size), batch_size)
+    opened = loading.open_data(data, made, batch_size=batch_size, skip_corrupt=skip_corrupt)
+    first, batches = peeked(opened, batch_size)
     with fresh(made):  # running a masked model would replace its weights by others without a graph
         check_runs(made, first.images)
     if weights:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
+import re
+import signal
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, get_worker_info
 
 from jbrprune import data as module
 from jbrprune.batches import Batch, concatenated, iterate
@@ -190,6 +193,61 @@ def test_an_unreadable_image_is_named_by_a_worker_too(folder: Path, model: nn.Mo
     (folder / "9" / "bad.jpg").write_bytes(b"hello")
     with pytest.raises(DataError, match=r"bad\.jpg cannot be read"):
         read(open_data(folder, model, workers=1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_left_out_and_named_on_request(
+    folder: Path, model: nn.Module, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = read(open_data(folder, model))
+    for name in ("9/bad.jpg", "2/worse.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"hello")
+    for batch_size in (1, 4):  # of one: a batch of which nothing is left
+        caplog.clear()
+        found = read(open_data(folder, model, workers=workers, batch_size=batch_size, skip_corrupt=True))
+        assert sorted(shades(found.images, model)) == sorted(shades(whole.images, model))
+        assert found.labels is not None
+        assert sorted(re.findall(r"Left out: .*?(\w+\.\w+) cannot be read", caplog.text)) == ["bad.jpg", "worse.png"]
+
+
+def test_a_folder_without_one_readable_image(tmp_path: Path, model: nn.Module) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(b"hello")
+    with pytest.raises(DataError, match="None of 3 images could be read"):
+        read(open_data(tmp_path, model, skip_corrupt=True))
+
+
+class _Broken(Sequence[Image.Image]):
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, position: int) -> Image.Image:  # type: ignore[override]
+        if position == 1:
+            raise OSError("image file is truncated")
+        return Image.new("RGB", (40, 40), (7 * position,) * 3)
+
+
+def test_an_unreadable_item_of_a_data_set_is_named(model: nn.Module) -> None:
+    with pytest.raises(DataError, match=r"Item 1 of _Broken cannot be read as an image \(OSError: image file is"):
+        read(open_data(_Broken(), model))
+    assert shades(read(open_data(_Broken(), model, skip_corrupt=True)).images, model) == [0, 14]
+
+
+class _Dying(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, position: int) -> Tensor:
+        if position == 5 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(3, SIDE, SIDE)
+
+
+def test_a_killed_process_of_a_loader_is_named_and_nobody_waits_for_it() -> None:
+    loader = DataLoader(_Dying(), batch_size=2, num_workers=2)
+    with pytest.raises(DataError, match=r"process that reads images for the DataLoader died: .*[Kk]illed.*num_w"):
+        list(iterate(loader))
 
 
 def test_sixteen_bits_are_not_guessed_at(tmp_path: Path, model: nn.Module) -> None:

@@ -151,7 +151,7 @@ def test_scores_killed_at_every_operation_on_files(tmp_path: Path) -> None:
     assert set(found) == {0, 1}
 
 
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_prune_killed_at_operations_on_files_goes_on_to_the_same_result(stride: int, tmp_path: Path) -> None:
     whole = prune(own(), IMAGES, **OPTIONS)
     directory = tmp_path / "run"

@@ -17,6 +17,7 @@ from jbrprune.commands.options import (
     Model,
     ModelArguments,
     Pretrained,
+    SkipCorrupt,
     Weights,
     device_named,
     loaded_model,
@@ -37,6 +38,7 @@ def eval_command(
     model_arg: ModelArguments = None,
     pretrained: Pretrained = True,
     batch_size: BatchSize = 32,
+    skip_corrupt: SkipCorrupt = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -45,7 +47,8 @@ def eval_command(
     Example: `jbrprune eval pruned/ --data validation/ --reference resnet50`
     """
     module = loaded_model(model, checkpoint, pretrained, model_arg).to(device_named(device))
-    batches = materialise(loading.open_data(data, module, batch_size=batch_size), images=images, batch_size=batch_size)
+    opened = loading.open_data(data, module, batch_size=batch_size, skip_corrupt=skip_corrupt)
+    batches = materialise(opened, images=images, batch_size=batch_size)
     other = loaded_model(reference, checkpoint, pretrained, model_arg).to(device_named(device)) if reference else module
     agreed = agreement_on(module, with_reference(batches, predict(other, batches)))
     example = batches[0].images[:1].to(guest.device_of(module))

@@ -47,6 +47,7 @@ ModelArguments = Annotated[
 ]
 Pretrained = Annotated[bool, typer.Option(help="Fetch timm's pretrained weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")]
+SkipCorrupt = Annotated[bool, typer.Option(help="Leave out images that cannot be read, and say which.")]
 BatchSize = Annotated[int, typer.Option(help="Images per pass.")]
 Device = Annotated[str | None, typer.Option(help="`cpu`, `cuda`, `cuda:1`, ...; default: cuda if there is one.")]
 

@@ -18,6 +18,7 @@ from jbrprune.commands.options import (
     Pretrained,
     Repair,
     SiteName,
+    SkipCorrupt,
     StatisticName,
     TimmName,
     Weights,
@@ -90,6 +91,7 @@ def prune_command(
     model_arg: ModelArguments = None,
     pretrained: Pretrained = True,
     batch_size: BatchSize = 32,
+    skip_corrupt: SkipCorrupt = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     resume: Annotated[
         Path | None, typer.Option(help="Note every finished step in this directory, and go on behind the last one.")
@@ -136,6 +138,7 @@ def prune_command(
         eval_data=eval_data,
         eval_images=eval_images,
         batch_size=batch_size,
+        skip_corrupt=skip_corrupt,
         seed=seed,
         device=device_named(device),
         progress=interactive(as_json),

@@ -17,6 +17,7 @@ from jbrprune.commands.options import (
     Objective,
     Pretrained,
     SiteName,
+    SkipCorrupt,
     StatisticName,
     TimmName,
     Weights,
@@ -42,6 +43,7 @@ def score_command(
     model_arg: ModelArguments = None,
     pretrained: Pretrained = True,
     batch_size: BatchSize = 32,
+    skip_corrupt: SkipCorrupt = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = None,
     as_json: AsJson = False,
@@ -62,6 +64,7 @@ def score_command(
         site=site,
         statistic=statistic,
         batch_size=batch_size,
+        skip_corrupt=skip_corrupt,
         seed=seed,
         progress=interactive(as_json),
     )
