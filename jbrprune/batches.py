@@ -151,8 +151,8 @@ def _read(items: Iterator[object]) -> Iterator[object]:
         if "DataLoader worker" not in str(error):
             raise
         raise DataError(
-            f"A process that reads images for the DataLoader died: {str(error).rstrip('. ')}. It may have run out of memory, or have been "
-            "ended. Use fewer of them, or num_workers=0 to see what happens."
+            f"A process that reads images for the DataLoader died: {str(error).rstrip('. ')}. It may have run out of "
+            "memory, or have been ended. Use fewer of them, or num_workers=0 to see what happens."
         ) from error
 
 
