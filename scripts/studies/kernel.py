@@ -59,32 +59,52 @@ def _factors(model: nn.Sequential, inputs: Tensor) -> list[tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Eigenvalues of K, and what the points to predict at see of its eigenvectors.
+    """Eigenvalues of K, and how sets of points to predict at see its eigenvectors.
 
     Attributes:
-        values: ``s_i``, ``[n]``.
-        seen: ``G_i`` of each set of points, ``[n]``.
+        values: ``s_i``, ``[n]``, ascending.
+        vectors: ``v_i`` as columns, ``[n, n]``.
+        seen: ``k(x) v_i`` for each set of points, ``[M, n]``.
     """
 
     values: Tensor
+    vectors: Tensor
     seen: tuple[Tensor, ...]
 
     def label_noise(self, penalty: float) -> list[float]:
-        """TPV for noise of variance 1, of each set of points.
+        """TPV for noise of variance 1, on each set of points.
 
         Args:
             penalty: ``lambda``.
         """
-        shrunk = (self.values + len(self.values) * penalty).square()
-        return [(seen / shrunk).sum().item() for seen in self.seen]
+        return [(points / self._shrunk(penalty)).square().sum(1).mean().item() for points in self.seen]
+
+    def response(self, noise: Tensor, penalty: float) -> list[Tensor]:
+        """First-order change of the outputs, ``[M]`` for each set of points.
+
+        Args:
+            noise: Of the training targets, ``[n]``.
+            penalty: ``lambda``.
+        """
+        parts = (self.vectors.T @ noise.double()) / self._shrunk(penalty)
+        return [points @ parts for points in self.seen]
 
     def dimension(self, penalty: float) -> float:
         """How many directions of the noise are learnt: ``sum_i s_i / (s_i + n lambda)``."""
-        return (self.values / (self.values + len(self.values) * penalty)).sum().item()
+        return (self.values / self._shrunk(penalty)).sum().item()
+
+    def _shrunk(self, penalty: float) -> Tensor:
+        return self.values + len(self.values) * penalty
 
 
 def spectrum(model: nn.Sequential, train: Tensor, points: Sequence[Tensor]) -> Spectrum:
-    """Of the net's kernel on the training inputs, seen from each set of points."""
+    """Of the net's kernel on the training inputs, seen from each set of points.
+
+    Raises:
+        ArgumentError: More than one output, or a kernel without full rank (fewer parameters than samples, equal
+            inputs): without a penalty its inverse would be noise.
+    """
     values, vectors = torch.linalg.eigh(kernel(model, train, train))
-    seen = tuple((kernel(model, one, train) @ vectors).square().mean(0) for one in points)
-    return Spectrum(values.clamp_min(0), seen)
+    if values[0] < 1e-13 * values[-1]:
+        raise ArgumentError(f"The kernel has eigenvalues from {values[0]:.1e} to {values[-1]:.1e}: no full rank.")
+    return Spectrum(values, vectors, tuple(kernel(model, one, train) @ vectors for one in points))
