@@ -10,8 +10,8 @@ so that its output at x changes by ``k(x) (K + n lambda)^-1 noise``, with ``K = 
 
     TPV = mean_x ||(K + n lambda)^-1 k(x)||^2 = sum_i G_i / (s_i + n lambda)^2,    G_i = mean_x (k(x) v_i)^2
 
-On the training inputs ``G_i = s_i^2 / n``: without penalty, and with more parameters than samples, the net repeats the
-noise and TPV is the variance of the noise, whatever the net.
+On the training inputs ``G_i = s_i^2 / n``: without penalty TPV is the rank of K over n times the variance of the noise,
+for any net. That is the variance itself where there are more parameters than samples and the net repeats the noise.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Spectrum:
         Args:
             penalty: ``lambda``.
         """
-        return [(points / self._shrunk(penalty)).square().sum(1).mean().item() for points in self.seen]
+        return [(points * self._inverse(penalty)).square().sum(1).mean().item() for points in self.seen]
 
     def response(self, noise: Tensor, penalty: float) -> list[Tensor]:
         """First-order change of the outputs, ``[M]`` for each set of points.
@@ -86,25 +86,20 @@ class Spectrum:
             noise: Of the training targets, ``[n]``.
             penalty: ``lambda``.
         """
-        parts = (self.vectors.T @ noise.double()) / self._shrunk(penalty)
+        parts = (self.vectors.T @ noise.double()) * self._inverse(penalty)
         return [points @ parts for points in self.seen]
 
     def dimension(self, penalty: float) -> float:
         """How many directions of the noise are learnt: ``sum_i s_i / (s_i + n lambda)``."""
-        return (self.values / self._shrunk(penalty)).sum().item()
+        return (self.values * self._inverse(penalty)).sum().item()
 
-    def _shrunk(self, penalty: float) -> Tensor:
-        return self.values + len(self.values) * penalty
+    def _inverse(self, penalty: float) -> Tensor:
+        """``1 / (s_i + n lambda)``; 0 where the net cannot move at all (``s_i = 0``)."""
+        return torch.where(self.values > 0, 1 / (self.values + len(self.values) * penalty), 0.0)
 
 
 def spectrum(model: nn.Sequential, train: Tensor, points: Sequence[Tensor]) -> Spectrum:
-    """Of the net's kernel on the training inputs, seen from each set of points.
-
-    Raises:
-        ArgumentError: More than one output, or a kernel without full rank (fewer parameters than samples, equal
-            inputs): without a penalty its inverse would be noise.
-    """
+    """Of the net's kernel on the training inputs, seen from each set of points; eigenvalues of rounding size are 0."""
     values, vectors = torch.linalg.eigh(kernel(model, train, train))
-    if values[0] < 1e-13 * values[-1]:
-        raise ArgumentError(f"The kernel has eigenvalues from {values[0]:.1e} to {values[-1]:.1e}: no full rank.")
+    values = torch.where(values > 1e-12 * values[-1], values, 0.0)
     return Spectrum(values, vectors, tuple(kernel(model, one, train) @ vectors for one in points))
