@@ -1,0 +1,217 @@
+"""How large a perturbation may be for first order to hold: six perturbations of an MLP, a ResNet and a ViT on digits.
+
+Each perturbation is made at several sizes of its own (standard deviation of the noise, bits, learning rate, share of
+units), and the change of the logits on test images is compared with its first-order value along the very same dw:
+
+    error = sqrt( sum (f(w + dw) - f(w) - J dw)^2 / sum (f(w + dw) - f(w))^2 )
+
+so that 0 is exact, and 1 is as wrong as predicting no change at all. Beside it stand the size of dw relative to the
+weights, and the share of images whose top-1 class changes: what first order holds up to, in terms a user cares about.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+from frame import COLOURS, Places, Settings, Study, curve, main, panels
+from matplotlib.figure import Figure
+from relearning import change, relearn, wander
+from torch import Tensor, nn
+from torch.func import functional_call
+from training import Data, entropy_and_accuracy, fit, images, mlp, outputs
+
+from jbrprune import zoo
+from jbrprune.guest import same_randomness
+from jbrprune.tpv import Isotropic, Quantization, Removal, taylor_error, trace_form
+from jbrprune.units import find_groups
+
+Change = Mapping[str, Tensor]
+NETS = ("mlp", "resnet", "vit")
+SIZES: dict[str, tuple[float, ...]] = {
+    "isotropic": (0.003, 0.01, 0.03, 0.1, 0.3),
+    "quantization": (8, 6, 5, 4, 3, 2),
+    "sgd": (0.001, 0.003, 0.01, 0.03, 0.1),
+    "label_noise": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "removal": (0.01, 0.03, 0.1, 0.2, 0.4),
+    "removal_of_weights": (0.1, 0.3, 0.5, 0.7, 0.9),
+}
+NAMES = {
+    "isotropic": "noise, share of each layer's weights",
+    "quantization": "rounding, bits",
+    "sgd": "50 steps of SGD, learning rate",
+    "label_noise": "label noise, share of the logits",
+    "removal": "random units removed, share",
+    "removal_of_weights": "least weights removed, share",
+}
+
+
+def settings(quick: bool) -> Iterator[Settings]:
+    for seed in range(1 if quick else 3):
+        for net in NETS:
+            for perturbation, sizes in SIZES.items():
+                for size in sizes[1:2] if quick else sizes:
+                    how = {"steps": 4, "train": 64, "test": 32} if quick else {"steps": 500, "train": 1297, "test": 250}
+                    yield {"net": net, "perturbation": perturbation, "size": size, "seed": seed, **how}
+
+
+def measure(wanted: Settings, places: Places) -> dict[str, Any]:
+    model, data = trained(*(wanted[name] for name in ("net", "seed", "steps", "train", "test")))
+    dw = MAKERS[wanted["perturbation"]](model, data, wanted["size"], wanted["seed"])
+    weights = dict(model.named_parameters())
+    moved = {name: weights[name].detach() + step for name, step in dw.items()}
+    before = outputs(model, data.test_images)
+    with torch.no_grad():
+        after = functional_call(model, moved, (data.test_images,))
+    validity = taylor_error(model, data.test_images, dw, [1.0], batch_size=125, progress=False)
+    return {
+        "accuracy": entropy_and_accuracy(model, data.test_images, data.test_targets)[1],
+        "relative_size": (_squared(dw) / _squared(weights)) ** 0.5,
+        "tpv": (after - before).square().sum(1).mean().item(),
+        "relative_tpv": ((after - before).square().sum() / before.square().sum()).item(),
+        "flips": (after.argmax(1) != before.argmax(1)).double().mean().item(),
+        "error": validity.errors[0],
+    }
+
+
+def _squared(tensors: Change) -> float:
+    return sum(tensor.detach().double().square().sum().item() for tensor in tensors.values())
+
+
+@functools.lru_cache(maxsize=1)
+def trained(net: str, seed: int, steps: int, train: int, test: int) -> tuple[nn.Module, Data]:
+    """A net that has learnt the digits."""
+    data = images("digits", None, train=train, test=test, seed=seed)
+    if net == "mlp":
+        model: nn.Module = mlp(1024, 128, 10, seed=seed)
+    else:
+        name, more = {"resnet": ("test_resnet", {}), "vit": ("test_vit", {"img_size": 32})}[net]
+        with same_randomness(torch.device("cpu")):
+            torch.manual_seed(seed)
+            model = zoo.create(name, pretrained=False, in_chans=1, num_classes=10, **more)
+    fit(model, data.images, data.targets, nn.functional.cross_entropy, steps=steps, rate=2e-3, batch_size=64, seed=seed)
+    return model.eval(), data
+
+
+# --- perturbations: (model, data, size, seed) -> dw ------------------------------------------------
+
+
+def isotropic(model: nn.Module, data: Data, size: float, seed: int) -> Change:
+    """Normal noise in proportion to the root mean square of every tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    noise = Isotropic(size).of(model, weights).sample(generator)
+    return {name: noise[name] * weight.square().mean().sqrt() for name, weight in weights.items()}
+
+
+def quantization(model: nn.Module, data: Data, size: float, seed: int) -> Change:
+    """Real rounding, one range for every tensor."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return Quantization(int(size), rounding=True).of(model, weights).sample(torch.Generator())
+
+
+def sgd(model: nn.Module, data: Data, size: float, seed: int) -> Change:
+    """Where 50 steps of SGD with batches of 32 lead, momentum 0.9."""
+    how = {"steps": 50, "rate": size, "batch_size": 32, "momentum": 0.9, "seed": seed}
+    return change(model, wander(model, data.images, data.targets, nn.functional.cross_entropy, **how))
+
+
+def label_noise(model: nn.Module, data: Data, size: float, seed: int) -> Change:
+    """Learn the logits of 256 images plus noise, relative to their mean size; 15 steps of L-BFGS, penalty 0.01."""
+    inputs = data.images[:256]
+    found = outputs(model, inputs)
+    noise = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)) * found.abs().mean()
+    gradient = trace_form(model, inputs[:64], Isotropic(1.0), rtol=0.0, validity=False, progress=False).value
+    return change(model, relearn(model, inputs, found + size * noise, 0.01 * gradient / found.shape[1], steps=15))
+
+
+def removal(model: nn.Module, data: Data, size: float, seed: int) -> Change:
+    """Units (channels, heads) drawn at random, the same share of every group, at least one."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = find_groups(model, data.images[:2]).groups
+    drawn = {
+        group.name: torch.randperm(group.size, generator=generator)[: max(1, round(size * group.size))].sort().values
+        for group in groups
+    }
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return Removal(drawn, groups).of(model, weights).sample(torch.Generator())
+
+
+def removal_of_weights(model: nn.Module, data: Data, size: float, seed: int) -> Change:
+    """The smallest weights of every matrix and kernel."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    keep = {name: w.abs() > w.abs().flatten().quantile(size) for name, w in weights.items() if w.dim() > 1}
+    return Removal(keep).of(model, weights).sample(torch.Generator())
+
+
+MAKERS: dict[str, Callable[[nn.Module, Data, float, int], Change]] = {
+    "isotropic": isotropic,
+    "quantization": quantization,
+    "sgd": sgd,
+    "label_noise": label_noise,
+    "removal": removal,
+    "removal_of_weights": removal_of_weights,
+}
+
+
+# --- what came out ---------------------------------------------------------------------------------
+
+
+def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    means = frame.groupby(["perturbation", "size", "net"])[["error", "flips"]].mean()
+    rows = []
+    for perturbation, sizes in SIZES.items():
+        for size in sizes:
+            row: dict[str, Any] = {"perturbation": NAMES[perturbation], "size": f"{size:g}"}
+            for net in NETS:
+                if (perturbation, size, net) in means.index:
+                    found = means.loc[(perturbation, size, net)]
+                    row[net] = f"{found['error']:.2f} ({found['flips']:.1%})"
+            rows.append(row)
+    table = pd.DataFrame([row for row in rows if len(row) > 2]).fillna("")
+    limits = [
+        {"perturbation": NAMES[name]} | {net: _limit(part[part["net"] == net]) for net in NETS}
+        for name, part in frame.groupby("perturbation", sort=False)
+    ]
+    return [
+        ("Relative error of the first-order change, and share of top-1 classes that change; means over seeds", table),
+        (
+            "The largest share of changed top-1 classes among runs with an error of at most 0.1 / 0.3 / 0.5",
+            pd.DataFrame(limits),
+        ),
+    ]
+
+
+def _limit(rows: pd.DataFrame) -> str:
+    """The largest share of flips that first order has survived, at three tolerances."""
+    found = [rows[rows["error"] <= tolerance]["flips"].max() for tolerance in (0.1, 0.3, 0.5)]
+    return " / ".join("-" if pd.isna(value) else f"{value:.1%}" for value in found)
+
+
+def figure(frame: pd.DataFrame) -> Figure:
+    """Error by relative size of dw (above) and by share of changed classes (below), one column for every net."""
+    drawn, axes = panels(len(NETS), 2, height=3.2)
+    for column, net in enumerate(NETS):
+        rows = frame[frame["net"] == net]
+        for place, name in enumerate(SIZES):
+            part = rows[rows["perturbation"] == name]
+            sizes = part.groupby("size")[["relative_size", "error"]].mean().reset_index()
+            curve(axes[0, column], sizes, "relative_size", "error", place, NAMES[name].split(",")[0])
+            axes[1, column].plot(part["flips"], part["error"], "o", ms=3, color=COLOURS[place], alpha=0.7)
+        axes[0, column].set(xscale="log", yscale="log", title=net, xlabel="|dw| / |w|")
+        axes[1, column].set(yscale="log", xlabel="share of test images whose class changes")
+        axes[1, column].set_xscale("symlog", linthresh=0.01)
+        for one in axes[:, column]:
+            one.axhline(0.1, color="black", lw=0.8, ls=":")
+            one.set_ylabel("relative error of first order")
+    axes[0, 0].legend(frameon=False, fontsize=7)
+    return drawn
+
+
+STUDY = Study("first_order", __doc__ or "", settings, measure, tables, figure)
+
+if __name__ == "__main__":
+    main(STUDY)
