@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from frame import COLOURS, Places, Settings, Study, curve, main, panels
 from matplotlib.figure import Figure
+from noises import Relative
 from relearning import change, relearn, wander
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -103,8 +104,7 @@ def isotropic(model: nn.Module, data: Data, size: float, seed: int) -> Change:
     """Normal noise in proportion to the root mean square of every tensor."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    noise = Isotropic(size).of(model, weights).sample(generator)
-    return {name: noise[name] * weight.square().mean().sqrt() for name, weight in weights.items()}
+    return Relative(size).of(model, weights).sample(generator)
 
 
 def quantization(model: nn.Module, data: Data, size: float, seed: int) -> Change:

@@ -8,16 +8,16 @@ mean squared weight instead: noise in proportion to the weights of each layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 from frame import Places, Settings, Study, curve, main, panels, rank_correlation, spread
-from jbrprune.tpv import Diagonal, Isotropic, Quantization, trace_form
+from jbrprune.tpv import Isotropic, Quantization, trace_form
 from kernel import spectrum
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from noises import Relative
+from torch import nn
 from training import Data, entropy_and_accuracy, fit, images, mlp, outputs, squared, synthetic
 
 WIDTHS = (16, 32, 64, 128, 256, 512)
@@ -29,21 +29,6 @@ NAMES = {
     "label_noise": "label noise of 1, penalty 0.01",
     "repeated_noise": "label noise of 1, no penalty",
 }
-
-
-@dataclass(frozen=True)
-class Relative:
-    """Normal noise on every weight in proportion to the root mean square of its tensor.
-
-    Attributes:
-        share: Standard deviation as a share of it.
-    """
-
-    share: float
-
-    def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Diagonal:
-        """The covariance of these weights."""
-        return Diagonal({name: self.share**2 * w.double().square().mean() for name, w in weights.items()}, weights)
 
 
 WEIGHTS = {"isotropic": Isotropic(0.01), "relative": Relative(0.01), "quantization": Quantization(8)}
