@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 from frame import COLOURS, MARKERS, Places, Settings, Study, main, panels, rank_correlation
 from matplotlib.figure import Figure
-from recipes import SIGNALS, losses, settings as training, signals, trained
+from recipes import SIGNALS, losses, signals, trained
+from recipes import settings as training
 
 NETS = (("mlp", 64), ("mlp", 256), ("convnet", 8))
 LEVELS = {"weight_decay": (1.0, 3.0, 10.0), "dropout": (0.2, 0.4, 0.7), "smoothing": (0.05, 0.2, 0.6)}

@@ -16,7 +16,8 @@ from typing import Any
 import pandas as pd
 from frame import COLOURS, MARKERS, Places, Settings, Study, main, panels, spread
 from matplotlib.figure import Figure
-from recipes import SIGNALS, losses, settings as training, signals, trained
+from recipes import SIGNALS, losses, signals, trained
+from recipes import settings as training
 
 NETS = (("mlp", 128), ("convnet", 8))
 LEVELS = {"weight_decay": (0.0, 1.0, 3.0), "dropout": (0.0, 0.2, 0.4, 0.6), "smoothing": (0.0, 0.05, 0.1, 0.3)}

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from frame import Places, Settings, Study, curve, main, panels
-from jbrprune.tpv import Isotropic, Quantization, trace_form
 from kernel import spectrum
 from matplotlib.figure import Figure
 from training import fit, mlp, outputs, squared, synthetic
+
+from jbrprune.tpv import Isotropic, Quantization, trace_form
 
 COUNTS = (10, 30, 100, 300, 500, 1000, 3000)
 WIDTHS = (8, 64, 256)

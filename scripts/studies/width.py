@@ -13,12 +13,13 @@ from typing import Any
 
 import pandas as pd
 from frame import Places, Settings, Study, curve, main, panels, rank_correlation, spread
-from jbrprune.tpv import Isotropic, Quantization, trace_form
 from kernel import spectrum
 from matplotlib.figure import Figure
 from noises import Relative
 from torch import nn
 from training import Data, entropy_and_accuracy, fit, images, mlp, outputs, squared, synthetic
+
+from jbrprune.tpv import Isotropic, Quantization, trace_form
 
 WIDTHS = (16, 32, 64, 128, 256, 512)
 PENALTIES = {"label_noise": 1e-2, "repeated_noise": 0.0}
