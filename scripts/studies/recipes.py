@@ -78,7 +78,7 @@ SIGNALS = {
     "quantization": "8-bit quantization",
     "logits": "(mean logit)^2",
 }
-"""What is compared, all without labels; the last is no TPV but the scale that the published label noise is made with."""
+"""What is compared, all without labels; the last is no TPV but what the published label noise is scaled by."""
 
 
 def signals(model: nn.Module, data: Data, wanted: Settings) -> dict[str, float]:
