@@ -11,7 +11,6 @@ weights, and the share of images whose top-1 class changes: what first order hol
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,15 +22,12 @@ from noises import Relative
 from relearning import change, relearn, wander
 from torch import Tensor, nn
 from torch.func import functional_call
-from training import Data, entropy_and_accuracy, fit, images, mlp, outputs
+from training import NETS, Data, entropy_and_accuracy, on_digits, outputs
 
-from jbrprune import zoo
-from jbrprune.guest import same_randomness
 from jbrprune.tpv import Isotropic, Quantization, Removal, taylor_error, trace_form
 from jbrprune.units import find_groups
 
 Change = Mapping[str, Tensor]
-NETS = ("mlp", "resnet", "vit")
 SIZES: dict[str, tuple[float, ...]] = {
     "isotropic": (0.003, 0.01, 0.03, 0.1, 0.3),
     "quantization": (8, 6, 5, 4, 3, 2),
@@ -60,7 +56,7 @@ def settings(quick: bool) -> Iterator[Settings]:
 
 
 def measure(wanted: Settings, places: Places) -> dict[str, Any]:
-    model, data = trained(*(wanted[name] for name in ("net", "seed", "steps", "train", "test")))
+    model, data = on_digits(*(wanted[name] for name in ("net", "seed", "steps", "train", "test")))
     dw = MAKERS[wanted["perturbation"]](model, data, wanted["size"], wanted["seed"])
     weights = dict(model.named_parameters())
     moved = {name: weights[name].detach() + step for name, step in dw.items()}
@@ -80,21 +76,6 @@ def measure(wanted: Settings, places: Places) -> dict[str, Any]:
 
 def _squared(tensors: Change) -> float:
     return sum(tensor.detach().double().square().sum().item() for tensor in tensors.values())
-
-
-@functools.lru_cache(maxsize=1)
-def trained(net: str, seed: int, steps: int, train: int, test: int) -> tuple[nn.Module, Data]:
-    """A net that has learnt the digits."""
-    data = images("digits", None, train=train, test=test, seed=seed)
-    if net == "mlp":
-        model: nn.Module = mlp(1024, 128, 10, seed=seed)
-    else:
-        name, more = {"resnet": ("test_resnet", {}), "vit": ("test_vit", {"img_size": 32})}[net]
-        with same_randomness(torch.device("cpu")):
-            torch.manual_seed(seed)
-            model = zoo.create(name, pretrained=False, in_chans=1, num_classes=10, **more)
-    fit(model, data.images, data.targets, nn.functional.cross_entropy, steps=steps, rate=2e-3, batch_size=64, seed=seed)
-    return model.eval(), data
 
 
 # --- perturbations: (model, data, size, seed) -> dw ------------------------------------------------

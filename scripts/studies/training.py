@@ -8,16 +8,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jbrprune import zoo
 from jbrprune.data import fashion_mnist
 from jbrprune.demo_data import digits
 from jbrprune.errors import ArgumentError
 from jbrprune.guest import evaluating, same_randomness
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+TIMM: dict[str, tuple[str, dict[str, Any]]] = {"resnet": ("test_resnet", {}), "vit": ("test_vit", {"img_size": 32})}
+NETS = ("mlp", *TIMM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +51,21 @@ def synthetic(teacher: str, *, dimension: int, train: int, test: int, seed: int)
     """
     if teacher not in ("linear", "relu"):
         raise ArgumentError(f"teacher must be linear or relu, got {teacher!r}.")
-    rules, trained, tested = (torch.Generator().manual_seed(3 * seed + part) for part in range(3))
+    rules, trained, tested = (np.random.default_rng([seed, part]) for part in range(3))
     units = 1 if teacher == "linear" else 10
-    weights, biases = torch.randn(dimension, units, generator=rules), 0.5 * torch.randn(units, generator=rules)
+    weights, biases = _normal(rules, dimension, units), 0.5 * _normal(rules, units)
 
     def answer(x: Tensor) -> Tensor:
         return x @ weights if teacher == "linear" else (x @ weights + biases).relu().sum(1, keepdim=True)
 
-    scale = answer(torch.randn(10_000, dimension, generator=rules)).std()
-    inputs = torch.randn(train, dimension, generator=trained), torch.randn(test, dimension, generator=tested)
-    x, test_x = inputs
+    scale = answer(_normal(rules, 10_000, dimension)).std()
+    x, test_x = _normal(trained, train, dimension), _normal(tested, test, dimension)
     return Data(x[:, None, None], answer(x) / scale, test_x[:, None, None], answer(test_x) / scale)
+
+
+def _normal(generator: np.random.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers; unlike torch's, fewer of them are the first of more."""
+    return torch.from_numpy(generator.standard_normal(shape)).float()
 
 
 def images(name: str, folder: Path | None, *, train: int, test: int, seed: int, side: int | None = None) -> Data:
@@ -174,6 +183,20 @@ def _orders(count: int, batch_size: int | None) -> Iterator[Tensor | slice]:
         yield slice(None)
     while True:
         yield from torch.randperm(count)[: count // batch_size * batch_size].split(batch_size)
+
+
+@functools.lru_cache(maxsize=1)
+def on_digits(net: str, seed: int, steps: int, train: int, test: int) -> tuple[nn.Module, Data]:
+    """An MLP, a small ResNet or a small ViT of timm that has learnt the digits, and the digits."""
+    data = images("digits", None, train=train, test=test, seed=seed)
+    if net == "mlp":
+        model: nn.Module = mlp(1024, 128, 10, seed=seed)
+    else:
+        name, more = TIMM[net]
+        with _seeded(seed):
+            model = zoo.create(name, pretrained=False, in_chans=1, num_classes=10, **more)
+    fit(model, data.images, data.targets, nn.functional.cross_entropy, steps=steps, rate=2e-3, batch_size=64, seed=seed)
+    return model, data
 
 
 def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
