@@ -63,7 +63,7 @@ def test_a_tiny_version_gives_lines_a_table_and_a_figure(
     frame.main(study, ["--out", str(out), "--show", str(tmp_path / "shown")])
     text = (tmp_path / "shown" / f"{name}.md").read_text()
     assert capsys.readouterr().out == text
-    assert text.count("| --- |") == len(study.tables(frame.read(out)))
+    assert text.count("\n| --- |") == len(study.tables(frame.read(out)))
     assert (tmp_path / "shown" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 

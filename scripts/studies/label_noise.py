@@ -35,7 +35,7 @@ def settings(quick: bool) -> Iterator[Settings]:
     if quick:
         sizes = {"dimension": 4, "train": 20, "test": 20, "steps": 5}
     for seed in range(1 if quick else 3):
-        for width in (8, 16) if quick else WIDTHS:
+        for width in (8,) if quick else WIDTHS:
             forms = [*RETRAINED] if width < 512 else [(1e-2, 0.1, 3)]
             forms += [(penalty, 0.1, 0) for penalty in TRACE_ONLY]
             forms += [(1e-3, 0.1, 0)] * (width >= 512)
