@@ -3,7 +3,9 @@
 from importlib.metadata import version
 
 from jbrprune.checkpoint import load
+from jbrprune.degradation import Degradation, degradation
 from jbrprune.parameters import make_permanent
+from jbrprune.prediction import predict
 from jbrprune.pruning import PruneResult, prune, sweep
 from jbrprune.report import Report
 from jbrprune.scores import Scores
@@ -26,6 +28,10 @@ __all__ = [
     "score",
     "Scores",
     "JBRImportance",
+    # what it would cost
+    "predict",
+    "degradation",
+    "Degradation",
     # single weights
     "WeightScores",
     "JBRUnstructured",

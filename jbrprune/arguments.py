@@ -53,6 +53,25 @@ def structure_of(structure: str | None, given: Mapping[str, object]) -> str | Pa
     return pattern or chosen
 
 
+def check_drop(drop: Any, arguments: Mapping[str, Any], budgets: Mapping[str, object]) -> None:
+    """Refuse a ``max_drop``, or something beside it, that has no meaning.
+
+    Raises:
+        ArgumentError: Arguments that belong to a fixed budget.
+        BudgetError: Not a number in [0, 1), or not of channels.
+    """
+    if not isinstance(drop, Real) or isinstance(drop, bool) or not 0 <= float(drop) < 1:
+        raise BudgetError(f"max_drop must satisfy 0 <= max_drop < 1 (a share of the images), got {drop!r}.")
+    if budgets["sparsity"] is not None or arguments["structure"] not in (None, "channels"):
+        raise BudgetError("max_drop= finds how many channels can go; single weights need sparsity= or N:M.")
+    if arguments["steps"] is not None:
+        raise ArgumentError("steps= has no meaning beside max_drop=, which chooses its own: leave it out.")
+    if arguments["resume"] is not None:
+        raise ArgumentError("resume= cannot follow the steps back and forth of max_drop=: leave one of them out.")
+    if isinstance(arguments["criterion"], Scores):
+        raise ArgumentError("Scores made before hold for one step, max_drop= takes many: pass a function.")
+
+
 def sparsity_of(value: Any) -> float:
     """A share of zeros.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class Calibration:
         gate: A repair is kept only if it helps on these.
         heldout: Agreement is reported on these, which are used for nothing else.
         described: Which images the held-out ones are.
+        judge: How far to prune is decided on these; none unless asked for.
+        judged: Which images these are.
     """
 
     score: list[Batch]
@@ -34,6 +36,8 @@ class Calibration:
     gate: list[Batch]
     heldout: list[Batch]
     described: str
+    judge: list[Batch] = field(default_factory=list)
+    judged: str = ""
 
 
 def calibration(
@@ -47,10 +51,12 @@ def calibration(
     seed: int = 0,
     progress: bool = False,
     skip_corrupt: bool = False,
+    judged: bool = False,
 ) -> Calibration:
     """Read the images, let the dense model look at them, and split them at random.
 
-    A fifth is held out for the report, unless ``eval_data`` is given; another fifth gates the repair.
+    A fifth is held out for the report, unless ``eval_data`` is given; another fifth gates the repair. With ``judged``,
+    two fifths decide how far to prune; without ``eval_data`` the report is about these, and says so.
 
     Args:
         model: The dense model.
@@ -62,6 +68,7 @@ def calibration(
         seed: Seeds the split.
         progress: Show a progress bar.
         skip_corrupt: Leave out images that cannot be read.
+        judged: Set images aside that decide how far to prune.
 
     Raises:
         ArgumentError: A number of images below 1.
@@ -75,18 +82,19 @@ def calibration(
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     whole = whole.map(lambda tensor: tensor[order])
     fifth = len(whole) // 5 if len(whole) >= FEWEST_TO_HOLD_BACK else 0
+    apart = 2 * fifth if judged else fifth if eval_data is None else 0
+    aside, whole = _part(whole, 0, apart), _part(whole, apart, len(whole))
     if eval_data is None:
-        heldout, described = _part(whole, 0, fifth), f"{fifth} calibration images that were used for nothing else"
-        whole = _part(whole, fifth, len(whole))
+        heldout, purpose = aside, "also decided how far to prune" if judged else "were used for nothing else"
+        described = f"{apart} calibration images that {purpose}"
     else:
         heldout = _read(model, eval_data, eval_images, batch_size, progress, skip_corrupt)
         described = f"{len(heldout)} images of eval_data"
     cut = len(whole) - fifth
-    score, repair, gate, rest = (
-        rebatched([part], batch_size) if len(part) else []
-        for part in (whole, _part(whole, 0, cut), _part(whole, cut, len(whole)), heldout)
-    )
-    return Calibration(score, repair, gate, rest, described)
+    parts = (whole, _part(whole, 0, cut), _part(whole, cut, len(whole)), heldout, _part(aside, 0, apart * judged))
+    score, repair, gate, rest, judge = (rebatched([part], batch_size) if len(part) else [] for part in parts)
+    deciding = f"{apart} calibration images that neither score, repair nor gate" if judged else ""
+    return Calibration(score, repair, gate, rest, described, judge, deciding)
 
 
 def _part(batch: Batch, start: int, stop: int) -> Batch:

@@ -1,4 +1,4 @@
-"""The command line: prune, score, eval, info, demo."""
+"""The command line: prune, predict, score, eval, info, demo."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 from jbrprune.commands.demo import demo_command
 from jbrprune.commands.evaluate import eval_command
 from jbrprune.commands.info import info_command
+from jbrprune.commands.predict import predict_command
 from jbrprune.commands.prune import prune_command
 from jbrprune.commands.score import score_command
 from jbrprune.errors import ArgumentError, JBRError
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 COMMANDS = {
     "prune": prune_command,
+    "predict": predict_command,
     "score": score_command,
     "eval": eval_command,
     "info": info_command,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -99,11 +99,13 @@ class State:
         kept: Axis -> channels of the dense model that are left.
         dense_sizes: Group -> units in the dense model.
         whole: Cost of the dense model in the unit of the budget.
+        least: Share of it that is left with every group at its floor.
         gone: Units that the last step removed.
         targets: What repairs aim at; None without images to check them on.
         mispriced: How much more the plan of a step expected the model to cost than it does, as a share.
         unrepaired: Held-out agreement at the last stop, before its repair.
         repaired: The same, after it.
+        rows: The steps that led here.
         clock: Time spent on each part of the work.
     """
 
@@ -115,12 +117,32 @@ class State:
     kept: dict[Axis, Tensor]
     dense_sizes: dict[str, int]
     whole: float
+    least: float
     gone: Selection = field(default_factory=dict)
     targets: Targets | None = None
     mispriced: float = 0.0
     unrepaired: Agreement | None = None
     repaired: Agreement | None = None
+    rows: list[StepRow] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
+
+    def copy(self) -> State:
+        """The same on a model of its own, for `restore`; the clock is shared."""
+        return replace(self, model=copied(self.model), kept=dict(self.kept), rows=list(self.rows))
+
+    def restore(self, saved: State) -> None:
+        """Go back to a copy, which stays as it is."""
+        vars(self).update(vars(saved.copy()))
+
+    def removed(self) -> dict[str, Tensor]:
+        """Group -> units of the dense model that are gone; groups that lost nothing are absent."""
+        gone = {}
+        for group in self.found.groups:
+            member = group.members[0]
+            lost = ~torch.isin(member.channel, self.kept[member.axis])
+            if bool(lost.any()):
+                gone[group.name] = member.unit[lost].unique()
+        return gone
 
     def remove(self, selection: Selection) -> None:
         """Remove units, and remember which channels of the dense model are left."""
@@ -139,6 +161,7 @@ def run(
     settings: Settings,
     name: str,
     journal: Journal = NOTHING,
+    shares: Iterable[float] | None = None,
 ) -> Iterator[tuple[nn.Module, Report]]:
     """Prune a copy of the dense model; yield it with a report at every stop.
 
@@ -151,6 +174,8 @@ def run(
         settings: How to prune.
         name: What to call the model in reports.
         journal: Steps that are finished already; the others are added.
+        shares: Shares to reach instead of those of the settings. Each is asked for when the step before is done, and
+            the state may be restored meanwhile; when there are no more, what is left is yielded.
 
     Raises:
         CheckpointError: A finished step cannot be read, or a new one not be written.
@@ -163,19 +188,27 @@ def run(
             consumers = [axis[0] for axis in state.full if axis[1] == "in"]
             state.targets = dense_targets(dense, images.repair, consumers)
     size = size_of(dense, state.example, settings.measure_latency)
-    rows: list[StepRow] = []
-    shown = tqdm(settings.schedule(), "pruning", unit="step", disable=None if settings.progress else True, leave=False)
-    for number, share in enumerate(shown, 1):
-        stops = share in settings.stops
+    planned = settings.schedule() if shares is None else shares
+
+    def report() -> Report:
+        seconds = {**state.clock.seconds, "total": time.perf_counter() - began}
+        return _report(name, size, state, images, settings, seconds)
+
+    for share in tqdm(planned, "pruning", unit="step", disable=None if settings.progress else True, leave=False):
+        stops = shares is None and share in settings.stops
+        number = len(state.rows) + 1
         if number <= journal.finished:
-            rows.append(_again(state, journal, number, whole=stops or number == journal.finished))
+            state.rows.append(_again(state, journal, number, whole=stops or number == journal.finished))
         else:
-            rows.append(_step(state, images, settings, number, share))
-            facts = {"mispriced": state.mispriced, **facts_of(state, rows[-1])}
+            state.rows.append(_step(state, images, settings, number, share, stops))
+            facts = {"mispriced": state.mispriced, **facts_of(state, state.rows[-1])}
             journal.write(number, facts, state.gone, state.model.state_dict(), stays=stops)
         if stops:
-            seconds = {**state.clock.seconds, "total": time.perf_counter() - began}
-            yield state.model, _report(name, size, state, images, settings, rows, seconds)
+            yield state.model, report()
+    if shares is not None:
+        with state.clock.timed("evaluation"):
+            state.repaired = heldout_agreement(state.model, images.heldout)
+        yield state.model, report()
 
 
 def start(dense: nn.Module, example: Tensor, settings: Settings) -> State:
@@ -201,7 +234,8 @@ def start(dense: nn.Module, example: Tensor, settings: Settings) -> State:
     whole = account.total
     if isinstance(settings.criterion, Scores):
         check_units(settings.criterion, found.groups)
-    _check_reachable(settings, reachable(found.groups, account, settings.floors, dense_sizes) / whole)
+    least = reachable(found.groups, account, settings.floors, dense_sizes) / whole
+    _check_reachable(settings, least)
     full = axis_widths(work, found.groups)
     state = State(
         work,
@@ -212,6 +246,7 @@ def start(dense: nn.Module, example: Tensor, settings: Settings) -> State:
         {axis: torch.arange(n) for axis, n in full.items()},
         dense_sizes,
         whole,
+        least,
     )
     state.clock.seconds["units"] = time.perf_counter() - clock
     return state
@@ -227,11 +262,11 @@ def _check_reachable(settings: Settings, least: float) -> None:
         )
 
 
-def _step(state: State, images: Calibration, settings: Settings, number: int, share: float) -> StepRow:
-    """Score, select, remove, repair."""
+def _step(state: State, images: Calibration, settings: Settings, number: int, share: float, stops: bool) -> StepRow:
+    """Score, select, remove, repair; at a stop, measure on the held-out images as well."""
     clock = time.perf_counter()
     with state.clock.timed("scoring"):
-        scores = _scores(state, images.score, settings, number)
+        scores = scored(state, images.score, settings, number)
     with state.clock.timed("selection"):
         account = settings.budget.account(state.model, state.example, state.groups)
         selection = select(
@@ -247,7 +282,6 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
         state.remove(selection)
         measured = settings.budget.account(state.model, state.example, state.groups).total
         state.mispriced = max(state.mispriced, account.total / measured - 1)
-    stops = share in settings.stops
     with state.clock.timed("evaluation"):
         state.unrepaired = heldout_agreement(state.model, images.heldout) if stops else None
     outcome = None
@@ -289,7 +323,7 @@ def _again(state: State, journal: Journal, number: int, *, whole: bool) -> StepR
     return row
 
 
-def _scores(state: State, batches: Sequence[Batch], settings: Settings, number: int) -> Scores:
+def scored(state: State, batches: Sequence[Batch], settings: Settings, number: int) -> Scores:
     """The criterion on the model as it is."""
     seed, progress = settings.seed + number, settings.progress
     if isinstance(settings.criterion, Scores):
@@ -342,24 +376,23 @@ def _report(
     state: State,
     images: Calibration,
     settings: Settings,
-    rows: Sequence[StepRow],
     seconds: dict[str, float],
 ) -> Report:
-    last = rows[-1]
     return Report(
         model=name,
-        budget={settings.budget.kind: last.target},
-        settings=settings.described() | {"steps": len(rows), "images": count(images.score)},
+        budget={settings.budget.kind: state.rows[-1].target if state.rows else 1.0},
+        settings=settings.described() | {"steps": len(state.rows), "images": count(images.score)},
         dense=dense,
         pruned=size_of(state.model, state.example, settings.measure_latency),
         layers=_layer_rows(state),
-        steps=tuple(rows),
+        steps=tuple(state.rows),
         unrepaired=state.unrepaired,
         repaired=state.repaired,
         heldout=images.described,
         seconds=seconds,
         provenance=provenance(settings.seed, guest.device_of(state.model)),
         notes=_notes(state, images, settings),
+        removed={name: units.tolist() for name, units in state.removed().items()},
     )
 
 

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune import checkpoint as files
-from jbrprune import data as loading
-from jbrprune import engine, guest, journal, thinning, zoo
-from jbrprune.arguments import channel_settings, sparsity_of, structure_of, weight_settings
+from jbrprune import engine, guest, journal, search, thinning, zoo
+from jbrprune.arguments import channel_settings, check_drop, sparsity_of, structure_of, weight_settings
 from jbrprune.budget import KINDS, Budget
-from jbrprune.calibration import Calibration, calibration, check_runs
-from jbrprune.errors import ArgumentError, BudgetError, JBRError
+from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.opening import opened_with
 from jbrprune.parameters import fresh, make_permanent, masks_of, put_masks, refuse_hidden_sharing, slots
 from jbrprune.report import Report
 from jbrprune.scores import Scores
-from jbrprune.scoring import check_model, example_of, peeked, resolved
+from jbrprune.scoring import check_model, resolved
 from jbrprune.sparsity import Pattern
 from jbrprune.thinning import Thinned
 from jbrprune.units import copied
@@ -69,6 +68,7 @@ def prune(
     params: float | None = None,
     channels: float | None = None,
     sparsity: float | None = None,
+    max_drop: float | None = None,
     structure: str | None = None,
     scope: str | None = None,
     steps: int | None = None,
@@ -118,12 +118,15 @@ def prune(
             weights it may be masked by ``torch.nn.utils.prune`` already; what is masked stays so.
         data: Unlabelled images: a folder, a tensor, a Dataset, a DataLoader, or any iterable of batches. Labels, if
             there are any, are used to report accuracy (and by ``objective="label"``), for nothing else.
-        macs: Share of the multiply-accumulates to keep. Give exactly one of macs, params, channels, sparsity, or an
-            N:M structure.
+        macs: Share of the multiply-accumulates to keep. Give exactly one of macs, params, channels, sparsity, an N:M
+            structure, or max_drop.
         params: Share of the parameters to keep.
         channels: Share of the removable channels to keep, a head counted as one (ranked by score alone, as in the
             paper).
         sparsity: Share of the weights of convolutions and linear layers to set to zero, reached exactly.
+        max_drop: Prune channels as far as the accuracy, or without labels the agreement with the dense model, falls by
+            no more than this on two fifths of the images, which neither score, repair nor gate. macs, params or
+            channels beside it is then the least to keep; without one, MACs are reduced as far as the floors allow.
         structure: ``channels``, ``unstructured``, or N:M such as ``"2:4"``: of every M weights that follow each other
             along the inputs, N stay. Default: what the budget is of.
         scope: ``global`` (default): rank all weights together. ``layer``: each layer by itself.
@@ -200,13 +203,20 @@ def prune(
     """
     arguments = dict(locals())
     budgets = {name: arguments.pop(name) for name in (*KINDS, "sparsity")}
+    drop = arguments.pop("max_drop")
     for name in ("model", "data", "inplace"):
         del arguments[name]
+    if drop is not None:
+        check_drop(drop, arguments, budgets)
     chosen = structure_of(arguments.pop("structure"), budgets)
     target = model if inplace and isinstance(model, nn.Module) else None
     if chosen == "channels":
-        budget = Budget.of(**{name: budgets[name] for name in KINDS})
-        result = _pruned(model, data, budget, (budget.share,), arguments)[0]
+        shares = {name: budgets[name] for name in KINDS}
+        if drop is None:
+            budget = Budget.of(**shares)
+            result = _pruned(model, data, budget, (budget.share,), arguments)[0]
+        else:
+            result = _searched(model, data, shares, float(drop), arguments)
         if target is not None:
             _transplant(result.model, target)
             return PruneResult(target, result.report, result.recipe, result.config)
@@ -255,7 +265,9 @@ def sweep(
     arguments = dict(bound.arguments)
     if arguments["inplace"]:
         raise ArgumentError("inplace=True has no meaning for several budgets: call prune() for one.")
-    for name in ("model", "data", "inplace", "structure", *kinds):
+    if arguments["max_drop"] is not None:
+        raise BudgetError("max_drop= finds one size by itself, shares say several: call prune() for it.")
+    for name in ("model", "data", "inplace", "structure", "max_drop", *kinds):
         del arguments[name]
     if sparse:
         return _thinned(model, data, tuple(stops), arguments, None)
@@ -270,7 +282,7 @@ def _pruned(
     directory = journal.check_directory(arguments["resume"])
     given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
     check_model(given)
-    opened = _opened(copied(given), data, arguments)
+    opened = opened_with(copied(given), data, arguments)
     state = engine.start(opened.dense, opened.example, settings)
     images = opened.read(arguments)
     steps = journal.opened(directory, settings, given, images)
@@ -279,6 +291,22 @@ def _pruned(
         PruneResult(copy.deepcopy(pruned) if several else pruned, report, opened.recipe, opened.config)
         for pruned, report in engine.run(opened.dense, state, images, settings, opened.name, steps)
     ]
+
+
+@torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
+def _searched(
+    model: nn.Module | str, data: object, shares: Mapping[str, float | None], drop: float, arguments: Mapping[str, Any]
+) -> PruneResult:
+    bounded = any(share is not None for share in shares.values())
+    budget = Budget.of(**shares) if bounded else Budget("macs", 1.0)
+    settings = channel_settings(budget, (budget.share,) * bounded, arguments)
+    given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
+    check_model(given)
+    opened = opened_with(copied(given), data, arguments)
+    state = engine.start(opened.dense, opened.example, settings)
+    images = opened.read(arguments, judged=True)
+    pruned, report = search.run(opened.dense, state, images, settings, opened.name, drop)
+    return PruneResult(pruned, report, opened.recipe, opened.config)
 
 
 @torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
@@ -297,7 +325,7 @@ def _thinned(
     originals = None
     if arguments["permanent"] is False:
         originals = {slot.name: slot.stored.detach().clone() for slot in slots(given)}
-    opened = _opened(_plain(given), data, arguments)
+    opened = opened_with(_plain(given), data, arguments)
     state = thinning.start(copied(opened.dense), opened.example, masks, settings)
     if originals is not None:
         refuse_hidden_sharing(given, state.masks)
@@ -327,59 +355,6 @@ def _finished(thinned: Thinned, originals: Mapping[str, Tensor] | None, target: 
         some = {name: mask for name, mask in thinned.masks.items() if not bool(mask.all())}
         put_masks(model, some, {name: originals[name] for name in some if originals[name].shape == some[name].shape})
     return model
-
-
-@dataclass(frozen=True, eq=False)
-class _Opened:
-    """The dense model, and images that are known to fit it."""
-
-    dense: nn.Module
-    example: Tensor
-    images: object
-    recipe: zoo.Recipe | None
-    config: Mapping[str, object] | None
-    name: str
-
-    def read(self, arguments: Mapping[str, Any]) -> Calibration:
-        """All calibration images."""
-        names = ("images", "eval_data", "eval_images", "batch_size", "seed", "progress", "skip_corrupt")
-        return calibration(self.dense, self.images, **{name: arguments[name] for name in names})
-
-
-def _opened(dense: nn.Module, data: object, arguments: Mapping[str, Any]) -> _Opened:
-    dense = dense.to(arguments["device"] or guest.device_of(dense)).eval()
-    images = loading.open_data(data, dense, batch_size=arguments["batch_size"], skip_corrupt=arguments["skip_corrupt"])
-    first, images = peeked(images, arguments["batch_size"])
-    example = example_of(dense, first)
-    check_runs(dense, first.images.to(example.dtype))
-    recipe = _recipe(dense)
-    config = zoo.data_config(dense) if zoo.recipe(dense) else None
-    return _Opened(dense, example, images, recipe, config, recipe.name if recipe else type(dense).__name__)
-
-
-def _recipe(dense: nn.Module) -> zoo.Recipe | None:
-    """How timm makes this very model; None if it was changed by hand, so that a file of it needs ``load(model=)``."""
-    recipe = zoo.recipe(dense)
-    if recipe is None:
-        return None
-    try:
-        with guest.same_randomness(torch.device("cpu")):
-            made = zoo.build(recipe)
-    except JBRError as error:
-        log.warning("timm cannot make this model again (%s): a saved copy needs load(..., model=).", error)
-        return None
-    if _within(dense.state_dict(), made.state_dict()):
-        return recipe
-    log.warning("This is not timm's %s as it was made: a saved copy needs load(..., model=).", recipe.name)
-    return None
-
-
-def _within(smaller: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> bool:
-    """The same tensors, none of them larger."""
-    return smaller.keys() == dense.keys() and all(
-        tensor.dim() == dense[name].dim() and all(n <= most for n, most in zip(tensor.shape, dense[name].shape))
-        for name, tensor in smaller.items()
-    )
 
 
 def _transplant(source: nn.Module, target: nn.Module) -> None:

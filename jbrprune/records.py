@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
+from jbrprune.drop import Drop
 from jbrprune.errors import ArgumentError
 from jbrprune.measure import Agreement, Latency
 
@@ -87,6 +88,44 @@ class StepRow:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One model that was measured on the way to the smallest one that loses no more than allowed.
+
+    Attributes:
+        share: Share of the dense model's cost that it was to keep.
+        macs: Its multiply-accumulates for one image.
+        drop: What it lost.
+        accepted: Whether that was allowed.
+        predicted: Share of samples whose top-1 was predicted to change before it was made.
+    """
+
+    share: float
+    macs: int
+    drop: Drop
+    accepted: bool
+    predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the smallest model that loses no more than allowed was found.
+
+    Attributes:
+        allowed: Largest share that may be lost on the images that decide.
+        images: Which images these are.
+        trials: Every model that was measured on them, in order.
+        drop: What the model that was handed over lost on them.
+        limit: Why it did not go further.
+    """
+
+    allowed: float
+    images: str
+    trials: tuple[Trial, ...]
+    drop: Drop
+    limit: str
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything one pruning run has to say; `jbrprune.report.Report` says it.
 
@@ -104,6 +143,8 @@ class Run:
         seconds: Part of the run -> seconds.
         provenance: Versions, seed, hardware.
         notes: What a reader ought to know.
+        removed: Group of units -> the units of the dense model that are gone; empty where single weights were pruned.
+        search: With ``max_drop``, how the size was found; else None.
     """
 
     model: str
@@ -119,6 +160,8 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    removed: dict[str, list[int]] = field(default_factory=dict)
+    search: Search | None = None
 
     @property
     def final(self) -> Agreement | None:
@@ -212,4 +255,7 @@ _NESTED: dict[str, Callable[[Any, str], object]] = {
     "layers": functools.partial(_records, LayerRow),
     "steps": functools.partial(_records, StepRow),
     "notes": lambda notes, where: tuple(notes),
+    "drop": functools.partial(record, Drop),
+    "trials": functools.partial(_records, Trial),
+    "search": functools.partial(record, Search),
 }

@@ -232,7 +232,7 @@ class _Tape:
         self.totals: dict[str, Tensor] = {}
         self.samples = 0
         self.dtype = torch.float32
-        self._members = _scored_members(model, self.groups, site)
+        self._members = scored_members(model, self.groups, site)
         self.names = sorted({name for name, _ in self._members})
 
     def start(self, images: Tensor) -> None:
@@ -392,7 +392,7 @@ class _Tape:
                 self.totals[group].index_add_(1, member.unit.to(v.device), mine)
 
 
-def _scored_members(
+def scored_members(
     model: nn.Module, groups: Sequence[Group], site: Site
 ) -> dict[tuple[str, str], list[tuple[str, Member, bool]]]:
     """(module, side) -> the members there: name of the group, member, whether its channels are its units in order."""

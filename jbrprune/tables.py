@@ -14,7 +14,7 @@ from rich.table import Table
 
 from jbrprune.errors import ArgumentError
 from jbrprune.measure import Agreement, Latency
-from jbrprune.records import LayerRow, Run, Size, plain
+from jbrprune.records import LayerRow, Run, Search, Size, plain
 
 WIDTH = 100
 RATIO_WIDTH = 120
@@ -71,6 +71,7 @@ def _facts(report: Run) -> Table:
         "packed": _optional_change(dense.packed, pruned.packed, "B", "without what is masked"),
         "latency": _latency_change(dense.latency, pruned.latency),
         "budget": _listed(report.budget),
+        "max_drop": _searched(report.search),
         "settings": _listed(report.settings),
         "time": ", ".join(f"{part} {_number(s, '.1f')} s" for part, s in report.seconds.items()),
     }
@@ -81,6 +82,17 @@ def _facts(report: Run) -> Table:
         if fact:
             table.add_row(name, fact)
     return table
+
+
+def _searched(search: Search | None) -> str:
+    if search is None:
+        return ""
+    drop = search.drop
+    return (
+        f"{_percent(search.allowed)} allowed; the {drop.of} fell by {100 * drop.lost:.2f} % (95 % interval "
+        f"{100 * drop.low:.1f} to {100 * drop.high:.1f} %) on {search.images}. {len(search.trials)} models were "
+        f"measured on them; no smaller one: {search.limit}"
+    )
 
 
 def _agreement(report: Run) -> RenderableType:
@@ -100,7 +112,8 @@ def _agreement(report: Run) -> RenderableType:
 
 def _heldout(report: Run, row: Agreement) -> str:
     which = f" ({report.heldout})" if report.heldout else ""
-    return f"Agreement with the dense model on {row.images} held-out images{which}"
+    kind = "" if report.search and "decided" in report.heldout else "held-out "
+    return f"Agreement with the dense model on {row.images} {kind}images{which}"
 
 
 def _agreement_cells(row: Agreement) -> tuple[str, ...]:

@@ -38,6 +38,13 @@ def prune_command(
     params: Annotated[float | None, typer.Option(help="Share of the parameters to keep.")] = None,
     channels: Annotated[float | None, typer.Option(help="Share of the channels to keep.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of the single weights to set to zero.")] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="As small as possible while accuracy (or agreement, without labels) falls by no more than this on "
+            "images set aside, such as 0.01. A share beside it is the least to keep."
+        ),
+    ] = None,
     structure: Annotated[
         str | None, typer.Option(help="`channels`, `unstructured`, or N:M such as `2:4`. Default: as the budget says.")
     ] = None,
@@ -114,6 +121,7 @@ def prune_command(
         params=params,
         channels=channels,
         sparsity=sparsity,
+        max_drop=max_drop,
         structure=structure,
         scope=scope,
         remainder=remainder,
