@@ -29,7 +29,7 @@ from noises import Relative
 from jbrprune.errors import ArgumentError
 from jbrprune.tpv import trace_form
 
-NAMES = ("label_noise", "stability", "first_order", "clean_loss", "width", "selecting")
+NAMES = ("label_noise", "stability", "first_order", "clean_loss", "width", "selecting", "degradation")
 
 
 @pytest.fixture(autouse=True)
