@@ -4,7 +4,9 @@ from jbrprune.tpv.covariances import Covariance, Diagonal, FiniteRank, Isotropic
 from jbrprune.tpv.estimate import Estimate
 from jbrprune.tpv.estimators import empirical, trace_form
 from jbrprune.tpv.gradients import Gradients
+from jbrprune.tpv.labels import LabelNoise, Retraining
 from jbrprune.tpv.removal import Removal
+from jbrprune.tpv.sgd import SGDNoise, Trajectory
 from jbrprune.tpv.validity import TPVWarning, Validity, taylor_error
 
 __all__ = [
@@ -16,6 +18,10 @@ __all__ = [
     "Isotropic",
     "Quantization",
     "Removal",
+    "SGDNoise",
+    "Trajectory",
+    "LabelNoise",
+    "Retraining",
     # for perturbations of one's own
     "Covariance",
     "Diagonal",
