@@ -101,7 +101,7 @@ class State:
         whole: Cost of the dense model in the unit of the budget.
         least: Share of it that is left with every group at its floor.
         gone: Units that the last step removed.
-        targets: What repairs aim at; None without images to check them on.
+        targets: What repairs aim at; None where nothing is to be repaired, or without images to check it on.
         mispriced: How much more the plan of a step expected the model to cost than it does, as a share.
         unrepaired: Held-out agreement at the last stop, before its repair.
         repaired: The same, after it.
@@ -183,7 +183,7 @@ def run(
         NonFiniteError: NaN or Inf on the way.
     """
     began = time.perf_counter()
-    if images.gate:
+    if images.gate and settings.repair:
         with state.clock.timed("repair"):
             consumers = [axis[0] for axis in state.full if axis[1] == "in"]
             state.targets = dense_targets(dense, images.repair, consumers)

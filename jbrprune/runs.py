@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,7 @@ def size_of(model: nn.Module, example: Tensor, timed: bool) -> Size:
 def provenance(seed: int, device: torch.device) -> dict[str, object]:
     """Versions, seed and hardware."""
     packages = ("jbrprune", "torch", "timm", "torch-pruning")
-    hardware = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "versions": {package: version(package) for package in packages},
         "seed": seed,
@@ -64,6 +63,16 @@ def provenance(seed: int, device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def processor() -> str:
+    """The model name of the CPU, as far as the system tells."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text()  # platform.processor() is empty or "x86_64" on Linux
+    except OSError:
+        facts = ""
+    names = [line.partition(":")[2].strip() for line in facts.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def notes_on_images(images: Calibration, wants_repair: bool) -> list[str]:

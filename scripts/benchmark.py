@@ -6,23 +6,25 @@
 
 A protocol (see protocols.py) says what is compared and how; whatever else is given replaces its part. A configuration
 is a YAML file of the same names (``model_args`` for ``--model-arg``); the command line goes before it. Budgets that
-are in the output file already are skipped, so an interrupted benchmark goes on where it stopped. ``--shard 1/4`` makes
-the first quarter of all runs; shards may share an output file. table.py and plot.py show what came out.
+are in the output file already are skipped, so an interrupted benchmark goes on where it stopped. A run that fails
+leaves lines that say why, is tried again by the next call, and makes the exit code 1; the others go on. ``--shard
+1/4`` makes the first quarter of all runs; shards may share an output file. table.py and plot.py show what came out.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, commit, lines, parsed
+from common import append, commit, lines, mend, parsed
 from plan import DEFAULTS, Run, Setup, configured, runs, shard
 from protocols import PROTOCOLS
 from sources import Source, open_source
@@ -31,7 +33,7 @@ from torch import nn
 from jbrprune import prune, sweep, zoo
 from jbrprune.batches import Batch, with_reference
 from jbrprune.demo_data import train_digits
-from jbrprune.errors import ArgumentError, JBRError
+from jbrprune.errors import ArgumentError, JBRError, NonFiniteError
 from jbrprune.measure import predict
 from jbrprune.records import plain
 from jbrprune.report import Report
@@ -121,12 +123,7 @@ def once(criterion: Callable[..., Any]) -> Callable[..., Any]:
 
 def records(run: Run) -> list[dict[str, Any]]:
     """One line per budget."""
-    protocol, made, keys = run.protocol, reports(run), run.keys()
-    shared = run.described() | {
-        "labels": run.criterion in protocol.labelled,
-        "commit": commit(),
-        "command": shlex.join(["python", *sys.argv]),
-    }
+    protocol, made, keys, shared = run.protocol, reports(run), run.keys(), described(run)
     budgets = sorted(protocol.budgets, reverse=protocol.kind != "sparsity")
     scored_once = protocol.from_dense and protocol.steps == 1
     found = []
@@ -135,7 +132,27 @@ def records(run: Run) -> list[dict[str, Any]]:
         first = made[0].seconds["scoring"] if scored_once else scoring
         seconds = {"seconds": total - scoring + first, "scoring_seconds": first, "scorings": len(report.steps)}
         found.append(plain({"key": keys[budget], **shared, "budget": budget, **measured(report), **seconds}))
+        _check_finite(found[-1])
     return found
+
+
+def failures(run: Run, error: Exception) -> list[dict[str, Any]]:
+    """One line per budget that says why there is no result."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    keys = run.keys().items()
+    return [plain({"key": key, **described(run), "budget": budget, "failed": reason}) for budget, key in keys]
+
+
+def described(run: Run) -> dict[str, Any]:
+    """What all lines of a run begin with."""
+    labels = run.criterion in run.protocol.labelled
+    return run.described() | {"labels": labels, "commit": commit(), "command": shlex.join(["python", *sys.argv])}
+
+
+def _check_finite(record: Mapping[str, Any]) -> None:
+    bad = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+    if bad:
+        raise NonFiniteError(f"{bad[0]} is {record[bad[0]]} at budget {record['budget']}.")
 
 
 def measured(report: Report) -> dict[str, Any]:
@@ -161,25 +178,27 @@ def measured(report: Report) -> dict[str, Any]:
 
 
 def benchmark(wanted: Sequence[Run], out: Path) -> int:
-    """Run what is not in the file yet; return how many runs failed.
+    """Run what is not in the file yet, and what failed there; return how many runs failed.
 
     Raises:
-        JBRError: A model, or its images, cannot be had.
+        JBRError: A model, or its images, cannot be had; the file is not one of lines.
     """
     failed = 0
+    mend(out)
     for number, run in enumerate(wanted, 1):
-        done = {line["key"] for line in lines(out)}
+        done = {line["key"] for line in lines(out) if "failed" not in line}
         if done.issuperset(run.keys().values()):
             continue
         label = f"{number}/{len(wanted)} {run.setup.model} {run.setup.data} {run.name} {run.criterion} seed {run.seed}"
         opened(run.setup)
         try:
             made = records(run)
-        except (JBRError, RuntimeError) as error:  # a criterion that does not suit a model must not stop the others
+        except Exception as error:  # whatever a criterion does on a model that it does not suit: the others go on
             failed += 1
+            append(out, failures(run, error))
             print(f"{label}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             continue
-        append(out, [record for record in made if record["key"] not in done])
+        append(out, made)
         print(f"{label}: {made[-1]['seconds']:.1f} s", flush=True)
     return failed
 

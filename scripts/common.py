@@ -5,30 +5,75 @@ from __future__ import annotations
 import fcntl
 import json
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from jbrprune.errors import DataError
+
 
 def lines(path: Path) -> list[dict]:
-    """The lines of a file, none if it does not exist; a last line that was not written to its end is left out."""
-    return [json.loads(line) for line in _complete(path.read_text()).splitlines()] if path.exists() else []
+    """The lines of a file, none if it does not exist; a last line that was not written to its end is left out.
+
+    Raises:
+        DataError: Another line is no JSON object.
+    """
+    if not path.exists():
+        return []
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # nobody is in the middle of a line
+        return _parsed(path, _complete(file.read()))
+
+
+def mend(path: Path) -> None:
+    """Cut off a last line that was not written to its end, and say so: its run will be made again."""
+    if path.exists():
+        append(path, [])
 
 
 def append(path: Path, records: Iterable[Mapping[str, object]]) -> None:
-    """Add lines as a whole; cut off a last line that was not written to its end.
+    """Add lines as a whole; cut off a last line that was not written to its end, and say so.
 
-    Several processes may append to one file: it is locked meanwhile.
+    Several processes may append to one file: it is locked meanwhile. Of lines with a ``key``, one that is there already
+    is not added again; a ``failed`` line is added if the last line of its key is not the same failure.
+
+    Raises:
+        DataError: Another line is no JSON object.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    added = "".join(json.dumps(record) + "\n" for record in records)
     with path.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         found = file.read()
         complete = _complete(found)
         if len(complete) < len(found):
-            file.truncate(len(complete))
-        file.write(complete[len(found) :] + added)
+            print(
+                f"{path}: the last line was cut in the middle ({len(found) - len(complete)} characters); removed, all "
+                "others are whole.",
+                file=sys.stderr,
+                flush=True,
+            )
+            file.truncate(len(complete.encode()))
+        last = {line["key"]: line.get("failed") for line in _parsed(path, complete) if "key" in line}
+        new = [record for record in records if _is_new(record, last)]
+        file.write(complete[len(found) :] + "".join(json.dumps(record) + "\n" for record in new))
+
+
+def _is_new(record: Mapping[str, object], last: Mapping[str, object]) -> bool:
+    """Whether the key is not there, or was there as another failure than this one."""
+    key = record.get("key")
+    return key not in last or (last[key] is not None and last[key] != record.get("failed"))  # type: ignore[index]
+
+
+def _parsed(path: Path, text: str) -> list[dict]:
+    return [_object(f"{path}, line {number}", line) for number, line in enumerate(text.splitlines(), 1)]
+
+
+def _object(where: str, line: str) -> dict:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where} is no JSON object ({error}). Repair it or take it out.") from error
 
 
 def _complete(text: str) -> str:
@@ -58,6 +103,9 @@ def value_of(text: str) -> object:
 
 
 def commit() -> str:
-    """Short hash of the commit that is checked out."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """Short hash of the commit of these scripts; empty where they are not in a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

@@ -24,21 +24,20 @@ EQUAL = 0.005
 
 
 def read(paths: Sequence[Path]) -> pd.DataFrame:
-    """All lines of some files, one row each; a budget that is there twice counts once.
+    """All lines of some files, one row each, but those of failures; a budget that is there twice counts once.
 
     Adds ``at_macs``, ``at_params`` (of single weights: of those that are not zero) and ``at_sparsity``, shares of the
     dense model.
 
     Raises:
-        ArgumentError: A file is missing or has no lines of benchmark.py.
+        ArgumentError: A file is missing or has no lines of benchmark.py, lines of failures only, or lines that nothing
+            tells apart but their results (`_check_apart`).
+        DataError: A file is damaged.
     """
-    for path in paths:
-        if not path.is_file():
-            raise ArgumentError(f"There is no file {path}.")
-    found = [line for path in paths for line in lines(path)]
-    if not found or not all("key" in line for line in found):
-        raise ArgumentError(f"{' and '.join(map(str, paths))}: expected lines written by benchmark.py.")
-    frame = pd.DataFrame(found).drop_duplicates("key", keep="last")
+    found = [line for line in _latest(paths) if "failed" not in line]
+    if not found:
+        raise ArgumentError(f"{' and '.join(map(str, paths))}: every run failed. {failures(paths)[0]}")
+    frame = pd.DataFrame(found)
     for name in ("model_args", "options"):
         frame[name] = [json.dumps(value, sort_keys=True) for value in frame[name]]
     frame["steps"] = ["auto" if pd.isna(steps) else str(int(steps)) for steps in frame["steps"]]
@@ -48,6 +47,28 @@ def read(paths: Sequence[Path]) -> pd.DataFrame:
         at_params=effective / frame["dense_params"],
         at_sparsity=pd.to_numeric(frame["sparsity"]),
     )
+
+
+def failures(paths: Sequence[Path], criteria: Sequence[str] | None = None) -> list[str]:
+    """One sentence for every run that failed and has not been made since."""
+    found: dict[str, int] = {}
+    for line in _latest(paths):
+        if "failed" in line and (not criteria or line["criterion"] in criteria):
+            what = f"{line['criterion']} on {line['model']}, {line['protocol']}, seed {line['seed']}: {line['failed']}"
+            found[what] = found.get(what, 0) + 1
+    return [f"Left out, it failed: {what} ({count} budgets)" for what, count in found.items()]
+
+
+def _latest(paths: Sequence[Path]) -> list[dict]:
+    """All lines, the last one of each key; one of a result before one of a failure."""
+    for path in paths:
+        if not path.is_file():
+            raise ArgumentError(f"There is no file {path}.")
+    found = [line for path in paths for line in lines(path)]
+    if not found or not all("key" in line for line in found):
+        raise ArgumentError(f"{' and '.join(map(str, paths))}: expected lines written by benchmark.py.")
+    latest = {line["key"]: line for line in sorted(found, key=lambda line: "failed" not in line)}
+    return list(latest.values())
 
 
 def only(frame: pd.DataFrame, criteria: Sequence[str] | None) -> pd.DataFrame:
@@ -63,14 +84,43 @@ def only(frame: pd.DataFrame, criteria: Sequence[str] | None) -> pd.DataFrame:
 
 
 def contexts(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """What is comparable, with a title."""
+    """What is comparable, with a title.
+
+    Raises:
+        ArgumentError: Rows that agree in all settings are of different dense models or images, or there are two for one
+            budget: a mean over them would mean nothing.
+    """
     for values, rows in frame.groupby(list(CONTEXT), sort=False, dropna=False):
+        _check_apart(rows)
         own = dict(zip(CONTEXT, values, strict=True))
         dense = f", dense accuracy {rows['dense_accuracy'].iloc[0]:.2%}" if rows["dense_accuracy"].notna().all() else ""
         yield (
             f"{own['model']} ({own['weights']}) on {own['data']}, protocol {own['protocol']}: repair {own['repair']}, "
             f"steps {own['steps']}, {own['images']} calibration and {own['eval_images']} evaluation images{dense}",
             rows,
+        )
+
+
+def differences(frame: pd.DataFrame) -> str:
+    """In which settings the lines differ, in words; empty where they are all comparable."""
+    found = {name: frame[name].astype(str).unique() for name in CONTEXT}
+    return "; ".join(f"{name} ({', '.join(values)})" for name, values in found.items() if len(values) > 1)
+
+
+def _check_apart(rows: pd.DataFrame) -> None:
+    for name in ("dense_accuracy", "dense_macs", "dense_params"):
+        different = rows[name].dropna().unique()
+        if len(different) > 1:
+            raise ArgumentError(
+                f"Lines of the same settings have different {name} ({', '.join(map(str, different[:3]))}): other "
+                "weights, images or versions under one name. They are not averaged; put them into different files."
+            )
+    twice = rows[rows.duplicated(["criterion", "seed", "budget"])]
+    if len(twice):
+        one = twice.iloc[0]
+        raise ArgumentError(
+            f"{one['criterion']}, seed {one['seed']}, budget {one['budget']} was measured twice with the same settings, "
+            "on the way through other budgets. They are not averaged; put them into different files."
         )
 
 

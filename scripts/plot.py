@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from curves import COSTS, METRICS, area, common_range, contexts, curves, only, read, scoring
+from curves import COSTS, METRICS, area, common_range, contexts, curves, failures, only, read, scoring
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -145,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         frame = only(read(args.lines), args.criterion)
         print(text(frame, args.at, args.metric))
         figure(frame, args.at, args.metric).savefig(args.out, dpi=130)
+        print("\n".join(failures(args.lines, args.criterion)), file=sys.stderr)
     except JBRError as error:
         raise SystemExit(f"plot.py: {error}") from error
 

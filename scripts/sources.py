@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from jbrprune.batches import Batch, materialise
 from jbrprune.data import FASHION_MEAN, FASHION_STD, PREFIXES, fashion_mnist, open_data
 from jbrprune.demo_data import DIGITS_MEAN, DIGITS_STD, digits
-from jbrprune.errors import ArgumentError, DataError
+from jbrprune.errors import ArgumentError, DataError, unknown
 
 SMALL = {"digits": {"in_chans": 1, "num_classes": 10}, "fashion_mnist": {"in_chans": 1, "num_classes": 10}}
 """Data of small grey images -> what a timm model needs to be told for them."""
@@ -65,8 +65,10 @@ def check_source(name: str) -> None:
     prefixes = [f"{prefix}/" for prefix in PREFIXES]
     if name in {*SMALL, *ALIASES} or name.startswith(tuple(prefixes)) or Path(name).expanduser().is_dir():
         return
-    known = ", ".join([*SMALL, *ALIASES])
-    raise ArgumentError(f"Unknown data {name!r}: give a folder, {known}, or a name after one of {', '.join(prefixes)}.")
+    raise ArgumentError(
+        f"{unknown('data', name, [*SMALL, *ALIASES])} A folder, or a name after one of {', '.join(prefixes)}, "
+        "is taken as well."
+    )
 
 
 def open_source(name: str, root: str | None, model: nn.Module) -> Source:

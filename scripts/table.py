@@ -10,13 +10,14 @@ stays empty.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from curves import COSTS, EQUAL, METRICS, contexts, curves, only, read, value
+from curves import COSTS, EQUAL, METRICS, contexts, curves, differences, failures, only, read, value
 
 from baselines.torch_pruning_shipped import KNOWN_FAULTS
 from jbrprune.errors import JBRError
@@ -55,6 +56,7 @@ def tables(frame: pd.DataFrame, at: str, metric: str, values: Sequence[float] | 
         ArgumentError: The lines say nothing about it.
     """
     found = []
+    apart = differences(frame)
     for title, rows in contexts(frame):
         targets = sorted(values or _targets(rows, at), reverse=at != "sparsity")
         cells = pd.DataFrame(
@@ -65,7 +67,9 @@ def tables(frame: pd.DataFrame, at: str, metric: str, values: Sequence[float] | 
             ]
         )
         faults = {name: KNOWN_FAULTS[name] for name in rows["criterion"].unique() if name in KNOWN_FAULTS}
-        found.append(Table(title, cells, _notes(rows, cells, at, metric), faults))
+        notes = _notes(rows, cells, at, metric)
+        notes += (f"Not averaged with the other tables of these files, which differ in: {apart}.",) if apart else ()
+        found.append(Table(title, cells, notes, faults))
     return found
 
 
@@ -97,6 +101,10 @@ def _notes(rows: pd.DataFrame, cells: pd.DataFrame, at: str, metric: str) -> tup
     commits = sorted(rows["commit"].unique())
     if len(commits) > 1:
         notes.append(f"Measured at several commits: {', '.join(commits)}.")
+    for name in ("versions", "hardware") if {"versions", "hardware"} <= set(rows.columns) else ():
+        different = sorted({str(value) for value in rows[name]})
+        if len(different) > 1:
+            notes.append(f"Measured with different {name}: {'; '.join(different)}.")
     return tuple(notes)
 
 
@@ -185,8 +193,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         frame = only(read(args.lines), args.criterion)
         text = FORMATS[args.format](tables(frame, args.at, args.metric, args.values), args.metric)
+        left_out = failures(args.lines, args.criterion)
     except JBRError as error:
         raise SystemExit(f"table.py: {error}") from error
+    print("\n".join(left_out), end="\n" if left_out else "", file=sys.stderr)
+    if left_out and args.format == "markdown":
+        text += "\n\n" + "\n".join(f"- {sentence}" for sentence in left_out)
     if args.out:
         args.out.write_text(text + "\n")
     else:

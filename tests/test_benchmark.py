@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,6 +90,56 @@ def test_resuming_adds_nothing_and_repairs_a_half_line(measured: Path, tmp_path:
     last, before = again[7], json.loads(rows[7])
     same = ("key", "criterion", "budget", "seed", "macs", "params", "accuracy", "agreement")
     assert {name: last[name] for name in same} == {name: before[name] for name in same}
+
+
+def test_what_was_cut_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"key": "a"}\n{"key": "b", "c')
+    common.mend(path)
+    assert path.read_text() == '{"key": "a"}\n'
+    assert "the last line was cut in the middle (15 characters)" in capsys.readouterr().err
+    common.mend(path)
+    common.mend(tmp_path / "none")
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "none").exists()
+    path.write_text('{"key": "a"}\nnonsense\n{"key": "b"}\n')
+    with pytest.raises(DataError, match="line 2 is no JSON object"):
+        common.lines(path)
+    with pytest.raises(DataError, match="line 2 is no JSON object"):
+        common.append(path, [{"key": "c"}])
+
+
+def test_one_key_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    failed, other, made = {"key": "a", "failed": "x"}, {"key": "a", "failed": "y"}, {"key": "a", "accuracy": 1}
+    for record in (failed, failed, other, made, made, failed, {"no": 1}, {"no": 1}):
+        common.append(path, [record])
+    assert common.lines(path) == [failed, other, made, {"no": 1}, {"no": 1}]
+
+
+WRITER = """
+import sys
+sys.path.insert(0, {scripts!r})
+import common
+for number in range(150):
+    common.append(__import__("pathlib").Path({path!r}), [
+        {{"key": f"{{sys.argv[1]}}-{{number}}-{{part}}", "text": "x" * (50 * part)}} for part in range(3)
+    ] + [{{"key": f"shared-{{number}}"}}])
+    common.lines(__import__("pathlib").Path({path!r}))
+"""
+
+
+def test_two_processes_write_into_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    code = WRITER.format(scripts=str(ROOT / "scripts"), path=str(path))
+    writers = [subprocess.Popen([sys.executable, "-c", code, name], cwd=ROOT, stderr=subprocess.PIPE) for name in "ab"]
+    assert [writer.communicate()[1] for writer in writers] == [b"", b""]  # nobody saw half a line
+    keys = [line["key"] for line in common.lines(path)]
+    wanted = {f"{name}-{number}-{part}" for name in "ab" for number in range(150) for part in range(3)}
+    assert len(keys) == len(set(keys))
+    assert set(keys) == wanted | {f"shared-{number}" for number in range(150)}
+    first = [keys.index(f"{name}-0-0") < keys.index(f"{other}-149-2") for name, other in ("ab", "ba")]
+    assert all(first)  # they really wrote at the same time
 
 
 def test_lines_are_cut_and_completed(tmp_path: Path) -> None:
@@ -249,10 +300,72 @@ def test_one_shot_scores_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "lines.jsonl"
     criteria = ("--criterion", "bn_scale", "l1")  # a vision transformer has no batch norm
-    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+    with pytest.raises(SystemExit, match="1 of 2 runs failed") as stopped:
         run(out, *criteria, "--budgets", "0.8", "--steps", "1", "--seeds", "0", base=TINY_VIT)
-    assert [line["criterion"] for line in common.lines(out)] == ["l1"]
+    assert isinstance(stopped.value.code, str)  # Python's exit code 1
+    failed, made = common.lines(out)
+    assert (failed["criterion"], made["criterion"]) == ("bn_scale", "l1")
+    assert failed["failed"].startswith("ModelError: Criterion 'bn_scale'")
+    assert {"key", "seed", "budget", "commit", "command"} <= failed.keys()
+    assert "accuracy" not in failed
     assert "bn_scale" in capsys.readouterr().err
+
+
+def test_nan_is_a_failure_that_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "lines.jsonl"
+    arguments = ("--criterion", "l1", "random", "--budgets", "0.8", "--steps", "1", "--seeds", "0")
+    real = protocols.CRITERIA["l1"]
+
+    def broken(model: nn.Module, batches: list, groups: list, **how: object) -> object:
+        scores = real(model, batches, groups, **how)
+        next(iter(scores.sums.values()))[0] = float("nan")
+        return scores
+
+    monkeypatch.setitem(protocols.CRITERIA, "l1", broken)
+    for _ in range(2):  # the same failure twice is one line
+        with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+            run(out, *arguments)
+    assert [line.get("failed", "")[:14] for line in common.lines(out)] == ["NonFiniteError", ""]
+    assert len(curves.read([out])) == 1
+    table.main([str(out)])
+    shown = capsys.readouterr()
+    assert "| random |" in shown.out
+    assert "| l1 |" not in shown.out
+    for text in (shown.out, shown.err):
+        assert "Left out, it failed: l1 on test_resnet, budget, seed 0: NonFiniteError" in text
+    monkeypatch.setitem(protocols.CRITERIA, "l1", real)
+    assert [line["criterion"] for line in run(out, *arguments)] == ["l1", "random", "l1"]
+    table.main([str(out)])
+    shown = capsys.readouterr()
+    assert "| l1 |" in shown.out
+    assert "Left out" not in shown.out + shown.err
+
+
+def test_a_measurement_that_is_not_finite_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = benchmark.measured
+    monkeypatch.setattr(benchmark, "measured", lambda report: real(report) | {"kl": float("inf")})
+    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
+        run(tmp_path / "out", "--criterion", "random", "--budgets", "0.8", "--steps", "1", "--seeds", "0")
+    (line,) = common.lines(tmp_path / "out")
+    assert line["failed"] == "NonFiniteError: kl is inf at budget 0.8."
+
+
+def test_labels_that_are_missing(pictures: Path, tmp_path: Path) -> None:
+    """A folder without classes: what needs labels fails and says so, what needs none goes on."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted((pictures / "train").rglob("*.png"))):
+        (flat / f"{number}.png").write_bytes(path.read_bytes())
+    base = ["--model", "test_resnet", "--data", str(flat), "--weights", "random", "--images", "8", "--seeds", "0"]
+    base += ["--model-arg", "zero_init_last=false", "--model-arg", "num_classes=3", "--budgets", "0.8", "--steps", "1"]
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        run(tmp_path / "out", "--criterion", "taylor", "jbr", base=base)
+    failed, made = common.lines(tmp_path / "out")
+    assert failed["failed"].startswith("DataError: Criterion 'taylor' needs labels")
+    assert (made["criterion"], made["accuracy"]) == ("jbr", None)
+    assert made["agreement"] is not None
 
 
 @pytest.mark.parametrize(
@@ -262,6 +375,8 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytes
         (["--criterion", "tailor"], "did you mean 'taylor'"),
         (["--protocol", "unstructured", "--criterion", "fpgm"], "known are magnitude"),
         (["--data", "imagnet"], "Unknown data 'imagnet'"),
+        (["--data", "fashon_mnist"], "did you mean 'fashion_mnist'"),
+        (["--criterion", "jbr_publised"], "did you mean 'jbr_published'"),
         (["--repair", "batchnorm"], "did you mean 'batch_norm'"),
         (["--model", "resnet10x"], "resnet10"),
         (["--weights", "missing.pth"], "weights must be"),
@@ -417,6 +532,26 @@ def test_what_is_not_comparable_is_in_another_table(tmp_path: Path) -> None:
     synthetic(tmp_path / "k", [("b", 0, 0.5, 0.6)], images=9, key="x")
     made = table.tables(curves.read([tmp_path / "l", tmp_path / "k"]), "macs", "accuracy", None)
     assert [list(one.cells["criterion"]) for one in made] == [["a"], ["b"]]
+    for one in made:
+        assert one.notes[-1] == "Not averaged with the other tables of these files, which differ in: images (8, 9)."
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dense_accuracy": 0.8, "seed": 1}, r"different dense_accuracy \(0.9, 0.8\).*not averaged"),
+        ({"dense_macs": 900, "seed": 1}, "different dense_macs"),
+        ({}, "a, seed 0, budget 0.5 was measured twice with the same settings.*not averaged"),
+    ],
+)
+def test_what_would_be_averaged_without_meaning_is_refused(change: dict, words: str, tmp_path: Path) -> None:
+    synthetic(tmp_path / "l", [("a", 0, 0.5, 0.6)])
+    synthetic(tmp_path / "k", [("a", 0, 0.5, 0.7)], key="x", **change)
+    frame = curves.read([tmp_path / "l", tmp_path / "k"])
+    with pytest.raises(ArgumentError, match=words):
+        table.tables(frame, "macs", "accuracy", None)
+    with pytest.raises(ArgumentError, match=words):
+        plot.figure(frame, "macs", "accuracy")
 
 
 def test_a_line_that_is_there_twice_counts_once(tmp_path: Path) -> None:
