@@ -146,7 +146,12 @@ def failures(run: Run, error: Exception) -> list[dict[str, Any]]:
 def described(run: Run) -> dict[str, Any]:
     """What all lines of a run begin with."""
     labels = run.criterion in run.protocol.labelled
-    return run.described() | {"labels": labels, "commit": commit(), "command": shlex.join(["python", *sys.argv])}
+    return run.described() | {"labels": labels} | described_here()
+
+
+def described_here() -> dict[str, str]:
+    """The commit and the command."""
+    return {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
 
 
 def _check_finite(record: Mapping[str, Any]) -> None:

@@ -119,7 +119,7 @@ def _check_apart(rows: pd.DataFrame) -> None:
     if len(twice):
         one = twice.iloc[0]
         raise ArgumentError(
-            f"{one['criterion']}, seed {one['seed']}, budget {one['budget']} was measured twice with the same settings, "
+            f"{one['criterion']}, seed {one['seed']}, budget {one['budget']} was measured twice in the same settings, "
             "on the way through other budgets. They are not averaged; put them into different files."
         )
 

@@ -61,6 +61,30 @@ class Setup:
     device: str
     workers: int
 
+    @staticmethod
+    def of(
+        model: str | None,
+        data: str | None,
+        given: Mapping[str, object],
+        *,
+        weights: str = "pretrained",
+        root: str | None = None,
+        eval_images: int | None = None,
+        device: str = "cpu",
+        workers: int = 0,
+    ) -> Setup:
+        """A setup whose data exist, with the model's arguments that belong to them.
+
+        Raises:
+            ArgumentError: No model, no data, or unknown data.
+        """
+        for what, name in (("model", model), ("data", data)):
+            if not name:
+                raise ArgumentError(f"Say which {what}: --{what} NAME, or `{what}:` in the configuration.")
+        check_source(data)  # type: ignore[arg-type]
+        arguments = tuple(model_arguments(data, given).items())  # type: ignore[arg-type]
+        return Setup(model, weights, arguments, data, root, eval_images, device, workers)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -81,11 +105,7 @@ class Run:
     def described(self) -> dict[str, Any]:
         """What makes two runs the same, in the words of a line."""
         setup, protocol = self.setup, self.protocol
-        return {
-            "model": setup.model,
-            "weights": _weights_named(setup.weights),
-            "model_args": dict(setup.model_args),
-            "data": setup.data,
+        return setup_named(setup) | {
             "protocol": self.name,
             "kind": protocol.kind,
             "criterion": self.criterion,
@@ -103,7 +123,17 @@ class Run:
         """Budget -> what its line is recognised by; on the way from one budget to the next, all of them count."""
         own = self.described()
         whole = None if self.protocol.from_dense else self.protocol.budgets
-        return {budget: _digest([own, whole, budget]) for budget in self.protocol.budgets}
+        return {budget: digest([own, whole, budget]) for budget in self.protocol.budgets}
+
+
+def setup_named(setup: Setup) -> dict[str, Any]:
+    """Model and data in the words of a line; weights in a file by their content."""
+    return {
+        "model": setup.model,
+        "weights": _weights_named(setup.weights),
+        "model_args": dict(setup.model_args),
+        "data": setup.data,
+    }
 
 
 def configured(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,17 +167,12 @@ def runs(wanted: Mapping[str, Any]) -> list[Run]:
     Raises:
         ArgumentError: Something is missing or unknown.
     """
-    for name in ("model", "data"):
-        if not wanted[name]:
-            raise ArgumentError(f"Say which {name}: --{name} NAME, or `{name}:` in the configuration.")
-    for name in wanted["data"]:
-        check_source(name)
     found = []
-    for model, data, name, seed in product(wanted["model"], wanted["data"], wanted["protocol"], wanted["seeds"]):
-        _check_known("protocol", name, PROTOCOLS)
-        arguments = tuple(model_arguments(data, wanted["model_args"]).items())
+    models, datas = (wanted[name] or [None] for name in ("model", "data"))
+    for model, data, name, seed in product(models, datas, wanted["protocol"], wanted["seeds"]):
         places = {key: wanted[key] for key in ("weights", "root", "eval_images", "device", "workers")}
-        setup = Setup(model=model, data=data, model_args=arguments, **places)
+        setup = Setup.of(model, data, wanted["model_args"], **places)
+        _check_known("protocol", name, PROTOCOLS)
         for protocol in variants(PROTOCOLS[name], wanted):
             for criterion in wanted["criterion"] or protocol.criteria:
                 variant(criterion, protocol.known)
@@ -205,5 +230,6 @@ def _weights_named(weights: str) -> str:
     return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" if path.is_file() else weights
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """What two equal values have in common."""
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:16]

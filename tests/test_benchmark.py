@@ -541,7 +541,7 @@ def test_what_is_not_comparable_is_in_another_table(tmp_path: Path) -> None:
     [
         ({"dense_accuracy": 0.8, "seed": 1}, r"different dense_accuracy \(0.9, 0.8\).*not averaged"),
         ({"dense_macs": 900, "seed": 1}, "different dense_macs"),
-        ({}, "a, seed 0, budget 0.5 was measured twice with the same settings.*not averaged"),
+        ({}, "a, seed 0, budget 0.5 was measured twice in the same settings.*not averaged"),
     ],
 )
 def test_what_would_be_averaged_without_meaning_is_refused(change: dict, words: str, tmp_path: Path) -> None:
