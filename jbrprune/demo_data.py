@@ -148,13 +148,14 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[train], labels[train], images[test], labels[test]
 
 
-def train_digits(seed: int = 0, epochs: int = 5, *, name: str = "resnet10t") -> nn.Module:
+def train_digits(seed: int = 0, epochs: int = 5, *, name: str = "resnet10t", **arguments: object) -> nn.Module:
     """Train a small timm net on `digits`; logs the seconds it took and its test accuracy.
 
     Args:
         seed: Of the initial weights and of the order of the images.
         epochs: Passes over the training images.
         name: A timm name that accepts images of 32x32 pixels.
+        **arguments: Passed to ``timm.create_model``, such as ``img_size=32``.
 
     Returns:
         The net for one channel and ten classes.
@@ -169,7 +170,7 @@ def train_digits(seed: int = 0, epochs: int = 5, *, name: str = "resnet10t") -> 
     began = time.perf_counter()
     with same_randomness(torch.device("cpu")):
         torch.manual_seed(seed)
-        model = create(name, pretrained=False, in_chans=1, num_classes=10)
+        model = create(name, pretrained=False, **{"in_chans": 1, "num_classes": 10, **arguments})
         _train(model, images, labels, epochs)
     seconds, right = time.perf_counter() - began, accuracy(model, test_images, test_labels)
     logger.info("%s: %d epochs in %.0f s, %.3f of the test digits right.", name, epochs, seconds, right)

@@ -21,6 +21,8 @@ from jbrprune.cost import count_macs
 from jbrprune.measure import Agreement, agreement_on, bytes_of, latency, parameters_of
 from jbrprune.records import Size
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 @dataclass(eq=False)
 class Clock:
@@ -68,7 +70,7 @@ def provenance(seed: int, device: torch.device) -> dict[str, object]:
 def processor() -> str:
     """The model name of the CPU, as far as the system tells."""
     try:
-        facts = Path("/proc/cpuinfo").read_text()  # platform.processor() is empty or "x86_64" on Linux
+        facts = CPUINFO.read_text()  # platform.processor() is empty or "x86_64" on Linux
     except OSError:
         facts = ""
     names = [line.partition(":")[2].strip() for line in facts.splitlines() if line.startswith("model name")]

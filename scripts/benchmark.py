@@ -81,7 +81,7 @@ def created(setup: Setup) -> nn.Module:
     if setup.weights == "trained":
         if setup.data != "digits":
             raise ArgumentError(f"weights 'trained' are trained on digits, which takes seconds, not on {setup.data}.")
-        return train_digits(name=setup.model)
+        return train_digits(name=setup.model, **arguments)
     if not Path(setup.weights).expanduser().is_file():
         raise ArgumentError(f"weights must be pretrained, random, trained or a file, got {setup.weights!r}.")
     return zoo.create(setup.model, checkpoint=setup.weights, **arguments)
@@ -131,8 +131,9 @@ def records(run: Run) -> list[dict[str, Any]]:
         scoring, total = report.seconds["scoring"], report.seconds["total"]
         first = made[0].seconds["scoring"] if scored_once else scoring
         seconds = {"seconds": total - scoring + first, "scoring_seconds": first, "scorings": len(report.steps)}
-        found.append(plain({"key": keys[budget], **shared, "budget": budget, **measured(report), **seconds}))
-        _check_finite(found[-1])
+        record = {"key": keys[budget], **shared, "budget": budget, **measured(report), **seconds}
+        _check_finite(record)  # `plain` would write null
+        found.append(plain(record))
     return found
 
 

@@ -130,7 +130,7 @@ def setup_named(setup: Setup) -> dict[str, Any]:
     """Model and data in the words of a line; weights in a file by their content."""
     return {
         "model": setup.model,
-        "weights": _weights_named(setup.weights),
+        "weights": weights_named(setup.weights),
         "model_args": dict(setup.model_args),
         "data": setup.data,
     }
@@ -225,7 +225,8 @@ def _check_known(what: str, name: str, known: Iterable[str]) -> None:
 
 
 @functools.cache
-def _weights_named(weights: str) -> str:
+def weights_named(weights: str) -> str:
+    """Weights in a file by their content, others by their name."""
     path = Path(weights).expanduser()
     return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" if path.is_file() else weights
 

@@ -106,4 +106,14 @@ PROTOCOLS: dict[str, Protocol] = {
         repair="auto",
         options=MappingProxyType({"width": False}),
     ),
+    "vit_mlp": Protocol(
+        about="vision transformers: MLP channels only, shares of them cut in one step, their mean put in their place",
+        kind="channels",
+        budgets=(0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.45),
+        criteria=("variance", "jbr", "jbr_mean_replaced", "jbr_projection", "snip", "l2_grouped", "random"),
+        steps=1,
+        repair="mean_shift",
+        from_dense=True,
+        options=MappingProxyType({"ignore": ("*.attn", "*.attn.*"), "min_channels": 1}),
+    ),
 }

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from jbrprune.batches import Batch, materialise
 from jbrprune.data import FASHION_MEAN, FASHION_STD, PREFIXES, fashion_mnist, open_data
 from jbrprune.demo_data import DIGITS_MEAN, DIGITS_STD, digits
 from jbrprune.errors import ArgumentError, DataError, unknown
 
-SMALL = {"digits": {"in_chans": 1, "num_classes": 10}, "fashion_mnist": {"in_chans": 1, "num_classes": 10}}
-"""Data of small grey images -> what a timm model needs to be told for them."""
+_CIFAR = {"input_size": (3, 32, 32), "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616), "crop_pct": 1.0}
+SMALL: dict[str, dict[str, Any]] = {
+    "digits": {"in_chans": 1, "num_classes": 10},
+    "fashion_mnist": {"in_chans": 1, "num_classes": 10},
+    "cifar10": {"num_classes": 10, "pretrained_cfg_overlay": _CIFAR},
+    "cifar100": {"num_classes": 100, "pretrained_cfg_overlay": _CIFAR},
+}
+"""Data of small images -> what a timm model needs to be told for them."""
 NORMALISED = {"digits": (DIGITS_MEAN, DIGITS_STD), "fashion_mnist": (FASHION_MEAN, FASHION_STD)}
 """Data that are held as tensors -> mean and standard deviation that are taken out of them."""
 ALIASES = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100"}
+STREAMED = 10
+"""Of a stream, images are drawn from the first so many times as many."""
 MEASURED = ("val", "validation", "test")
 """Folders beside ``train`` that images to measure on are in, the first that is there."""
 
@@ -41,11 +50,15 @@ class Source:
 
     def calibration(self, count: int, seed: int, workers: int) -> list[Batch]:
         """So many images at random, the same for the same seed."""
+        if isinstance(self.train, IterableDataset):
+            return materialise(_drawn(self.train, count, seed), images=None, batch_size=64)
         order = torch.randperm(_count(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
         return self._read(self.train, "calibration", order, count, workers)
 
     def measured(self, count: int | None, workers: int) -> list[Batch]:
         """The first images to measure on; None: all."""
+        if isinstance(self.test, IterableDataset):
+            return materialise(self.test, images=count, batch_size=64)
         return self._read(self.test, "evaluation", range(_count(self.test)), count, workers)
 
     def _read(self, data: Dataset, what: str, order: Sequence[int], count: int | None, workers: int) -> list[Batch]:
@@ -121,9 +134,23 @@ def _below(folder: Path) -> str | None:
 
 def _pictures(name: str, model: nn.Module, **where: Any) -> Dataset:
     opened = open_data(name, model, **where)
-    if not isinstance(opened, DataLoader):
-        raise DataError(f"{name} is a stream, which images cannot be drawn from by a seed: store it in a folder.")
-    return opened.dataset
+    return opened.dataset if isinstance(opened, DataLoader) else opened  # type: ignore[return-value]
+
+
+def _drawn(stream: Iterable[Any], count: int, seed: int) -> list[Any]:
+    """So many items at random from the beginning of a stream (reservoir sampling: Vitter, ACM TOMS 1985)."""
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[Any] = []
+    for number, item in enumerate(itertools.islice(stream, STREAMED * count)):
+        if number < count:
+            kept.append(item)
+            continue
+        place = int(torch.randint(number + 1, (), generator=generator))
+        if place < count:
+            kept[place] = item
+    if len(kept) < count:
+        raise DataError(f"The stream has {len(kept)} images for calibration, {count} were asked for.")
+    return kept
 
 
 def _count(data: Dataset) -> int:

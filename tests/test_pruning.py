@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import jbrprune
-from jbrprune import PruneResult, checkpoint, engine, prune, sweep
+from jbrprune import PruneResult, checkpoint, engine, prune, runs, sweep
 from jbrprune.errors import ArgumentError, BudgetError, CheckpointError
 from jbrprune.groups import Group
 from jbrprune.selection import Floors
@@ -655,3 +656,20 @@ def test_results_are_not_overwritten_unless_asked(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists"):
         result.save(tmp_path / "out")
     result.save(tmp_path / "out", overwrite=True)
+
+
+def test_without_repair_nothing_is_recorded_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "dense_targets", lambda *_, **__: pytest.fail("targets of a repair that is not wanted"))
+    report = prune(own(), IMAGES, macs=0.7, repair=None, **QUICK).report
+    assert "repair" not in report.seconds
+    assert {step.repair for step in report.steps} == {"none"}
+    assert report.final.images == 8
+
+
+def test_the_processor_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    facts = tmp_path / "cpuinfo"
+    facts.write_text("processor\t: 0\nmodel\t\t: 167\nmodel name\t: Some CPU (R) 9\n\nmodel name\t: Some CPU (R) 9\n")
+    monkeypatch.setattr(runs, "CPUINFO", facts)
+    assert prune(own(), IMAGES, macs=0.7, **QUICK).report.provenance["hardware"] == "Some CPU (R) 9"
+    facts.unlink()
+    assert runs.processor() == (platform.processor() or platform.machine())
