@@ -8,7 +8,7 @@ A protocol (see protocols.py) says what is compared and how; whatever else is gi
 is a YAML file of the same names (``model_args`` for ``--model-arg``); the command line goes before it. Budgets that
 are in the output file already are skipped, so an interrupted benchmark goes on where it stopped. A run that fails
 leaves lines that say why, is tried again by the next call, and makes the exit code 1; the others go on. ``--shard
-1/4`` makes the first quarter of all runs; shards may share an output file. table.py and plot.py show what came out.
+1/4`` makes every fourth run, from the first; shards may share an output file. table.py and plot.py show what came out.
 """
 
 from __future__ import annotations

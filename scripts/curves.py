@@ -124,6 +124,18 @@ def _check_apart(rows: pd.DataFrame) -> None:
         )
 
 
+def cost_of(rows: pd.DataFrame, at: str | None) -> str:
+    """The cost to compare at; None: of single weights their sparsity, else MACs.
+
+    Raises:
+        ArgumentError: MACs, which zeros do not change.
+    """
+    sparse = bool((rows["kind"] == "sparsity").all())
+    if sparse and at == "macs":
+        raise ArgumentError("Single weights that are zero do not change the MACs: pick --at sparsity or --at params.")
+    return at or ("sparsity" if sparse else "macs")
+
+
 def curves(rows: pd.DataFrame, at: str, metric: str) -> dict[str, dict[int, np.ndarray]]:
     """Criterion -> seed -> ``[2, n]`` cost (rising) and metric; the dense model is the first or the last point.
 

@@ -61,6 +61,9 @@ class Setup:
     device: str
     workers: int
 
+    def __hash__(self) -> int:
+        return hash((self.model, self.weights, self.data, self.root))  # arguments of a model may be dictionaries
+
     @staticmethod
     def of(
         model: str | None,

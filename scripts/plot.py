@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from curves import COSTS, METRICS, area, common_range, contexts, curves, failures, only, read, scoring
+from curves import COSTS, METRICS, area, common_range, contexts, cost_of, curves, failures, only, read, scoring
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -36,9 +36,9 @@ LABEL = {
 }
 
 
-def areas(rows: pd.DataFrame, at: str, metric: str) -> pd.DataFrame:
+def areas(rows: pd.DataFrame, at: str | None, metric: str) -> pd.DataFrame:
     """Criterion -> area (mean and deviation over seeds) and seconds of a scoring, the largest area first."""
-    found = curves(rows, at, metric)
+    found = curves(rows, cost_of(rows, at), metric)
     low, high = common_range(found)
     table = pd.DataFrame(
         [
@@ -54,7 +54,7 @@ def areas(rows: pd.DataFrame, at: str, metric: str) -> pd.DataFrame:
     )
 
 
-def figure(frame: pd.DataFrame, at: str, metric: str) -> Figure:
+def figure(frame: pd.DataFrame, at: str | None, metric: str) -> Figure:
     """Three panels a row: curves, areas, scoring times; a criterion has one colour and marker in all of a row."""
     found = list(contexts(frame))
     heights = [max(4.5, 0.24 * rows["criterion"].nunique() + 1.6) for _, rows in found]
@@ -62,7 +62,7 @@ def figure(frame: pd.DataFrame, at: str, metric: str) -> Figure:
     parts = drawn.subfigures(len(found), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (title, rows) in zip(parts, found, strict=True):
         part.suptitle(title, x=0.01, ha="left", fontsize=10)
-        _row(part.subplots(1, 3, width_ratios=(2, 1, 1)), rows, at, metric)
+        _row(part.subplots(1, 3, width_ratios=(2, 1, 1)), rows, cost_of(rows, at), metric)
     return drawn
 
 
@@ -123,21 +123,21 @@ def _draw_dots(axes: Axes, table: pd.DataFrame, columns: tuple[str, str | None],
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def text(frame: pd.DataFrame, at: str, metric: str) -> str:
+def text(frame: pd.DataFrame, at: str | None, metric: str) -> str:
     """The areas and scoring times as a table of text."""
     parts = []
     for title, rows in contexts(frame):
         table = areas(rows, at, metric)
         low, high = table["low"].iloc[0], table["high"].iloc[0]
         shown = table.drop(columns=["low", "high"]).to_string(float_format="{:.4f}".format)
-        parts.append(f"{title}\narea: mean {metric} from {low:.3f} to {high:.3f}, {LABEL[at]}\n{shown}")
+        parts.append(f"{title}\narea: mean {metric} from {low:.3f} to {high:.3f}, {LABEL[cost_of(rows, at)]}\n{shown}")
     return "\n\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", type=Path, nargs="+", help="files that benchmark.py wrote")
-    parser.add_argument("--at", choices=COSTS, default="macs", help="the cost on the axis")
+    parser.add_argument("--at", choices=COSTS, help="the cost on the axis; default: macs, for single weights sparsity")
     parser.add_argument("--metric", choices=METRICS, default="accuracy")
     parser.add_argument("--criterion", nargs="+", help="only these")
     parser.add_argument("--out", type=Path, required=True, help="the suffix gives the format")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from curves import COSTS, EQUAL, METRICS, contexts, curves, differences, failures, only, read, value
+from curves import COSTS, EQUAL, METRICS, contexts, cost_of, curves, differences, failures, only, read, value
 
 from baselines.torch_pruning_shipped import KNOWN_FAULTS
 from jbrprune.errors import JBRError
@@ -43,12 +43,12 @@ class Table:
     faults: dict[str, str]
 
 
-def tables(frame: pd.DataFrame, at: str, metric: str, values: Sequence[float] | None) -> list[Table]:
+def tables(frame: pd.DataFrame, wanted: str | None, metric: str, values: Sequence[float] | None) -> list[Table]:
     """One table for everything that is comparable.
 
     Args:
         frame: From `curves.read`.
-        at: What is equal in a column: ``macs``, ``params`` or ``sparsity``.
+        wanted: What is equal in a column: ``macs``, ``params`` or ``sparsity``; None: what belongs to the lines.
         metric: What the cells show.
         values: The columns; None: the budgets, where they are of the same kind, else 0.9, 0.8, ... 0.1.
 
@@ -58,6 +58,7 @@ def tables(frame: pd.DataFrame, at: str, metric: str, values: Sequence[float] | 
     found = []
     apart = differences(frame)
     for title, rows in contexts(frame):
+        at = cost_of(rows, wanted)
         targets = sorted(values or _targets(rows, at), reverse=at != "sparsity")
         cells = pd.DataFrame(
             [
@@ -183,7 +184,9 @@ FORMATS: dict[str, Callable[[Sequence[Table], str], str]] = {"markdown": markdow
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", type=Path, nargs="+", help="files that benchmark.py wrote")
-    parser.add_argument("--at", choices=COSTS, default="macs", help="what is equal in a column")
+    parser.add_argument(
+        "--at", choices=COSTS, help="what is equal in a column; default: macs, for single weights sparsity"
+    )
     parser.add_argument("--metric", choices=METRICS, default="accuracy")
     parser.add_argument("--values", type=float, nargs="+", help="columns, as shares; default: the budgets")
     parser.add_argument("--criterion", nargs="+", help="only these")

@@ -509,6 +509,7 @@ def test_cifar_from_torchvisions_files(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # these are not the real files
     (only,) = plan.runs(wanted(data=["cifar10"], root=str(tmp_path), weights="random", criterion=["l1"], seeds=[0]))
     model = benchmark.created(only.setup)
+    assert benchmark.opened(only.setup) is benchmark.opened(only.setup)  # kept: a setup can be looked up
     source = sources.open_source("cifar10", str(tmp_path), model)
     (batch,) = source.measured(None, 0)
     assert (len(source.train), len(source.test)) == (30, 6)
@@ -607,6 +608,13 @@ def test_cells_at_equal_parameters_and_sparsity(tmp_path: Path) -> None:
     sparse = synthetic(tmp_path / "s", rows[:1], nonzero=30, sparsity=0.75, kind="sparsity", budget=0.75)
     (made,) = table.tables(sparse, "sparsity", "accuracy", None)
     assert made.cells[["sparsity", "mean"]].to_numpy().tolist() == [[0.75, 0.8]]
+    (made,) = table.tables(sparse, None, "accuracy", None)
+    assert list(made.cells.columns[:2]) == ["criterion", "sparsity"]
+    for show in (table.tables, lambda *args: plot.figure(*args[:3])):
+        with pytest.raises(ArgumentError, match="do not change the MACs: pick --at sparsity"):
+            show(sparse, "macs", "accuracy", None)
+    assert plot.LABEL["sparsity"] in plot.text(sparse, None, "accuracy")
+    assert {axes.get_xlabel() for axes in plot.figure(sparse, None, "accuracy").axes} >= {plot.LABEL["sparsity"]}
     (made,) = table.tables(sparse, "params", "accuracy", [0.3, 0.65])  # between it and the dense model
     assert made.cells["mean"].tolist() == pytest.approx([0.85, 0.8])
 
