@@ -18,7 +18,7 @@ import functools
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def created(setup: Setup) -> nn.Module:
     return zoo.create(setup.model, checkpoint=setup.weights, **arguments)
 
 
-def reports(run: Run) -> list[Report]:
+def reports(run: Run) -> Iterator[Report]:
     """Prune to all budgets, the largest model first; only criteria that need labels are shown any."""
     protocol = run.protocol
     dense, batches = opened(run.setup), calibrated(run.setup, protocol.images, run.seed)
@@ -101,18 +101,19 @@ def reports(run: Run) -> list[Report]:
     }
     if not protocol.from_dense:
         made = sweep(dense.model, batches, protocol.budgets, budget=protocol.kind, criterion=criterion, **how)
-        return [result.report for result in made]
+        yield from (result.report for result in made)
+        return
     scored = once(criterion) if protocol.steps == 1 else criterion
     budgets = sorted(protocol.budgets, reverse=protocol.kind != "sparsity")
-    return [
-        prune(dense.model, batches, criterion=scored, **{protocol.kind: budget}, **how).report for budget in budgets
-    ]
+    for budget in budgets:
+        yield prune(dense.model, batches, criterion=scored, **{protocol.kind: budget}, **how).report
 
 
 def once(criterion: Callable[..., Any]) -> Callable[..., Any]:
     """The criterion, for several cuts of one model with the same images: it is asked the first time only."""
     found: list[Any] = []
 
+    @functools.wraps(criterion)
     def remembered(*args: object, **options: object) -> Any:
         if not found:
             found.append(criterion(*args, **options))
@@ -121,20 +122,19 @@ def once(criterion: Callable[..., Any]) -> Callable[..., Any]:
     return remembered
 
 
-def records(run: Run) -> list[dict[str, Any]]:
+def records(run: Run) -> Iterator[dict[str, Any]]:
     """One line per budget."""
-    protocol, made, keys, shared = run.protocol, reports(run), run.keys(), described(run)
+    protocol, keys, shared = run.protocol, run.keys(), described(run)
     budgets = sorted(protocol.budgets, reverse=protocol.kind != "sparsity")
     scored_once = protocol.from_dense and protocol.steps == 1
-    found = []
-    for budget, report in zip(budgets, made, strict=True):
+    first = None
+    for budget, report in zip(budgets, reports(run), strict=True):
         scoring, total = report.seconds["scoring"], report.seconds["total"]
-        first = made[0].seconds["scoring"] if scored_once else scoring
+        first = scoring if first is None or not scored_once else first
         seconds = {"seconds": total - scoring + first, "scoring_seconds": first, "scorings": len(report.steps)}
         record = {"key": keys[budget], **shared, "budget": budget, **measured(report), **seconds}
         _check_finite(record)  # `plain` would write null
-        found.append(plain(record))
-    return found
+        yield plain(record)
 
 
 def failures(run: Run, error: Exception) -> list[dict[str, Any]]:
@@ -198,14 +198,14 @@ def benchmark(wanted: Sequence[Run], out: Path) -> int:
         label = f"{number}/{len(wanted)} {run.setup.model} {run.setup.data} {run.name} {run.criterion} seed {run.seed}"
         opened(run.setup)
         try:
-            made = records(run)
+            for record in records(run):
+                append(out, [record])
         except Exception as error:  # whatever a criterion does on a model that it does not suit: the others go on
             failed += 1
             append(out, failures(run, error))
             print(f"{label}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             continue
-        append(out, made)
-        print(f"{label}: {made[-1]['seconds']:.1f} s", flush=True)
+        print(f"{label}: {record['seconds']:.1f} s", flush=True)
     return failed
 
 

@@ -380,6 +380,28 @@ def test_nan_is_a_failure_that_is_tried_again(
     assert "Left out" not in shown.out + shown.err
 
 
+def test_what_was_measured_before_a_failure_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = benchmark.prune
+
+    def fails(model: nn.Module, batches: list, **how: object) -> object:
+        if how["macs"] == 0.6:
+            raise IndexError("a foreign error")
+        return real(model, batches, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(benchmark, "prune", fails)
+    out = tmp_path / "lines.jsonl"
+    arguments = ("--protocol", "one_shot", "--criterion", "random", "--budgets", "0.8", "0.6", "--seeds", "0")
+    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
+        run(out, *arguments)
+    assert [(line["budget"], line.get("failed")) for line in common.lines(out)] == [
+        (0.8, None),
+        (0.6, "IndexError: a foreign error"),
+    ]
+    monkeypatch.setattr(benchmark, "prune", real)
+    lines = run(out, *arguments)
+    assert [(line["budget"], "failed" in line) for line in lines] == [(0.8, False), (0.6, True), (0.6, False)]
+
+
 def test_a_measurement_that_is_not_finite_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = benchmark.measured
     monkeypatch.setattr(benchmark, "measured", lambda report: real(report) | {"kl": float("inf")})
