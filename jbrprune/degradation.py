@@ -71,8 +71,8 @@ def degradation(
     tolerance: float = TOLERANCE,
     refits: bool = True,
     ridge: float = 0.1,
-    ignore: Sequence[str] = (),
-    width: bool = False,
+    ignore: Sequence[str] | None = None,
+    width: bool | None = None,
     images: int | None = 512,
     batch_size: int = 32,
     seed: int = 0,
@@ -93,8 +93,8 @@ def degradation(
         tolerance: Relative error up to which the first order is called valid.
         refits: Whether the repair refits weights by least squares.
         ridge: Its ridge.
-        ignore: As it was when the units were found.
-        width: As it was when the units were found.
+        ignore: As it was when the units were found; a report knows it.
+        width: As it was when the units were found; a report knows it.
         images: Images to read; None: all.
         batch_size: Images per pass.
         seed: Seeds the order of the images and the random signs.
@@ -121,7 +121,9 @@ def degradation(
     check_model(model)
     if isinstance(removed, PruneResult):
         removed, pruned = removed.report, removed.model if pruned is None else pruned
-    units = removed.removed if isinstance(removed, Report) else removed
+    units, how = (removed.removed, removed.settings) if isinstance(removed, Report) else (removed, {})
+    ignore = how.get("ignore", ()) if ignore is None else ignore
+    width = how.get("width", False) if width is None else width
     opened = opened_with(copied(model), data, arguments)
     work = copied(opened.dense)
     found = tried(work, opened.example, find_groups(work, opened.example, ignore=ignore, width=width))

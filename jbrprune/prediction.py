@@ -87,6 +87,9 @@ def predict(
     of the amplitude that least squares on the kept inputs cannot reproduce. That a run repairs and ranks anew after
     every step cannot be foreseen: without ``calibrate`` these columns are a rough, mostly too dark picture.
 
+    Of more than ten classes, the ten largest logits of every sample are followed one by one: a flip to another class is
+    not seen; the other logits enter the TPV through random signs.
+
     Args:
         model: As for `jbrprune.prune`.
         data: As for `jbrprune.prune`; labels are not looked at (but by a criterion that needs them).

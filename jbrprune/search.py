@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,10 +50,10 @@ class Outlook:
     scale: float = 1.0
     known: dict[float, float] = field(default_factory=dict)
 
-    def flips(self, share: float) -> float | None:
-        """Predicted share of samples whose top-1 changes at the next share that was planned."""
-        number = next((i for i, planned in enumerate(self.shares) if planned <= share + 1e-9), None)
-        return None if number is None else self._damage(number).flips
+    def flips(self, share: float) -> float:
+        """Predicted share of samples whose top-1 changes; between planned shares, and up to the dense model, linear."""
+        flips = [self._damage(number).flips for number in range(len(self.shares))]
+        return float(np.interp(share, [*reversed(self.shares), 1.0], [*reversed(flips), 0.0]))
 
     def proposed(self, allowed: float, below: float) -> float:
         """The smallest planned share below a share up to which all are predicted to be allowed; inf if none is."""
