@@ -112,7 +112,7 @@ def open_training(name: str, root: str | None, model: nn.Module, how: Augmentati
         DataError: They cannot be read, or are known and damaged.
     """
     check_source(name)
-    folder = train_folder(name)
+    folder = None if name in NORMALISED else train_folder(name, root)
     if name in NORMALISED:
         mean, std = NORMALISED[name]
         images, labels = _fashion(root) if name == "fashion_mnist" else digits()[:2]
@@ -123,7 +123,7 @@ def open_training(name: str, root: str | None, model: nn.Module, how: Augmentati
         stored = pictures(ALIASES.get(name, name) if folder is None else str(folder), model, root=root, split="train")
         if not isinstance(stored, Sequence) and not hasattr(stored, "__getitem__"):
             raise DataError(f"{name} is a stream; training here needs data that can be shuffled: store it in a folder.")
-    digest = _of_items(stored) if folder is None or name in NORMALISED else _of_folder(folder)
+    digest = _of_items(stored) if folder is None else _of_folder(folder)
     return Augmented(stored, _transform(facts, how), "L" if facts["input_size"][0] == 1 else "RGB"), digest
 
 

@@ -223,8 +223,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", help="timm names")
     parser.add_argument("--weights", help="pretrained, random, trained (on digits, takes seconds) or a file")
     parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--data", nargs="+", help="digits, fashion_mnist, cifar10, a folder, or such as hfds/NAME")
-    parser.add_argument("--root", help="where named data are stored; the folder with the IDX files of fashion_mnist")
+    parser.add_argument(
+        "--data", nargs="+", help="digits, fashion_mnist, cifar10, cifar100, imagenet, a folder, or such as hfds/NAME"
+    )
+    parser.add_argument("--root", help="where named data are; of fashion_mnist the IDX files")
     parser.add_argument("--protocol", nargs="+", help=", ".join(PROTOCOLS))
     parser.add_argument("--criterion", nargs="+", help="default: those of the protocol")
     parser.add_argument("--budgets", type=float, nargs="+", help="shares; default: those of the protocol")

@@ -28,6 +28,8 @@ SMALL: dict[str, dict[str, Any]] = {
 NORMALISED = {"digits": (DIGITS_MEAN, DIGITS_STD), "fashion_mnist": (FASHION_MEAN, FASHION_STD)}
 """Data that are held as tensors -> mean and standard deviation that are taken out of them."""
 ALIASES = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100"}
+IMAGENET = "imagenet"
+"""A folder, given as root, that is called so in lines wherever it is."""
 STREAMED = 10
 """Of a stream, images are drawn from the first so many times as many."""
 MEASURED = ("val", "validation", "test")
@@ -76,12 +78,10 @@ def check_source(name: str) -> None:
         ArgumentError: Neither a known name nor a folder.
     """
     prefixes = [f"{prefix}/" for prefix in PREFIXES]
-    if name in {*SMALL, *ALIASES} or name.startswith(tuple(prefixes)) or Path(name).expanduser().is_dir():
+    if name in {*SMALL, *ALIASES, IMAGENET} or name.startswith(tuple(prefixes)) or Path(name).expanduser().is_dir():
         return
-    raise ArgumentError(
-        f"{unknown('data', name, [*SMALL, *ALIASES])} A folder, or a name after one of {', '.join(prefixes)}, "
-        "is taken as well."
-    )
+    error = unknown("data", name, [*SMALL, IMAGENET])
+    raise ArgumentError(f"{error} A folder, or a name after one of {', '.join(prefixes)}, is taken as well.")
 
 
 def open_source(name: str, root: str | None, model: nn.Module) -> Source:
@@ -91,8 +91,10 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
     images are for calibration.
 
     Args:
-        name: ``digits``, ``fashion_mnist``, ``cifar10``, a folder, or what `jbrprune.data.open_data` takes.
-        root: Where the files are; of ``fashion_mnist`` the folder with the IDX files.
+        name: ``digits``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``imagenet``, a folder, or what
+            `jbrprune.data.open_data` takes.
+        root: Where the files are; of ``fashion_mnist`` the folder with the IDX files, of ``imagenet`` the folder with
+            ``train`` and ``val``.
         model: Pictures are prepared for it.
 
     Raises:
@@ -107,23 +109,39 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
         if root is None:
             raise ArgumentError("fashion_mnist is read from its IDX files: pass their folder as root.")
         return Source(name, *(TensorDataset(*fashion_mnist(root, train=part)) for part in (True, False)))
-    folder = Path(name).expanduser()
-    if (below := _below(folder)) is not None:
+    folder = folder_of(name, root)
+    if folder is not None and (below := _below(folder)) is not None:
         return Source(name, *(_pictures(str(folder / part), model) for part in ("train", below)))
-    if folder.is_dir():
-        both = _pictures(name, model)
+    if folder is not None:
+        both = _pictures(str(folder), model)
         order = range(_count(both))
         return Source(name, *(Subset(both, order[start::2]) for start in (0, 1)))
     full = ALIASES.get(name, name)
     return Source(name, *(_pictures(full, model, root=root, split=part) for part in ("train", "validation")))
 
 
-def train_folder(name: str) -> Path | None:
-    """Where the training pictures of a folder are: in ``train`` beside ``val``, else in the folder; None for a name."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return None
-    return folder if _below(folder) is None else folder / "train"
+def folder_of(name: str, root: str | None) -> Path | None:
+    """The folder that is meant by a name; None for other names.
+
+    Raises:
+        ArgumentError: ``imagenet`` without a folder as root.
+    """
+    if name == IMAGENET and (root is None or not Path(root).expanduser().is_dir()):
+        raise ArgumentError(f"imagenet is read from a folder with train/ and val/: pass it as root, got {root!r}.")
+    folder = Path(root if name == IMAGENET else name).expanduser()  # type: ignore[arg-type]
+    return folder if folder.is_dir() else None
+
+
+def train_folder(name: str, root: str | None) -> Path | None:
+    """Where pictures to train on are: in ``train`` beside ``val``; None for a name that is no folder's.
+
+    Raises:
+        DataError: Nothing is apart, so that accuracy would be measured on what was trained on.
+    """
+    folder = folder_of(name, root)
+    if folder is not None and _below(folder) is None:
+        raise DataError(f"{folder} has no train/ beside val/, so nothing could be measured that was not trained on.")
+    return None if folder is None else folder / "train"
 
 
 def _below(folder: Path) -> str | None:

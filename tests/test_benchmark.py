@@ -433,7 +433,8 @@ def test_labels_that_are_missing(pictures: Path, tmp_path: Path) -> None:
         (["--protocol", "papper"], "did you mean 'paper'"),
         (["--criterion", "tailor"], "did you mean 'taylor'"),
         (["--protocol", "unstructured", "--criterion", "fpgm"], "known are magnitude"),
-        (["--data", "imagnet"], "Unknown data 'imagnet'"),
+        (["--data", "imagnet"], "Unknown data 'imagnet'; did you mean 'imagenet'"),
+        (["--data", "imagenet"], "pass it as root"),
         (["--data", "fashon_mnist"], "did you mean 'fashion_mnist'"),
         (["--criterion", "jbr_publised"], "did you mean 'jbr_published'"),
         (["--repair", "batchnorm"], "did you mean 'batch_norm'"),
@@ -511,6 +512,8 @@ def test_folders_are_read_apart(pictures: Path) -> None:
     one, same, other = (torch.cat([b.images for b in source.calibration(9, seed, 0)]) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+    by_name = sources.open_source("imagenet", str(pictures), model)
+    assert (by_name.name, len(by_name.train), len(by_name.test)) == ("imagenet", 18, 12)
     halves = sources.open_source(str(pictures / "train"), None, model)
     batches = [*halves.calibration(9, 0, 0), *halves.measured(None, 0)]
     greys = [round(grey, 4) for batch in batches for grey in batch.images.mean((1, 2, 3)).tolist()]

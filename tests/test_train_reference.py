@@ -221,7 +221,12 @@ def test_pictures_in_folders_are_augmented_by_timm(tmp_path: Path) -> None:
     assert digest.startswith("names:")
     (tmp_path / "train" / "cat" / "b.png").write_bytes((tmp_path / "train" / "cat" / "a.png").read_bytes())
     assert augment.open_training(str(tmp_path), None, net, how)[1] != digest
-    flat = tmp_path / "val" / "cat"
-    (unlabelled, _) = augment.open_training(str(flat), None, net, how)
+    assert augment.open_training("imagenet", str(tmp_path), net, how)[1] != digest
+    with pytest.raises(DataError, match="nothing could be measured that was not trained on"):
+        augment.open_training(str(tmp_path / "train"), None, net, how)
+    for part in ("train", "val"):
+        (tmp_path / "flat" / part).mkdir(parents=True)
+        Image.new("RGB", (40, 48), (90, 90, 90)).save(tmp_path / "flat" / part / "a.png")
+    unlabelled, _ = augment.open_training(str(tmp_path / "flat"), None, net, how)
     with pytest.raises(DataError, match="training needs labels"):
         unlabelled[0]
