@@ -85,6 +85,7 @@ ORDER = (
     "tpv.validity",
     "tpv.labels",
     "tpv.estimate",
+    "tpv.signs",
     "tpv.estimators",
     "tpv",
     "engine",
