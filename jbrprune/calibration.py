@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune import data as loading
-from jbrprune import guest, zoo
+from jbrprune import distributed, guest, zoo
 from jbrprune.batches import Batch, concatenated, materialise, rebatched, with_reference
 from jbrprune.errors import ArgumentError, DataError, JBRError
 from jbrprune.measure import agreement, predict
@@ -107,7 +107,8 @@ def _read(
     """Images in the model's precision, with the dense model's logits."""
     opened = loading.open_data(data, model, batch_size=batch_size, skip_corrupt=skip_corrupt)
     with guest.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
-        batches = materialise(opened, images=images, batch_size=batch_size)
+        batches = distributed.together(lambda: materialise(opened, images=images, batch_size=batch_size))
+    batches = distributed.same(batches)  # a loader that shuffles gives every rank others
     parameter = guest.first_tensor(model)
     if parameter is not None:
         batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
@@ -133,7 +134,8 @@ def check_runs(model: nn.Module, images: Tensor) -> None:
     if size and images.shape[1] != size[0]:
         raise DataError(f"The images have {images.shape[1]} channels, shape {tuple(images.shape)}.{wanted}")
     try:
-        predict(model, [Batch(images[:1])])
+        with distributed.alone():
+            predict(model, [Batch(images[:1])])
     except JBRError:
         raise
     except Exception as error:  # whatever a foreign forward raises is the answer

@@ -113,7 +113,7 @@ def load(
     directory = _existing(Path(path))
     description = _read_description(directory)
     state = _read_weights(directory, description)
-    dense = created(description.recipe) if model is None else copied(model)
+    dense = created(description.recipe, description) if model is None else copied(model)
     check_fits(description, dense)
     loaded = filled(dense, description, state).to(device).eval()
     # Last: a masked weight is a plain attribute, which .to() would leave behind.

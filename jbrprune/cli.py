@@ -1,7 +1,8 @@
-"""The command line: prune, predict, score, eval, info, tpv, demo."""
+"""The command line: prune, predict, score, eval, info, demo."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 
@@ -9,13 +10,13 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from jbrprune import distributed
 from jbrprune.commands.demo import demo_command
 from jbrprune.commands.evaluate import eval_command
 from jbrprune.commands.info import info_command
 from jbrprune.commands.predict import predict_command
 from jbrprune.commands.prune import prune_command
 from jbrprune.commands.score import score_command
-from jbrprune.commands.tpv import tpv_command
 from jbrprune.errors import ArgumentError, JBRError
 
 app = typer.Typer(
@@ -35,7 +36,6 @@ COMMANDS = {
     "score": score_command,
     "eval": eval_command,
     "info": info_command,
-    "tpv": tpv_command,
     "demo": demo_command,
 }
 for _name, _command in COMMANDS.items():
@@ -50,7 +50,8 @@ def main() -> None:
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
     )
     try:
-        app()
+        with distributed.joined() if distributed.launched() else contextlib.nullcontext():
+            app()
     except JBRError as error:
         typer.secho(f"jbrprune: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)

@@ -6,7 +6,7 @@ when the gradient of the function's output arrives, and everything is freed befo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -20,6 +20,18 @@ from jbrprune.parameters import Slot, fresh
 from jbrprune.passes import check_samples_apart, two_images
 from jbrprune.recording import Recorder, Use
 from jbrprune.squares import Place, add_squares
+
+
+class _Undone:
+    """The sums as they are now; to call it puts them back. Before anything was added, no copy is needed."""
+
+    def __init__(self, sums: Sequence[Tensor], empty: bool) -> None:
+        self._sums = sums
+        self._before = None if empty else [total.clone() for total in sums]
+
+    def __call__(self) -> None:
+        for number, total in enumerate(self._sums):
+            total.zero_() if self._before is None else total.copy_(self._before[number])
 
 
 def _zeros(like: Tensor, least: torch.dtype | None = None) -> Tensor:
@@ -39,6 +51,17 @@ class Means:
         self.filled = 0
         self.sums = [_zeros(s.stored) for s in scored]
         self.open = self.sums if batch is None else [_zeros(s.stored, torch.float32) for s in scored]
+        self.empty = True
+
+    def mark(self) -> Callable[[], None]:
+        """Remember the sums; what comes back undoes what is added from now on."""
+        filled, undone = self.filled, _Undone([*self.sums, *self.open], self.empty)
+
+        def undo() -> None:
+            undone()
+            self.filled = filled
+
+        return undo
 
     def check(self, images: Tensor) -> None:
         """Nothing to check: autograd sees every use of a parameter, and a mean needs no samples apart."""
@@ -62,6 +85,7 @@ class Means:
             start = stop
             if self.filled == self.batch:
                 self._close()
+        self.empty = False
 
     def finish(self) -> dict[str, Tensor]:
         """Name -> sum over batches of n_b (mean w g)^2, or for ``signed`` the sum of w g."""
@@ -91,6 +115,17 @@ class Squares:
         self.sums = {s.name: _zeros(s.stored) for s in scored}
         self.seen: set[str] = set()
         self._recorder: Recorder | None = None
+        self.empty = True
+
+    def mark(self) -> Callable[[], None]:
+        """Remember the sums; what comes back undoes what is added from now on."""
+        undone = _Undone(list(self.sums.values()), self.empty)
+
+        def undo() -> None:
+            undone()
+            self._recorder = None
+
+        return undo
 
     @contextmanager
     def recording(self, samples: int) -> Iterator[None]:
@@ -113,6 +148,7 @@ class Squares:
         """Add the squares of the gradients of ``losses`` that the recorded forward pass has led to."""
         recorder, self._recorder = self._recorder, None
         recorder.backward(losses)  # type: ignore[union-attr]
+        self.empty = False
 
     def add(self, name: str, uses: Sequence[Use], samples: int) -> None:
         """Add what all uses of a parameter contribute: the sum of their gradients per sample, squared."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune import guest, layers
+from jbrprune import distributed, guest, layers
 from jbrprune.batches import Batch, count
 from jbrprune.budget import Budget
 from jbrprune.calibration import Calibration
@@ -269,7 +269,7 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
         scores = scored(state, images.score, settings, number)
     with state.clock.timed("selection"):
         account = settings.budget.account(state.model, state.example, state.groups)
-        selection = select(
+        chosen = select(
             scores.values(),
             state.groups,
             account,
@@ -278,6 +278,7 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
             dense_sizes=state.dense_sizes,
             per_cost=settings.budget.per_cost,
         )
+        selection = distributed.same(chosen)
     with state.clock.timed("removal"):
         state.remove(selection)
         measured = settings.budget.account(state.model, state.example, state.groups).total

@@ -41,6 +41,14 @@ class CheckpointError(JBRError):
     """A saved model is missing, truncated, tampered with, or of an unknown format."""
 
 
+class RankError(JBRError):
+    """Another rank of a distributed job has failed, ended, or does something else."""
+
+
+class MemoryLimitError(JBRError, MemoryError):
+    """Not even one image fits into memory."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> ArgumentError:
     """The error about a name that is not known: it names the nearest, or all.
 

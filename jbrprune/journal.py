@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from jbrprune import sumfiles
+from jbrprune import distributed, sumfiles
 from jbrprune.batches import Batch
 from jbrprune.calibration import Calibration
 from jbrprune.errors import CheckpointError
@@ -72,7 +72,7 @@ class Journal:
         Raises:
             CheckpointError: The files cannot be written.
         """
-        if self.directory is None:
+        if self.directory is None or distributed.rank() > 0:
             return
         sumfiles.write(_path(self.directory, MODEL, number), MODEL, {"stays": stays, **_sum(tensors)}, tensors)
         header = {"identity": self.identity, "facts": facts, **_sum(decided)}
@@ -179,6 +179,11 @@ def opened(directory: Path | None, settings: object, model: nn.Module, images: C
         with sumfiles.reading(path, STEP, tensors=False) as (header, _):
             _check_identity(directory, header["identity"], identity)
         finished += 1
+    if distributed.same(finished) != finished:
+        raise CheckpointError(
+            f"resume={str(directory)!r} holds {finished} steps for rank {distributed.rank()}, and another number for "
+            "rank 0: the directory must be on a file system that all ranks see."
+        )
     return Journal(directory, identity, finished)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NoReturn
@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from jbrprune import guest
+from jbrprune import distributed, guest
 from jbrprune.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from jbrprune.portions import Portions
 
 
 @dataclass(frozen=True)
@@ -124,20 +125,48 @@ def predict(
         ModelError: The output is not one row of logits per image.
         NonFiniteError: NaN or Inf in the logits; names the batch, and the weight or module they come from.
     """
-    device = guest.device_of(model)
-    logits = []
-    with guest.visiting(model), _autocast(device, autocast_dtype):
-        for number, batch in enumerate(
-            tqdm(batches, desc="predict", unit="batch", leave=False, disable=None if progress else True)
-        ):
-            images = batch.images.to(device, non_blocking=True)
-            out = logits_of(model(images))
-            if len(out) != len(images):
-                raise ModelError(f"Batch {number}: {len(images)} images went in, {len(out)} rows of logits came out.")
-            if not _finite(out):
-                raise_nonfinite(model, images, f"Batch {number}: the logits", autocast_dtype=autocast_dtype)
-            logits.append(out.to("cpu", torch.promote_types(out.dtype, torch.float32)))
-    return logits
+    portions = Portions()
+
+    def own_part() -> tuple[list[int], dict[int, Tensor]]:
+        sizes: list[int] = []
+        found: dict[int, Tensor] = {}
+        with guest.visiting(model), _autocast(guest.device_of(model), autocast_dtype):
+            for number, batch in enumerate(
+                tqdm(batches, desc="predict", unit="batch", leave=False, disable=None if progress else True)
+            ):
+                sizes.append(len(batch))
+                if number % distributed.size() == distributed.rank():
+                    parts = portions.run(
+                        batch, lambda part, _, number=number: _logits(model, part, number, autocast_dtype)
+                    )
+                    found[number] = torch.cat(parts)
+        return sizes, found
+
+    sizes, found = distributed.together(own_part)
+    return _of_all_ranks(sizes, found)
+
+
+def _logits(model: nn.Module, batch: Batch, number: int, autocast_dtype: torch.dtype | None) -> Tensor:
+    images = batch.images.to(guest.device_of(model), non_blocking=True)
+    out = logits_of(model(images))
+    if len(out) != len(images):
+        raise ModelError(f"Batch {number}: {len(images)} images went in, {len(out)} rows of logits came out.")
+    if not _finite(out):
+        raise_nonfinite(model, images, f"Batch {number}: the logits", autocast_dtype=autocast_dtype)
+    return out.to("cpu", torch.promote_types(out.dtype, torch.float32))
+
+
+def _of_all_ranks(sizes: Sequence[int], found: Mapping[int, Tensor]) -> list[Tensor]:
+    """The logits of every batch: each rank puts its own into zeros, and the sum is the whole."""
+    if distributed.size() == 1:
+        return list(found.values())
+    whole = {}
+    for number, own in found.items():
+        whole.setdefault("logits", own.new_zeros(sum(sizes), own.shape[1]))
+        start = sum(sizes[:number])
+        whole["logits"][start : start + len(own)] = own
+    summed = distributed.all_sum(whole)
+    return list(summed["logits"].split(list(sizes))) if summed else []
 
 
 def agreement(logits: Tensor, reference: Tensor, labels: Tensor | None = None) -> Agreement:

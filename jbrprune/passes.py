@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jbrprune import guest
+from jbrprune import distributed, guest
 from jbrprune.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError
 from jbrprune.measure import logits_of, raise_nonfinite
@@ -19,6 +19,32 @@ BATCHED = ("batched", "mixed")
 """Statistics that a number of samples belongs to."""
 
 
+class Draws:
+    """Random numbers that depend on a seed and the position of a sample in the data, whoever works on it, and when.
+
+    They are those that one generator draws sample by sample. To go back means to begin anew, to go on to let pass
+    what lies between, which is cheap beside a forward pass.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._position = 0
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def at(self, start: int, count: int, each: int) -> torch.Generator:
+        """A generator for ``each`` numbers of each of ``count`` samples from ``start`` on; all of them are drawn."""
+        if start < self._position:
+            self._generator.manual_seed(self._seed)
+            self._position = 0
+        for first in range(self._position, start, _PASSING):
+            torch.randint(0, 2, (min(_PASSING, start - first), each), generator=self._generator, dtype=torch.int8)
+        self._position = start + count
+        return self._generator
+
+
+_PASSING = 1024
+
+
 @dataclass(frozen=True, eq=False)
 class Question:
     """What is asked of every batch."""
@@ -26,11 +52,17 @@ class Question:
     objective: Objective
     confidence: float
     autocast: torch.dtype | None
-    generator: torch.Generator
+    draws: Draws
 
 
-def losses_of(batch: Batch, logits: Tensor, question: Question) -> tuple[Tensor, Tensor | None]:
+def losses_of(batch: Batch, logits: Tensor, question: Question, start: int) -> tuple[Tensor, Tensor | None]:
     """``[kept]`` the objective on every sample that the dense model is confident about, with its graph.
+
+    Args:
+        batch: The samples.
+        logits: ``[B, K]`` of the model on them.
+        question: What is asked.
+        start: Position of the first of them in the data.
 
     Returns:
         The objective, and ``[B]`` which samples are kept (None: all).
@@ -42,7 +74,8 @@ def losses_of(batch: Batch, logits: Tensor, question: Question) -> tuple[Tensor,
         # A sample's scalar is formed in float32 at least: a cross-entropy of half precision loses confident samples.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         reference = logits.detach() if batch.reference is None else batch.reference
-        losses = question.objective(logits, Target(reference, batch.labels, question.generator))
+        generator = question.draws.at(start, len(logits), logits.shape[1])
+        losses = question.objective(logits, Target(reference, batch.labels, generator))
         keep = confident(reference, question.confidence) if question.confidence > 0 else None
         losses = losses if keep is None else losses[keep]
     if not losses.requires_grad:
@@ -125,9 +158,27 @@ def check_known(what: str, value: str, known: Iterable[str]) -> None:
 
 def check_sampling(statistic: str, batch: float, confidence: float) -> None:
     """Refuse a batch, where it counts, or a threshold of confidence that have no meaning."""
+    if statistic == "batched" and confidence > 0 and distributed.size() > 1:
+        raise ArgumentError(
+            "statistic='batched' with confidence > 0 forms its batches from the samples that are left, which no rank "
+            "knows of the others. Use statistic='mixed' or confidence=0, or one process."
+        )
     if statistic == "batched" and batch % 1:
         raise ArgumentError(f"batch must be a whole number for statistic 'batched', got {batch}.")
     if statistic in BATCHED and not batch >= 1:
         raise ArgumentError(f"batch must be at least 1, got {batch}.")
     if not 0 <= confidence < 1:
         raise ArgumentError(f"confidence must satisfy 0 <= confidence < 1, got {confidence}.")
+
+
+def check_samples(samples: int, skipped: int, confidence: float) -> None:
+    """Refuse to average over nothing.
+
+    Raises:
+        DataError: No sample was left.
+    """
+    if samples == 0:
+        raise DataError(
+            f"No sample was left: the dense model's largest probability exceeds confidence={confidence} on none "
+            f"of {skipped} images. Lower the threshold."
+        )

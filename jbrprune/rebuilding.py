@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jbrprune import zoo
 from jbrprune.architectures import refuse_masked
@@ -89,7 +91,7 @@ def check_loadable(body: Mapping[str, Any]) -> None:
     try:
         description = parsed({**body, "weights": {"bytes": 0, "sha256": ""}})
         if description.recipe is not None:
-            check_fits(description, created(description.recipe))
+            check_fits(description, created(description.recipe, description))
     except (WildValue, CheckpointError) as error:
         raise CheckpointError(
             f"The model would not load again: {error} If it was changed after it was created, or its recipe cannot be "
@@ -165,8 +167,48 @@ def _writable(tensor: Tensor) -> Tensor:
 # --- building again -------------------------------------------------------------------------------
 
 
-def created(recipe: zoo.Recipe | None) -> nn.Module:
+class _Bounded(TorchDispatchMode):
+    """Refuses to make more, or larger, tensors than a dense model of this description can have.
+
+    A recipe is nothing but a name and numbers, but a depth of a million would fill the memory before anything could
+    be compared.
+    """
+
+    def __init__(self, description: Description) -> None:
+        super().__init__()
+        stored = sum(math.prod(info.shape) for info in description.tensors.values())
+        self.most_values = LEAST_VALUES + LARGEST_DENSE * stored
+        self.most_tensors = LEAST_TENSORS + TENSORS_EACH * len(description.names)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count before anything is made."""
+        size = args[0] if args and isinstance(args[0], list | tuple) else ()
+        if not any(isinstance(item, Tensor) for item in args):
+            self.most_tensors -= 1
+            self.most_values -= math.prod(size) if all(isinstance(n, int) for n in size) else 0
+        if self.most_tensors < 0 or self.most_values < 0:
+            raise CheckpointError("the recipe makes a model far larger than what is stored")
+        return func(*args, **(kwargs or {}))
+
+
+_MAKING_FAILED = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(MemoryError, RuntimeError, TypeError, ValueError),
+)
+LARGEST_DENSE = 256
+"""A dense model may have this many times as many values as what is stored of it, ..."""
+LEAST_VALUES = 1 << 24
+"""... and these as well, ..."""
+TENSORS_EACH, LEAST_TENSORS = 32, 4096
+"""... and its making may take this many tensors for each that is stored, and these."""
+
+
+def created(recipe: zoo.Recipe | None, bound: Description | None = None) -> nn.Module:
     """The dense model; the random state is left as it was.
+
+    Args:
+        recipe: From the description.
+        bound: The description, where it may be foreign: nothing much larger than it says is made.
 
     Raises:
         CheckpointError: There is no recipe, or it does not work with what is installed.
@@ -177,9 +219,10 @@ def created(recipe: zoo.Recipe | None) -> nn.Module:
             "load(path, model=...)."
         )
     try:
-        with same_randomness(torch.device("cpu")):
+        bounded = contextlib.nullcontext() if bound is None else _Bounded(bound)
+        with same_randomness(torch.device("cpu")), bounded:
             return zoo.build(recipe)
-    except (JBRError, RuntimeError, TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+    except (JBRError, *_MAKING_FAILED) as error:
         raise CheckpointError(
             f"The dense model {recipe.name!r} with {dict(recipe.arguments)} could not be created: {error} "
             f"Installed: {_versions()}."

@@ -23,28 +23,33 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune import guest, layers
-from jbrprune.batches import Batch, iterate
+from jbrprune import distributed, guest, layers
+from jbrprune.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from jbrprune.groups import Group, Member, Side
 from jbrprune.measure import check_weights, logits_of
 from jbrprune.objectives import OBJECTIVES, Objective
 from jbrprune.passes import (
     BATCHED,
+    Draws,
     Question,
     check_known,
     check_logits,
+    check_samples,
     check_samples_apart,
     check_sampling,
     losses_of,
     own,
 )
+from jbrprune.portions import Portions
 from jbrprune.scores import Accumulator, Scores, Settings
 
 log = logging.getLogger(__name__)
 
 Site = Literal["consumer", "all"]
 Statistic = Literal["second_moment", "batched", "mean_replaced", "mixed"]
+_Relevances = tuple[dict[str, Tensor], int]
+"""Group name -> ``[n, units]`` relevances, and the number of samples left out."""
 SITES = ("consumer", "all")
 STATISTICS = ("second_moment", "batched", "mean_replaced", "mixed")
 
@@ -114,34 +119,26 @@ def relevance_scores(
         _require_two_passes(data)
         means = channel_means(model, data, groups, batch_size=batch_size)
     accumulator = Accumulator(groups, int(batch) if statistic == "batched" else None, first=statistic == "mixed")
-    skipped = 0
-    for relevances, left_out in per_sample_relevances(
-        model,
-        tqdm(
-            iterate(data, batch_size=batch_size),
-            "scoring",
-            unit="batch",
-            disable=None if progress else True,
-            leave=False,
-        ),
-        groups,
-        objective=function,
-        site=site,
-        means=means,
-        confidence=confidence,
-        autocast=autocast,
-        seed=seed,
-    ):
-        skipped += left_out
-        if len(next(iter(relevances.values()))):
-            accumulator.add(relevances)
-    if accumulator.samples == 0:
-        raise DataError(
-            f"No sample was left: the dense model's largest probability exceeds confidence={confidence} on none "
-            f"of {skipped} images. Lower the threshold."
-        )
+    parts = distributed.Parts(data, batch_size=batch_size, block=accumulator.batch)
+    shown = tqdm(parts, "scoring", unit="batch", disable=None if progress else True, leave=False)
+    question = Question(function, confidence, autocast, Draws(seed))
+
+    def added() -> int:
+        skipped = 0
+        for relevances, left_out in _visited(model, shown, _Tape(model, groups, site, means), question):
+            skipped += left_out
+            if len(next(iter(relevances.values()))):
+                accumulator.add(relevances)
+        return skipped
+
+    skipped = distributed.together(added)
+    parts.check()
+    samples, skipped = distributed.total(accumulator.samples, skipped)
+    check_samples(samples, skipped, confidence)
+    sums = distributed.all_sum(accumulator.finish())
+    first = None if accumulator.first is None else distributed.all_sum(accumulator.first)
     settings = Settings(objective, site, statistic, batch if statistic in BATCHED else None, confidence)
-    return Scores(accumulator.finish(), groups, accumulator.samples, skipped, settings, accumulator.first)
+    return Scores(sums, groups, samples, skipped, settings, first)
 
 
 def per_sample_relevances(
@@ -160,20 +157,40 @@ def per_sample_relevances(
 
     The primitive under `relevance_scores`; arguments as there, ``means`` from `channel_means`.
     """
+    question = Question(objective, confidence, autocast, Draws(seed))
+    return _visited(model, distributed.numbered(batches), _Tape(model, groups, site, means), question)
+
+
+def _visited(
+    model: nn.Module, numbered: Iterable[tuple[int, Batch]], tape: _Tape, question: Question
+) -> Iterator[_Relevances]:
     device = guest.device_of(model)
-    question = Question(objective, confidence, autocast, torch.Generator().manual_seed(seed))
-    tape = _Tape(model, groups, site, means)
+    portions = Portions()
     with ExitStack() as visit:
         # Everything is undone between two batches as well, because a generator may be left unfinished.
-        for number, batch in enumerate(batches):
+        for number, (start, batch) in enumerate(numbered):
             visit.enter_context(guest.visiting(model))
             batch = batch.to(device).map(own)
             if number == 0:
                 called = check_samples_apart(model, batch.images, tape.names)
                 _check_unused(model, batch.images, [name for name in tape.names if name not in called])
-            result = _relevances(model, batch, number, tape, question)
+
+            def one(
+                part: Batch, before: int, number: int = number, start: int = start
+            ) -> tuple[dict[str, Tensor], int]:
+                return _relevances(model, part, number, start + before, tape, question)
+
+            found = portions.run(batch, one)
             visit.close()
-            yield result
+            yield _together(found)
+
+
+def _together(found: Sequence[_Relevances]) -> _Relevances:
+    """The portions of a batch as one."""
+    if len(found) == 1:
+        return found[0]
+    names = found[0][0]
+    return {name: torch.cat([v[name] for v, _ in found]) for name in names}, sum(skipped for _, skipped in found)
 
 
 def channel_means(
@@ -182,7 +199,7 @@ def channel_means(
     """Module name -> ``[C_in]`` mean over samples and positions of each consumer's input (float64, CPU)."""
     names = sorted({m.axis[0] for g in groups for m in g.side("in")})
     totals: dict[str, Tensor] = {}
-    counts: dict[str, int] = defaultdict(int)
+    counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64))
 
     def record(name: str) -> guest.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -195,13 +212,20 @@ def channel_means(
         return hook
 
     device = guest.device_of(model)
-    with ExitStack() as visit:
-        for batch in iterate(data, batch_size=batch_size):
-            visit.enter_context(guest.visiting(model))
-            visit.enter_context(guest.hooked(model, forward_pre={name: record(name) for name in names}))
-            model(batch.to(device).map(own).images.clone())
-            visit.close()
-    return {name: totals[name] / counts[name] for name in totals}
+    parts = distributed.Parts(data, batch_size=batch_size)
+
+    def looked() -> None:
+        with ExitStack() as visit:
+            for _, batch in parts:
+                visit.enter_context(guest.visiting(model))
+                visit.enter_context(guest.hooked(model, forward_pre={name: record(name) for name in names}))
+                model(batch.to(device).map(own).images.clone())
+                visit.close()
+
+    distributed.together(looked)
+    parts.check()
+    sums, numbers = distributed.all_sum(totals), distributed.all_sum(counts)
+    return {name: sums[name] / numbers[name] for name in sums}
 
 
 @dataclass(frozen=True, eq=False)
@@ -442,13 +466,13 @@ def _check_member(module: nn.Module | None, group: Group, member: Member) -> Non
 
 
 def _relevances(
-    model: nn.Module, batch: Batch, number: int, tape: _Tape, question: Question
+    model: nn.Module, batch: Batch, number: int, start: int, tape: _Tape, question: Question
 ) -> tuple[dict[str, Tensor], int]:
     """Relevances ``[n, units]`` of one batch, and the number of samples left out."""
     tape.start(batch.images)
     logits = _recorded(model, batch.images, tape, question.autocast)
     check_logits(model, batch, number, logits, question.autocast)
-    losses, keep = losses_of(batch, logits, question)
+    losses, keep = losses_of(batch, logits, question, start)
     if len(losses):
         with torch.enable_grad():
             total = losses.sum()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jbrprune import guest, layers
+from jbrprune import distributed, guest, layers
 from jbrprune.batches import Batch
 from jbrprune.errors import NonFiniteError
 from jbrprune.groups import Axis
@@ -70,7 +70,7 @@ class Targets:
 
     Attributes:
         positions: Consumer -> ``[p]`` flat output positions that are looked at in every image.
-        outputs: Consumer -> ``[n * p, C_out]`` its outputs there, on the CPU.
+        outputs: Consumer -> ``[n * p, C_out]`` its outputs there, on the CPU; on several ranks, of the own images.
         fan_in: Consumer -> input channels of the dense layer.
         norms: Batch norm -> moments of its input.
     """
@@ -90,9 +90,9 @@ def dense_targets(model: nn.Module, batches: Sequence[Batch], consumers: Iterabl
         consumers: Layers that may lose inputs.
         seed: Seeds the choice of output positions.
     """
-    images = _images(model, batches)
+    images, number = _images(model, batches)
     generator = torch.Generator().manual_seed(seed)
-    per_image = max(1, ROWS // len(images))
+    per_image = max(1, ROWS // number)
     positions: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     fan_in: dict[str, int] = {}
@@ -159,7 +159,7 @@ def repaired(
     before = agreement_on(model, gate)
     if not methods:
         return Outcome("none", before, before)
-    images = _images(model, batches)
+    images, _ = _images(model, batches)
     original = _snapshot(model)
     best, best_state = Outcome("none", before, before), original
     for combination in _combinations(methods, bool(targets.norms)):
@@ -172,6 +172,7 @@ def repaired(
         if after.kl < best.after.kl:
             best, best_state = Outcome("+".join(combination), before, after), _snapshot(model)
     model.load_state_dict(best_state)
+    distributed.same_tensors(model.state_dict())
     return best
 
 
@@ -242,6 +243,7 @@ def _refitting(
         if (name, "out", 0) in kept:
             wanted = wanted[:, kept[name, "out", 0].to(wanted.device)]
         rows = _rows(module, inputs, targets.positions[name].to(wanted.device))
+        rows, wanted = distributed.concatenated(rows), distributed.concatenated(wanted)  # all solve the same problem
         weight = module.weight.flatten(1)  # type: ignore[union-attr, operator]
         row_mean, wanted_mean = rows.mean(0), wanted.mean(0)
         if ridge is not None:
@@ -305,9 +307,11 @@ def _masked_ridge_solution(a: Tensor, residual: Tensor, ridge: float, mask: Tens
     return solution
 
 
-def _images(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+def _images(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, int]:
+    """This rank's share of the images (all of them, if there are fewer than ranks), and the number of all."""
     images = torch.cat([batch.images for batch in batches])
-    return images[: max(1, MOST_VALUES // images[0].numel())].to(guest.device_of(model))
+    images = images[: max(1, MOST_VALUES // images[0].numel())]
+    return distributed.own_share(images).to(guest.device_of(model)), len(images)
 
 
 def _norms(model: nn.Module) -> list[str]:
@@ -319,9 +323,16 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance per channel of ``[n, C, ...]``."""
+    """Mean and (biased) variance per channel of ``[n, C, ...]``, over all ranks."""
     var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
-    return mean, var
+    if distributed.size() == 1:
+        return mean, var
+    own_mean, own_var, n = mean.cpu().double(), var.cpu().double(), x.numel() // x.shape[1]
+    count = torch.tensor(float(n), dtype=torch.float64)
+    sums = distributed.all_sum({"mean": n * own_mean, "n": count})
+    whole = sums["mean"] / sums["n"]
+    squares = distributed.all_sum({"var": n * (own_var + (own_mean - whole).square())})
+    return whole.to(mean), (squares["var"] / sums["n"]).to(var)
 
 
 def _by_position(module: nn.Module, output: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from tqdm import tqdm
 
-from jbrprune import guest
+from jbrprune import distributed, guest
 from jbrprune.batches import Batch, count
 from jbrprune.calibration import Calibration
 from jbrprune.cost import count_macs
@@ -206,7 +206,7 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, go
     with state.clock.timed("scoring"):
         scores = _scores(state, images.score, settings, number)
     with state.clock.timed("selection"):
-        masks = _next(state, scores, goal, settings)
+        masks = distributed.same(_next(state, scores, goal, settings))
         state.skipped = tuple(name for name in state.masks if name not in masks)
         state.put({name: masks.get(name, mask) for name, mask in state.masks.items()})
     stops = goal in settings.stops

@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune import guest, layers, sumfiles
-from jbrprune.batches import Batch, iterate
+from jbrprune import distributed, guest, layers, sumfiles
+from jbrprune.batches import Batch
 from jbrprune.collectors import Means, Squares
-from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
 from jbrprune.factors import wide
 from jbrprune.measure import check_weights, logits_of
 from jbrprune.objectives import OBJECTIVES, Objective
 from jbrprune.parameters import Slot, fresh, ignored, is_weight_layer, slots
-from jbrprune.passes import Question, check_known, check_logits, check_sampling, losses_of, own
+from jbrprune.passes import Draws, Question, check_known, check_logits, check_samples, check_sampling, losses_of, own
+from jbrprune.portions import Portions
 from jbrprune.scores import Settings
 
 Statistic = Literal["second_moment", "batched", "signed"]
@@ -222,16 +223,15 @@ def weight_scores(
         collector = Squares(model, scored, max_memory)
     else:
         collector = Means(scored, int(batch) if statistic == "batched" else None)
-    question = Question(function, confidence, autocast, torch.Generator().manual_seed(seed))
-    batches = tqdm(iterate(data, batch_size=batch_size), "scoring", unit="batch", disable=not progress, leave=False)
-    samples, skipped = _collect(model, batches, collector, question)
-    if samples == 0:
-        raise DataError(
-            f"No sample was left: the dense model's largest probability exceeds confidence={confidence} on none "
-            f"of {skipped} images. Lower the threshold."
-        )
+    question = Question(function, confidence, autocast, Draws(seed))
+    parts = distributed.Parts(data, batch_size=batch_size, block=int(batch) if statistic == "batched" else None)
+    shown = tqdm(parts, "scoring", unit="batch", disable=not progress, leave=False)
+    samples, skipped = distributed.together(lambda: _collect(model, shown, collector, question))
+    parts.check()
+    samples, skipped = distributed.total(samples, skipped)
+    check_samples(samples, skipped, confidence)
     settings = Settings(objective, "weight", statistic, batch if statistic == "batched" else None, confidence)
-    sums = collector.finish()
+    sums = distributed.all_sum(collector.finish())
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise NonFiniteError(
@@ -242,26 +242,38 @@ def weight_scores(
 
 
 def _collect(
-    model: nn.Module, batches: Iterable[Batch], collector: Squares | Means, question: Question
+    model: nn.Module, numbered: Iterable[tuple[int, Batch]], collector: Squares | Means, question: Question
 ) -> tuple[int, int]:
     """Numbers of samples scored, and left out."""
     device = guest.device_of(model)
-    samples = skipped = 0
-    for number, batch in enumerate(batches):
+    portions = Portions()
+    scored = seen = 0
+    for number, (start, batch) in enumerate(numbered):
         with guest.visiting(model, gradients=collector.gradients), fresh(model):
             batch = batch.to(device).map(own)
             if number == 0:
                 collector.check(batch.images)
-            amp = torch.autocast(device.type, question.autocast, enabled=question.autocast is not None)
-            with torch.enable_grad(), collector.recording(len(batch)), amp:
-                logits = logits_of(model(batch.images.clone()))  # a clone, for a model that changes its input in place
-            check_logits(model, batch, number, logits, question.autocast)
-            losses, _ = losses_of(batch, logits, question)
-            samples += len(losses)
-            skipped += len(batch) - len(losses)
-            if len(losses):
-                collector.backward(losses)
-    return samples, skipped
+
+            def one(part: Batch, before: int, number: int = number, start: int = start) -> int:
+                return _added(model, part, number, start + before, collector, question)
+
+            scored += sum(portions.run(batch, one, collector.mark))
+        seen += len(batch)
+    return scored, seen - scored
+
+
+def _added(
+    model: nn.Module, batch: Batch, number: int, start: int, collector: Squares | Means, question: Question
+) -> int:
+    """Add a batch to the sums; the number of samples that were."""
+    amp = torch.autocast(batch.images.device.type, question.autocast, enabled=question.autocast is not None)
+    with torch.enable_grad(), collector.recording(len(batch)), amp:
+        logits = logits_of(model(batch.images.clone()))  # a clone, for a model that changes its input in place
+    check_logits(model, batch, number, logits, question.autocast)
+    losses, _ = losses_of(batch, logits, question, start)
+    if len(losses):
+        collector.backward(losses)
+    return len(losses)
 
 
 def _scored_slots(model: nn.Module, parameters: Parameters, ignore: Sequence[str]) -> list[Slot]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from jbrprune.batches import Batch
 from jbrprune.errors import ModelError
 from jbrprune.objectives import OBJECTIVES, Target
-from jbrprune.passes import Question, losses_of
+from jbrprune.passes import Draws, Question, losses_of
 
 LOGITS = torch.tensor([[9.0, 0.0], [0.0, 0.5], [1.0, 6.0]])
 
@@ -19,7 +19,7 @@ def batch() -> Batch:
 
 
 def question(confidence: float = 0.0) -> Question:
-    return Question(OBJECTIVES["pseudo_label"], confidence, None, torch.Generator())
+    return Question(OBJECTIVES["pseudo_label"], confidence, None, Draws(0))
 
 
 def test_half_precision_logits_reach_the_objective_in_float32_with_their_graph() -> None:
@@ -32,7 +32,7 @@ def test_half_precision_logits_reach_the_objective_in_float32_with_their_graph()
         return OBJECTIVES["pseudo_label"](values, target)
 
     with torch.no_grad():
-        losses, keep = losses_of(batch(), logits, Question(objective, 0.0, torch.bfloat16, torch.Generator()))
+        losses, keep = losses_of(batch(), logits, Question(objective, 0.0, torch.bfloat16, Draws(0)), 0)
     assert [tensor.dtype for tensor in seen] == [torch.float32, torch.float32]
     assert keep is None
     double = LOGITS.double()
@@ -44,14 +44,14 @@ def test_half_precision_logits_reach_the_objective_in_float32_with_their_graph()
 
 
 def test_float64_stays() -> None:
-    losses, _ = losses_of(batch(), LOGITS.double().requires_grad_(), question())
+    losses, _ = losses_of(batch(), LOGITS.double().requires_grad_(), question(), 0)
     assert losses.dtype == torch.float64
 
 
 def test_unsure_samples_are_left_out() -> None:
     logits = LOGITS.clone().requires_grad_()
-    every, _ = losses_of(batch(), logits, question())
-    some, keep = losses_of(batch(), logits, question(0.9))
+    every, _ = losses_of(batch(), logits, question(), 0)
+    some, keep = losses_of(batch(), logits, question(0.9), 0)
     assert keep is not None
     assert keep.tolist() == [True, False, True]
     assert torch.equal(some, every[[0, 2]])
@@ -59,4 +59,4 @@ def test_unsure_samples_are_left_out() -> None:
 
 def test_logits_without_a_graph_are_refused() -> None:
     with pytest.raises(ModelError, match="nothing to differentiate"):
-        losses_of(batch(), LOGITS, question())
+        losses_of(batch(), LOGITS, question(), 0)

@@ -630,6 +630,8 @@ def test_a_masked_bias_stays_zero() -> None:
         thinned = copy.deepcopy(dense)
         layer = thinned.get_submodule(last)
         layer.weight.data.mul_(masks[f"{last}.weight"])
-        repair._apply(thinned, repair._images(thinned, images), targets, {}, ("least_squares",), RIDGE, masks | given)
+        repair._apply(
+            thinned, repair._images(thinned, images)[0], targets, {}, ("least_squares",), RIDGE, masks | given
+        )
         assert int((layer.bias == 0).sum()) == zeros
         assert not torch.equal(layer.bias, dense.get_submodule(last).bias)

@@ -94,9 +94,10 @@ def check_file(path: Path | None) -> None:
 
 
 def device_named(name: str | None) -> torch.device:
-    """The device that was asked for, else CUDA if there is one; refuses what cannot be used."""
+    """The device that was asked for, else CUDA if there is one (each rank its own); refuses what cannot be used."""
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or (cuda if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -12,15 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jbrprune import distributed
+
 
 def interactive(as_json: bool) -> bool:
-    """Whether to show progress: only text, to a terminal, where ``NO_PROGRESS`` is not set."""
-    return not as_json and sys.stderr.isatty() and "NO_PROGRESS" not in os.environ
+    """Whether to show progress: only text, by one rank, to a terminal, where ``NO_PROGRESS`` is not set."""
+    return distributed.rank() == 0 and not as_json and sys.stderr.isatty() and "NO_PROGRESS" not in os.environ
 
 
 def say(as_json: bool, facts: Mapping[str, Any], text: str) -> None:
-    """Print the facts as one JSON object, or the text."""
-    typer.echo(json.dumps(facts) if as_json else text)
+    """Print the facts as one JSON object, or the text; of several ranks, one does."""
+    if distributed.rank() == 0:
+        typer.echo(json.dumps(facts) if as_json else text)
 
 
 def shown(value: object) -> str:

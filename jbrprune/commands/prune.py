@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from jbrprune import checkpoint as files
+from jbrprune import distributed
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -155,9 +156,10 @@ def prune_command(
         pretrained=pretrained,
         **model_arguments(model_arg),
     )
-    if out is not None:
+    one = distributed.rank() == 0
+    if out is not None and one:
         result.save(out, overwrite=overwrite)
     saved = {"out": str(out)} if out is not None else {}
     say(as_json, result.report.to_dict() | saved, str(result.report) + (f"\n\nSaved to {out}" if out else ""))
-    if plot is not None:
+    if plot is not None and one:
         result.report.plot(plot)

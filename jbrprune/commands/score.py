@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jbrprune import zoo
+from jbrprune import distributed, zoo
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -68,7 +68,7 @@ def score_command(
         seed=seed,
         progress=interactive(as_json),
     )
-    if out is not None:
+    if out is not None and distributed.rank() == 0:
         scores.save(out)
     rows = [
         {

@@ -1,0 +1,363 @@
+"""Several ranks give the numbers of one process, whatever the shares; a rank that fails or dies ends the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from ranks import on_ranks
+from test_journal import QUICK, own
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+
+from jbrprune import Scores, distributed, prune, score, sweep
+from jbrprune.batches import Batch, iterate
+from jbrprune.errors import ArgumentError, DataError, NonFiniteError, RankError
+from jbrprune.journal import digest
+from jbrprune.measure import predict
+from jbrprune.passes import Draws
+from jbrprune.relevance import relevance_scores
+from jbrprune.repair import dense_targets, repaired
+from jbrprune.units import layer_groups
+from jbrprune.weights import weight_scores
+
+IMAGES = cases.images(23, 16)
+
+
+class Pairs(Dataset):
+    """Images with labels, one by one."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        return self.images[position], position % 4
+
+
+def batches(images: Tensor) -> Iterator[Batch]:
+    return iterate(images, batch_size=3)
+
+
+DATA: dict[str, Callable[[Tensor], object]] = {
+    "tensor": lambda images: images,
+    "data set": Pairs,
+    "loader": lambda images: DataLoader(Pairs(images), batch_size=5),
+    "loader with a process": lambda images: DataLoader(Pairs(images), batch_size=5, num_workers=1),
+    "list": lambda images: list(batches(images)),
+    "stream": batches,
+    "uneven batches": lambda images: list(images.split([1, 7, 2, 9, 4])),
+}
+
+
+def model() -> nn.Module:
+    return own().double()
+
+
+def units(data: object, **options: Any) -> dict[str, Any]:
+    net = model()
+    groups = [group for group in layer_groups(net) if options.get("site") == "all" or group.side("in")]
+    found = relevance_scores(net, data, groups, batch_size=4, progress=False, **options)
+    return {"samples": found.samples, "skipped": found.skipped, **found.values()}
+
+
+def weights(data: object, **options: Any) -> dict[str, Any]:
+    found = weight_scores(model(), data, batch_size=4, progress=False, **options)
+    return {"samples": found.samples, "skipped": found.skipped, **found.values()}
+
+
+def assert_as_one(work: Callable[[], dict[str, Any]], size: int, rtol: float = 1e-10, atol: float = 1e-14) -> None:
+    one = work()
+    for found in on_ranks(size, work):
+        assert isinstance(found, dict), found
+        assert found.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=partial("{}: {}".format, name))
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_every_kind_of_data_is_dealt_out(kind: str) -> None:
+    """Random signs: every sample must keep its own, whoever works on it."""
+    make = DATA[kind]
+    assert_as_one(lambda: units(make(IMAGES), objective="projection", seed=3), 2)
+
+
+@pytest.mark.parametrize("images", [1, 4, 9])
+def test_uneven_shares_and_empty_ranks(images: int) -> None:
+    """One image, or one batch, of three ranks: two have nothing to do."""
+
+    def both() -> dict[str, Any]:
+        part = IMAGES[:images]
+        found = units(part, objective="projection") | units(list(iterate(part, batch_size=4)), objective="margin")
+        return {f"{name}'": value for name, value in weights(part).items()} | found
+
+    assert_as_one(both, 3)
+
+
+CHOICES: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
+    "all": (units, {"site": "all"}),
+    "batched": (units, {"statistic": "batched", "batch": 6}),
+    "batched, not of whole batches": (units, {"statistic": "batched", "batch": 5, "objective": "projection"}),
+    "mean replaced": (units, {"statistic": "mean_replaced"}),
+    "mixed": (units, {"statistic": "mixed", "batch": 7}),
+    "confidence": (units, {"confidence": 0.345}),
+    "weights": (weights, {"parameters": "all"}),
+    "weights, batched": (weights, {"statistic": "batched", "batch": 6}),
+    "weights, signed": (weights, {"statistic": "signed", "objective": "margin"}),
+    "weights, confidence": (weights, {"confidence": 0.345, "objective": "pseudo_label"}),
+}
+
+
+def test_every_statistic_of_units_and_weights() -> None:
+    def every() -> dict[str, Any]:
+        return {f"{case}: {name}": v for case, (f, o) in CHOICES.items() for name, v in f(IMAGES, **o).items()}
+
+    assert_as_one(every, 2)
+    assert 0 < every()["confidence: skipped"] < len(IMAGES)
+
+
+def test_float32_scores_agree_to_a_millionth() -> None:
+    """The whole call, units found by every rank for itself."""
+
+    def both() -> list[dict[str, Tensor]]:
+        return [
+            score(own(), IMAGES.float(), granularity=granularity, batch_size=4, progress=False).values()
+            for granularity in ("unit", "weight")
+        ]
+
+    one = both()
+    for found in on_ranks(2, both):
+        for values, expected in zip(found, one, strict=True):
+            for name, value in expected.items():
+                torch.testing.assert_close(values[name], value, rtol=1e-6, atol=1e-6 * float(value.max()))
+
+
+def test_predictions_are_those_of_one_process() -> None:
+    parts = list(iterate(IMAGES, batch_size=4))
+    one = predict(model(), parts)
+    for found in on_ranks(3, lambda: predict(model(), iter(parts))):
+        assert all(torch.equal(a, b) for a, b in zip(found, one, strict=True))
+
+
+@pytest.mark.parametrize(("images", "tolerance"), [(1, 1e-4), (21, 1e-10)])
+def test_repair_sees_the_images_of_all_ranks(images: int, tolerance: float) -> None:
+    """Against one process: batch norms follow the same change, least squares solve the same problem.
+
+    One image is seen by both ranks: its rows count twice, and conjugate gradients stop where rounding lets them.
+    """
+    parts = [Batch(IMAGES[:images])]
+
+    def work() -> dict[str, Tensor]:
+        dense, thin = model(), model()
+        with torch.no_grad():
+            thin.get_parameter("a.weight")[:, ::2] = 0
+        masks = {"a.weight": thin.get_parameter("a.weight") != 0}
+        targets = dense_targets(dense, parts, ["a", "b"])
+        gate = [Batch(IMAGES, reference=predict(dense, [Batch(IMAGES)])[0])]
+        outcome = repaired(thin, parts, gate, targets, {}, ("batch_norm", "least_squares"), ridge=0.1, masks=masks)
+        assert images == 1 or outcome.kept == "batch_norm+least_squares"
+        return {**thin.state_dict(), "kl": torch.tensor(outcome.after.kl)}
+
+    assert_as_one(work, 2, tolerance, tolerance)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"macs": 0.7, "steps": 2, "min_channels": 2},
+        {"macs": 0.7, "steps": 2, "min_channels": 2, "objective": "projection"},
+        {"sparsity": 0.8, "steps": 2},
+    ],
+)
+def test_pruning_decides_as_one_process_and_alike_on_all_ranks(options: dict[str, Any]) -> None:
+    images = cases.images(40, 16).float()
+
+    def work() -> tuple[str, dict[str, Tensor], Any]:
+        result = prune(own(), images, batch_size=4, **options, **QUICK)
+        return digest(result.model.state_dict()), result.model.state_dict(), result.report.repaired
+
+    _, expected, agreement = work()
+    ranks = on_ranks(2, work)
+    assert ranks[0][0] == ranks[1][0]  # bit by bit
+    for name, value in expected.items():
+        torch.testing.assert_close(ranks[0][1][name], value, rtol=1e-3, atol=1e-4)
+    assert ranks[0][2].top1 == agreement.top1
+    assert ranks[0][2].kl == pytest.approx(agreement.kl, rel=1e-3, abs=1e-6)
+
+
+def test_a_loader_that_shuffles_shows_all_ranks_the_same(tmp_path: Path) -> None:
+    """Every rank has another random state; each image counts once all the same, and the journal is of one run."""
+    images = cases.images(40, 16).float()
+
+    def work() -> tuple[int, list[str], Tensor]:
+        torch.manual_seed(distributed.rank())
+        loader = DataLoader(TensorDataset(images), batch_size=4, shuffle=True)
+        found = score(own(), loader, progress=False)
+        assert isinstance(found, Scores)
+        results = sweep(own(), loader, [0.9, 0.8], min_channels=2, steps=1, **QUICK, resume=tmp_path)
+        return found.samples, [digest(result.model.state_dict()) for result in results], found[next(iter(found.sums))]
+
+    (samples, models, scores), (other_samples, other_models, _) = on_ranks(2, work)
+    assert samples == other_samples == 40
+    assert models == other_models
+    expected = next(iter(score(own(), images, progress=False).values().values()))
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-9)
+    assert sorted(path.name for path in tmp_path.iterdir())[:2] == ["model-0001.safetensors", "model-0002.safetensors"]
+
+
+# --- what is refused, and who ends ----------------------------------------------------------------
+
+
+def test_data_that_differ_by_rank_are_noticed() -> None:
+    def work() -> object:
+        return units(iter([Batch(IMAGES[distributed.rank() :][:8]), Batch(IMAGES[:4])]))
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, RankError)
+        assert "read different images" in str(error)
+
+
+def test_data_that_are_sharded_already_are_refused() -> None:
+    def work() -> object:
+        data = TensorDataset(IMAGES)
+        return units(DataLoader(data, sampler=DistributedSampler(data), batch_size=4))
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, ArgumentError)
+        assert "DistributedSampler, which repeats samples" in str(error)
+
+
+def test_batched_with_confidence_is_refused() -> None:
+    for error in on_ranks(2, lambda: units(IMAGES, statistic="batched", confidence=0.5)):
+        assert isinstance(error, ArgumentError)
+        assert "no rank knows of the others" in str(error)
+
+
+def test_an_error_on_one_rank_is_an_error_on_all() -> None:
+    """The bad image lies in the share of rank 1."""
+    images = IMAGES.clone()
+    images[5] = torch.nan
+    first, second = on_ranks(2, lambda: units(images))
+    assert isinstance(first, NonFiniteError)
+    assert str(first).startswith("On rank 1: Batch 0: image 1 contains NaN")
+    assert isinstance(second, NonFiniteError)
+    assert str(second).startswith("Batch 0: image 1 contains NaN")
+
+
+def test_no_data_at_all() -> None:
+    for error in on_ranks(2, lambda: units(iter([]))):
+        assert isinstance(error, DataError)
+
+
+@pytest.mark.parametrize("how", ["killed", "ended"])
+def test_a_rank_that_dies_ends_the_others_with_words_and_soon(how: str) -> None:
+    """Rank 1 dies after its part of the work began; the others wait for its sums, and not for the timeout."""
+
+    def data() -> Iterator[Tensor]:
+        for number, part in enumerate(IMAGES.split(4)):
+            if number == 3 and distributed.rank() == 1:
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                os._exit(3)
+            yield part
+
+    began = time.monotonic()
+    first, second, third = on_ranks(3, lambda: units(data()), timeout=600)
+    assert second is None
+    for error in (first, third):
+        assert isinstance(error, RankError)
+        assert "lost the others" in str(error)
+    assert time.monotonic() - began < 60
+
+
+def test_a_rank_that_does_not_answer_is_not_waited_for_for_ever() -> None:
+    def work() -> object:
+        if distributed.rank() == 1:
+            time.sleep(8)
+        return units(IMAGES)
+
+    first, _ = on_ranks(2, work, timeout=2)
+    assert isinstance(first, RankError)
+    assert "did not answer in time" in str(first)
+
+
+def test_outside_of_joined_there_is_one_rank() -> None:
+    assert (distributed.rank(), distributed.size()) == (0, 1)
+    with pytest.raises(RankError, match="RANK is not set: start the program with torchrun"), distributed.joined():
+        pass
+    assert not distributed.launched()
+    tensors = {"a": torch.ones(2)}
+    assert distributed.all_sum(tensors)["a"] is tensors["a"]
+
+
+def test_a_program_that_shares_its_gradients_may_call_on_one_rank_only() -> None:
+    """A group that somebody else has initialised is left alone outside of `joined`."""
+
+    def work() -> object:
+        with distributed.alone():
+            return units(IMAGES) if os.environ["RANK"] == "0" else None
+
+    one = units(IMAGES)
+    first, second = on_ranks(2, work)
+    assert second is None
+    assert all(torch.equal(torch.as_tensor(first[name]), torch.as_tensor(value)) for name, value in one.items())
+
+
+def test_draws_belong_to_the_sample() -> None:
+    """In any order and portion, forwards and backwards, what one generator draws in order."""
+    whole = torch.randint(0, 2, (3000, 7), generator=torch.Generator().manual_seed(5), dtype=torch.int8)
+    draws = Draws(5)
+    for start, count in ((0, 3), (3, 1), (2500, 20), (2520, 5), (10, 4), (0, 1), (2999, 1)):
+        generator = draws.at(start, count, 7)
+        found = torch.randint(0, 2, (count, 7), generator=generator, dtype=torch.int8)
+        assert torch.equal(found, whole[start : start + count]), start
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    """The command, as a user starts it: the same scores, one that speaks."""
+    images = tmp_path / "images"
+    images.mkdir()
+    from PIL import Image
+
+    for number in range(11):
+        values = (IMAGES[number, :, :, :].permute(1, 2, 0) * 60 + 128).clamp(0, 255).byte().numpy()
+        Image.fromarray(values).resize((40, 40)).save(images / f"{number}.png")
+    arguments = ["score", "test_vit", "--data", str(images), "--no-pretrained", "--batch-size", "2", "--device", "cpu"]
+    arguments += ["--objective", "projection", "--checkpoint", str(_weights(tmp_path)), "--out"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = [
+        subprocess.run([*start, "-m", "jbrprune", *arguments, str(tmp_path / name)], env=environment, **_CAPTURE)
+        for start, name in ((run, "two"), ([sys.executable], "one"))
+    ]
+    assert all(process.returncode == 0 for process in said), said[0].stderr
+    assert said[0].stdout == said[1].stdout
+    one, two = (Scores.load(tmp_path / name) for name in ("one", "two"))
+    assert two.samples == one.samples == 11
+    for name, value in one.values().items():
+        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=0)
+
+
+_CAPTURE: Any = {"capture_output": True, "text": True, "check": False, "timeout": 300}
+
+
+def _weights(folder: Path) -> Path:
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), folder / "weights.safetensors")
+    return folder / "weights.safetensors"
