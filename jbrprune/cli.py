@@ -1,4 +1,4 @@
-"""The command line: prune, predict, score, eval, info, demo."""
+"""The command line: prune, predict, score, eval, info, tpv, demo."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from jbrprune.commands.info import info_command
 from jbrprune.commands.predict import predict_command
 from jbrprune.commands.prune import prune_command
 from jbrprune.commands.score import score_command
+from jbrprune.commands.tpv import tpv_command
 from jbrprune.errors import ArgumentError, JBRError
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ COMMANDS = {
     "score": score_command,
     "eval": eval_command,
     "info": info_command,
+    "tpv": tpv_command,
     "demo": demo_command,
 }
 for _name, _command in COMMANDS.items():

@@ -76,7 +76,8 @@ def square_norms(uses: Sequence[Used], samples: int, variance: Tensor, shape: to
             scale = variance.flatten().sqrt()
             return _matrix_norms([_scaled(f, scale) for f in factors], samples, shape)
         return _matrix_norms(factors, samples, shape) * variance.reshape(())
-    step = max(1, COPY_BYTES // (8 * math.prod(shape)))
+    each = max(math.prod(shape), *(use.gradient.numel() // samples for use in uses))
+    step = max(1, _cache(uses[0].gradient) // (8 * each))
     parts = []
     for start in range(0, samples, step):
         gradients = per_sample(uses, samples, shape, start, min(samples, start + step))

@@ -27,7 +27,7 @@ from jbrprune.report import Report
 from jbrprune.scores import Scores
 from jbrprune.weights import WeightScores
 
-COMMANDS = ("prune", "score", "eval", "info", "demo")
+COMMANDS = ("prune", "score", "eval", "info", "tpv", "demo")
 ARGUMENTS = {"num_classes": 4, "img_size": 32, "depth": 2}
 NET = ["test_vit", *(word for key, value in ARGUMENTS.items() for word in ("--model-arg", f"{key}={value}"))]
 RANDOM = [*NET, "--no-pretrained"]

@@ -18,6 +18,7 @@ from jbrprune import norms
 from jbrprune.batches import Batch
 from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.tpv import Diagonal, Isotropic, Quantization, TPVWarning, empirical, taylor_error, trace_form
+from jbrprune.tpv.signs import Signs
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
@@ -94,10 +95,8 @@ def test_projection_is_the_dense_one_with_the_same_signs(name: str) -> None:
     net, images = nets()[name]
     dense = flat(jacobian(net, images), 2)
     found = estimated(net, images, Isotropic(1.0), method="projection", seed=5, signs=2, batch_size=2)
-    drawn = torch.randint(
-        0, 2, (len(images), 2, dense.shape[1]), generator=torch.Generator().manual_seed(5), dtype=torch.int8
-    )
-    expected = torch.einsum("nsk,nkp->nsp", 2.0 * drawn.double() - 1, dense).square().sum(2).mean(1)
+    drawn = Signs(dense.shape[1], 2, 0, 5).take(len(images)).double()
+    expected = torch.einsum("nsk,nkp->nsp", drawn, dense).square().sum(2).mean(1)
     assert found.value == pytest.approx(float(expected.mean()), rel=1e-9)
     assert found.standard_error == pytest.approx(float(expected.std() / len(images) ** 0.5), rel=1e-9)
 
@@ -209,7 +208,7 @@ def test_batches_and_shards_do_not_matter(method: str) -> None:
         assert (other.value, other.standard_error) == pytest.approx((whole.value, whole.standard_error), rel=1e-12)
     parts = [
         estimated(net, part, Isotropic(0.3), method=method, seed=3, first=first)
-        for first, part in ((0, images[:20]), (20, images[20:]))
+        for first, part in ((0, images[:24]), (24, images[24:]))
     ]
     both = parts[0] + parts[1]
     assert (both.value, both.standard_error) == pytest.approx((whole.value, whole.standard_error), rel=1e-12)
@@ -225,6 +224,34 @@ def test_shards_of_the_empirical_form() -> None:
         whole + measured(net, images, Isotropic(0.3), draws=4)
     with pytest.raises(ArgumentError, match="exact"):
         whole + estimated(net, images, Isotropic(0.3), method="exact")
+
+
+def test_signs_are_balanced_over_blocks_and_uniform() -> None:
+    signs = Signs(5, 1, 0, 0)
+    assert signs.block == 8
+    blocks = signs.take(8 * 500).view(500, 8, 5).double()
+    assert torch.equal(blocks.mT @ blocks, 8 * torch.eye(5).double().expand(500, 5, 5))
+    every = blocks[:, 3]  # one place of the block: the signs of five outputs are independent
+    assert (every.T @ every / 500 - torch.eye(5)).abs().max() < 0.2
+    assert (every.mean(0)).abs().max() < 0.2
+    later = Signs(5, 1, 11, 0)
+    assert torch.equal(later.take(30), Signs(5, 1, 0, 0).take(41)[11:])
+    assert (Signs(100, 1, 0, 0).block, Signs(8, 2, 0, 0).block, Signs(1, 1, 0, 0).block) == (1, 4, 1)
+
+
+def test_balanced_signs_have_less_variance_and_the_standard_error_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs that move together: off the diagonal J J^T is the same for all samples."""
+    torch.manual_seed(0)
+    net, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8)).double(), pixels(1000)
+    net[3].weight.data += 2
+    balanced = estimated(net, images, Isotropic(1.0), method="projection", batch_size=250)
+    monkeypatch.setattr("jbrprune.tpv.signs.MOST_BALANCED", 1)
+    independent = [
+        estimated(net, images, Isotropic(1.0), method="projection", batch_size=250, seed=seed) for seed in range(2)
+    ]
+    assert balanced.standard_error < 0.7 * independent[0].standard_error
+    truth = estimated(net, images, Isotropic(1.0), method="exact", batch_size=250).value
+    assert abs(balanced.value - truth) < 3 * balanced.standard_error
 
 
 def test_stops_at_the_relative_error_and_says_so() -> None:

@@ -1,5 +1,6 @@
 """Test prediction variance: what a perturbation of the weights does to the outputs, to first order and really."""
 
+from jbrprune.tpv.agreement import Ratio, train_test_ratio
 from jbrprune.tpv.covariances import Covariance, Diagonal, FiniteRank, Isotropic, Quantization
 from jbrprune.tpv.estimate import Estimate
 from jbrprune.tpv.estimators import empirical, trace_form
@@ -30,5 +31,7 @@ __all__ = [
     # validity
     "taylor_error",
     "Validity",
+    "train_test_ratio",
+    "Ratio",
     "TPVWarning",
 ]

@@ -11,6 +11,40 @@ from torch import Tensor
 from jbrprune.errors import ArgumentError
 from jbrprune.tpv.validity import Validity
 
+LEAST_BLOCKS = 24
+"""Blocks of dependent samples from which their variance is taken; with fewer, samples count as independent."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums of what counts as one observation: a sample, or the mean of a block of samples that depend on each other.
+
+    Attributes:
+        count: Observations.
+        total: Their sum.
+        squares: The sum of their squares.
+    """
+
+    count: int
+    total: float
+    squares: float
+
+    @staticmethod
+    def of(values: Tensor) -> Moments:
+        """Moments of ``[n]`` values."""
+        return Moments(len(values), float(values.sum()), float(values.square().sum()))
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of both."""
+        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+    @property
+    def variance(self) -> float:
+        """Of one observation; NaN where there is one only."""
+        if self.count < 2:
+            return math.nan
+        return max(0.0, self.squares - self.total**2 / self.count) / (self.count - 1)
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -19,42 +53,48 @@ class Sums:
     Attributes:
         samples: N.
         by_draw: For every draw, the sum over samples.
-        squares_of_means: Sum over samples of (mean over draws of v_nr)^2.
+        means: Moments of the samples' means over draws.
+        blocks: Moments of the means of whole blocks of ``block`` samples.
         squares: Sum over samples and draws of v_nr^2.
         shared: All samples see the same random draws, so that the draws have a variance of their own.
+        block: Samples whose signs depend on each other; 1: all are independent.
     """
 
     samples: int
     by_draw: tuple[float, ...]
-    squares_of_means: float
+    means: Moments
+    blocks: Moments
     squares: float
     shared: bool
+    block: int
 
     @staticmethod
-    def of(values: Tensor, *, shared: bool) -> Sums:
-        """Sums of ``[N, R]`` values."""
+    def of(values: Tensor, *, shared: bool, block: int = 1, first: int = 0) -> Sums:
+        """Sums of ``[N, R]`` values; blocks are counted from sample 0, the values begin with sample ``first``."""
         values = values.cpu().double()
-        return Sums(
-            len(values),
-            tuple(values.sum(0).tolist()),
-            float(values.mean(1).square().sum()),
-            float(values.square().sum()),
-            shared,
-        )
+        means = values.mean(1)
+        whole = means[-first % block :]
+        whole = whole[: len(whole) // block * block].view(-1, block).mean(1)
+        by_draw = tuple(values.sum(0).tolist())
+        squares = float(values.square().sum())
+        return Sums(len(values), by_draw, Moments.of(means), Moments.of(whole), squares, shared, block)
 
     def __add__(self, other: Sums) -> Sums:
         """Sums over both sets of samples, which have seen the same draws."""
-        if (len(self.by_draw), self.shared) != (len(other.by_draw), other.shared):
+        mine, others = ((len(s.by_draw), s.shared, s.block) for s in (self, other))
+        if mine != others:
             raise ArgumentError(
-                f"Cannot add estimates made with {len(self.by_draw)} and {len(other.by_draw)} draws: every shard must "
-                "see the same draws. Give all of them the same seed and number of draws, and rtol=0."
+                f"Cannot add estimates made with {mine[0]} and {others[0]} draws: every shard must see the same draws. "
+                "Give all of them the same seed, `signs` and number of draws, and rtol=0."
             )
         return Sums(
             self.samples + other.samples,
             tuple(a + b for a, b in zip(self.by_draw, other.by_draw)),
-            self.squares_of_means + other.squares_of_means,
+            self.means + other.means,
+            self.blocks + other.blocks,
             self.squares + other.squares,
             self.shared,
+            self.block,
         )
 
     @property
@@ -72,12 +112,12 @@ class Sums:
         n, draws, mean = self.samples, len(self.by_draw), self.mean
         if n < 2 or (self.shared and draws < 2):
             return math.nan
-        between = max(0.0, self.squares_of_means - n * mean**2)
-        variance = between / (n - 1) / n
+        enough = self.blocks.count >= LEAST_BLOCKS
+        variance = (self.blocks.variance * self.block if enough else self.means.variance) / n
         if self.shared:
             means = [total / n for total in self.by_draw]
             spread = sum((m - mean) ** 2 for m in means)
-            rest = max(0.0, self.squares - draws * self.squares_of_means - n * spread)
+            rest = max(0.0, self.squares - draws * self.means.squares - n * spread)
             variance += spread / (draws - 1) / draws - rest / ((n - 1) * (draws - 1)) / (n * draws)
         return math.sqrt(max(0.0, variance))
 

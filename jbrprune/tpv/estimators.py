@@ -29,6 +29,7 @@ from jbrprune.tpv.estimate import Estimate, Sums, reached
 from jbrprune.tpv.gradients import checked_direction
 from jbrprune.tpv.recorded import Recorded, check_recording, recorded
 from jbrprune.tpv.responses import Output, applied, changed_outputs, linear_outputs, outputs_of
+from jbrprune.tpv.signs import Signs
 from jbrprune.tpv.validity import Validity, taylor_error, warn_if_invalid
 
 Method = Literal["auto", "exact", "projection", "jvp"]
@@ -89,7 +90,8 @@ def trace_form(
         unit: What the squared outputs are measured in; default: ``squared logits``, or ``squared outputs``.
         autocast: Low-precision dtype of the forward pass of ``exact`` and ``projection``.
         first: Number of the first sample, for shards: the signs of a sample depend on the seed and its number, so that
-            shards with ``rtol=0`` add up to the run on all samples.
+            shards with ``rtol=0`` add up to the run on all samples (the standard error as well, where shards are cut at
+            multiples of 32 samples).
         validity: Also compare first order with the real change along one draw, on the first batch (`taylor_error`).
         seed: Seeds signs and draws.
         progress: Show a progress bar.
@@ -324,9 +326,9 @@ def _by_gradients(
     bound: _Bound, stream: _Stream, settings: _Settings, method: str, autocast: torch.dtype | None
 ) -> tuple[Sums, str, str]:
     """Sums of g^T C g, g = J^T m, m the unit vectors or random signs."""
-    generator = torch.Generator().manual_seed(settings.seed)
     names = list(bound.shapes)
-    sums: Sums | None = None
+    signs: Signs | None = None
+    values: list[Tensor] = []
     for number, images in enumerate(stream.read("trace form")):
         with guest.visiting(bound.model):
             if number == 0:
@@ -334,21 +336,17 @@ def _by_gradients(
             run = recorded(bound.model, images, names, bound.output, autocast)
             outputs = _finite_outputs(bound.model, images, run.outputs, number)
             if not outputs.requires_grad:
-                raise ModelError(
-                    "No parameter that is perturbed takes part in the outputs: there is nothing to predict."
-                )
-            if number == 0:
+                raise ModelError("No parameter that is perturbed takes part in the outputs: nothing can be predicted.")
+            if signs is None:
                 method = _chosen(method, outputs.shape[1])
-                _skip(generator, settings, outputs.shape[1])
-            values = torch.stack(
-                [_quadratic(bound, run, m) for m in _directions(method, outputs, settings.signs, generator)]
-            )
-            value = values.sum(0) if method == "exact" else values.mean(0)
-        part = Sums.of(value[:, None], shared=False)
-        sums = part if sums is None else sums + part
+                signs = Signs(outputs.shape[1], settings.signs, settings.first, settings.seed)
+            found = torch.stack([_quadratic(bound, run, m) for m in _directions(method, outputs, signs)])
+        values.append(found.sum(0) if method == "exact" else found.mean(0))
+        block = 1 if method == "exact" else signs.block
+        sums = Sums.of(torch.cat(values)[:, None], shared=False, block=block, first=settings.first)
         if reached(sums, settings.rtol, LEAST_SAMPLES):
             return sums, method, "rtol"
-    return sums, method, "budget"  # type: ignore[return-value]
+    return sums, method, "budget"  # type: ignore[reportPossiblyUnbound]
 
 
 def _quadratic(bound: _Bound, run: Recorded, directions: Tensor) -> Tensor:
@@ -372,22 +370,14 @@ def _chosen(method: str, outputs: int) -> str:
     return method
 
 
-def _skip(generator: torch.Generator, settings: _Settings, outputs: int) -> None:
-    """Let the signs of the samples of earlier shards pass."""
-    for _ in range(settings.first):
-        torch.randint(0, 2, (settings.signs, outputs), generator=generator, dtype=torch.int8)
-
-
-def _directions(method: str, outputs: Tensor, signs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """``[B, K]`` unit vectors, or random signs, drawn sample by sample so that the batch size does not matter."""
-    samples, number = outputs.shape
+def _directions(method: str, outputs: Tensor, signs: Signs) -> Iterator[Tensor]:
+    """``[B, K]`` unit vectors, or random signs."""
     if method == "exact":
-        for k in range(number):
+        for k in range(outputs.shape[1]):
             yield torch.zeros_like(outputs).index_fill_(1, torch.tensor(k, device=outputs.device), 1)
-        return
-    drawn = torch.randint(0, 2, (samples, signs, number), generator=generator, dtype=torch.int8)
-    for s in (2 * drawn - 1).unbind(1):
-        yield s.to(outputs)
+    else:
+        for drawn in signs.take(len(outputs)).unbind(1):
+            yield drawn.to(outputs)
 
 
 def _by_jvp(bound: _Bound, stream: _Stream, settings: _Settings) -> tuple[Sums, int, str, Change]:

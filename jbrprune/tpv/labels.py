@@ -162,14 +162,14 @@ class Relabelled:
         else:
             retrain(copy, images, targets)
         _warn_of_train_mode(copy)
-        after = self._loss(copy.eval(), images, targets)
+        after = self._loss(copy, images, targets)
         here = dict(copy.named_parameters())
         change = {name: here[name].detach() - weight for name, weight in self.weights.items()}
         self._check(change, before, after)
         return change
 
     def _loss(self, copy: nn.Module, images: Tensor, targets: Tensor) -> float:
-        with torch.no_grad():
+        with guest.visiting(copy):
             return float((outputs_of(copy, images) - targets).square().sum(1).mean())
 
     def _train(self, copy: nn.Module, images: Tensor, targets: Tensor, how: Retraining) -> None:

@@ -1,0 +1,93 @@
+"""TPV of 8-bit quantization over the global range: trace form, empirical with noise and with real rounding.
+
+    python scripts/tpv_quantization.py resnet50 --checkpoint resnet50.safetensors --model-arg in_chans=1 \
+        --model-arg num_classes=10 --fashion-mnist FOLDER --out results/tpv_quantization.jsonl
+
+One line per split (training and test images) and estimator; lines that are there are not measured again. ``--table``
+prints values with standard errors, and the ratios of training to test.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from common import append, commit, lines, value_of
+from torch import Tensor, nn
+
+from jbrprune import zoo
+from jbrprune.data import fashion_mnist
+from jbrprune.tpv import Estimate, Quantization, empirical, trace_form
+
+ESTIMATORS = ("trace", "noise", "rounding")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--model-arg", action="append", default=[])
+    parser.add_argument("--fashion-mnist", type=Path)
+    parser.add_argument("--bits", type=int, nargs="+", default=[8])
+    parser.add_argument("--granularity", nargs="+", default=["global"])
+    parser.add_argument("--estimators", nargs="+", default=list(ESTIMATORS), choices=ESTIMATORS)
+    parser.add_argument("--images", type=int, default=10_000, help="images of a split that may be read")
+    parser.add_argument("--empirical-images", type=int, default=2000)
+    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--rtol", type=float, default=0.02)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", action="store_true")
+    return parser.parse_args()
+
+
+def estimate(net: nn.Module, images: Tensor, cell: dict, args: argparse.Namespace) -> Estimate:
+    perturbation = Quantization(cell["bits"], cell["granularity"], rounding=cell["estimator"] == "rounding")
+    if cell["estimator"] == "trace":
+        return trace_form(net, images, perturbation, rtol=args.rtol, batch_size=128, seed=args.seed)
+    some = images[: args.empirical_images]
+    return empirical(net, some, perturbation, draws=args.draws, rtol=args.rtol, batch_size=250, seed=args.seed)
+
+
+def table(path: Path) -> str:
+    found = {(r["bits"], r["granularity"], r["estimator"], r["split"]): r for r in lines(path)}
+    rows = ["| bits, range | estimator | training images | test images | training / test |", "|---|---|---|---|---|"]
+    for bits, granularity, estimator in dict.fromkeys(key[:3] for key in found):
+        train, test = (found.get((bits, granularity, estimator, split)) for split in ("train", "test"))
+        if train is None or test is None:
+            continue
+        ratio = train["value"] / test["value"]
+        error = ratio * sum((r["standard_error"] / r["value"]) ** 2 for r in (train, test)) ** 0.5
+        cells = [f"{r['value']:.4g} +- {r['standard_error']:.2g}" for r in (train, test)]
+        rows.append(f"| {bits}, {granularity} | {estimator} | {' | '.join(cells)} | {ratio:.3f} +- {error:.3f} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    args = arguments()
+    if args.table:
+        print(table(args.out))
+        return
+    extra = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in args.model_arg)}
+    net = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **extra).float().eval()
+    done = [
+        {key: line[key] for key in ("model", "bits", "granularity", "estimator", "split")} for line in lines(args.out)
+    ]
+    for split in ("train", "test"):
+        images, _ = fashion_mnist(args.fashion_mnist, split == "train")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+        images = images[order[: args.images]]
+        for bits, granularity, name in (
+            (b, g, e) for b in args.bits for g in args.granularity for e in args.estimators
+        ):
+            cell = {"model": args.model, "bits": bits, "granularity": granularity, "estimator": name, "split": split}
+            if cell in done:
+                continue
+            found = estimate(net, images, cell, args)
+            append(args.out, [cell | found.to_dict() | {"seed": args.seed, "commit": commit()}])
+            print(cell, found, flush=True)
+
+
+if __name__ == "__main__":
+    main()
