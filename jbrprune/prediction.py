@@ -158,6 +158,8 @@ def predict(
     kind, shares = _shares(given_shares)
     by_default = not any(share is not None for share in given_shares.values())
     _check(calibrate, checked, tolerance)
+    if calibrate > 1 and isinstance(criterion, Scores):
+        raise ArgumentError("Scores made before hold for one step: calibrate at one budget, or pass a function.")
     arguments |= {"steps": None, "measure_latency": False, "eval_data": None, "eval_images": None}
     steps = 1 if isinstance(criterion, Scores) else None
     least = shares[0 if by_default else -1]

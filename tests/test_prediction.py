@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import jbrprune
-from jbrprune import degradation, engine, predict, prune, score
+from jbrprune import Scores, degradation, engine, predict, prune, score
 from jbrprune.batches import Batch
 from jbrprune.calibration import calibration
 from jbrprune.cli import app
@@ -222,6 +222,16 @@ def test_scores_made_before_are_what_is_ranked() -> None:
         predict(model, IMAGES, macs=[0.8], criterion=each, **QUICK).predicted_tpv[0] for each in (scores, upside_down)
     )
     assert best < worst
+
+
+def test_scores_made_before_can_be_calibrated_once_not_twice() -> None:
+    model = own()
+    scores = score(model, IMAGES, progress=False)
+    assert isinstance(scores, Scores)
+    frame = predict(model, IMAGES, macs=[0.8, 0.7], criterion=scores, calibrate=1, **QUICK)
+    assert frame.measured_tpv_repaired.notna().sum() == 1
+    with pytest.raises(ArgumentError, match="calibrate at one budget"):
+        predict(model, IMAGES, macs=[0.8, 0.7], criterion=scores, calibrate=2, **QUICK)
 
 
 def test_the_command_line(tmp_path: Any) -> None:

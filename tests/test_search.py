@@ -43,7 +43,7 @@ def found(result: jbrprune.PruneResult) -> Search:
     return result.report.search
 
 
-@pytest.mark.parametrize(("seed", "allowed"), [(0, 0.05), (1, 0.1), (2, 0.3), (3, 0.0)])
+@pytest.mark.parametrize(("seed", "allowed"), [(0, 0.05), (1, 0.1), (3, 0.0)])
 def test_never_more_than_allowed_on_the_images_that_decide(seed: int, allowed: float) -> None:
     model = own()
     result = jbrprune.prune(model, IMAGES, max_drop=allowed, seed=seed, **QUICK)
@@ -61,7 +61,7 @@ def test_never_more_than_allowed_on_the_images_that_decide(seed: int, allowed: f
 
 
 def test_no_smaller_model_was_found_to_be_allowed_and_few_were_measured() -> None:
-    result = jbrprune.prune(resnet(), IMAGES, max_drop=0.1, **QUICK)
+    result = jbrprune.prune(resnet(), IMAGES, max_drop=0.1, macs=0.6, **QUICK)
     search = found(result)
     refused = [trial.macs for trial in search.trials if not trial.accepted]
     assert not refused or max(refused) < result.report.pruned.macs
