@@ -103,7 +103,8 @@ def predict(
             (nothing is cut): it measures the error of the first order, and the ``masked`` columns. None: all images.
         saturate: False: plain first order, exact for a linear network.
         tolerance: Relative error of the first-order change up to which a row is called valid.
-        repair: As for `jbrprune.prune`; whether least squares is among what is tried.
+        repair: As for `jbrprune.prune`; whether least squares is among what is tried. None: the ``_repaired`` columns
+            are NaN.
         criterion: As for `jbrprune.prune`.
         objective: As for `jbrprune.prune`.
         site: As for `jbrprune.prune`.
@@ -203,7 +204,7 @@ def predict(
         row |= _checked(predicted, number, seen[number], reference, tolerance)
         row |= _validity_repaired(predicted, number, bent_repaired, tolerance)
         row |= _measured(measured.get(number)) | _measured(repaired.get(number), "_repaired")
-        rows.append(row)
+        rows.append(row if settings.repair else row | dict.fromkeys(_of_repair(row), math.nan))
     return pandas.DataFrame(rows)
 
 
@@ -317,6 +318,11 @@ def _validity_repaired(predicted: Forecast, cut: int, bent: Correction, toleranc
         return {"valid_repaired": extra("pandas").NA}
     scale = bent.scale(predicted.damage(cut, repaired=True).tpv)
     return {"valid_repaired": abs(1 / scale - 1) <= tolerance}
+
+
+def _of_repair(row: Mapping[str, Any]) -> list[str]:
+    """Columns that mean nothing where nothing is repaired."""
+    return [name for name in row if name.endswith("_repaired") and name != "valid_repaired"]
 
 
 def _measured(found: Damage | None, suffix: str = "") -> dict[str, float]:

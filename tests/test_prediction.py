@@ -104,6 +104,12 @@ def test_without_budgets_it_goes_as_far_as_the_floors_allow() -> None:
     assert list(frame.target) == [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
 
 
+def test_without_repair_there_is_nothing_to_say_of_it() -> None:
+    frame = predict(own(), IMAGES, macs=[0.8], repair=None, **QUICK)
+    assert frame.predicted_flips_repaired.isna().all()
+    assert frame.predicted_flips.notna().all()
+
+
 def test_a_loader_that_shuffles_is_read_once() -> None:
     """All passes see the same images: nothing is predicted of one sample and measured on another."""
     model = own()
