@@ -122,11 +122,11 @@ def degradation(
     if isinstance(removed, PruneResult):
         removed, pruned = removed.report, removed.model if pruned is None else pruned
     units, how = (removed.removed, removed.settings) if isinstance(removed, Report) else (removed, {})
-    ignore = how.get("ignore", ()) if ignore is None else ignore
-    width = how.get("width", False) if width is None else width
+    left_out: Any = how.get("ignore", ()) if ignore is None else ignore
+    widths = bool(how.get("width", False) if width is None else width)
     opened = opened_with(copied(model), data, arguments)
     work = copied(opened.dense)
-    found = tried(work, opened.example, find_groups(work, opened.example, ignore=ignore, width=width))
+    found = tried(work, opened.example, find_groups(work, opened.example, ignore=left_out, width=widths))
     cut = checked_units(units, found.groups)
     batches = _read(opened.dense, opened.images, images, batch_size, seed, progress)
     predicted = forecast(
