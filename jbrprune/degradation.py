@@ -109,7 +109,7 @@ def degradation(
 
     Example:
         >>> import timm, torch
-        >>> net = timm.create_model("resnet10t").eval()
+        >>> net = timm.create_model("resnet10t", zero_init_last=False).eval()
         >>> found = degradation(net, {"layer1.0.conv1": [0, 1]}, torch.randn(4, 3, 32, 32), progress=False)
         >>> found.measured.tpv > 0
         True

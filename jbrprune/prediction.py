@@ -146,7 +146,8 @@ def predict(
 
     Example:
         >>> import torch
-        >>> table = predict("resnet10t", torch.randn(8, 3, 32, 32), macs=[0.9, 0.7], pretrained=False, progress=False)
+        >>> made = {"pretrained": False, "zero_init_last": False}  # at zero, blocks would do nothing
+        >>> table = predict("resnet10t", torch.randn(8, 3, 32, 32), macs=[0.9, 0.7], progress=False, **made)
         >>> bool(table.predicted_tpv[0] < table.predicted_tpv[1])
         True
 
