@@ -1,0 +1,122 @@
+"""Out of memory: smaller portions, the same scores, and words where even one image is too much."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import pytest
+import torch
+from test_journal import own
+from torch import Tensor, nn
+
+from jbrprune.batches import Batch
+from jbrprune.errors import MemoryLimitError
+from jbrprune.measure import predict
+from jbrprune.portions import Portions, is_out_of_memory
+from jbrprune.relevance import relevance_scores
+from jbrprune.units import layer_groups
+from jbrprune.weights import weight_scores
+
+IMAGES = cases.images(22, 16)
+
+
+class Limited(nn.Module):
+    """Runs out of memory above some images, in the forward or, later, in the backward."""
+
+    def __init__(self, most: int, error: Callable[[], Exception], late: bool) -> None:
+        super().__init__()
+        self.net, self.most, self.error, self.late = own().double(), most, error, late
+        self.met = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        def fail(*_: Any) -> None:
+            self.met += 1
+            raise self.error()
+
+        out = self.net.bn(self.net.stem(x)).relu()  # type: ignore[operator]
+        if len(x) > self.most and not (self.late and torch.is_grad_enabled() and out.requires_grad):
+            fail()
+        if len(x) > self.most:
+            out.register_hook(fail)  # type: ignore[arg-type]
+        out = out + self.net.b(self.net.bn1(self.net.a(out)).relu())  # type: ignore[operator]
+        return self.net.fc(out.relu().mean((2, 3)))  # type: ignore[operator]
+
+
+ERRORS: dict[str, Callable[[], Exception]] = {
+    "accelerator": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    "cpu": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+}
+
+
+def units(model: nn.Module, **options: Any) -> dict[str, Tensor]:
+    groups = [group for group in layer_groups(model) if group.side("in")]
+    return dict(relevance_scores(model, IMAGES, groups, batch_size=11, progress=False, **options).values())
+
+
+def weights(model: nn.Module, **options: Any) -> dict[str, Tensor]:
+    return weight_scores(model, IMAGES, batch_size=11, progress=False, **options).values()
+
+
+CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
+    "units": (units, {}),
+    "random signs": (units, {"objective": "projection"}),
+    "batched": (units, {"statistic": "batched", "batch": 7}),
+    "weights": (weights, {}),
+    "weights, batched": (weights, {"statistic": "batched", "batch": 7}),
+    "weights, signed": (weights, {"statistic": "signed", "objective": "margin"}),
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_the_scores_are_those_of_whole_batches(case: str, late: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing of the portion that failed is left in the sums, also where the backward had begun to add."""
+    work, options = CASES[case]
+    expected = work(Limited(100, ERRORS["cpu"], late), **options)
+    model = Limited(3, ERRORS["cpu"], late)
+    with caplog.at_level(logging.WARNING):
+        found = work(model, **options)
+    assert model.met >= 2  # 11, 5 and no more: 2 is remembered
+    assert "going on with 2" in caplog.text
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_predictions_in_portions(kind: str) -> None:
+    batches = [Batch(IMAGES[:11]), Batch(IMAGES[11:])]
+    expected = predict(Limited(100, ERRORS[kind], False), batches)
+    model = Limited(4, ERRORS[kind], False)
+    for found, wanted in zip(predict(model, batches), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    assert model.met == 2
+
+
+def test_a_single_image_that_is_too_much() -> None:
+    with pytest.raises(
+        MemoryLimitError, match=r"Memory ran out with a single image: CUDA out of memory.*smaller images"
+    ):
+        predict(Limited(0, ERRORS["accelerator"], False), [Batch(IMAGES)])
+
+
+def test_sums_that_cannot_be_undone_are_not_used() -> None:
+    """As many images went through before, so nothing was marked: the next failure may have left half a sum."""
+    portions, calls = Portions(), 0
+
+    def work(part: Batch, start: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise ERRORS["cpu"]()
+
+    portions.run(Batch(IMAGES), work, lambda: lambda: None)
+    with pytest.raises(MemoryLimitError, match="as many went through before"):
+        portions.run(Batch(IMAGES), work, lambda: lambda: None)
+
+
+def test_other_errors_are_passed_on() -> None:
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+    assert is_out_of_memory(MemoryError())
