@@ -20,11 +20,11 @@ from jbrprune import degradation, prune
 from jbrprune.batches import Batch
 
 COMPARED = ("jbr", "l1", "l2_grouped", "taylor", "random")
-SHARES = (0.95, 0.9, 0.8, 0.65, 0.5)
+SHARES = (0.95, 0.85, 0.7, 0.5)
 
 
 def settings(quick: bool) -> Iterator[Settings]:
-    how = {"steps": 500, "train": 1297, "test": 250, "images": 300}
+    how = {"steps": 300, "train": 1297, "test": 250, "images": 300}
     if quick:
         how = {"steps": 4, "train": 64, "test": 32, "images": 24}
     for seed in range(1 if quick else 3):

@@ -53,7 +53,7 @@ def settings(quick: bool) -> Iterator[Settings]:
                 if quick and net != "mlp" and perturbation in ("sgd", "label_noise"):  # what takes long
                     continue
                 for size in sizes[1:2] if quick else sizes:
-                    how = {"steps": 4, "train": 64, "test": 32} if quick else {"steps": 500, "train": 1297, "test": 250}
+                    how = {"steps": 4, "train": 64, "test": 32} if quick else {"steps": 300, "train": 1297, "test": 250}
                     yield {"net": net, "perturbation": perturbation, "size": size, "seed": seed, **how}
 
 
@@ -103,8 +103,8 @@ def sgd(model: nn.Module, data: Data, size: float, seed: int) -> Change:
 
 
 def label_noise(model: nn.Module, data: Data, size: float, seed: int) -> Change:
-    """Learn the logits of 256 images plus noise, relative to their mean size; 15 steps of L-BFGS, penalty 0.01."""
-    inputs = data.images[:256]
+    """Learn the logits of 128 images plus noise, relative to their mean size; 15 steps of L-BFGS, penalty 0.01."""
+    inputs = data.images[:128]
     found = outputs(model, inputs)
     noise = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)) * found.abs().mean()
     gradient = trace_form(model, inputs[:64], Isotropic(1.0), rtol=0.0, validity=False, progress=False).value

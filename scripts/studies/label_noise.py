@@ -25,18 +25,18 @@ from training import Data, fit, mlp, outputs, squared, synthetic
 
 WIDTHS = (128, 256, 512, 800, 1024, 1600)
 RETRAINED = ((1e-2, 0.1, 6), (1e-2, 1.0, 6), (1e-3, 0.1, 6))
-"""Penalty, sigma and draws of the noise; from a width of 512 on only the first, with three draws."""
+"""Penalty, sigma and draws of the noise; from a width of 512 on only the first, with two draws."""
 TRACE_ONLY = (1e-1, 1e-4, 1e-5, 0.0)
 """Penalties without retraining."""
 
 
 def settings(quick: bool) -> Iterator[Settings]:
-    sizes = {"dimension": 20, "train": 1000, "test": 1000, "steps": 80}
+    sizes = {"dimension": 20, "train": 1000, "test": 1000, "steps": 60}
     if quick:
         sizes = {"dimension": 4, "train": 20, "test": 20, "steps": 5}
-    for seed in range(1 if quick else 3):
-        for width in (8,) if quick else WIDTHS:
-            forms = [*RETRAINED] if width < 512 else [(1e-2, 0.1, 3)]
+    for width in (8,) if quick else WIDTHS:
+        for seed in range(1 if quick else 3):
+            forms = [*RETRAINED] if width < 512 else [(1e-2, 0.1, 2)]
             forms += [(penalty, 0.1, 0) for penalty in TRACE_ONLY]
             forms += [(1e-3, 0.1, 0)] * (width >= 512)
             for penalty, sigma, draws in forms:

@@ -32,7 +32,7 @@ def settings(data: str, net: str, width: int, seed: int, quick: bool, **recipe: 
     """
     sizes = {"train": 40, "test": 30, "side": 8} if quick else SIZES[data]
     plain = {"weight_decay": 0.0, "dropout": 0.0, "smoothing": 0.0} | recipe
-    how = {"steps": 4 if quick else 400, "rate": 3e-3, "batch_size": 128}
+    how = {"steps": 4 if quick else 300, "rate": 3e-3, "batch_size": 128}
     return {"data": data, "net": net, "width": width, "seed": seed, **sizes, **plain, **how}
 
 

@@ -37,9 +37,9 @@ STABLE = 1.25
 
 def settings(quick: bool) -> Iterator[Settings]:
     sizes = {"dimension": 4, "test": 30, "steps": 3} if quick else {"dimension": 20, "test": 2000, "steps": 150}
-    for seed in range(1 if quick else 3):
-        for width in (8,) if quick else WIDTHS:
-            for train in (10, 30) if quick else COUNTS:
+    for train in (10, 30) if quick else COUNTS:
+        for seed in range(1 if quick else 3):
+            for width in (8,) if quick else WIDTHS:
                 yield {"teacher": "relu", "width": width, "train": train, "seed": seed, **sizes}
 
 

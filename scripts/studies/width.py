@@ -39,7 +39,7 @@ def settings(quick: bool) -> Iterator[Settings]:
     for seed in range(1 if quick else 3):
         for data in ("synthetic", "digits", "fashion_mnist"):
             for width in (4, 8) if quick else WIDTHS:
-                sizes = {"train": 40, "test": 30, "steps": 5} if quick else {"train": 1000, "test": 500, "steps": 300}
+                sizes = {"train": 40, "test": 30, "steps": 5} if quick else {"train": 1000, "test": 500, "steps": 150}
                 yield {"data": data, "width": width, "seed": seed, **sizes}
 
 
