@@ -143,13 +143,14 @@ def figure(frame: pd.DataFrame) -> Figure:
         ratio = rows.assign(ratio=rows["trace_train"] / rows["trace_test"])
         curve(right, ratio, "width", "ratio", place, f"penalty {penalty:g}")
     middle.set(xscale="log", yscale="log", ylabel="TPV / sigma$^2$, test inputs", title="trace form")
-    right.set(xscale="log", yscale="log", ylabel="train TPV / test TPV", title="trace form")
+    right.set(xscale="log", ylabel="train TPV / test TPV", title="trace form")
     right.axhline(1, color="black", lw=0.8)
     for axes in (left, middle, right):
         axes.set_xlabel("width")
         axes.set_xticks(sorted(frame["width"].unique()), sorted(frame["width"].unique()), fontsize=7)
         axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=7)
+    left.legend(frameon=False, fontsize=7)
+    right.legend(frameon=False, fontsize=7)
     return drawn
 
 

@@ -105,6 +105,7 @@ def figure(frame: pd.DataFrame) -> Figure:
         one.axhspan(1 / STABLE, STABLE, color="black", alpha=0.07, lw=0)
         one.set(xscale="log", yscale="log", xlabel="training samples", title=title)
         one.set_yticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
+        one.set_ylim(0.2, 5)  # without a penalty the ratio falls to 0 where samples come close to parameters
         one.minorticks_off()
     axes[0].set_ylabel("train TPV / test TPV")
     axes[0].legend(frameon=False, fontsize=8)
