@@ -27,7 +27,7 @@ import training
 from noises import Relative
 
 from jbrprune.errors import ArgumentError
-from jbrprune.tpv import trace_form
+from jbrprune.tpv import LabelNoise, trace_form
 
 NAMES = ("label_noise", "stability", "first_order", "clean_loss", "width", "selecting", "degradation")
 
@@ -220,6 +220,16 @@ def test_the_kernel_is_the_jacobians_and_label_noise_the_textbook_formula() -> N
     assert seen.label_noise(0.0)[0] == pytest.approx(1.0, rel=1e-6)  # more parameters than samples: noise is repeated
     with pytest.raises(ArgumentError, match="one output"):
         kernel.kernel(training.mlp(3, 7, 2), data.images, data.images)
+
+
+def test_the_kernel_says_what_the_trace_form_says() -> None:
+    data = training.synthetic("relu", dimension=3, train=12, test=9, seed=0)
+    model = training.mlp(3, 7, 1, layers=3)
+    seen = kernel.spectrum(model, data.images, (data.images, data.test_images))
+    noise = LabelNoise(0.1, data.images, proximity=0.02)
+    how = {"rtol": 0.0, "method": "exact", "validity": False, "progress": False}
+    for points, found in zip((data.images, data.test_images), seen.label_noise(0.02), strict=True):
+        assert 0.01 * found == pytest.approx(trace_form(model, points, noise, **how).value, rel=1e-4)
 
 
 def test_label_noise_of_least_squares_is_rank_over_n() -> None:
