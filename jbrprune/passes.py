@@ -109,18 +109,44 @@ def two_images(images: Tensor) -> Tensor:
 
 
 def check_samples_apart(model: nn.Module, images: Tensor, names: Sequence[str]) -> set[str]:
-    """Change one of three samples: only its rows may change, in the middle third of every activation.
+    """Refuse a model in which a layer's rows do not belong to the samples, in order.
 
     Returns:
         The names of the modules that were called.
+
+    Raises:
+        ModelError: Names the first such layer, or the logits.
+    """
+    called, mixed = mixing(model, images, names)
+    for why in mixed.values():
+        raise ModelError(why)
+    return called
+
+
+def mixing(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[set[str], dict[str, str]]:
+    """Change one of three samples: only its rows may change, in the middle third of every activation.
+
+    Returns:
+        The names of the modules that were called; and those (and ``the logits``) where other rows change, with why.
     """
     one = images[:1]
     other = one.flip(-1) + one.std().clamp_min(1e-3) * torch.linspace(-1, 1, one.shape[-1]).to(one)
     first, second = (_row_sums(model, torch.cat([one, middle, one]), names) for middle in (one, other))
-    for name, rows in first.items():
-        for before, after in zip(rows, second.get(name, ()), strict=True):
-            _check_rows(name, before, after)
-    return set(first)
+    calls = {name: list(zip(rows, second.get(name, ()), strict=True)) for name, rows in first.items()}
+    still = [name for name, pairs in calls.items() if any(len(b) and torch.equal(b, a) for b, a in pairs)]
+    alone = _row_sums(model, images[:1], [name for name in still if name != "the logits"]) if still else {}
+    mixed = {}
+    for name, pairs in calls.items():
+        # Where nothing changes there need not be samples at all: then the rows are as many for one image.
+        fixed = name in alone and any(3 * len(a) != len(b) for (b, _), a in zip(pairs, alone[name], strict=True))
+        if fixed or not all(_rows_apart(before, after) for before, after in pairs):
+            mixed[name] = (
+                f"{name}: the first dimension ({len(pairs[0][0])} rows for 3 images) is not the batch, or samples "
+                "influence each other (a batch norm without stored statistics?), or the forward pass is random in "
+                "eval mode. Per-sample relevances are not defined there. Put this layer into `ignore`, or make the "
+                "model treat samples apart."
+            )
+    return set(first), mixed
 
 
 def _row_sums(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
@@ -139,15 +165,12 @@ def _row_sums(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[st
     return sums
 
 
-def _check_rows(name: str, first: Tensor, second: Tensor) -> None:
+def _rows_apart(first: Tensor, second: Tensor) -> bool:
     third = len(first) // 3
-    changed = (first - second).abs() > 1e-3 * first.abs().clamp_min(1e-12) if len(first) == len(second) else None
-    if changed is None or len(first) % 3 or changed[:third].any() or changed[2 * third :].any():
-        raise ModelError(
-            f"{name}: the first dimension ({len(first)} rows for 3 images) is not the batch, or samples influence each "
-            "other (a batch norm without stored statistics?), or the forward pass is random in eval mode. Per-sample "
-            "relevances are not defined there. Put this layer into `ignore`, or make the model treat samples apart."
-        )
+    if len(first) != len(second) or len(first) % 3:
+        return False
+    changed = (first - second).abs() > 1e-3 * first.abs().clamp_min(1e-12)
+    return not (changed[:third].any() or changed[2 * third :].any())
 
 
 def check_known(what: str, value: str, known: Iterable[str]) -> None:

@@ -39,6 +39,7 @@ from jbrprune.passes import (
     check_samples_apart,
     check_sampling,
     losses_of,
+    mixing,
     own,
 )
 from jbrprune.portions import Portions
@@ -537,6 +538,27 @@ def _pieces(a: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _product(a: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) * g.to(dtype)
+
+
+def unscorable(model: nn.Module, images: Tensor, groups: Sequence[Group]) -> dict[str, str]:
+    """Groups whose channels could go, but whose relevance is not defined per sample.
+
+    Their consumers see no batch, as in a network that computes a position bias.
+
+    Args:
+        model: The model; left as it was.
+        images: ``[B, C, H, W]`` example input; only the first image is used.
+        groups: The groups.
+
+    Returns:
+        Name of a group -> why. Empty where not even the logits of samples are apart: then `relevance_scores` says so.
+    """
+    members = _scored_members(model, groups, "consumer")
+    with guest.visiting(model):
+        _, reasons = mixing(model, images[:1], sorted({name for name, _ in members}))
+    if "the logits" in reasons:
+        return {}
+    return {group: reasons[name] for (name, _), own in members.items() if name in reasons for group, *_ in own}
 
 
 def _check_unused(model: nn.Module, images: Tensor, names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from jbrprune import architectures, guest, slicing
 from jbrprune.errors import UnsupportedModelError
 from jbrprune.groups import Axis, Group, Selection, after_removal, removed_channels
 from jbrprune.measure import logits_of
+from jbrprune.relevance import unscorable
 from jbrprune.units import Found, copied
 
 TOLERANCE = 1e-8
@@ -53,7 +54,7 @@ def tried(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> F
         seed: Seeds the choice of units, the perturbation and the noise.
 
     Returns:
-        The groups that passed; the others are kept, with what went wrong.
+        The groups that passed, and whose relevance can be computed; the others are kept, with what went wrong.
 
     Raises:
         ModelError: The model cannot be copied.
@@ -73,6 +74,10 @@ def tried(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> F
         kept[name] = f"removal does not equal the mask here: {why}"
     passed = tuple(group for group in found.groups if group.name not in failed)
     why = failure(passed) if passed and failed else None
+    if passed and not why:
+        unknown = unscorable(trial, images, passed)
+        kept |= unknown
+        passed = tuple(group for group in passed if group.name not in unknown)
     if why or not passed:
         raise UnsupportedModelError(
             f"{type(model).__name__}: nothing can be removed safely: "

@@ -8,32 +8,22 @@ the units. Whether a unit can really go is not believed but tried: see `jbrprune
 from __future__ import annotations
 
 import copy
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch_pruning._helpers import _HybridIndex
-from torch_pruning.dependency.index_mapping import update_split_index_mapping
-from torch_pruning.ops import OPTYPE, _OutputOp
 
-from jbrprune import architectures, guest, layers
-from jbrprune.errors import ModelError, UnsupportedModelError
+from jbrprune import architectures, layers
+from jbrprune.errors import ModelError
 from jbrprune.groups import Axis, Group, Member
-from jbrprune.measure import logits_of
 from jbrprune.parameters import covered
-
-MOST_VISITS = 64
-"""So often may a walk find new channels at one node of the dependency graph: a concatenation has fewer parts."""
-
-UNSHRINKABLE = (nn.MultiheadAttention, nn.RNNBase, nn.Embedding)
+from jbrprune.tracing import Atlas, places, traced
 
 
 @dataclass(frozen=True)
@@ -72,11 +62,11 @@ def find_groups(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (),
         model, share=True
     )  # a forward with gradients may leave tensors with a graph in caches of the modules
     atoms = _Atoms()
-    graph = _trace(model, images)
+    atlas = traced(model, images)
     heads = tuple(architectures.attention_heads(model))
     owned: set[Axis] = {(name, "out", 0) for h in heads for name, _ in h.producers}
     owned |= {(h.consumer, "in", 0) for h in heads}
-    fixed = _add_graph(atoms, graph, model, owned)
+    fixed = _add_graph(atoms, atlas, owned)
     _add_heads(atoms, model, heads)
     _add_joint_channels(atoms, model)
     fixed |= {(name, "out", 0): "the classifier" for name in architectures.classifiers(model)}
@@ -158,75 +148,8 @@ class _Atoms:
         return connected_components(matrix, directed=False)[1]
 
 
-def _trace(model: nn.Module, images: Tensor) -> tp.DependencyGraph:
-    runs = False
-
-    def forward(model: nn.Module, inputs: Any) -> Tensor:
-        nonlocal runs
-        logits = logits_of(model(*inputs))
-        runs = True
-        return logits
-
-    with guest.visiting(model, gradients=True):
-        try:
-            graph = tp.DependencyGraph().build_dependency(
-                model, example_inputs=(images.detach().clone(),), forward_fn=forward, verbose=False
-            )
-        except Exception as error:
-            advice = (
-                "The model runs, but torch-pruning does not understand its operations: it cannot be pruned."
-                if runs
-                else "Check that the model runs on this input."
-            )
-            raise UnsupportedModelError(
-                f"The dependency graph of {type(model).__name__} cannot be traced with an input of shape "
-                f"{tuple(images.shape)}: {type(error).__name__}: {error}. {advice}"
-            ) from error
-    _map_splits(graph)
-    return graph
-
-
-def _map_splits(graph: tp.DependencyGraph) -> None:
-    """Map the channels of splits along the last dimension, as in gated MLPs.
-
-    torch-pruning leaves out every split behind a three-dimensional parameter, because it cannot tell a split of
-    tokens (behind a position embedding) from one of channels.
-    """
-    for node in graph.module2node.values():
-        sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
-        if node.type != OPTYPE.SPLIT or node.enable_index_mapping or len(sizes) != 3:
-            continue
-        if node.grad_fn._saved_dim > 2:  # a negative number, stored without sign
-            node.enable_index_mapping = True
-            update_split_index_mapping(graph, node)
-
-
-@dataclass(frozen=True, eq=False)
-class _Reached:
-    """The channels of one axis that go when channels of a root go.
-
-    Attributes:
-        axis: Where the channels are.
-        width: Width of that axis.
-        channel: ``[p]`` channels there.
-        root: ``[p]`` the root's channel that takes each of them along.
-        whole: These are all channels of a producer, each under its own number.
-    """
-
-    axis: Axis
-    width: int
-    channel: np.ndarray
-    root: np.ndarray
-    whole: bool
-
-
-class _Lost(Exception):
-    """A signal: the graph does not tell what happens to the channels of a root."""
-
-
-def _add_graph(atoms: _Atoms, graph: tp.DependencyGraph, model: nn.Module, owned: set[Axis]) -> dict[Axis, str]:
+def _add_graph(atoms: _Atoms, atlas: Atlas, owned: set[Axis]) -> dict[Axis, str]:
     """Add the couplings torch-pruning sees; return the axes that must stay, and why."""
-    atlas = _Atlas(graph, model)
     stays: dict[Axis, str] = {}
     covered = set(owned)
     for root in atlas.roots():
@@ -235,8 +158,8 @@ def _add_graph(atoms: _Atoms, graph: tp.DependencyGraph, model: nn.Module, owned
         if axis in covered or width is None:
             continue
         first = atoms.add(axis, width)
-        places, why = _places(atlas, root, width)
-        for place in places:
+        reached, why = places(atlas, root, width)
+        for place in reached:
             if place.whole:  # what can be reached from there has been reached from here
                 covered.add(place.axis)
             if place.axis not in owned:
@@ -245,126 +168,6 @@ def _add_graph(atoms: _Atoms, graph: tp.DependencyGraph, model: nn.Module, owned
             if why:
                 stays.setdefault(place.axis, why)
     return stays
-
-
-class _Atlas:
-    """Names and widths of what torch-pruning's graph is made of."""
-
-    def __init__(self, graph: tp.DependencyGraph, model: nn.Module) -> None:
-        self.graph = graph
-        self.modules = dict(model.named_modules())
-        self.names = {module: name for name, module in self.modules.items()}
-        widths = [w for m in self.names for w in (layers.out_channels(m), layers.in_channels(m)) if w]
-        self.widest = max(widths, default=1)
-
-    def roots(self) -> list[nn.Module]:
-        """Layers that produce channels of their own."""
-        return [m for m in self.graph.module2node if m in self.names and isinstance(m, nn.Linear | _ConvNd)]
-
-    def place(self, dependency: tp.dependency.Dependency) -> tuple[Axis, int, int] | None:
-        """Axis that a dependency prunes, its width, and how many of its channels stand for one index."""
-        node = dependency.target
-        module = node.module
-        if isinstance(module, nn.Parameter):
-            return self._parameter(self.graph._param_to_name[module], module, node.pruning_dim)
-        if module not in self.names:
-            return None
-        if isinstance(module, nn.PReLU):
-            return self._parameter(f"{self.names[module]}.weight", module.weight, 0)
-        out = self.graph.is_out_channel_pruning_fn(dependency.handler)
-        if not out and layers.is_depthwise(module):  # a multiple of its inputs comes out
-            width = layers.out_channels(module)
-            return (self.names[module], "out", 0), width, width // module.groups  # type: ignore[operator, return-value]
-        width = layers.out_channels(module) if out else layers.in_channels(module)
-        return None if width is None else ((self.names[module], "out" if out else "in", 0), width, 1)
-
-    def _parameter(self, name: str, parameter: Tensor, dim: int) -> tuple[Axis, int, int]:
-        owner = name.rpartition(".")[0]
-        width = parameter.shape[dim]
-        if layers.channel_dim(self.modules[owner]) is not None:  # a per-channel layer that torch-pruning does not know
-            return (owner, "out", 0), width, 1
-        return (name, "param", dim), width, 1
-
-
-def _places(atlas: _Atlas, root: nn.Module, width: int) -> tuple[list[_Reached], str | None]:
-    """Axes that shrink with a root, and why all of them must stay as they are (if they must)."""
-    if width == 1:  # it cannot go; what it is multiplied with is broadcast, not coupled
-        return [], None
-    places, reason = [], None
-    try:
-        for dependency, channel, source in _followed(atlas, root, width):
-            module = dependency.target.module
-            if isinstance(module, _OutputOp):
-                reason = "reaches the model's output"
-            elif isinstance(module, UNSHRINKABLE):
-                name = atlas.names[module]
-                reason = reason or f"{name} ({type(module).__name__}) is of a class that cannot be shrunk"
-            place = atlas.place(dependency)
-            if place is None or place[1] == 1:
-                continue
-            axis, full, times = place
-            if channel.max() * times >= full:
-                channel, source = (side[channel * times < full] for side in (channel, source))
-                reason = reason or f"the dependency graph does not follow its channels to {axis[0]}"
-            out = times == 1 and atlas.graph.is_out_channel_pruning_fn(dependency.handler)
-            whole = out and len(channel) == full and np.array_equal(channel, source)
-            places.append(_Reached(axis, full, channel * times, source, whole))
-    except _Lost:
-        reason = reason or "the dependency graph does not follow its channels"
-    return places, reason
-
-
-_Step = tuple[tp.dependency.Dependency, np.ndarray, np.ndarray]
-
-
-def _followed(atlas: _Atlas, root: nn.Module, width: int) -> Iterator[_Step]:
-    """Walk the graph from all output channels of a root: dependency, channels at its target, channels at the root.
-
-    Every pair of channels is followed once per node. torch-pruning's own walk compares whole lists (which need
-    not end where a product of features is reshaped) and forgets all but one root of a channel.
-    """
-    start, every = atlas.graph.module2node[root], np.arange(width)
-    prune = atlas.graph.get_pruner_of_module(root).prune_out_channels  # type: ignore[union-attr]
-    seen = {(start, prune): every * width + every}
-    visits: Counter[tuple] = Counter()
-    waiting: list[_Step] = [(tp.dependency.Dependency(prune, prune, start, start), every, every)]
-    while waiting:
-        step = waiting.pop()
-        yield step
-        done, channel, source = step
-        for dependency in done.target.dependencies:
-            if not dependency.is_triggered_by(done.handler):
-                continue
-            there, origin = _mapped(dependency, channel, source)
-            key, pairs = (dependency.target, dependency.handler), there * width + origin
-            known = seen.get(key)
-            if known is not None:
-                if np.array_equal(pairs, known):
-                    continue
-                new = ~np.isin(pairs, known)
-                pairs, there, origin = pairs[new], there[new], origin[new]
-            if len(pairs):
-                seen[key] = pairs if known is None else np.concatenate([known, pairs])
-                visits[key] += 1
-                if there.max() >= 2 * atlas.widest or len(seen[key]) > 4 * atlas.widest or visits[key] > MOST_VISITS:
-                    raise _Lost  # as in a product of features that is reshaped, there is no end to it
-                waiting.append((dependency, there, origin))
-
-
-def _mapped(
-    dependency: tp.dependency.Dependency, channel: np.ndarray, source: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Channels on the other side of a dependency, by torch-pruning's rules for concat, split, slice and flatten."""
-    rules: list[Callable | None] = dependency.index_mapping  # type: ignore[assignment]
-    for rule in rules:
-        if rule is None:
-            continue
-        pairs = rule([_HybridIndex(idx=i, root_idx=r) for i, r in zip(channel.tolist(), source.tolist(), strict=True)])
-        if any(pair.root_idx is None for pair in pairs):
-            raise _Lost
-        channel = np.array([pair.idx for pair in pairs], dtype=np.int64)
-        source = np.array([pair.root_idx for pair in pairs], dtype=np.int64)
-    return channel, source
 
 
 def _add_heads(atoms: _Atoms, model: nn.Module, heads: Iterable[architectures.Heads]) -> None:

@@ -49,6 +49,7 @@ ORDER = (
     "data",
     "demo_data",
     "architectures",
+    "tracing",
     "units",
     "channels",
     "cuts",
@@ -116,7 +117,7 @@ ORDER = (
     "__main__",
 )
 TIMM = {"zoo", "data", "demo_data", "architectures"}
-TORCH_PRUNING = {"units", "structured"}
+TORCH_PRUNING = {"tracing", "structured"}
 
 
 def _name(path: Path) -> str:

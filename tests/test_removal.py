@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jbrprune import removal
 from jbrprune.errors import UnsupportedModelError
 from jbrprune.groups import Group, Selection
+from jbrprune.relevance import relevance_scores
 from jbrprune.removal import masked_units, remove_units, tried
 from jbrprune.units import Found, find_groups
 
@@ -294,3 +295,30 @@ def test_the_same_trial_every_time() -> None:
     model = nets.CASES["flipped"].make().eval()
     found = find_groups(model, nets.example())
     assert tried(model, nets.example(), found, seed=3).kept == tried(model, nets.example(), found, seed=3).kept
+
+
+class PositionBias(nn.Module):
+    """A network that sees no batch gives a bias to every position: its hidden width could go, but has no relevance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, 2)
+        self.hidden, self.bias = nn.Linear(2, 7), nn.Linear(7, 8)
+        self.mix, self.head = nn.Conv2d(6, 8, 1), nn.Linear(8, 4)
+        self.register_buffer("places", torch.rand(9, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias(self.hidden(self.places).relu())
+        x = self.mix(self.stem(x).relu()).flatten(2).mT + bias
+        return self.head(x.relu().mean(1))
+
+
+def test_groups_without_relevance_are_kept_before_anything_is_scored(fingerprint: Fingerprint) -> None:
+    model = PositionBias().eval()
+    images = torch.randn(2, 3, 8, 8)
+    before = fingerprint(model)
+    found = tried(model, images, find_groups(model, images))
+    assert fingerprint(model) == before
+    assert "hidden: the first dimension (9 rows for 3 images)" in found.kept["hidden"].replace("bias:", "hidden:")
+    scores = relevance_scores(model, images, found.groups, progress=False)
+    assert set(scores.sums) == {group.name for group in found.groups} == {"stem", "bias"}
