@@ -553,7 +553,7 @@ def unscorable(model: nn.Module, images: Tensor, groups: Sequence[Group]) -> dic
     Returns:
         Name of a group -> why. Empty where not even the logits of samples are apart: then `relevance_scores` says so.
     """
-    members = _scored_members(model, groups, "consumer")
+    members = scored_members(model, groups, "consumer")
     with guest.visiting(model):
         _, reasons = mixing(model, images[:1], sorted({name for name, _ in members}))
     if "the logits" in reasons:

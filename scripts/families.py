@@ -100,12 +100,24 @@ def images_of(size: int, count: int = 8) -> Tensor:
 def pruned(name: str, stage: Stage) -> dict:
     """Everything a user does with a model, checked on the way."""
     walk = _Walk(stage)
+    walk.to("make")
     try:
-        return _walked(name, walk)
+        model, size = made(name)
+    except Exception as error:  # whatever a foreign constructor raises
+        return walk.outcome("failed", f"make: {type(error).__name__}: {error}")
+    walk.known["pixels"] = size
+    return checked(model, images_of(size), walk)
+
+
+def checked(model: nn.Module, images: Tensor, walk: _Walk | None = None) -> dict:
+    """The same for any model."""
+    walk = walk or _Walk(lambda name: None)
+    try:
+        return _walked(model, images, walk)
     except _Wrong as error:
         return walk.outcome("wrong", str(error))
     except JBRError as error:
-        early = walk.current in ("make", "info")
+        early = walk.current == "info"
         return walk.outcome("refused" if early else "failed", f"{walk.current}: {type(error).__name__}: {error}")
     except Exception as error:  # it is this that is looked for
         return walk.outcome("failed", f"{walk.current}: {type(error).__name__}: {error}")
@@ -139,11 +151,7 @@ class _Walk:
         self.began = now
 
 
-def _walked(name: str, walk: _Walk) -> dict:
-    walk.to("make")
-    model, size = made(name)
-    images = images_of(size)
-    walk.known["pixels"] = size
+def _walked(model: nn.Module, images: Tensor, walk: _Walk) -> dict:
     walk.to("info")
     listed = inventory(model, images[:2], min_channels=FLOOR)
     share = max(TARGET, listed.least_macs + 0.002)
@@ -166,7 +174,7 @@ def _walked(name: str, walk: _Walk) -> dict:
     walk.to("backward")
     _check_backward(model, result.model, images[:2])
     walk.to("load")
-    _check_load(result, images[:2])
+    _check_load(model, result, images[:2])
     walk.to("export")
     walk.known["export"] = _exported(model, result.model, images[:2])
     walk.to("defaults")
@@ -223,10 +231,10 @@ def _check_backward(dense: nn.Module, smaller: nn.Module, images: Tensor) -> Non
 
 
 @torch.no_grad()
-def _check_load(result: jbrprune.PruneResult, images: Tensor) -> None:
+def _check_load(dense: nn.Module, result: jbrprune.PruneResult, images: Tensor) -> None:
     with tempfile.TemporaryDirectory() as folder:
         result.save(Path(folder) / "model")
-        loaded = jbrprune.load(Path(folder) / "model")
+        loaded = jbrprune.load(Path(folder) / "model", model=None if result.recipe else dense)
     _check_same_tensors(loaded, result.model, "saved and loaded")
     same = torch.equal(logits_of(loaded(images)), logits_of(result.model(images)))
     _check(same, "the outputs of the loaded model differ")

@@ -305,7 +305,7 @@ def test_a_model_that_only_torch_pruning_cannot_follow_is_named(monkeypatch: pyt
     def broken(*_: object) -> None:
         raise TypeError("no size")
 
-    monkeypatch.setattr("torch_pruning.dependency.index_mapping.update_index_mapping", broken)
+    monkeypatch.setattr("torch_pruning.DependencyGraph._trace_computational_graph", broken)
     with pytest.raises(UnsupportedModelError, match=r"no size\. The model runs, but torch-pruning does not understand"):
         found(nets.TwoBlocks(), 12)
 
