@@ -302,7 +302,7 @@ def test_a_model_that_does_not_run_is_named() -> None:
 
 
 def test_a_model_that_only_torch_pruning_cannot_follow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise TypeError("no size")
 
     monkeypatch.setattr("torch_pruning.DependencyGraph._trace_computational_graph", broken)
