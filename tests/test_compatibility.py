@@ -51,7 +51,7 @@ def _torchvision(name: str) -> nn.Module:
 
 
 def _transformers(name: str) -> nn.Module:
-    library = pytest.importorskip("transformers")
+    library = pytest.importorskip("transformers", reason="transformers is not installed: pip install jbrprune[dev]")
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
     config = library.ViTConfig(image_size=32, patch_size=8, num_labels=4, **sizes)
     return library.ViTForImageClassification(config)
