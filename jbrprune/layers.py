@@ -53,6 +53,9 @@ AFFINE_PART: dict[str, str] = {
 # Layers that add a function of their parameters to their input: out = a + W n(a) + b.
 ADDS_INPUT = ("GlobalResponseNorm",)
 
+# Convolutions of timm that standardise their weights over the inputs of each filter.
+STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+
 
 def _looked_up(module: nn.Module, table: dict) -> object:
     return next((table[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in table), None)
@@ -90,6 +93,12 @@ def is_consumer(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         return not is_depthwise(module)
     return isinstance(module, nn.Linear)
+
+
+def standardises_inputs(module: nn.Module) -> bool:
+    """Whether the weights that a consumer applies to an input depend on its weights for the other inputs."""
+    named = any(cls.__name__ in STANDARDISED for cls in type(module).__mro__)
+    return named and is_consumer(module) and not is_grouped(module)
 
 
 def is_depthwise(module: nn.Module) -> bool:

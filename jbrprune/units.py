@@ -262,6 +262,9 @@ def _reason_to_keep(model: nn.Module, axes: list[Axis], units: int, fixed: dict[
         return "no layer that could shrink reads it"
     if not any(side == "out" and layers.is_consumer(model.get_submodule(name)) for name, side, _ in axes):
         return "no layer that could shrink produces it"
+    readers = [name for name, side, _ in axes if side == "in"]
+    if any(layers.standardises_inputs(model.get_submodule(name)) for name in readers):
+        return "a convolution that reads it standardises its weights over the inputs: with fewer, all would change"
     if units < 2:
         return "its channels can only go all together"
     if not width and _normalised(model, axes):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jbrprune.errors import ArgumentError, ModelError, UnsupportedModelError
 from jbrprune.groups import Axis, Group
+from jbrprune.removal import tried
 from jbrprune.units import Found, find_groups, layer_groups
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
@@ -385,3 +386,13 @@ def test_a_model_that_cannot_be_copied_is_named() -> None:
     model(nets.example())
     with pytest.raises(ModelError, match=r"Net cannot be copied: RuntimeError: .*caches what it computed"):
         found(model, 12)
+
+
+def test_what_standardised_weights_read_is_kept_with_the_reason() -> None:
+    model = timm.create_model("test_nfnet", num_classes=4)
+    images = torch.randn(2, 3, 64, 64)
+    offered = find_groups(model, images)
+    squeezed = [f"stages.{stage}.0.attn_last.fc1" for stage in range(4)]
+    assert [group.name for group in offered.groups] == [*squeezed, "final_conv"]
+    assert "standardises its weights" in offered.kept["stages.0.0.conv2b"]
+    assert tried(model, images, offered).groups == offered.groups  # what is kept is not more than it has to be
