@@ -178,15 +178,15 @@ class _Bounded(TorchDispatchMode):
         super().__init__()
         stored = sum(math.prod(info.shape) for info in description.tensors.values())
         self.most_values = LEAST_VALUES + LARGEST_DENSE * stored
-        self.most_tensors = LEAST_TENSORS + TENSORS_EACH * len(description.names)
+        self.most_calls = LEAST_CALLS + CALLS_EACH * len(description.names)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count before anything is made."""
         size = args[0] if args and isinstance(args[0], list | tuple) else ()
+        self.most_calls -= 1
         if not any(isinstance(item, Tensor) for item in args):
-            self.most_tensors -= 1
             self.most_values -= math.prod(size) if all(isinstance(n, int) for n in size) else 0
-        if self.most_tensors < 0 or self.most_values < 0:
+        if self.most_calls < 0 or self.most_values < 0:
             raise CheckpointError("the recipe makes a model far larger than what is stored")
         return func(*args, **(kwargs or {}))
 
@@ -199,8 +199,8 @@ LARGEST_DENSE = 256
 """A dense model may have this many times as many values as what is stored of it, ..."""
 LEAST_VALUES = 1 << 24
 """... and these as well, ..."""
-TENSORS_EACH, LEAST_TENSORS = 32, 4096
-"""... and its making may take this many tensors for each that is stored, and these."""
+CALLS_EACH, LEAST_CALLS = 128, 16384
+"""... and its making may take this many operations for each tensor that is stored, and these."""
 
 
 def created(recipe: zoo.Recipe | None, bound: Description | None = None) -> nn.Module:
