@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 from jbrprune import engine, thinning, variants
-from jbrprune.budget import KINDS, Budget
+from jbrprune.budget import BUDGETS, TIMED, Budget
 from jbrprune.defaults import CHANNELS, WEIGHTS, complete
 from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.relevance import check_arguments
@@ -64,6 +64,10 @@ def check_drop(drop: Any, arguments: Mapping[str, Any], budgets: Mapping[str, ob
         raise BudgetError(f"max_drop must satisfy 0 <= max_drop < 1 (a share of the images), got {drop!r}.")
     if budgets["sparsity"] is not None or arguments["structure"] not in (None, "channels"):
         raise BudgetError("max_drop= finds how many channels can go; single weights need sparsity= or N:M.")
+    if any(budgets[name] is not None for name in TIMED):
+        raise BudgetError(
+            "max_drop= finds how far MACs, parameters or channels can go; latency needs a budget of its own."
+        )
     if arguments["steps"] is not None:
         raise ArgumentError("steps= has no meaning beside max_drop=, which chooses its own: leave it out.")
     if arguments["resume"] is not None:
@@ -91,7 +95,10 @@ def channel_settings(budget: Budget, stops: tuple[float, ...], arguments: Mappin
     Raises:
         ArgumentError: An argument has no meaning.
     """
-    known = complete(arguments, CHANNELS, "channels (a budget of " + ", ".join(f"{kind}=" for kind in KINDS) + ")")
+    given = arguments["round_to"]
+    choose = given is None and budget.timed if not isinstance(given, str) else _is_auto(given)
+    kinds = ", ".join(f"{kind}=" for kind in BUDGETS)
+    known = complete({**arguments, "round_to": None if choose else given}, CHANNELS, f"channels (a budget of {kinds})")
     check_arguments(*(known[name] for name in ("objective", "site", "statistic", "batch", "confidence")))
     criterion = _criterion(known["criterion"], variants.CHANNELS)
     steps = known["steps"]
@@ -112,6 +119,7 @@ def channel_settings(budget: Budget, stops: tuple[float, ...], arguments: Mappin
         floors=Floors(known["floor"], known["min_channels"], known["round_to"]),
         ignore=_globs(known["ignore"]),
         criterion=criterion,
+        choose_multiple=choose,
         **{name: known[name] for name in ("objective", "site", "statistic", "batch", "confidence", "width", "ridge")},
         **{name: known[name] for name in ("seed", "autocast", "measure_latency", "progress")},
     )
@@ -165,6 +173,12 @@ def weight_settings(stops: tuple[thinning.Goal, ...], arguments: Mapping[str, An
         **{name: known[name] for name in ("scope", "remainder", "floor", "ridge", "shrink", "seed")},
         **{name: known[name] for name in ("measure_latency", "progress")},
     )
+
+
+def _is_auto(round_to: str) -> bool:
+    if round_to != "auto":
+        raise ArgumentError(f"round_to must be a whole number or 'auto', got {round_to!r}.")
+    return True
 
 
 def _relevance(known: Mapping[str, Any]) -> Callable[..., WeightScores]:

@@ -25,9 +25,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from jbrprune import zoo
-from jbrprune.atomic import advice_on, flush
+from jbrprune.atomic import advice_on, flush, replacing
+from jbrprune.card import CARD, is_card, model_card
 from jbrprune.description import Description, bitmap_name, from_bytes, tampered, to_text
 from jbrprune.errors import ArgumentError, CheckpointError
+from jbrprune.hub import fetched, is_snapshot_link
 from jbrprune.packing import check_bitmap
 from jbrprune.parameters import put_masks
 from jbrprune.rebuilding import check_fits, check_loadable, copied, created, filled, stored_masks, taken_apart
@@ -48,6 +50,7 @@ def save(
     config: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     report: Mapping[str, Any] | None = None,
+    card: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write a model into a directory of its own, all or nothing.
@@ -67,6 +70,7 @@ def save(
         config: timm's data configuration (``timm.data.resolve_data_config``).
         provenance: Anything that JSON can hold.
         report: Anything that JSON can hold.
+        card: Write a model card as well, ``README.md``, for the Hugging Face Hub.
         overwrite: Replace a model that was saved there. At every moment `load` finds the old or the new one.
 
     Raises:
@@ -82,6 +86,8 @@ def save(
         check_loadable(body)
         with _directory_in_the_making(target) as directory:
             _write(directory, body, state)
+            if card:
+                write_card(directory)
             _publish(directory, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target}: could not be written: {error}. {advice_on(error)}") from error
@@ -95,7 +101,7 @@ def load(
     Everything is verified before anything is built. No code is read from the files.
 
     Args:
-        path: The directory that `save` wrote.
+        path: The directory that `save` wrote, or ``hf-hub:user/name`` (``@revision``) of one on the Hugging Face Hub.
         model: A dense model, without masks, of the architecture that was pruned, for models saved without a
             recipe. It is copied, not changed; its weights do not matter.
         device: Where the model goes.
@@ -110,7 +116,7 @@ def load(
             architecture.
     """
     device = torch.device(device)
-    directory = _existing(Path(path))
+    directory = _existing(fetched(path, (WEIGHTS, DESCRIPTION)))
     description = _read_description(directory)
     state = _read_weights(directory, description)
     dense = created(description.recipe, description) if model is None else copied(model)
@@ -143,6 +149,26 @@ def describe(path: str | os.PathLike[str]) -> Description:
     return _read_description(_existing(Path(path)))
 
 
+def write_card(path: str | os.PathLike[str]) -> Path:
+    """Write a model card with the report into the directory of a saved model; returns its path.
+
+    Raises:
+        CheckpointError: As for `load`; there is a ``README.md`` that was not made here; it cannot be written.
+    """
+    directory = _existing(Path(path))
+    description = _read_description(directory)
+    target = directory / CARD
+    if target.exists() and not _is_own_card(target):
+        raise CheckpointError(f"{target} was not written by jbrprune: move it away, or add to it by hand.")
+    base = None if description.recipe is None else description.recipe.name
+    try:
+        with replacing(target) as temporary:
+            temporary.write_text(model_card(description.report, base), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{target}: could not be written: {error}. {advice_on(error)}") from error
+    return target
+
+
 # --- writing ------------------------------------------------------------------------------------
 
 
@@ -154,12 +180,17 @@ def _check_target(target: Path, overwrite: bool) -> None:
     entries = {entry.name for entry in target.iterdir()}
     if entries and not overwrite:
         raise CheckpointError(f"{target} exists already. Choose another path, or pass overwrite=True to replace it.")
-    others = sorted(entries - {WEIGHTS, DESCRIPTION})
+    own = {WEIGHTS, DESCRIPTION} | ({CARD} if _is_own_card(target / CARD) else set())
+    others = sorted(entries - own)
     if others:
         raise CheckpointError(
             f"{target} holds other files, such as {others[0]!r}, and would be replaced as a whole. "
             "Choose a directory for the model alone."
         )
+
+
+def _is_own_card(path: Path) -> bool:
+    return path.is_file() and is_card(path.read_text(encoding="utf-8", errors="replace"))
 
 
 @contextlib.contextmanager
@@ -270,7 +301,7 @@ def _whole(path: Path, largest: int) -> bytes:
     if not path.exists():
         raise CheckpointError(f"{path}: missing. A saved model is a directory with {WEIGHTS} and {DESCRIPTION}.")
     real = Path(os.path.realpath(path))
-    if real.parent != Path(os.path.realpath(path.parent)):
+    if real.parent != Path(os.path.realpath(path.parent)) and not is_snapshot_link(path, real):
         raise CheckpointError(
             f"{path}: a link that leads out of the directory, to {real}. Copy the file there instead."
         )

@@ -1,4 +1,4 @@
-"""The command line: prune, predict, score, eval, info, tpv, demo."""
+"""The command line: prune, predict, score, eval, info, tpv, card, demo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from jbrprune import distributed
+from jbrprune.commands.card import card_command
 from jbrprune.commands.demo import demo_command
 from jbrprune.commands.evaluate import eval_command
 from jbrprune.commands.info import info_command
@@ -38,6 +39,7 @@ COMMANDS = {
     "eval": eval_command,
     "info": info_command,
     "tpv": tpv_command,
+    "card": card_command,
     "demo": demo_command,
 }
 for _name, _command in COMMANDS.items():

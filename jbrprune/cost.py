@@ -2,8 +2,8 @@
 
 Multiply-accumulates (MACs) are half of what `torch.utils.flop_counter.FlopCounterMode` counts, per image,
 with attention computed by its plain products. The cost of a partly pruned model is a sum of terms, each a
-constant times the kept share of the axes it is proportional to; so a plan can be priced without carrying
-it out.
+function of the kept shares of some axes (what is counted: a constant times their product; what is timed: an
+interpolated table); so a plan can be priced without carrying it out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,19 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+class Priced(Protocol):
+    """A part of the cost that depends on how much of some axes is kept."""
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes it depends on."""
+        ...
+
+    def price(self, shares: Sequence[float]) -> float:
+        """Its cost with these shares of the axes' present widths, each in [0, 1]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Term:
     """``amount`` times the kept share of each axis."""
@@ -85,13 +99,17 @@ class Term:
     amount: float
     axes: tuple[Axis, ...]
 
+    def price(self, shares: Sequence[float]) -> float:
+        """Their product."""
+        return self.amount * math.prod(shares)
+
 
 def mac_terms(model: nn.Module, images: Tensor) -> list[Term]:
     """The MACs of a model as terms."""
     terms = []
     for name, macs in count_macs(model, images).items():
         if macs:
-            terms.append(Term(macs, _mac_axes(name, model.get_submodule(name))))
+            terms.append(Term(macs, mixing_axes(name, model.get_submodule(name))))
     return terms
 
 
@@ -118,17 +136,22 @@ class Account:
         terms: The cost of the whole model.
         groups: The units that may go; all other channels stay.
         full: Width of every axis that the groups have members on (`axis_widths`).
+        spread: How well the total is known: half the interquartile range of what was timed, 0 of what was counted.
     """
 
-    def __init__(self, terms: Sequence[Term], groups: Sequence[Group], full: Mapping[Axis, int]) -> None:
+    def __init__(
+        self, terms: Sequence[Priced], groups: Sequence[Group], full: Mapping[Axis, int], *, spread: float = 0.0
+    ) -> None:
+        self.spread = spread
         self._full = {**full, **{_units(group): group.size for group in groups}}
         self._gone = dict.fromkeys(self._full, 0)
         self._per_unit = {group.name: {**group.channels_per_unit(), _units(group): 1} for group in groups}
-        self._terms = [Term(term.amount, tuple(axis for axis in term.axes if axis in self._full)) for term in terms]
+        self._terms = list(terms)
         of_axis: dict[Axis, set[int]] = {axis: set() for axis in self._full}
         for number, term in enumerate(self._terms):
             for axis in term.axes:
-                of_axis[axis].add(number)
+                if axis in of_axis:
+                    of_axis[axis].add(number)
         self._of_group = {
             name: sorted({number for axis in axes for number in of_axis[axis]}) for name, axes in self._per_unit.items()
         }
@@ -153,11 +176,10 @@ class Account:
         self.total = before
         return saved
 
-    def _priced(self, term: Term) -> float:
-        price = term.amount
-        for axis in term.axes:
-            price *= 1 - self._gone[axis] / self._full[axis]
-        return price
+    def _priced(self, term: Priced) -> float:
+        return term.price(
+            [1 - self._gone[axis] / self._full[axis] if axis in self._full else 1.0 for axis in term.axes]
+        )
 
 
 def axis_widths(model: nn.Module, groups: Iterable[Group]) -> dict[Axis, int]:
@@ -175,7 +197,8 @@ def _width(model: nn.Module, axis: Axis) -> int:
     return width
 
 
-def _mac_axes(name: str, module: nn.Module) -> tuple[Axis, ...]:
+def mixing_axes(name: str, module: nn.Module) -> tuple[Axis, ...]:
+    """The axes of a layer that multiplies: its MACs are proportional to them; none for any other module."""
     if layers.is_depthwise(module) or layers.is_grouped(module):
         return ((name, "out", 0),)
     if layers.is_consumer(module):

@@ -11,23 +11,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune import distributed, guest, layers
+from jbrprune import distributed, guest, layers, pricing
 from jbrprune.batches import Batch, count
 from jbrprune.budget import Budget
 from jbrprune.calibration import Calibration
-from jbrprune.cost import axis_widths, count_macs
-from jbrprune.errors import ArgumentError, BudgetError, NonFiniteError
+from jbrprune.cost import Account, axis_widths, count_macs
+from jbrprune.errors import ArgumentError, NonFiniteError
 from jbrprune.groups import Axis, Group, Selection, removed_channels
 from jbrprune.journal import NOTHING, Journal, facts_of, recall
 from jbrprune.measure import Agreement, parameters_of
 from jbrprune.passes import BATCHED
+from jbrprune.pricing import Pricer
 from jbrprune.relevance import Site, Statistic, relevance_scores
 from jbrprune.removal import remove_units, tried
 from jbrprune.repair import Targets, dense_targets, repaired
 from jbrprune.report import LayerRow, Report, Size, StepRow
-from jbrprune.runs import Clock, called, heldout_agreement, notes_on_images, provenance, size_of
+from jbrprune.runs import Clock, called, heldout_agreement, notes_on_images, provenance, size_of, with_latency
 from jbrprune.scores import Scores
-from jbrprune.selection import Floors, reachable, select
+from jbrprune.selection import Floors, reachable
 from jbrprune.units import Found, copied, find_groups
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Settings:
         stops: Shares of the budget's kind at which a model is handed over, falling; the last is the budget's.
         steps: Steps to each stop; None: one for every 5 % of the dense cost.
         criterion: Scores the units of the model as it is, or scores made before; None: relevance.
+        choose_multiple: Choose ``floors.round_to`` for the machine; see `settled`.
     """
 
     budget: Budget
@@ -65,6 +67,7 @@ class Settings:
     measure_latency: bool
     progress: bool
     criterion: Criterion | Scores | None = None
+    choose_multiple: bool = False
 
     def schedule(self) -> list[float]:
         """Shares to reach, step by step."""
@@ -100,7 +103,9 @@ class State:
         dense_sizes: Group -> units in the dense model.
         whole: Cost of the dense model in the unit of the budget.
         least: Share of it that is left with every group at its floor.
+        price: What the model costs, at any width.
         gone: Units that the last step removed.
+        after: What the model costs after the last step; None if that was read from a journal.
         targets: What repairs aim at; None where nothing is to be repaired, or without images to check it on.
         mispriced: How much more the plan of a step expected the model to cost than it does, as a share.
         unrepaired: Held-out agreement at the last stop, before its repair.
@@ -118,7 +123,9 @@ class State:
     dense_sizes: dict[str, int]
     whole: float
     least: float
+    price: Pricer
     gone: Selection = field(default_factory=dict)
+    after: Account | None = None
     targets: Targets | None = None
     mispriced: float = 0.0
     unrepaired: Agreement | None = None
@@ -187,12 +194,13 @@ def run(
         with state.clock.timed("repair"):
             consumers = [axis[0] for axis in state.full if axis[1] == "in"]
             state.targets = dense_targets(dense, images.repair, consumers)
-    size = size_of(dense, state.example, settings.measure_latency)
+    size = size_of(dense, state.example)
     planned = settings.schedule() if shares is None else shares
 
     def report() -> Report:
         seconds = {**state.clock.seconds, "total": time.perf_counter() - began}
-        return _report(name, size, state, images, settings, seconds)
+        made = _report(name, size, state, images, settings, seconds)
+        return with_latency(made, dense, state.model, state.example) if settings.measure_latency else made
 
     for share in tqdm(planned, "pruning", unit="step", disable=None if settings.progress else True, leave=False):
         stops = shares is None and share in settings.stops
@@ -209,6 +217,17 @@ def run(
         with state.clock.timed("evaluation"):
             state.repaired = heldout_agreement(state.model, images.heldout)
         yield state.model, report()
+
+
+def settled(settings: Settings, dense: nn.Module, example: Tensor) -> Settings:
+    """The settings with what has to be timed first: the multiple that widths are rounded to, milliseconds as shares.
+
+    Raises:
+        BudgetError: The dense model is as fast as the budget asks for.
+    """
+    budget, floors = pricing.settled(settings.budget, settings.floors, settings.choose_multiple, dense, example)
+    stops = tuple(stop / budget.unit for stop in settings.stops)
+    return replace(settings, budget=budget, floors=floors, stops=stops, choose_multiple=False)
 
 
 def start(dense: nn.Module, example: Tensor, settings: Settings) -> State:
@@ -230,12 +249,13 @@ def start(dense: nn.Module, example: Tensor, settings: Settings) -> State:
         work, example, find_groups(work, example, ignore=settings.ignore, width=settings.width), seed=settings.seed
     )
     dense_sizes = {group.name: group.size for group in found.groups}
-    account = settings.budget.account(work, example, found.groups)
+    price = pricing.pricer(settings.budget, dense, example, found.groups, settings.floors)
+    account = price(work, found.groups)
     whole = account.total
     if isinstance(settings.criterion, Scores):
         check_units(settings.criterion, found.groups)
     least = reachable(found.groups, account, settings.floors, dense_sizes) / whole
-    _check_reachable(settings, least)
+    pricing.check_reachable(settings.budget, least)
     full = axis_widths(work, found.groups)
     state = State(
         work,
@@ -247,19 +267,10 @@ def start(dense: nn.Module, example: Tensor, settings: Settings) -> State:
         dense_sizes,
         whole,
         least,
+        price,
     )
     state.clock.seconds["units"] = time.perf_counter() - clock
     return state
-
-
-def _check_reachable(settings: Settings, least: float) -> None:
-    budget = settings.budget
-    if least > budget.share:
-        raise BudgetError(
-            f"{budget.kind}={budget.share} cannot be reached: with every group at its floor {least:.3f} of the dense "
-            f"model's {budget.kind} are left. Ask for at least {least + 0.001:.3f}, lower floor= or min_channels=, or "
-            "ignore less."
-        )
 
 
 def _step(state: State, images: Calibration, settings: Settings, number: int, share: float, stops: bool) -> StepRow:
@@ -268,21 +279,21 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
     with state.clock.timed("scoring"):
         scores = scored(state, images.score, settings, number)
     with state.clock.timed("selection"):
-        account = settings.budget.account(state.model, state.example, state.groups)
-        chosen = select(
-            scores.values(),
+        plan = pricing.planned(
+            state.model,
             state.groups,
-            account,
+            scores.values(),
+            state.price,
             share * state.whole,
             floors=settings.floors,
             dense_sizes=state.dense_sizes,
             per_cost=settings.budget.per_cost,
         )
-        selection = distributed.same(chosen)
+        selection = distributed.same(plan.selection)
     with state.clock.timed("removal"):
         state.remove(selection)
-        measured = settings.budget.account(state.model, state.example, state.groups).total
-        state.mispriced = max(state.mispriced, account.total / measured - 1)
+        state.after = plan.after
+        state.mispriced = max(state.mispriced, plan.foreseen / plan.after.total - 1)
     with state.clock.timed("evaluation"):
         state.unrepaired = heldout_agreement(state.model, images.heldout) if stops else None
     outcome = None
@@ -309,6 +320,7 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
         unrepaired=outcome.before if outcome else None,
         repaired=outcome.after if outcome else None,
         repair=outcome.kept if outcome else "none",
+        relative_latency=plan.after.total if settings.budget.timed else None,
     )
 
 
@@ -381,10 +393,10 @@ def _report(
 ) -> Report:
     return Report(
         model=name,
-        budget={settings.budget.kind: state.rows[-1].target if state.rows else 1.0},
+        budget={settings.budget.kind: (state.rows[-1].target if state.rows else 1.0) * settings.budget.unit},
         settings=settings.described() | {"steps": len(state.rows), "images": count(images.score)},
         dense=dense,
-        pruned=size_of(state.model, state.example, settings.measure_latency),
+        pruned=size_of(state.model, state.example),
         layers=_layer_rows(state),
         steps=tuple(state.rows),
         unrepaired=state.unrepaired,
@@ -422,7 +434,10 @@ def _notes(state: State, images: Calibration, settings: Settings) -> tuple[str, 
         notes.append(
             "Residual width under a LayerNorm was offered: removing a channel there changes the norm's statistics."
         )
-    if state.mispriced > 1e-6:
+    if settings.budget.timed:
+        after = state.after or state.price(state.model, state.groups)
+        notes.append(pricing.note(settings.budget, after, settings.floors))
+    elif state.mispriced > 1e-6:
         notes.append(
             f"The budget is overshot by up to {state.mispriced:.1%}: products of activations outside of known layers "
             "shrank as well, which the plan did not foresee."

@@ -139,34 +139,34 @@ def _draw_steps(axes: Axes, report: Run) -> None:
     if report.final is not None:
         errors = _error_bars([report.final])
         axes.errorbar(
-            100 * _left(report), 100 * report.final.top1, yerr=errors, fmt="D", color="black", markersize=5, capsize=3,
+            100 * left(report), 100 * report.final.top1, yerr=errors, fmt="D", color="black", markersize=5, capsize=3,
             linewidth=1, label="final, held-out images, 95 % interval", zorder=4,
         )  # fmt: skip
-    _percent_axes(axes, _cost([report]), "top-1 agreement with the dense model (%)")
+    _percent_axes(axes, cost_name([report]), "top-1 agreement with the dense model (%)")
 
 
 def _step_points(report: Run, name: str) -> list[tuple[float, float]]:
     """(cost kept, top-1), in percent, from the dense model on; empty where no step was measured."""
-    rows = [(_left_after(report, step), getattr(step, name)) for step in report.steps]
+    rows = [(left_after(report, step), getattr(step, name)) for step in report.steps]
     points = [(100 * left, 100 * row.top1) for left, row in rows if row is not None]
     return [(100.0, 100.0), *points] if points else []
 
 
-def _left(report: Run) -> float:
+def left(report: Run) -> float:
     """What is left of the cost that was pruned: MACs, or where single weights were, effective parameters."""
     if report.pruned.nonzero is None or report.dense.nonzero is None:
         return report.kept
     return report.pruned.nonzero / report.dense.nonzero
 
 
-def _left_after(report: Run, step: StepRow) -> float:
+def left_after(report: Run, step: StepRow) -> float:
     """The same after a step."""
     if step.nonzero is None or report.dense.nonzero is None:
         return step.macs / report.dense.macs
     return step.nonzero / report.dense.nonzero
 
 
-def _cost(reports: Sequence[Run]) -> str:
+def cost_name(reports: Sequence[Run]) -> str:
     """Name of the cost axis."""
     names = {"MACs" if report.pruned.nonzero is None else "effective parameters" for report in reports}
     return " or ".join(sorted(names))
@@ -175,7 +175,7 @@ def _cost(reports: Sequence[Run]) -> str:
 def _draw_ratios(axes: Axes, reports: Sequence[Run], value: str) -> None:
     models = list(dict.fromkeys(report.model for report in reports))
     for number, model in enumerate(models):
-        rows = sorted((report for report in reports if report.model == model), key=lambda report: -_left(report))
+        rows = sorted((report for report in reports if report.model == model), key=lambda report: -left(report))
         suffix = f", {model}" if len(models) > 1 else ""
         colours = (BEFORE, DARK) if len(models) == 1 else (MODEL_COLOURS[number % len(MODEL_COLOURS)],) * 2
         for name, colour in zip(("unrepaired", "repaired"), colours, strict=True):
@@ -185,7 +185,7 @@ def _draw_ratios(axes: Axes, reports: Sequence[Run], value: str) -> None:
             level = 100 * rows[0].final.dense_accuracy
             axes.axhline(level, color=colour, linewidth=1, linestyle=":", label=f"dense{suffix}")
     label = "top-1 agreement with the dense model (%)" if value == "top1" else "accuracy (%)"
-    _percent_axes(axes, _cost(reports), label)
+    _percent_axes(axes, cost_name(reports), label)
 
 
 _WORDS = {"unrepaired": "before the last repair", "repaired": "after the last repair"}
@@ -193,7 +193,7 @@ _WORDS = {"unrepaired": "before the last repair", "repaired": "after the last re
 
 def _draw_ratio_line(axes: Axes, reports: Sequence[Run], name: str, value: str, colour: str, label: str) -> None:
     """From the dense model on, which agrees with itself."""
-    rows = [(100 * _left(report), getattr(report, name)) for report in reports]
+    rows = [(100 * left(report), getattr(report, name)) for report in reports]
     rows = [(kept, row) for kept, row in rows if row is not None and getattr(row, value) is not None]
     if not rows:
         return

@@ -53,7 +53,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall time of one forward pass.
+    """Time of one forward pass.
 
     Attributes:
         median_ms: Median over timed blocks, milliseconds per forward pass.
@@ -62,6 +62,7 @@ class Latency:
         batch: Images per forward pass.
         threads: CPU threads.
         device: Device the model was on.
+        clock: ``wall``, or ``thread`` for the time that the one CPU thread was at work.
     """
 
     median_ms: float
@@ -70,6 +71,7 @@ class Latency:
     batch: int
     threads: int
     device: str
+    clock: str = "wall"
 
 
 def logits_of(output: object) -> Tensor:
@@ -247,11 +249,9 @@ def latency(model: nn.Module, images: Tensor, *, min_seconds: float = 1.0) -> La
     """
     if not min_seconds > 0:
         raise ArgumentError(f"min_seconds must satisfy 0 < min_seconds, got {min_seconds}.")
-    benchmark = _benchmark()
-
     images = images.to(guest.device_of(model))
     threads = torch.get_num_threads()
-    timer = benchmark.Timer("model(images)", globals={"model": model, "images": images}, num_threads=threads)
+    timer = benchmark().Timer("model(images)", globals={"model": model, "images": images}, num_threads=threads)
     with guest.visiting(model):
         model(images)  # lazy initialisation and the choice of kernels are not part of a forward pass
         timed = timer.blocked_autorange(min_run_time=min_seconds)
@@ -265,7 +265,7 @@ def latency(model: nn.Module, images: Tensor, *, min_seconds: float = 1.0) -> La
     )
 
 
-def _benchmark() -> ModuleType:
+def benchmark() -> ModuleType:
     """``torch.utils.benchmark``: it looks for compilers when it is imported, and would warn that it found none."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level

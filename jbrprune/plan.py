@@ -52,7 +52,7 @@ def _cut(state: State, scores: Mapping[str, Tensor], settings: Settings, share: 
     units = select(
         scores,
         state.groups,
-        settings.budget.account(state.model, state.example, state.groups),
+        state.price(state.model, state.groups),
         share * state.whole,
         floors=settings.floors,
         dense_sizes=state.dense_sizes,

@@ -64,7 +64,7 @@ def predict(
     width: bool | None = None,
     floor: float | None = None,
     min_channels: int | None = None,
-    round_to: int | None = None,
+    round_to: int | str | None = None,
     images: int | None = 512,
     ridge: float = 0.1,
     batch_size: int = 32,
@@ -169,6 +169,7 @@ def predict(
     given = resolved(model, checkpoint, model_arguments)
     check_model(given)
     opened = opened_with(copied(given), data, arguments)
+    settings = engine.settled(settings, opened.dense, opened.example)
     state = engine.start(opened.dense, opened.example, settings)
     shares = [share for share in shares if share >= state.least]
     read = opened.read(arguments)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from jbrprune import checkpoint as files
 from jbrprune import engine, guest, journal, search, thinning, zoo
 from jbrprune.arguments import channel_settings, check_drop, sparsity_of, structure_of, weight_settings
-from jbrprune.budget import KINDS, Budget
+from jbrprune.budget import BUDGETS, KINDS, Budget
 from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.opening import opened_with
 from jbrprune.parameters import fresh, make_permanent, masks_of, put_masks, refuse_hidden_sharing, slots
@@ -47,8 +47,8 @@ class PruneResult:
     recipe: zoo.Recipe | None = None
     config: Mapping[str, object] | None = None
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the model into a directory (safetensors and JSON); see `jbrprune.checkpoint.save`."""
+    def save(self, path: str | Path, *, card: bool = False, overwrite: bool = False) -> None:
+        """Write the model into a directory (with ``card``, a model card as well); see `jbrprune.checkpoint.save`."""
         files.save(
             path,
             self.model,
@@ -56,6 +56,7 @@ class PruneResult:
             config=self.config,
             provenance=self.report.provenance,
             report=self.report.to_dict(),
+            card=card,
             overwrite=overwrite,
         )
 
@@ -67,6 +68,8 @@ def prune(
     macs: float | None = None,
     params: float | None = None,
     channels: float | None = None,
+    latency: float | None = None,
+    latency_ms: float | None = None,
     sparsity: float | None = None,
     max_drop: float | None = None,
     structure: str | None = None,
@@ -83,7 +86,7 @@ def prune(
     width: bool | None = None,
     floor: float | None = None,
     min_channels: int | None = None,
-    round_to: int | None = None,
+    round_to: int | str | None = None,
     remainder: str | None = None,
     shrink: bool | None = None,
     permanent: bool | None = None,
@@ -118,11 +121,16 @@ def prune(
             weights it may be masked by ``torch.nn.utils.prune`` already; what is masked stays so.
         data: Unlabelled images: a folder, a tensor, a Dataset, a DataLoader, or any iterable of batches. Labels, if
             there are any, are used to report accuracy (and by ``objective="label"``), for nothing else.
-        macs: Share of the multiply-accumulates to keep. Give exactly one of macs, params, channels, sparsity, an N:M
-            structure, or max_drop.
+        macs: Share of the multiply-accumulates to keep. Give exactly one of macs, params, channels, latency,
+            latency_ms, sparsity, an N:M structure, or max_drop.
         params: Share of the parameters to keep.
         channels: Share of the removable channels to keep, a head counted as one (ranked by score alone, as in the
             paper).
+        latency: Share of the time of a forward pass of one image to keep, on this machine, with as many threads as
+            torch uses now. Layers are timed over their widths (kept on disk, see `jbrprune.timing_cache`), units ranked
+            by score per time saved, and after every step the whole model is timed in turns with the dense one: that
+            ratio decides when the budget is met.
+        latency_ms: The same in milliseconds; the dense model is timed at the start and is what one share means.
         sparsity: Share of the weights of convolutions and linear layers to set to zero, reached exactly.
         max_drop: Prune channels as far as the accuracy, or without labels the agreement with the dense model, falls by
             no more than this on two fifths of the images, which neither score, repair nor gate. macs, params or
@@ -151,7 +159,8 @@ def prune(
         floor: Share of every group's width (default 0) or of every layer's weights (default 0.001, and one weight)
             that stays.
         min_channels: Channels of every group that stay (default 8), where it has as many; of heads, one stays.
-        round_to: Kept widths are multiples of this; default 1.
+        round_to: Kept widths are multiples of this; default 1. ``"auto"``, the default for a budget of latency: the
+            smallest multiple that loses no time here, by timing the most expensive layers at many widths.
         remainder: Where M does not divide a layer's inputs: ``skip`` the layer (default), or ``pad`` its last group.
         shrink: Remove the channels that contribute nothing once their weights are zero; the outputs stay equal. Not
             with N:M, whose groups would shift.
@@ -202,7 +211,7 @@ def prune(
         Arpit, arXiv 2512.11089.
     """
     arguments = dict(locals())
-    budgets = {name: arguments.pop(name) for name in (*KINDS, "sparsity")}
+    budgets = {name: arguments.pop(name) for name in (*BUDGETS, "sparsity")}
     drop = arguments.pop("max_drop")
     for name in ("model", "data", "inplace"):
         del arguments[name]
@@ -211,11 +220,11 @@ def prune(
     chosen = structure_of(arguments.pop("structure"), budgets)
     target = model if inplace and isinstance(model, nn.Module) else None
     if chosen == "channels":
-        shares = {name: budgets[name] for name in KINDS}
         if drop is None:
-            budget = Budget.of(**shares)
+            budget = Budget.of(**{name: budgets[name] for name in BUDGETS})
             result = _pruned(model, data, budget, (budget.share,), arguments)[0]
         else:
+            shares = {name: budgets[name] for name in KINDS}
             result = _searched(model, data, shares, float(drop), arguments)
         if target is not None:
             _transplant(result.model, target)
@@ -234,7 +243,7 @@ def sweep(
         model: As for `prune`.
         data: As for `prune`.
         shares: Shares of the dense model to keep; of ``sparsity``, to set to zero.
-        budget: ``macs``, ``params``, ``channels`` or ``sparsity``.
+        budget: ``macs``, ``params``, ``channels``, ``latency``, ``latency_ms`` or ``sparsity``.
         **options: Other arguments of `prune`; ``steps`` counts the steps from one share to the next.
 
     Returns:
@@ -249,7 +258,7 @@ def sweep(
         >>> [result.report.kept <= share for result, share in zip(results, [0.9, 0.8])]
         [True, True]
     """
-    kinds = (*KINDS, "sparsity")
+    kinds = (*BUDGETS, "sparsity")
     others = sorted(options.keys() & {*kinds, "structure"})
     if budget not in kinds or others:
         got = "".join(f" and {name}=" for name in others)
@@ -283,9 +292,10 @@ def _pruned(
     given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
     check_model(given)
     opened = opened_with(copied(given), data, arguments)
+    asked, settings = settings, engine.settled(settings, opened.dense, opened.example)
     state = engine.start(opened.dense, opened.example, settings)
     images = opened.read(arguments)
-    steps = journal.opened(directory, settings, given, images)
+    steps = journal.opened(directory, asked, given, images)
     several = len(stops) > 1
     return [
         PruneResult(copy.deepcopy(pruned) if several else pruned, report, opened.recipe, opened.config)
@@ -303,6 +313,7 @@ def _searched(
     given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
     check_model(given)
     opened = opened_with(copied(given), data, arguments)
+    settings = engine.settled(settings, opened.dense, opened.example)
     state = engine.start(opened.dense, opened.example, settings)
     images = opened.read(arguments, judged=True)
     pruned, report = search.run(opened.dense, state, images, settings, opened.name, drop)

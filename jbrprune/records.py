@@ -74,6 +74,7 @@ class StepRow:
         repaired: The same of the model as the step leaves it.
         repair: Name of the repair that was kept, or ``none``.
         nonzero: Parameters that are not masked after the step; None where no single weights were pruned.
+        relative_latency: Time of one image relative to the dense model's; None where the budget is not one of time.
     """
 
     step: int
@@ -85,6 +86,7 @@ class StepRow:
     repaired: Agreement | None = None
     repair: str = "none"
     nonzero: int | None = None
+    relative_latency: float | None = None
 
 
 @dataclass(frozen=True)

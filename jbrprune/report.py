@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from jbrprune.figures import extra, report_plot
+from jbrprune.page import report_page
 from jbrprune.records import LayerRow, Run, Size, StepRow, plain, record
 from jbrprune.tables import report_text
 
@@ -48,6 +49,19 @@ class Report(Run):
         names = [item.name for item in fields(LayerRow)] + ["kept"]
         rows = [[getattr(layer, name) for name in names] for layer in self.layers]
         return extra("pandas").DataFrame(rows, columns=names)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None, *, predicted: DataFrame | None = None) -> str:
+        """One self-contained page: cost, agreement, curves, widths of all layers, settings, provenance.
+
+        Args:
+            path: Write the page here as well.
+            predicted: A prediction for the same model and images, as a table with the columns ``macs`` (share kept)
+                and ``predicted_flips`` and, or, ``predicted_flips_repaired`` (share of images whose top-1 changes).
+
+        Returns:
+            The page.
+        """
+        return report_page(self, path, predicted)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Kept width of every layer, and agreement against MACs over the steps.

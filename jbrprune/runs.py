@@ -7,10 +7,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 from jbrprune.batches import Batch
 from jbrprune.calibration import FEWEST_TO_HOLD_BACK, Calibration
 from jbrprune.cost import count_macs
-from jbrprune.measure import Agreement, agreement_on, bytes_of, latency, parameters_of
-from jbrprune.records import Size
+from jbrprune.measure import Agreement, agreement_on, bytes_of, parameters_of
+from jbrprune.records import Run, Size
+from jbrprune.timing import latencies
+
+AnyRun = TypeVar("AnyRun", bound=Run)
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -47,10 +51,15 @@ def heldout_agreement(model: nn.Module, batches: Sequence[Batch]) -> Agreement |
     return agreement_on(model, batches) if batches else None
 
 
-def size_of(model: nn.Module, example: Tensor, timed: bool) -> Size:
-    """What a model costs on the first example image."""
-    macs = sum(count_macs(model, example).values())
-    return Size(macs, parameters_of(model), bytes_of(model), latency(model, example[:1]) if timed else None)
+def size_of(model: nn.Module, example: Tensor) -> Size:
+    """What a model costs on the first example image, time apart."""
+    return Size(sum(count_macs(model, example).values()), parameters_of(model), bytes_of(model))
+
+
+def with_latency(report: AnyRun, dense: nn.Module, pruned: nn.Module, example: Tensor) -> AnyRun:
+    """The report with the time of both models on the first example image, taken in turns."""
+    before, after = latencies([dense, pruned], example[:1])
+    return replace(report, dense=replace(report.dense, latency=before), pruned=replace(report.pruned, latency=after))
 
 
 def provenance(seed: int, device: torch.device) -> dict[str, object]:

@@ -61,9 +61,10 @@ def headline(report: Run) -> str:
     return f"{report.model}: {_change(report.dense.macs, report.pruned.macs, 'MACs')}"
 
 
-def _facts(report: Run) -> Table:
+def facts(report: Run) -> dict[str, str]:
+    """What the run changed and how, by name; empty where there is nothing to say."""
     dense, pruned = report.dense, report.pruned
-    facts = {
+    return {
         "MACs": _change(dense.macs, pruned.macs, "MACs") if dense.macs != pruned.macs and pruned.nonzero else "",
         "parameters": _change(dense.params, pruned.params, ""),
         "effective": _optional_change(dense.nonzero, pruned.nonzero, "", "parameters that are not masked"),
@@ -75,10 +76,13 @@ def _facts(report: Run) -> Table:
         "settings": _listed(report.settings),
         "time": ", ".join(f"{part} {_number(s, '.1f')} s" for part, s in report.seconds.items()),
     }
+
+
+def _facts(report: Run) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, fact in facts.items():
+    for name, fact in facts(report).items():
         if fact:
             table.add_row(name, fact)
     return table
@@ -198,7 +202,8 @@ def _latency_change(dense: Latency | None, pruned: Latency | None) -> str:
     if ratio is not None and abs(dense.median_ms - pruned.median_ms) <= (dense.iqr_ms + pruned.iqr_ms) / 2:
         text += ", within the spread"
     change = f"{_spread(dense)} -> {_spread(pruned)} ms{text}"
-    return f"{change} (median ± IQR/2; batch {pruned.batch}, {threads}, {pruned.device})"
+    clock = ", thread time" if pruned.clock == "thread" else ""
+    return f"{change} (median ± IQR/2; batch {pruned.batch}, {threads}, {pruned.device}{clock})"
 
 
 def _spread(latency: Latency) -> str:
@@ -210,7 +215,7 @@ def _speedup(dense: Latency | None, pruned: Latency | None) -> float | None:
     """Ratio of the medians; None where the two were not measured in the same way."""
     if dense is None or pruned is None:
         return None
-    if (dense.batch, dense.threads, dense.device) != (pruned.batch, pruned.threads, pruned.device):
+    if any(getattr(dense, name) != getattr(pruned, name) for name in ("batch", "threads", "device", "clock")):
         return None
     return dense.median_ms / pruned.median_ms
 

@@ -23,7 +23,7 @@ from jbrprune.packing import packed_bytes
 from jbrprune.parameters import ignored, is_weight_layer, slots, weights_of
 from jbrprune.repair import Targets, dense_targets, repaired
 from jbrprune.report import LayerRow, Report, Size, StepRow
-from jbrprune.runs import Clock, heldout_agreement, notes_on_images, provenance, size_of
+from jbrprune.runs import Clock, heldout_agreement, notes_on_images, provenance, size_of, with_latency
 from jbrprune.shrinking import shrink
 from jbrprune.sparsity import (
     Pattern,
@@ -180,7 +180,7 @@ def run(
         with state.clock.timed("repair"):
             consumers = [weight.rpartition(".")[0] for weight in state.masks]
             state.targets = dense_targets(dense, images.repair, consumers)
-    size = _with_zeros(size_of(dense, state.example, settings.measure_latency), dense, state.given)
+    size = _with_zeros(size_of(dense, state.example), dense, state.given)
     rows: list[StepRow] = []
     masked = _zeros(state.masks) / sum(mask.numel() for mask in state.masks.values())
     shown = tqdm(
@@ -197,7 +197,10 @@ def run(
         else:
             rows.append(_again(state, journal, number, whole=stops or number == journal.finished))
         if stops:
-            yield _handed_over(state, size, images, settings, name, rows, began)
+            done = _handed_over(state, size, images, settings, name, rows, began)
+            if settings.measure_latency:
+                done = replace(done, report=with_latency(done.report, dense, done.model, state.example))
+            yield done
 
 
 def _step(state: State, images: Calibration, settings: Settings, number: int, goal: Goal) -> StepRow:
@@ -346,7 +349,7 @@ def _handed_over(
         budget=_asked(settings, rows[-1]),
         settings=dict(settings.described) | {"steps": len(rows), "images": count(images.score)},
         dense=dense,
-        pruned=_with_zeros(size_of(model, state.example, settings.measure_latency), model, masks),
+        pruned=_with_zeros(size_of(model, state.example), model, masks),
         layers=layers,
         steps=tuple(rows),
         unrepaired=state.unrepaired,

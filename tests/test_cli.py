@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import jbrprune
-from jbrprune import cli, measure
+from jbrprune import cli, measure, timing
 from jbrprune.commands.options import model_arguments
 from jbrprune.errors import ArgumentError, JBRError
 from jbrprune.report import Report
@@ -60,8 +61,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["jbrprune", *map(str, arguments)])
-        for user in ("commands.evaluate", "runs"):
-            monkeypatch.setattr(f"jbrprune.{user}.latency", quick(measure.latency))
+        monkeypatch.setattr("jbrprune.commands.evaluate.latency", quick(measure.latency))
+        monkeypatch.setattr("jbrprune.runs.latencies", functools.partial(timing.latencies, rounds=1))
         capsys.readouterr()
         try:
             cli.main()

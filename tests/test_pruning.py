@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import jbrprune
-from jbrprune import PruneResult, checkpoint, engine, prune, runs, sweep
+from jbrprune import PruneResult, checkpoint, engine, pricing, prune, runs, sweep
 from jbrprune.errors import ArgumentError, BudgetError, CheckpointError
 from jbrprune.groups import Group
 from jbrprune.selection import Floors
@@ -92,8 +92,8 @@ class Watch:
     """Checks every selection: the last block that went was needed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.select, self.calls = engine.select, 0
-        monkeypatch.setattr(engine, "select", self)
+        self.select, self.calls = pricing.select, 0
+        monkeypatch.setattr(pricing, "select", self)
 
     def __call__(
         self, scores: dict[str, Tensor], groups: tuple[Group, ...], account: Any, target: float, **options: Any
@@ -367,7 +367,7 @@ def test_every_step_draws_its_own_signs(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_nothing_changes_when_nothing_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "select", lambda *_, **__: {})
+    monkeypatch.setattr(pricing, "select", lambda *_, **__: {})
     for make in MODELS.values():
         model = make()
         result = prune(model, IMAGES, macs=0.99, **QUICK)
@@ -437,7 +437,11 @@ def test_models_of_a_sweep_share_nothing() -> None:
         ([0.5, 0.5], {}, "one or more different numbers"),
         ([0.5, 1.2], {}, r"macs must satisfy 0 < macs < 1.*got 1\.2"),
         ([0.5, "half"], {}, "macs must satisfy 0 < macs < 1.*got 'half'"),
-        ([0.5], {"budget": "flops"}, "one of macs, params, channels, sparsity; got budget='flops'"),
+        (
+            [0.5],
+            {"budget": "flops"},
+            "one of macs, params, channels, latency, latency_ms, sparsity; got budget='flops'",
+        ),
         ([0.5], {"params": 0.3}, "got budget='macs' and params="),
         ([0.5], {"inplace": True}, "inplace=True has no meaning"),
     ],

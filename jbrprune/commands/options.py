@@ -85,6 +85,14 @@ def mebibytes(number: int | None) -> int | None:
     return None if number is None else number << 20
 
 
+def multiple(text: str | None) -> int | str | None:
+    """A whole number where it is one."""
+    try:
+        return text if text is None else int(text)
+    except ValueError:
+        return text
+
+
 def check_file(path: Path | None) -> None:
     """Refuse a file that cannot be written before the expensive part."""
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):

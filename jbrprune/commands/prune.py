@@ -27,6 +27,7 @@ from jbrprune.commands.options import (
     device_named,
     mebibytes,
     model_arguments,
+    multiple,
 )
 from jbrprune.commands.output import interactive, say
 from jbrprune.pruning import prune
@@ -38,6 +39,10 @@ def prune_command(
     macs: Annotated[float | None, typer.Option(help="Share of the multiply-accumulates to keep, such as 0.5.")] = None,
     params: Annotated[float | None, typer.Option(help="Share of the parameters to keep.")] = None,
     channels: Annotated[float | None, typer.Option(help="Share of the channels to keep.")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Share of the time of a forward pass of one image, on this machine.")
+    ] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of a forward pass of one image.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of the single weights to set to zero.")] = None,
     max_drop: Annotated[
         float | None,
@@ -51,7 +56,9 @@ def prune_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the pruned model.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that was saved there.")] = False,
+    card: Annotated[bool, typer.Option(help="Write a model card beside the model, for the Hugging Face Hub.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a figure here (.png, .svg, .pdf).")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained page here (.html).")] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Measure the agreement on these images instead of a fifth of --data.")
     ] = None,
@@ -83,7 +90,9 @@ def prune_command(
         float | None, typer.Option(help="Share of every layer's width (0) or of its weights (0.001) that stays.")
     ] = None,
     min_channels: Annotated[int | None, typer.Option(help="Channels of every layer that stay (8).")] = None,
-    round_to: Annotated[int | None, typer.Option(help="Kept widths are multiples of this (1).")] = None,
+    round_to: Annotated[
+        str | None, typer.Option(help="Kept widths are multiples of this (1); `auto` (latency): what is fast here.")
+    ] = None,
     scope: Annotated[
         Literal["global", "layer"] | None, typer.Option(help="Rank single weights together (default) or by layer.")
     ] = None,
@@ -114,13 +123,16 @@ def prune_command(
     """
     if out is not None:
         files.check_target(out, overwrite=overwrite)
-    check_file(plot)
+    for file in (plot, report):
+        check_file(file)
     result = prune(
         model,
         data,
         macs=macs,
         params=params,
         channels=channels,
+        latency=latency,
+        latency_ms=latency_ms,
         sparsity=sparsity,
         max_drop=max_drop,
         structure=structure,
@@ -142,7 +154,7 @@ def prune_command(
         width=width or None,
         floor=floor,
         min_channels=min_channels,
-        round_to=round_to,
+        round_to=multiple(round_to),
         images=images,
         eval_data=eval_data,
         eval_images=eval_images,
@@ -158,8 +170,10 @@ def prune_command(
     )
     one = distributed.rank() == 0
     if out is not None and one:
-        result.save(out, overwrite=overwrite)
+        result.save(out, card=card, overwrite=overwrite)
     saved = {"out": str(out)} if out is not None else {}
     say(as_json, result.report.to_dict() | saved, str(result.report) + (f"\n\nSaved to {out}" if out else ""))
+    if report is not None and one:
+        result.report.to_html(report)
     if plot is not None and one:
         result.report.plot(plot)

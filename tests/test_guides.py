@@ -1,0 +1,81 @@
+"""The guides run: every block of Python of a page in order, in one namespace, and every `jbrprune` command."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from jbrprune import cli, timing
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(path for path in DOCS.glob("*.md") if re.search(r"^```(python|bash)$", path.read_text(), re.M))
+SMALLER = {"resnet50": "test_resnet", "vit_small_patch16_224": "test_vit"}
+"""What runs in the place of a model that a page speaks of."""
+
+
+def blocks(text: str) -> Iterator[tuple[int, str, str]]:
+    """Line, language and code of every block."""
+    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S):
+        yield text[: found.start()].count("\n") + 2, found[1], found[2]
+
+
+def smaller(code: str) -> str:
+    """With small models; names of files keep theirs."""
+    for large, small in SMALLER.items():
+        code = re.sub(rf"(?<![\w-]){large}(?![\w-])", small, code)
+    return code
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with some photographs, as the pages assume."""
+    (tmp_path / "photos").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(24):
+        pixels = torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JBRPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-4)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.filterwarnings("ignore")
+def test_a_guide_runs(page: Path, folder: Path) -> None:
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for line, language, code in blocks(page.read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile("\n" * (line - 1) + smaller(code), str(page), "exec"), namespace)
+        elif language == "bash":
+            for command in code.splitlines():
+                run(smaller(command))
+
+
+def run(command: str) -> None:
+    name, *arguments = shlex.split(command)
+    assert name == "jbrprune"
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, f"{command}: {result.output}\n{result.exception!r}"
+
+
+def test_every_guide_is_listed_and_links_lead_somewhere() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert "://" in target or os.path.exists(DOCS / target), f"{page.name}: {target}"
+
+
+def test_languages_are_known() -> None:
+    """A block in a language that nobody runs would never be checked."""
+    languages = {language for page in DOCS.glob("*.md") for _, language, _ in blocks(page.read_text(encoding="utf-8"))}
+    assert languages <= {"python", "bash", "text"}
