@@ -135,6 +135,7 @@ def test_what_cannot_be_fetched_says_so(tmp_path: Path, monkeypatch: pytest.Monk
             jbrprune.load(name)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves files open
 def test_timm_evaluates_a_loaded_model(result: jbrprune.PruneResult, tmp_path: Path) -> None:
     """As validate.py does: loader from the model's configuration, top-1 and top-5."""
     from PIL import Image
