@@ -16,8 +16,17 @@ from typer.testing import CliRunner
 from jbrprune import cli, timing
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted(path for path in DOCS.glob("*.md") if re.search(r"^```(python|bash)$", path.read_text(), re.M))
-SMALLER = {"resnet50": "test_resnet", "vit_small_patch16_224": "test_vit"}
+PAGES = (
+    "choose-a-ratio",
+    "faster",
+    "own-criterion",
+    "own-model",
+    "prune-resnet50",
+    "prune-vit",
+    "share",
+    "single-weights",
+)
+SMALLER = {"resnet50": "test_resnet", "resnet10t": "test_resnet", "vit_small_patch16_224": "test_vit"}
 """What runs in the place of a model that a page speaks of."""
 
 
@@ -48,9 +57,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+LONG = ("faster", "prune-resnet50", "prune-vit", "single-weights")
+"""Pages that take more than a few seconds."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in PAGES])
 @pytest.mark.filterwarnings("ignore")
-def test_a_guide_runs(page: Path, folder: Path) -> None:
+def test_a_guide_runs(name: str, folder: Path) -> None:
+    page = DOCS / f"{name}.md"
     namespace: dict[str, object] = {"__name__": page.stem}
     for line, language, code in blocks(page.read_text(encoding="utf-8")):
         if language == "python":
@@ -77,5 +91,6 @@ def test_every_guide_is_listed_and_links_lead_somewhere() -> None:
 
 def test_languages_are_known() -> None:
     """A block in a language that nobody runs would never be checked."""
-    languages = {language for page in DOCS.glob("*.md") for _, language, _ in blocks(page.read_text(encoding="utf-8"))}
-    assert languages <= {"python", "bash", "text"}
+    for name in (*PAGES, "many-gpus"):
+        text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+        assert {language for _, language, _ in blocks(text)} <= {"python", "bash", "text"}, name
