@@ -18,12 +18,12 @@ from torch.func import functional_call, jacrev
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "studies"))
 
 import first_order
+import fitting
 import frame
 import kernel
 import label_noise
 import recipes
 import relearning
-import training
 from noises import Relative
 
 from jbrprune.errors import ArgumentError
@@ -37,7 +37,7 @@ def _forgotten() -> Iterator[None]:
     """Nets of one test are not those of another."""
     yield
     label_noise.trained.cache_clear()
-    training.on_digits.cache_clear()
+    fitting.on_digits.cache_clear()
 
 
 # --- end to end ------------------------------------------------------------------------------------
@@ -149,43 +149,41 @@ def test_rank_correlation_is_scipys_and_its_interval_covers() -> None:
 
 
 def test_synthetic_data_are_the_teachers_and_fewer_samples_are_the_first_of_more() -> None:
-    many, few = (training.synthetic("linear", dimension=6, train=n, test=7, seed=3) for n in (50, 20))
+    many, few = (fitting.synthetic("linear", dimension=6, train=n, test=7, seed=3) for n in (50, 20))
     assert torch.equal(many.images[:20], few.images)
     assert torch.equal(many.targets[:20], few.targets)
     assert torch.equal(many.test_images, few.test_images)
     x = many.images.flatten(1)
     weights = torch.linalg.lstsq(x, many.targets).solution
     assert torch.allclose(many.test_images.flatten(1) @ weights, many.test_targets, atol=1e-5)
-    assert training.synthetic("relu", dimension=6, train=5000, test=1, seed=0).targets.std() == pytest.approx(
-        1, abs=0.1
-    )
+    assert fitting.synthetic("relu", dimension=6, train=5000, test=1, seed=0).targets.std() == pytest.approx(1, abs=0.1)
     with pytest.raises(ArgumentError, match="teacher"):
-        training.synthetic("cubic", dimension=6, train=5, test=1, seed=0)
+        fitting.synthetic("cubic", dimension=6, train=5, test=1, seed=0)
 
 
 def test_the_same_seed_gives_the_same_net_whatever_ran_before() -> None:
-    data = training.synthetic("relu", dimension=4, train=40, test=5, seed=0)
+    data = fitting.synthetic("relu", dimension=4, train=40, test=5, seed=0)
     found = []
     for _ in range(2):
         torch.rand(7)
-        model = training.mlp(4, 8, 1, dropout=0.3, seed=5)
+        model = fitting.mlp(4, 8, 1, dropout=0.3, seed=5)
         state = torch.get_rng_state()
-        training.fit(model, data.images, data.targets, training.squared, steps=7, batch_size=16, seed=2)
+        fitting.fit(model, data.images, data.targets, fitting.squared, steps=7, batch_size=16, seed=2)
         assert torch.equal(torch.get_rng_state(), state)
-        found.append(training.outputs(model, data.test_images))
+        found.append(fitting.outputs(model, data.test_images))
     assert torch.equal(*found)
 
 
 def test_squared_sums_over_outputs_and_averages_over_samples() -> None:
     found, wanted = torch.randn(5, 3), torch.randn(5, 3)
     slow = sum((found[n, k] - wanted[n, k]) ** 2 for n in range(5) for k in range(3)) / 5
-    assert training.squared(found, wanted).item() == pytest.approx(float(slow), rel=1e-6)
+    assert fitting.squared(found, wanted).item() == pytest.approx(float(slow), rel=1e-6)
 
 
 def test_training_stops_at_its_goal() -> None:
-    data = training.synthetic("linear", dimension=4, train=40, test=5, seed=0)
-    model = training.mlp(4, 16, 1)
-    last = training.fit(model, data.images, data.targets, training.squared, steps=2000, rate=1e-2, goal=0.05)
+    data = fitting.synthetic("linear", dimension=4, train=40, test=5, seed=0)
+    model = fitting.mlp(4, 16, 1)
+    last = fitting.fit(model, data.images, data.targets, fitting.squared, steps=2000, rate=1e-2, goal=0.05)
     assert 0.02 < last < 0.05
     assert not model.training
 
@@ -201,8 +199,8 @@ def jacobian(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_kernel_is_the_jacobians_and_label_noise_the_textbook_formula() -> None:
-    data = training.synthetic("relu", dimension=3, train=12, test=9, seed=0)
-    model = training.mlp(3, 7, 1, layers=3).double()
+    data = fitting.synthetic("relu", dimension=3, train=12, test=9, seed=0)
+    model = fitting.mlp(3, 7, 1, layers=3).double()
     train, test = data.images.double(), data.test_images.double()
     rows, test_rows = jacobian(model, train), jacobian(model, test)
     assert torch.allclose(kernel.kernel(model, test, train), test_rows @ rows.T, atol=1e-12)
@@ -219,12 +217,12 @@ def test_the_kernel_is_the_jacobians_and_label_noise_the_textbook_formula() -> N
         assert seen.dimension(penalty) == pytest.approx(float(share), rel=1e-8)
     assert seen.label_noise(0.0)[0] == pytest.approx(1.0, rel=1e-6)  # more parameters than samples: noise is repeated
     with pytest.raises(ArgumentError, match="one output"):
-        kernel.kernel(training.mlp(3, 7, 2), data.images, data.images)
+        kernel.kernel(fitting.mlp(3, 7, 2), data.images, data.images)
 
 
 def test_the_kernel_says_what_the_trace_form_says() -> None:
-    data = training.synthetic("relu", dimension=3, train=12, test=9, seed=0)
-    model = training.mlp(3, 7, 1, layers=3)
+    data = fitting.synthetic("relu", dimension=3, train=12, test=9, seed=0)
+    model = fitting.mlp(3, 7, 1, layers=3)
     seen = kernel.spectrum(model, data.images, (data.images, data.test_images))
     noise = LabelNoise(0.1, data.images, proximity=0.02)
     how = {"rtol": 0.0, "method": "exact", "validity": False, "progress": False}
@@ -233,8 +231,8 @@ def test_the_kernel_says_what_the_trace_form_says() -> None:
 
 
 def test_label_noise_of_least_squares_is_rank_over_n() -> None:
-    data = training.synthetic("linear", dimension=5, train=30, test=400, seed=1)
-    model = training.mlp(5, 0, 1, layers=1)
+    data = fitting.synthetic("linear", dimension=5, train=30, test=400, seed=1)
+    model = fitting.mlp(5, 0, 1, layers=1)
     seen = kernel.spectrum(model, data.images, (data.images, data.test_images))
     train, test = seen.label_noise(0.0)
     assert train == pytest.approx(6 / 30, rel=1e-9)  # five weights and a bias
@@ -246,11 +244,11 @@ def test_label_noise_of_least_squares_is_rank_over_n() -> None:
 
 
 def test_relearning_finds_the_ridge_solution_for_several_outputs() -> None:
-    data = training.synthetic("linear", dimension=5, train=30, test=8, seed=1)
-    model = training.mlp(5, 0, 3, layers=1).double()
+    data = fitting.synthetic("linear", dimension=5, train=30, test=8, seed=1)
+    model = fitting.mlp(5, 0, 3, layers=1).double()
     x = torch.cat([data.images.flatten(1), torch.ones(30, 1)], 1).double()
     noise, penalty = torch.randn(30, 3, dtype=torch.float64), 0.2
-    before = training.outputs(model, data.images.double())
+    before = fitting.outputs(model, data.images.double())
     learner = relearning.relearn(model, data.images.double(), before + noise, penalty)
     step = torch.linalg.solve(x.T @ x / 30 + penalty * torch.eye(6, dtype=torch.float64), x.T @ noise / 30)
     moved = relearning.change(model, learner)
@@ -260,8 +258,8 @@ def test_relearning_finds_the_ridge_solution_for_several_outputs() -> None:
 
 @pytest.mark.parametrize("layers, tolerance", [(1, 5e-3), (3, 0.05)])
 def test_retraining_does_what_the_trace_form_says_where_first_order_holds(layers: int, tolerance: float) -> None:
-    data = training.synthetic("relu", dimension=4, train=25, test=40, seed=2)
-    model = training.mlp(4, 64, 1, layers=layers)
+    data = fitting.synthetic("relu", dimension=4, train=25, test=40, seed=2)
+    model = fitting.mlp(4, 64, 1, layers=layers)
     seen = kernel.spectrum(model, data.images, (data.images, data.test_images))
     penalty = 0.05 * seen.values.mean().item()
     found = label_noise.retrained(model, data, seen, penalty, {"seed": 0, "draws": 60, "sigma": 1e-2})
@@ -275,7 +273,7 @@ def test_retraining_does_what_the_trace_form_says_where_first_order_holds(layers
 
 
 def test_relative_noise_by_hand() -> None:
-    model = training.mlp(3, 0, 2, layers=1)
+    model = fitting.mlp(3, 0, 2, layers=1)
     x = torch.randn(20, 1, 1, 3)
     weight, bias = model[1].weight.detach(), model[1].bias.detach()
     square = x.square().flatten(1).sum(1).mean()
@@ -285,7 +283,7 @@ def test_relative_noise_by_hand() -> None:
 
 
 def test_the_published_label_noise_step_by_step() -> None:
-    model = training.mlp(3, 0, 2, layers=1).double()
+    model = fitting.mlp(3, 0, 2, layers=1).double()
     x = {"train": torch.randn(10, 1, 1, 3).double(), "test": torch.randn(6, 1, 1, 3).double()}
     found = recipes.label_noise(model, x, seed=4, draws=1)
     inputs, test = (torch.cat([part.flatten(1), torch.ones(len(part), 1)], 1) for part in x.values())
@@ -305,8 +303,8 @@ def test_the_published_label_noise_step_by_step() -> None:
 
 
 def test_perturbations_are_what_they_say() -> None:
-    data = training.images("digits", None, train=64, test=20, seed=0)
-    model = training.mlp(1024, 16, 10)
+    data = fitting.images("digits", None, train=64, test=20, seed=0)
+    model = fitting.mlp(1024, 16, 10)
     dw = first_order.removal(model, data, 0.25, 0)
     weights = dict(model.named_parameters())
     gone = (dw["5.weight"].abs().sum(0) > 0).nonzero().flatten()
@@ -324,11 +322,11 @@ def test_the_error_of_first_order_by_hand() -> None:
     """Of a product of two layers the second order is the product of the changes."""
     settings = {"net": "mlp", "perturbation": "isotropic", "size": 0.2, "seed": 0, "steps": 3, "train": 64, "test": 20}
     found = first_order.measure(settings, frame.Places())
-    model, data = training.on_digits("mlp", 0, 3, 64, 20)
+    model, data = fitting.on_digits("mlp", 0, 3, 64, 20)
     dw = first_order.isotropic(model, data, 0.2, 0)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tiny = 1e-3
-    before = training.outputs(model, data.test_images)
+    before = fitting.outputs(model, data.test_images)
     after, near = (
         functional_call(model, {name: w + t * dw[name] for name, w in weights.items()}, (data.test_images,)).detach()
         for t in (1.0, tiny)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
+from fitting import TIMM, on_digits
 from frame import COLOURS, MARKERS, Places, Settings, Study, main, panels, rank_correlation
 from matplotlib.figure import Figure
-from training import TIMM, on_digits
 
 from baselines import CRITERIA
 from jbrprune import degradation, prune

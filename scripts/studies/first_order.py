@@ -16,13 +16,13 @@ from typing import Any
 
 import pandas as pd
 import torch
+from fitting import NETS, Data, entropy_and_accuracy, on_digits, outputs
 from frame import COLOURS, Places, Settings, Study, curve, main, panels
 from matplotlib.figure import Figure
 from noises import Relative
 from relearning import change, relearn, wander
 from torch import Tensor, nn
 from torch.func import functional_call
-from training import NETS, Data, entropy_and_accuracy, on_digits, outputs
 
 from jbrprune.tpv import Isotropic, Quantization, Removal, taylor_error, trace_form
 from jbrprune.units import find_groups

@@ -16,12 +16,12 @@ from typing import Any
 
 import pandas as pd
 import torch
+from fitting import Data, fit, mlp, outputs, squared, synthetic
 from frame import Places, Settings, Study, curve, main, panels, spread
 from kernel import Spectrum, spectrum
 from matplotlib.figure import Figure
 from relearning import relearn
 from torch import nn
-from training import Data, fit, mlp, outputs, squared, synthetic
 
 WIDTHS = (128, 256, 512, 800, 1024, 1600)
 RETRAINED = ((1e-2, 0.1, 6), (1e-2, 1.0, 6), (1e-3, 0.1, 6))

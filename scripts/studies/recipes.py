@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from fitting import Data, convnet, entropy_and_accuracy, fit, images, mlp, outputs, squared
 from frame import Places, Settings
 from noises import Relative
 from relearning import wander
 from torch import Tensor, nn
-from training import Data, convnet, entropy_and_accuracy, fit, images, mlp, outputs, squared
 
 from jbrprune.tpv import Isotropic, Quantization, trace_form
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
+from fitting import Loss, squared
 from torch import Tensor, nn
-from training import Loss, squared
 
 
 def relearn(

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from fitting import fit, mlp, outputs, squared, synthetic
 from frame import Places, Settings, Study, curve, main, panels
 from kernel import spectrum
 from matplotlib.figure import Figure
-from training import fit, mlp, outputs, squared, synthetic
 
 from jbrprune.tpv import Isotropic, Quantization, trace_form
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
+from fitting import Data, entropy_and_accuracy, fit, images, mlp, outputs, squared, synthetic
 from frame import Places, Settings, Study, curve, main, panels, rank_correlation, spread
 from kernel import spectrum
 from matplotlib.figure import Figure
 from noises import Relative
 from torch import nn
-from training import Data, entropy_and_accuracy, fit, images, mlp, outputs, squared, synthetic
 
 from jbrprune.tpv import Isotropic, Quantization, trace_form
 
