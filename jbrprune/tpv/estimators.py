@@ -40,6 +40,8 @@ MOST_EXACT = 4096
 """Outputs beyond which ``exact`` is refused."""
 LEAST_SAMPLES = 64
 """Samples before which no standard error is trusted enough to stop."""
+LEAST_DRAWS = 4
+"""Draws before which none is: two may be alike by chance."""
 
 
 def trace_form(
@@ -77,10 +79,12 @@ def trace_form(
         model: Any module that maps images to logits ``[B, K]``; left as it was. All its parameters are perturbed,
             also frozen ones.
         data: Anything that yields images (`jbrprune.batches.iterate`); read once, streaming (``jvp`` with draws: once
-            per draw, in the same order).
+            per draw, in the same order). Where not all of them are read (``rtol``, ``samples``) the first ones stand
+            for the rest: images that are sorted, by class for example, must be shuffled once before.
         covariance: What the perturbation is (`jbrprune.tpv.covariances`).
         method: See above.
-        rtol: Stop when standard error / value is at most this, from `LEAST_SAMPLES` samples on; 0: read everything.
+        rtol: Stop when standard error / value is at most this, from `LEAST_SAMPLES` samples (and `LEAST_DRAWS` draws)
+            on; 0: read everything.
         samples: Images to read, at most; default: all.
         signs: Sign vectors per sample.
         draws: Draws of the perturbation for ``jvp`` where C has no finite rank.
@@ -156,7 +160,8 @@ def empirical(
         data: As for `trace_form`; read once per draw, in the same order.
         covariance: What the perturbation is.
         draws: Draws of dw, at most; a fixed perturbation (rounding, removal) is drawn once.
-        rtol: Stop after a draw (the second, at the earliest) when standard error / value is at most this.
+        rtol: Stop after a draw (the `LEAST_DRAWS`-th, at the earliest) when standard error / value is at most this; a
+            fixed perturbation: within the only draw, see ``data`` of `trace_form`.
         samples: Images to read, at most; default: all.
         batch_size: Images per pass where the data do not say.
         ignore: Globs of modules or parameters that are not perturbed.
@@ -422,7 +427,7 @@ def _by_draws(
                 break
         columns.append(torch.cat(parts))
         sums = Sums.of(torch.stack(columns, 1), shared=not once)
-        if reached(sums, settings.rtol, LEAST_SAMPLES):
+        if (once or draw + 1 >= LEAST_DRAWS) and reached(sums, settings.rtol, LEAST_SAMPLES):
             return sums, draw + 1, "rtol", start
     return sums, len(columns), "budget", start  # type: ignore[return-value]
 

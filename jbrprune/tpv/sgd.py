@@ -71,7 +71,8 @@ class SGDNoise:
         data: Images on which the curvature is taken, and the trajectory runs; labels are used by the trajectory if
             they are there, else they are drawn from the model's own distribution.
         loss: ``cross_entropy`` or ``mse`` (whose targets are the model's own outputs plus unit normal noise).
-        trajectory: Run SGD for every draw of the empirical form, in the place of the stationary law.
+        trajectory: Run SGD for every draw, in the place of the stationary law: for `empirical`, and for `trace_form`
+            by ``jvp``, its default here. ``exact`` and ``projection`` do not draw, theirs is the stationary law.
         samples: Images to keep, at most.
 
     Raises:
@@ -177,7 +178,7 @@ def _root_transposed(outputs: Tensor, vector: Tensor, loss: str) -> Tensor:
 
 @dataclass(eq=False)
 class _Walk(StationarySGD):
-    """Draws along a trajectory of SGD; the quadratic form stays the stationary one."""
+    """Draws along a trajectory of SGD (also those of ``jvp``); the quadratic form stays the stationary one."""
 
     how: SGDNoise
     path: Trajectory

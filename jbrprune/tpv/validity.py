@@ -34,7 +34,8 @@ class Validity:
         scales: Multiples t of the direction d, ascending.
         errors: For every t, sqrt(sum \|f(w + t d) - f(w) - t J d\|^2 / sum \|f(w + t d) - f(w)\|^2), sums over samples
             and outputs. 0 where neither changes anything; inf where only the first-order change is not zero.
-        largest_valid: Largest t up to which all errors are at most the tolerance; 0 where there is none.
+        largest_valid: Largest t up to which all errors are at most the tolerance; 0 where there is none. Small t whose
+            error is larger than that of the next t do not count: what falls as t grows is rounding, not curvature.
         tolerance: That tolerance.
         samples: Samples looked at.
     """
@@ -55,8 +56,9 @@ class Validity:
         return self.errors[self.scales.index(scale)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Pure JSON types."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        """Pure JSON types; an infinite error is None."""
+        facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return facts | {"errors": [error if _finite(error) else None for error in self.errors]}
 
 
 def taylor_error(
@@ -126,14 +128,20 @@ def taylor_error(
 def warn_if_invalid(validity: Validity | None) -> None:
     """Warn where first order does not hold at the size of the perturbation itself."""
     if validity is not None and not validity.valid and 1.0 in validity.scales:
-        warnings.warn(
+        fails = (
             f"First order is not valid at this size of the perturbation: the real change of the outputs differs from "
-            f"the predicted one by {validity.at(1.0):.0%} (tolerance {validity.tolerance:.0%}). It is valid up to "
-            f"{validity.largest_valid:g} times this size. Make the perturbation smaller, or measure with "
-            "jbrprune.tpv.empirical.",
-            TPVWarning,
-            stacklevel=3,
+            f"the predicted one by {validity.at(1.0):.0%} (tolerance {validity.tolerance:.0%})."
         )
+        cure = (
+            f"It is valid up to {validity.largest_valid:g} times this size. Make the perturbation smaller, or measure "
+            "with jbrprune.tpv.empirical."
+        )
+        if _rounded(validity.errors):
+            cure = (
+                "The error does not grow with the size, as that of rounding: the real change may be too small to be "
+                "seen in this dtype. Make the perturbation larger, or use a model in float64."
+            )
+        warnings.warn(f"{fails} {cure}", TPVWarning, stacklevel=3)
 
 
 def _checked_scales(scales: Sequence[float], tolerance: float) -> tuple[float, ...]:
@@ -154,9 +162,16 @@ def _ratio(wrong: float, real: float) -> float:
     return (wrong / real) ** 0.5
 
 
+def _rounded(errors: Sequence[float]) -> bool:
+    """Whether errors fall as the scale grows, or are infinite: rounding does that, curvature the opposite."""
+    return len(errors) > 1 and (errors[-1] < errors[0] or not _finite(errors[0]))
+
+
 def _largest_valid(scales: Sequence[float], errors: Sequence[float], tolerance: float) -> float:
-    largest = 0.0
-    for scale, error in zip(scales, errors):
+    largest, seen = 0.0, 0
+    while seen + 1 < len(errors) and errors[seen] > max(tolerance, errors[seen + 1]):
+        seen += 1  # lost in rounding
+    for scale, error in zip(scales[seen:], errors[seen:]):
         if not error <= tolerance:
             break
         largest = scale
