@@ -99,6 +99,7 @@ ORDER = (
     "tpv.estimate",
     "tpv.agreement",
     "tpv.signs",
+    "tpv.problem",
     "tpv.estimators",
     "tpv",
     "engine",

@@ -17,8 +17,9 @@ from tpv_nets import attention, bound, estimated, flat, jacobian, linear, measur
 from jbrprune import norms
 from jbrprune.batches import Batch
 from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.tpv import Diagonal, Isotropic, Quantization, TPVWarning, empirical, taylor_error, trace_form
+from jbrprune.tpv import Diagonal, Gradients, Isotropic, Quantization, TPVWarning, empirical, taylor_error, trace_form
 from jbrprune.tpv.signs import Signs
+from jbrprune.tpv.validity import warn_if_invalid
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
@@ -407,3 +408,44 @@ def test_softmax_cross_entropy_is_not_what_is_measured() -> None:
     twice = estimated(net, images, Isotropic(1.0), output=lambda out: torch.cat([out, out], 1))
     assert twice.value == pytest.approx(2 * once.value, rel=1e-12)
     assert F.softmax(net(images), 1).shape == (6, 1)
+
+
+def test_rounding_is_not_taken_for_curvature() -> None:
+    """Changes of 1e-6 in float32: a thousandth of them is lost in rounding, the whole is not."""
+    net, images = mlp().float(), pixels(64).float()
+    direction = {name: 1e-6 * torch.ones_like(p) for name, p in net.named_parameters()}
+    found = taylor_error(net, images, direction, [1e-3, 1e-2, 1.0, 10.0], progress=False)
+    assert found.errors[0] > 1 / 2
+    assert found.errors[-1] < 0.1
+    assert found.largest_valid == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_invalid(found)
+
+
+def test_a_change_too_small_to_be_seen_is_called_so() -> None:
+    net, images = mlp().float(), pixels(4).float()
+    direction = {"1.weight": torch.full((7, 12), 1e-15)}
+    found = taylor_error(net, images, direction, progress=False)
+    assert (found.errors[-1], found.largest_valid) == (math.inf, 0)
+    assert found.to_dict()["errors"] == [None] * 4
+    with pytest.warns(TPVWarning, match="rounding.*larger"):
+        warn_if_invalid(found)
+
+
+def test_two_draws_that_are_alike_by_chance_do_not_stop() -> None:
+    """One weight, draws of its noise: two of them have nearly the same square."""
+
+    class Drawn:
+        def __init__(self) -> None:
+            self.left = iter([1.0, -1.001, 3.0, 0.1, 2.0, 0.5])
+
+        def quadratic(self, gradients: Gradients) -> Tensor:
+            return gradients.square_norms({"1.weight": 1.0})
+
+        def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
+            return {"1.weight": torch.full((1, 1), next(self.left), dtype=torch.float64)}
+
+    net, images = linear(torch.ones(1, 1)), torch.ones(100, 1, 1, 1).double()
+    found = measured(net, images, Drawn(), draws=6, rtol=0.02)
+    assert (found.draws, found.stopped) == (6, "budget")

@@ -9,24 +9,20 @@ Sum over outputs, mean over samples. The outputs are the logits unless told othe
 from __future__ import annotations
 
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from jbrprune import guest
-from jbrprune.batches import iterate
-from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
-from jbrprune.measure import check_weights, logits_of, raise_nonfinite
-from jbrprune.parameters import covered, masks_of
-from jbrprune.passes import check_known, own
+from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
+from jbrprune.measure import logits_of, raise_nonfinite
+from jbrprune.passes import check_known
 from jbrprune.tpv.covariances import Change, Covariance, Isotropic, Perturbation  # noqa: F401  (Isotropic: the examples)
 from jbrprune.tpv.estimate import Estimate, Sums, reached
 from jbrprune.tpv.gradients import checked_direction
+from jbrprune.tpv.problem import Bound, Settings, Stream, bound_to
 from jbrprune.tpv.recorded import Recorded, check_recording, recorded
 from jbrprune.tpv.responses import Output, applied, changed_outputs, linear_outputs, outputs_of
 from jbrprune.tpv.signs import Signs
@@ -121,10 +117,10 @@ def trace_form(
         12.0
     """
     check_known("method", method, METHODS)
-    settings = _Settings.checked(rtol, samples, draws, signs, first, seed, progress)
+    settings = Settings.checked(rtol, samples, draws, signs, first, seed, progress)
     began = time.perf_counter()
-    bound = _bound(model, covariance, ignore, output)
-    stream = _Stream(data, batch_size, guest.device_of(model), samples, progress)
+    bound = bound_to(model, covariance, ignore, output)
+    stream = Stream(data, batch_size, guest.device_of(model), samples, progress)
     ranked = getattr(bound.covariance, "directions", None) is not None
     if method == "jvp" or (method == "auto" and (ranked or getattr(bound.covariance, "by_draws", False))):
         sums, taken, stopped, change = _by_jvp(bound, stream, settings)
@@ -183,10 +179,10 @@ def empirical(
         >>> abs(found.value - 12) < 3 * found.standard_error
         True
     """
-    settings = _Settings.checked(rtol, samples, draws, 1, 0, seed, progress)
+    settings = Settings.checked(rtol, samples, draws, 1, 0, seed, progress)
     began = time.perf_counter()
-    bound = _bound(model, covariance, ignore, output)
-    stream = _Stream(data, batch_size, guest.device_of(model), samples, progress)
+    bound = bound_to(model, covariance, ignore, output)
+    stream = Stream(data, batch_size, guest.device_of(model), samples, progress)
     dense: list[Tensor] = []
 
     def squared(number: int, images: Tensor, change: Change) -> Tensor:
@@ -207,120 +203,6 @@ def empirical(
     )
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """How long to go on, and from where the randomness comes."""
-
-    rtol: float
-    samples: int | None
-    draws: int
-    signs: int
-    first: int
-    seed: int
-    progress: bool
-
-    @staticmethod
-    def checked(
-        rtol: float, samples: int | None, draws: int, signs: int, first: int, seed: int, progress: bool
-    ) -> _Settings:
-        if not 0 <= rtol < 1:
-            raise ArgumentError(f"rtol must satisfy 0 <= rtol < 1, got {rtol}.")
-        for name, value, least in (
-            ("samples", samples, 1),
-            ("draws", draws, 1),
-            ("signs", signs, 1),
-            ("first", first, 0),
-        ):
-            if value is not None and value < least:
-                raise ArgumentError(f"{name} must be at least {least}, got {value}.")
-        return _Settings(rtol, samples, draws, signs, first, seed, progress)
-
-
-@dataclass(frozen=True, eq=False)
-class _Bound:
-    """A model, what is perturbed of it, and how."""
-
-    model: nn.Module
-    covariance: Covariance
-    shapes: Mapping[str, torch.Size]
-    output: Output
-
-
-def _bound(model: nn.Module, covariance: Covariance | Perturbation, ignore: Sequence[str], output: Output) -> _Bound:
-    check_weights(model)
-    if masks_of(model):
-        raise ModelError(
-            f"{next(iter(masks_of(model)))} is masked by torch.nn.utils.prune, so that its parameter is not what the "
-            "model computes with. Call jbrprune.make_permanent(model) first (on a copy, if the masks are still needed)."
-        )
-    names = [name for name, p in model.named_parameters() if p.is_floating_point()]
-    if ignore:
-        modules = [name for name, _ in model.named_modules() if name]
-        left_out = covered(modules + names, ignore, "module and no parameter")
-        names = [name for name in names if name not in left_out]
-    if not names:
-        raise ModelError(f"{type(model).__name__} has no parameter that can be perturbed. Is everything in `ignore`?")
-    weights = {name: p.detach() for name, p in model.named_parameters() if name in set(names)}
-    if isinstance(covariance, Perturbation):
-        covariance = covariance.of(model, weights)
-    if not isinstance(covariance, Covariance):
-        raise ArgumentError(
-            f"{type(covariance).__name__} is not a covariance: it needs the methods quadratic(gradients) and "
-            "sample(generator), see jbrprune.tpv.covariances."
-        )
-    return _Bound(model, covariance, {name: w.shape for name, w in weights.items()}, output)
-
-
-@dataclass(eq=False)
-class _Stream:
-    """The images, on the device, limited in number, and known to be the same in every pass."""
-
-    data: object
-    batch_size: int
-    device: torch.device
-    samples: int | None
-    progress: bool
-    prints: list[int] = field(default_factory=list)
-    head: Tensor | None = None
-
-    def read(self, what: str) -> Iterator[Tensor]:
-        """One pass.
-
-        Raises:
-            DataError: These are not the images of the first pass.
-        """
-        again, left = bool(self.prints), self.samples
-        batches = iterate(self.data, batch_size=self.batch_size)
-        number = -1
-        for number, batch in enumerate(tqdm(batches, what, unit="batch", disable=not self.progress, leave=False)):
-            images = own(batch.images)[:left]
-            self._compare(number, _fingerprint(images), again)
-            images = images.to(self.device)
-            self.head = images if self.head is None else self.head
-            yield images
-            left = None if left is None else left - len(images)
-            if left == 0:
-                break
-        if again and number + 1 != len(self.prints):
-            raise DataError(
-                f"The data gave {len(self.prints)} batches in the first pass and {number + 1} in a later one."
-            )
-
-    def _compare(self, number: int, found: int, again: bool) -> None:
-        if not again:
-            self.prints.append(found)
-        elif number >= len(self.prints) or self.prints[number] != found:
-            raise DataError(
-                f"Batch {number} is not the one of the first pass: the data are shuffled (or augmented at random) anew "
-                "every time they are read, but the changed and the unchanged model must see the same images. Use "
-                "shuffle=False, or pass a tensor or a list of batches."
-            )
-
-
-def _fingerprint(images: Tensor) -> int:
-    return zlib.crc32(images.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-
-
 def _finite_outputs(model: nn.Module, images: Tensor, outputs: Tensor, number: int) -> Tensor:
     if not torch.isfinite(outputs).all():
         raise_nonfinite(model, images, f"Batch {number}: the outputs")
@@ -328,7 +210,7 @@ def _finite_outputs(model: nn.Module, images: Tensor, outputs: Tensor, number: i
 
 
 def _by_gradients(
-    bound: _Bound, stream: _Stream, settings: _Settings, method: str, autocast: torch.dtype | None
+    bound: Bound, stream: Stream, settings: Settings, method: str, autocast: torch.dtype | None
 ) -> tuple[Sums, str, str]:
     """Sums of g^T C g, g = J^T m, m the unit vectors or random signs."""
     names = list(bound.shapes)
@@ -354,7 +236,7 @@ def _by_gradients(
     return sums, method, "budget"  # type: ignore[reportPossiblyUnbound]
 
 
-def _quadratic(bound: _Bound, run: Recorded, directions: Tensor) -> Tensor:
+def _quadratic(bound: Bound, run: Recorded, directions: Tensor) -> Tensor:
     value = bound.covariance.quadratic(run.gradients(directions))
     if not isinstance(value, Tensor) or value.shape != (len(directions),):
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -385,7 +267,7 @@ def _directions(method: str, outputs: Tensor, signs: Signs) -> Iterator[Tensor]:
             yield drawn.to(outputs)
 
 
-def _by_jvp(bound: _Bound, stream: _Stream, settings: _Settings) -> tuple[Sums, int, str, Change]:
+def _by_jvp(bound: Bound, stream: Stream, settings: Settings) -> tuple[Sums, int, str, Change]:
     """Sums of squares of J d: over all directions of a finite rank, or over draws."""
     directions = getattr(bound.covariance, "directions", None)
 
@@ -401,9 +283,9 @@ def _by_jvp(bound: _Bound, stream: _Stream, settings: _Settings) -> tuple[Sums, 
 
 
 def _by_draws(
-    bound: _Bound,
-    stream: _Stream,
-    settings: _Settings,
+    bound: Bound,
+    stream: Stream,
+    settings: Settings,
     squared: Callable[[int, Tensor, Change], Tensor],
     *,
     once: bool = False,
@@ -433,8 +315,8 @@ def _by_draws(
 
 
 def _estimate(
-    bound: _Bound,
-    stream: _Stream,
+    bound: Bound,
+    stream: Stream,
     sums: Sums,
     method: str,
     draws: int,
