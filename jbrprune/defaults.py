@@ -41,8 +41,8 @@ WEIGHTS = {
 """Defaults of what has a meaning for single weights."""
 CRITERION = ("objective", "site", "statistic", "batch", "confidence", "autocast", "max_memory")
 """What only relevance knows; a criterion that is passed does not."""
-WHOLE = ("batch_size", "seed", "min_channels", "round_to", "max_memory", "steps")
-REAL = ("ridge", "floor", "confidence", "batch")
+WHOLE = ("batch", "batch_size", "seed", "min_channels", "round_to", "max_memory", "steps")
+REAL = ("ridge", "floor", "confidence")
 
 
 def complete(arguments: Mapping[str, Any], defaults: Mapping[str, object], what: str) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from jbrprune.errors import ArgumentError, NonFiniteError
 from jbrprune.groups import Axis, Group, Selection, removed_channels
 from jbrprune.journal import NOTHING, Journal, facts_of, recall
 from jbrprune.measure import Agreement, parameters_of
-from jbrprune.passes import BATCHED
 from jbrprune.pricing import Pricer
 from jbrprune.relevance import Site, Statistic, relevance_scores
 from jbrprune.removal import remove_units, tried
@@ -56,7 +55,7 @@ class Settings:
     objective: str
     site: Site
     statistic: Statistic
-    batch: float
+    batch: int
     confidence: float
     ignore: tuple[str, ...]
     width: bool
@@ -83,7 +82,7 @@ class Settings:
         names = ["width", "ridge"]
         if self.criterion is None:
             names = ["objective", "site", "statistic", "confidence", *names]
-            names += ["batch"] if self.statistic in BATCHED else []
+            names += ["batch"] if self.statistic == "batched" else []
         shown: dict[str, object] = {} if self.criterion is None else {"criterion": called(self.criterion)}
         shown |= {name: getattr(self, name) for name in names}
         return shown | asdict(self.floors) | {"repair": list(self.repair), "ignore": list(self.ignore)}

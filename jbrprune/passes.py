@@ -15,9 +15,6 @@ from jbrprune.errors import ArgumentError, DataError, ModelError
 from jbrprune.measure import logits_of, raise_nonfinite
 from jbrprune.objectives import Objective, Target, confident
 
-BATCHED = ("batched", "mixed")
-"""Statistics that a number of samples belongs to."""
-
 
 class Draws:
     """Random numbers that depend on a seed and the position of a sample in the data, whoever works on it, and when.
@@ -179,16 +176,14 @@ def check_known(what: str, value: str, known: Iterable[str]) -> None:
         raise ArgumentError(f"{what} must be one of {', '.join(known)}, got {value!r}.")
 
 
-def check_sampling(statistic: str, batch: float, confidence: float) -> None:
+def check_sampling(statistic: str, batch: int, confidence: float) -> None:
     """Refuse a batch, where it counts, or a threshold of confidence that have no meaning."""
     if statistic == "batched" and confidence > 0 and distributed.size() > 1:
         raise ArgumentError(
             "statistic='batched' with confidence > 0 forms its batches from the samples that are left, which no rank "
-            "knows of the others. Use statistic='mixed' or confidence=0, or one process."
+            "knows of the others. Use confidence=0, or one process."
         )
-    if statistic == "batched" and batch % 1:
-        raise ArgumentError(f"batch must be a whole number for statistic 'batched', got {batch}.")
-    if statistic in BATCHED and not batch >= 1:
+    if statistic == "batched" and batch < 1:
         raise ArgumentError(f"batch must be at least 1, got {batch}.")
     if not 0 <= confidence < 1:
         raise ArgumentError(f"confidence must satisfy 0 <= confidence < 1, got {confidence}.")

@@ -80,7 +80,7 @@ def prune(
     objective: str | None = None,
     site: str | None = None,
     statistic: str | None = None,
-    batch: float | None = None,
+    batch: int | None = None,
     confidence: float | None = None,
     ignore: Sequence[str] = (),
     width: bool | None = None,
@@ -148,9 +148,8 @@ def prune(
         objective: ``pseudo_label`` (default for channels), ``projection`` (default for single weights),
             ``predicted_logit``, ``margin`` or ``label``.
         site: ``consumer`` (default) or ``all``, for channels; see `jbrprune.relevance.relevance_scores`.
-        statistic: ``second_moment`` (default), ``batched``, ``mean_replaced``, ``mixed`` (both of channels) or
-            ``signed`` (weights).
-        batch: Samples per batch of ``statistic="batched"``, or the batch B of ``mixed``; default 128.
+        statistic: ``second_moment`` (default), ``batched``, ``mean_replaced`` (channels) or ``signed`` (weights).
+        batch: Samples per batch of ``statistic="batched"``; default 128.
         confidence: Score only on images whose largest dense probability exceeds this; default 0.
         ignore: Globs of module names that keep their width, or (of modules or parameters) their weights. The
             repair of ``batch_norm`` corrects statistics everywhere.

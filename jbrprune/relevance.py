@@ -30,7 +30,6 @@ from jbrprune.groups import Group, Member, Side
 from jbrprune.measure import check_weights, logits_of
 from jbrprune.objectives import OBJECTIVES, Objective
 from jbrprune.passes import (
-    BATCHED,
     Draws,
     Question,
     check_known,
@@ -48,11 +47,11 @@ from jbrprune.scores import Accumulator, Scores, Settings
 log = logging.getLogger(__name__)
 
 Site = Literal["consumer", "all"]
-Statistic = Literal["second_moment", "batched", "mean_replaced", "mixed"]
+Statistic = Literal["second_moment", "batched", "mean_replaced"]
 _Relevances = tuple[dict[str, Tensor], int]
 """Group name -> ``[n, units]`` relevances, and the number of samples left out."""
 SITES = ("consumer", "all")
-STATISTICS = ("second_moment", "batched", "mean_replaced", "mixed")
+STATISTICS = ("second_moment", "batched", "mean_replaced")
 
 CACHE_ELEMENTS = 1 << 18
 """Products of activation and gradient are formed in pieces of this size, which stay in the cache."""
@@ -66,7 +65,7 @@ def relevance_scores(
     objective: str = "pseudo_label",
     site: Site = "consumer",
     statistic: Statistic = "second_moment",
-    batch: float = 128,
+    batch: int = 128,
     confidence: float = 0.0,
     autocast: torch.dtype | None = None,
     batch_size: int = 32,
@@ -87,10 +86,8 @@ def relevance_scores(
             to no layer class, such as a position embedding, have no term of their own.
         statistic: ``second_moment``: E[v^2] per sample. ``batched``: E[(mean over ``batch`` samples of v)^2],
             as in the published code. ``mean_replaced``: E[(sum (a - mean a) dL/da)^2], the effect of replacing
-            a channel by its mean (site ``consumer`` only). ``mixed``: E[v]^2 + Var[v] / ``batch`` over all samples:
-            what ``batched`` tends to, of any batch size, whatever the order of the samples.
-        batch: Number of samples whose mean is squared by ``batched``, whatever the data's batch size; of ``mixed``
-            any number from 1 (``second_moment``) to infinity (the square of the mean).
+            a channel by its mean (site ``consumer`` only).
+        batch: Number of samples whose mean is squared by ``batched``, whatever the data's batch size.
         confidence: Leave out samples whose largest dense probability is not above this (published code: 0.9).
         autocast: Low-precision dtype of the forward pass, e.g. ``torch.bfloat16``.
         batch_size: Images per pass where the data do not say.
@@ -119,7 +116,7 @@ def relevance_scores(
     if statistic == "mean_replaced":
         _require_two_passes(data)
         means = channel_means(model, data, groups, batch_size=batch_size)
-    accumulator = Accumulator(groups, int(batch) if statistic == "batched" else None, first=statistic == "mixed")
+    accumulator = Accumulator(groups, batch if statistic == "batched" else None)
     parts = distributed.Parts(data, batch_size=batch_size, block=accumulator.batch)
     shown = tqdm(parts, "scoring", unit="batch", disable=None if progress else True, leave=False)
     question = Question(function, confidence, autocast, Draws(seed))
@@ -137,9 +134,8 @@ def relevance_scores(
     samples, skipped = distributed.total(accumulator.samples, skipped)
     check_samples(samples, skipped, confidence)
     sums = distributed.all_sum(accumulator.finish())
-    first = None if accumulator.first is None else distributed.all_sum(accumulator.first)
-    settings = Settings(objective, site, statistic, batch if statistic in BATCHED else None, confidence)
-    return Scores(sums, groups, samples, skipped, settings, first)
+    settings = Settings(objective, site, statistic, batch if statistic == "batched" else None, confidence)
+    return Scores(sums, groups, samples, skipped, settings)
 
 
 def per_sample_relevances(
@@ -577,7 +573,7 @@ def _check_unused(model: nn.Module, images: Tensor, names: Sequence[str]) -> Non
 
 
 def _checked(
-    groups: Sequence[Group], objective: str, site: str, statistic: str, batch: float, confidence: float
+    groups: Sequence[Group], objective: str, site: str, statistic: str, batch: int, confidence: float
 ) -> Objective:
     check_arguments(objective, site, statistic, batch, confidence)
     if not groups:
@@ -587,7 +583,7 @@ def _checked(
     return OBJECTIVES[objective]
 
 
-def check_arguments(objective: str, site: str, statistic: str, batch: float, confidence: float) -> None:
+def check_arguments(objective: str, site: str, statistic: str, batch: int, confidence: float) -> None:
     """Refuse arguments of `relevance_scores` without meaning, before anything expensive.
 
     Raises:

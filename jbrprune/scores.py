@@ -23,13 +23,13 @@ class Settings:
     objective: str
     site: str
     statistic: str
-    batch: float | None = None
+    batch: int | None = None
     confidence: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """s_u = E_x[v_u(x)^2] (or its batched, mean-replaced or mixed form) for every unit of every group.
+    """s_u = E_x[v_u(x)^2] (or its batched or mean-replaced form) for every unit of every group.
 
     Attributes:
         sums: Group name -> ``[units]`` float64, the sum over samples (unit: squared change of the
@@ -38,7 +38,6 @@ class Scores:
         samples: Samples in the sums.
         skipped: Samples that were left out because the dense model was not confident enough.
         settings: Objective, site and statistic.
-        first: Of ``mixed``: group name -> ``[units]`` float64, the sum of v over samples.
     """
 
     sums: Mapping[str, Tensor]
@@ -46,15 +45,10 @@ class Scores:
     samples: int
     skipped: int
     settings: Settings
-    first: Mapping[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        """``[units]`` scores of one group: the mean over samples; of ``mixed`` mean(v)^2 + var(v) / batch."""
-        second = self.sums[name] / self.samples
-        if self.first is None:
-            return second
-        square = (self.first[name] / self.samples).square()
-        return square + (second - square) / self.settings.batch  # type: ignore[operator]
+        """``[units]`` scores of one group: the mean over samples."""
+        return self.sums[name] / self.samples
 
     def values(self) -> dict[str, Tensor]:
         """Group name -> ``[units]`` scores."""
@@ -78,8 +72,7 @@ class Scores:
             )
         return replace(
             self,
-            sums=_added(self.sums, other.sums),
-            first=None if self.first is None or other.first is None else _added(self.first, other.first),
+            sums={name: total + other.sums[name] for name, total in self.sums.items()},
             samples=self.samples + other.samples,
             skipped=self.skipped + other.skipped,
         )
@@ -87,7 +80,6 @@ class Scores:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (atomically)."""
         tensors = {f"sums/{name}": total for name, total in self.sums.items()}
-        tensors |= {f"first/{name}": total for name, total in (self.first or {}).items()}
         for number, group in enumerate(self.groups):
             for position, member in enumerate(group.members):
                 tensors[f"members/{number}/{position}/channel"] = member.channel
@@ -112,19 +104,13 @@ class Scores:
         """
         with sumfiles.reading(path, KIND) as (header, tensors):
             groups = tuple(_group(number, entry, tensors) for number, entry in enumerate(header["groups"]))
-            mixed = header["settings"]["statistic"] == "mixed"
             return Scores(
                 sums={group.name: tensors[f"sums/{group.name}"] for group in groups},
-                first={group.name: tensors[f"first/{group.name}"] for group in groups} if mixed else None,
                 groups=groups,
                 samples=header["samples"],
                 skipped=header["skipped"],
                 settings=Settings(**header["settings"]),
             )
-
-
-def _added(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: total + other[name] for name, total in one.items()}
 
 
 def _described(group: Group) -> tuple:
@@ -145,14 +131,12 @@ class Accumulator:
 
     ``second_moment``: sum of v^2. ``batched``: consecutive samples are gathered to batches of ``batch``
     whatever the size they arrive in, n_b * mean_b(v)^2 is summed; a last, smaller batch counts by its size.
-    ``mixed`` (``first=True``): sum of v^2, and in ``first`` the sum of v.
     """
 
-    def __init__(self, groups: tuple[Group, ...], batch: int | None, *, first: bool = False) -> None:
+    def __init__(self, groups: tuple[Group, ...], batch: int | None) -> None:
         self.batch = batch
         self.samples = 0
         self.sums = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
-        self.first = {name: torch.zeros_like(total) for name, total in self.sums.items()} if first else None
         self._open = {name: torch.zeros_like(total) for name, total in self.sums.items()}
         self._filled = 0
 
@@ -160,9 +144,6 @@ class Accumulator:
         """Add ``[n, units]`` relevances of n samples, one tensor per group."""
         n = len(next(iter(relevances.values())))
         self.samples += n
-        if self.first is not None:
-            for name, v in relevances.items():
-                self.first[name] += v.cpu().double().sum(0)
         if self.batch is None:
             for name, v in relevances.items():
                 self.sums[name] += v.cpu().double().square().sum(0)  # on the CPU: not every accelerator has float64

@@ -37,7 +37,7 @@ def score(
     statistic: str | None = None,
     granularity: str = "unit",
     parameters: str = "weights",
-    batch: float | None = None,
+    batch: int | None = None,
     confidence: float | None = None,
     ignore: Sequence[str] = (),
     width: bool | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -133,27 +132,11 @@ WEIGHTS: Mapping[str, Callable[..., WeightScores]] = MappingProxyType(
 """Name -> ``criterion(model, batches, *, ignore, seed, progress)``, for single weights: relevance by its objective."""
 
 
-_MIXED = re.compile(r"jbr_mixed_(\d+(?:\.\d+)?)")
-
-
-def _of_mixed(name: str, batch: float) -> Callable[..., Scores]:
-    """As `jbr`, s_u = E[v]^2 + Var[v] / B."""
-
-    def criterion(
-        model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], *, seed: int = 0, progress: bool = False
-    ) -> Scores:
-        how: dict[str, Any] = {"statistic": "mixed", "batch": batch, "seed": seed, "progress": progress}
-        return named(name, relevance_scores(model, batches, groups, **how))
-
-    criterion.__name__ = name
-    return criterion
-
-
 def variant(name: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """A criterion by its name.
 
     Args:
-        name: One of ``known``, or for channels ``jbr_mixed_B``: statistic ``mixed`` with that B, such as 8 or 2.5.
+        name: One of ``known``.
         known: `CHANNELS` or `WEIGHTS`, or a larger registry.
 
     Raises:
@@ -163,8 +146,6 @@ def variant(name: str, known: Mapping[str, Callable[..., Any]]) -> Callable[...,
         >>> variant("jbr_published", CHANNELS).__name__
         'jbr_published'
     """
-    if (mixed := _MIXED.fullmatch(name)) and "jbr_batched" in known:
-        return _of_mixed(name, float(mixed[1]))
     if name not in known:
         raise unknown("criterion", name, known)
     return known[name]

@@ -161,7 +161,7 @@ def weight_scores(
     *,
     objective: str = "projection",
     statistic: Statistic = "second_moment",
-    batch: float = 128,
+    batch: int = 128,
     parameters: Parameters = "weights",
     ignore: Sequence[str] = (),
     confidence: float = 0.0,
@@ -222,9 +222,9 @@ def weight_scores(
     if statistic == "second_moment":
         collector = Squares(model, scored, max_memory)
     else:
-        collector = Means(scored, int(batch) if statistic == "batched" else None)
+        collector = Means(scored, batch if statistic == "batched" else None)
     question = Question(function, confidence, autocast, Draws(seed))
-    parts = distributed.Parts(data, batch_size=batch_size, block=int(batch) if statistic == "batched" else None)
+    parts = distributed.Parts(data, batch_size=batch_size, block=batch if statistic == "batched" else None)
     shown = tqdm(parts, "scoring", unit="batch", disable=not progress, leave=False)
     samples, skipped = distributed.together(lambda: _collect(model, shown, collector, question))
     parts.check()
@@ -303,7 +303,7 @@ def _kinds(module: nn.Module, parameters: Parameters) -> tuple[str, ...]:
 
 
 def check_weight_arguments(
-    objective: str, statistic: str, batch: float, parameters: str, confidence: float, max_memory: int
+    objective: str, statistic: str, batch: int, parameters: str, confidence: float, max_memory: int
 ) -> Objective:
     """Refuse arguments of `weight_scores` without meaning, before anything expensive; give back the objective.
 

@@ -37,7 +37,6 @@ from jbrprune.errors import ArgumentError, JBRError, NonFiniteError
 from jbrprune.measure import predict
 from jbrprune.records import plain
 from jbrprune.report import Report
-from jbrprune.variants import variant
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +92,7 @@ def reports(run: Run) -> Iterator[Report]:
     dense, batches = opened(run.setup), calibrated(run.setup, protocol.images, run.seed)
     if run.criterion not in protocol.labelled:
         batches = [Batch(batch.images) for batch in batches]
-    criterion = variant(run.criterion, protocol.known)
+    criterion = protocol.known[run.criterion]
     how: dict[str, Any] = {
         **{"steps": protocol.steps, "repair": protocol.repair, "seed": run.seed, "batch_size": run.batch_size},
         **{"images": None, "eval_data": dense.test, "measure_latency": False, "progress": False},

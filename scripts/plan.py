@@ -18,7 +18,6 @@ from sources import SMALL, check_source
 from jbrprune.errors import ArgumentError, unknown
 from jbrprune.records import plain
 from jbrprune.repair import METHODS
-from jbrprune.variants import variant
 
 DEFAULTS: dict[str, Any] = {
     "model": None,
@@ -178,7 +177,7 @@ def runs(wanted: Mapping[str, Any]) -> list[Run]:
         _check_known("protocol", name, PROTOCOLS)
         for protocol in variants(PROTOCOLS[name], wanted):
             for criterion in wanted["criterion"] or protocol.criteria:
-                variant(criterion, protocol.known)
+                _check_known("criterion", criterion, protocol.known)
                 found.append(Run(setup, name, protocol, criterion, seed, wanted["batch_size"]))
     return found
 

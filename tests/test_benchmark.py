@@ -277,11 +277,6 @@ def test_every_protocol_runs(name: str, tmp_path: Path) -> None:
         assert {line["repaired_by"] for line in lines} == {"none"}
 
 
-def test_a_criterion_with_a_number(tmp_path: Path) -> None:
-    lines = run(tmp_path / "out", "--criterion", "jbr_mixed_8", "--budgets", "0.8", "--steps", "1", "--seeds", "0")
-    assert [line["criterion"] for line in lines] == ["jbr_mixed_8"]
-
-
 def test_the_paper_takes_eighteen_equal_steps() -> None:
     paper = protocols.PROTOCOLS["paper"]
     assert np.allclose(-np.diff([1.0, *paper.budgets]), 0.05)

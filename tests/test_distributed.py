@@ -111,7 +111,6 @@ CHOICES: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
     "batched": (units, {"statistic": "batched", "batch": 6}),
     "batched, not of whole batches": (units, {"statistic": "batched", "batch": 5, "objective": "projection"}),
     "mean replaced": (units, {"statistic": "mean_replaced"}),
-    "mixed": (units, {"statistic": "mixed", "batch": 7}),
     "confidence": (units, {"confidence": 0.345}),
     "weights": (weights, {"parameters": "all"}),
     "weights, batched": (weights, {"statistic": "batched", "batch": 6}),

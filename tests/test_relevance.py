@@ -26,7 +26,6 @@ from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from jbrprune.groups import Group, Member
 from jbrprune.objectives import OBJECTIVES, Target
 from jbrprune.relevance import per_sample_relevances, relevance_scores
-from jbrprune.scores import Scores
 from jbrprune.units import find_groups, layer_groups
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
@@ -263,8 +262,6 @@ HAND_GROUP = Group(
         ({"objective": "predicted_logit"}, [(36 + 20.25) / 2, 0.5]),
         ({"objective": "predicted_logit", "statistic": "batched", "batch": 2}, [5.25**2, 0.25]),
         ({"objective": "predicted_logit", "statistic": "batched", "batch": 1}, [(36 + 20.25) / 2, 0.5]),
-        # means 5.25 and -0.5, variances 0.5625 and 0.25
-        ({"objective": "predicted_logit", "statistic": "mixed", "batch": 2.5}, [5.25**2 + 0.225, 0.25 + 0.1]),
         # producer and consumer scale the same signal: twice the relevance
         ({"objective": "predicted_logit", "site": "all"}, [2 * (36 + 20.25), 2.0]),
         # (W2[0, u] - W2[1, u]) h_u: (4, -3) and (3, 0)
@@ -359,36 +356,6 @@ def test_batched_does_not_depend_on_the_loaders_batches(objective: str) -> None:
     for size in (1, 4, 6, 7):
         found = relevance_scores(model, images, groups, batch_size=size, **options)
         assert_close(found.values(), expected.values(), 1e-12)
-
-
-@pytest.mark.parametrize("site", ["consumer", "all"])
-def test_mixed_is_the_squared_mean_and_a_share_of_the_variance(site: str) -> None:
-    model, images = built(cases.Concat), cases.images(11)
-    groups = site_groups(model, site)
-    with torch.no_grad():
-        m = reference.directions("pseudo_label", model(images))
-    v = along(m, reference.outputs_by_unit(copy.deepcopy(model), images, groups, site))
-    options: dict[str, Any] = {"site": site, "progress": False}
-
-    def mixed(data: Tensor, batch: float, size: int = 4) -> Scores:
-        return relevance_scores(model, data, groups, statistic="mixed", batch=batch, batch_size=size, **options)
-
-    for batch in (1, 2.5, 11, 1e9):
-        expected = {}
-        for name, rows in v.items():
-            mean = sum(rows) / 11
-            variance = sum((row - mean) ** 2 for row in rows) / 11
-            expected[name] = mean**2 + variance / batch
-        assert_close(mixed(images, batch).values(), expected)
-        assert_close(mixed(images.flip(0), batch, size=1).values(), expected)  # order and batches do not matter
-        parts = [mixed(part, batch) for part in (images[:1], images[1:6], images[6:])]
-        merged = parts[0] + parts[1] + parts[2]
-        assert (merged.samples, merged.settings.batch) == (11, batch)
-        assert_close(merged.values(), expected)
-    plain = relevance_scores(model, images, groups, statistic="second_moment", **options)
-    assert_close(mixed(images, 1).values(), plain.values())
-    with pytest.raises(ArgumentError, match="Cannot add"):
-        mixed(images, 2) + mixed(images, 3)
 
 
 def test_batched_and_second_moment_are_not_the_same_number() -> None:
@@ -596,9 +563,6 @@ def test_attention_of_torch_is_refused_where_it_reads_weights_directly() -> None
         ({"statistic": "mean"}, "statistic must be one of second_moment, .* got 'mean'"),
         ({"statistic": "mean_replaced", "site": "all"}, "'mean_replaced' is defined at site 'consumer' only"),
         ({"statistic": "batched", "batch": 0}, "batch must be at least 1, got 0"),
-        ({"statistic": "batched", "batch": 2.5}, "whole number for statistic 'batched', got 2.5"),
-        ({"statistic": "mixed", "batch": 0.5}, "batch must be at least 1, got 0.5"),
-        ({"statistic": "mixed", "batch": float("nan")}, "batch must be at least 1, got nan"),
         ({"confidence": 1.0}, "0 <= confidence < 1, got 1.0"),
         ({"confidence": -0.1}, "0 <= confidence < 1, got -0.1"),
     ],

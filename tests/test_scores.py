@@ -46,17 +46,6 @@ def test_adding_merges_samples() -> None:
     assert scores()["conv"].tolist() == [1.0, 2.0, 0.5]
 
 
-def test_mixed_scores_keep_both_sums(tmp_path: Path) -> None:
-    first = {"conv": torch.tensor([4.0, -4.0, 0.0]).double(), "attn": torch.tensor([2.0, 1.0]).double()}
-    mixed = replace(scores(), first=first, settings=replace(SETTINGS, statistic="mixed", batch=2.0))
-    assert mixed["conv"].tolist() == [1.0, 1.5, 0.25]  # means 1, -1, 0; second moments 1, 2, 0.5
-    mixed.save(tmp_path / "scores.safetensors")
-    merged = Scores.load(tmp_path / "scores.safetensors") + mixed
-    assert merged["conv"].tolist() == [1.0, 1.5, 0.25]
-    opposite = replace(mixed, first={name: -total for name, total in first.items()})
-    assert (mixed + opposite)["conv"].tolist() == [0.5, 1.0, 0.25]  # the means cancel
-
-
 @pytest.mark.parametrize(
     "change", [{"objective": "label"}, {"site": "all"}, {"statistic": "mean"}, {"batch": 1}, {"confidence": 0.0}]
 )

@@ -82,18 +82,6 @@ def test_names_for_single_weights() -> None:
     assert all(torch.equal(tensor, spelled[key]) for key, tensor in by_name.items())
 
 
-def test_mixed_with_its_number() -> None:
-    named = _kept(_net(), channels=0.6, criterion="jbr_mixed_2.5")
-    spelled = _kept(_net(), channels=0.6, statistic="mixed", batch=2.5)
-    assert all(torch.equal(tensor, spelled[key]) for key, tensor in named.items())
-    with pytest.raises(ArgumentError, match="Unknown criterion 'jbr_mixed_x'"):
-        _kept(_net(), channels=0.6, criterion="jbr_mixed_x")
-    with pytest.raises(ArgumentError, match="Unknown criterion 'jbr_mixed_8'"):
-        _kept(_net(), sparsity=0.6, criterion="jbr_mixed_8")
-    with pytest.raises(ArgumentError, match="statistic must be one of second_moment, batched, signed"):
-        _kept(_net(), sparsity=0.6, statistic="mixed")
-
-
 def test_names_that_are_none() -> None:
     with pytest.raises(ArgumentError, match="Unknown criterion 'jbr_publised'; did you mean 'jbr_published'"):
         _kept(_net(), channels=0.6, criterion="jbr_publised")

@@ -25,9 +25,9 @@ Objective = Annotated[
 ]
 SiteName = Annotated[Site | None, typer.Option(help="Which cut counts; channels only. Default: consumer.")]
 StatisticName = Annotated[
-    Literal["second_moment", "batched", "mean_replaced", "mixed", "signed"] | None,
+    Literal["second_moment", "batched", "mean_replaced", "signed"] | None,
     typer.Option(
-        help="How samples are combined (`mean_replaced`, `mixed`: channels, `signed`: weights). Default: second_moment."
+        help="How samples are combined (`mean_replaced`: channels, `signed`: weights). Default: second_moment."
     ),
 ]
 Repair = Annotated[

@@ -71,9 +71,7 @@ def prune_command(
     objective: Objective = None,
     site: SiteName = None,
     statistic: StatisticName = None,
-    batch: Annotated[
-        float | None, typer.Option(help="Samples per batch of `--statistic batched`, B of `mixed` (128).")
-    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples per batch of `--statistic batched` (128).")] = None,
     confidence: Annotated[
         float | None, typer.Option(help="Score only on images above this dense probability (0).")
     ] = None,
