@@ -137,9 +137,10 @@ def _line(module: str, arguments: argparse.Namespace) -> dict:
     """Run one module, ours and the recipe, and say what happened."""
     began = time.perf_counter()
     known = {r["module"]: r["model"] for r in lines(arguments.out) if r["versions"]["timm"] == version("timm")}
-    model = known.get(module) or _outcome(lambda stage: {"model": families.smallest(module)}, arguments)["model"]
-    ours = _outcome(lambda stage: families.pruned(model, stage), arguments)
-    recipe = _outcome(lambda stage: families.recipe(model, stage), arguments)
+    found = {"model": known[module]} if known.get(module) else _outcome(lambda stage: _smallest(module), arguments)
+    model = found.get("model", "")
+    ours = _outcome(lambda stage: families.pruned(model, stage), arguments) if model else found
+    recipe = _outcome(lambda stage: families.recipe(model, stage), arguments) if model else found
     return {
         "module": module,
         "model": model,
@@ -151,6 +152,10 @@ def _line(module: str, arguments: argparse.Namespace) -> dict:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
+
+
+def _smallest(module: str) -> dict:
+    return {"model": families.smallest(module)}
 
 
 def _outcome(task: Callable[[Stage], dict], arguments: argparse.Namespace) -> dict:

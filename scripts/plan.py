@@ -190,7 +190,9 @@ def model_arguments(data: str, given: Mapping[str, object]) -> dict[str, object]
 def variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Protocol]:
     """The protocol, with what was asked for in place of its own."""
     budgets = protocol.budgets if wanted["budgets"] is None else tuple(wanted["budgets"])
-    images = wanted["images"] or protocol.images
+    images = protocol.images if wanted["images"] is None else wanted["images"]
+    if images < 1:
+        raise ArgumentError(f"images must be at least 1, got {images}.")
     steps = [protocol.steps] if wanted["steps"] is None else [None if s == "auto" else s for s in wanted["steps"]]
     repairs = [protocol.repair] if wanted["repair"] is None else [_repair(text) for text in wanted["repair"]]
     for step, repair in product(steps, repairs):

@@ -121,13 +121,15 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
 
 
 def folder_of(name: str, root: str | None) -> Path | None:
-    """The folder that is meant by a name; None for other names.
+    """The folder that is meant by a name; None for other names, and for data sets that are called like a folder here.
 
     Raises:
         ArgumentError: ``imagenet`` without a folder as root.
     """
     if name == IMAGENET and (root is None or not Path(root).expanduser().is_dir()):
         raise ArgumentError(f"imagenet is read from a folder with train/ and val/: pass it as root, got {root!r}.")
+    if name in SMALL:
+        return None
     folder = Path(root if name == IMAGENET else name).expanduser()  # type: ignore[arg-type]
     return folder if folder.is_dir() else None
 

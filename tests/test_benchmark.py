@@ -438,6 +438,7 @@ def test_labels_that_are_missing(pictures: Path, tmp_path: Path) -> None:
         (["--data", "cifar10"], "torch/cifar10"),
         (["--data", "fashion_mnist"], "pass their folder as root"),
         (["--shard", "3/2"], "--shard must be i/n"),
+        (["--images", "0"], "images must be at least 1, got 0"),
         (["--config", "missing.yaml"], "cannot be read as YAML"),
     ],
 )
@@ -515,6 +516,14 @@ def test_folders_are_read_apart(pictures: Path) -> None:
     assert len(set(greys)) == 18  # all different: disjoint
     with pytest.raises(DataError, match="12 images for evaluation, 13 were asked for"):
         source.measured(13, 0)
+
+
+def test_a_folder_called_like_a_data_set_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the one that is given as root."""
+    for name in sources.SMALL:
+        (tmp_path / name / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert [sources.train_folder(name, name) for name in sources.SMALL] == [None] * len(sources.SMALL)
 
 
 def test_cifar_from_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,23 @@ def test_a_process_that_takes_too_much_ends_alone(tmp_path: Path, monkeypatch: p
 def test_an_unknown_module_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no module resnot"):
         _run(monkeypatch, "--out", str(tmp_path / "x"), "--modules", "resnot")
+
+
+def test_a_module_whose_models_cannot_be_made_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def smallest(module: str) -> str:
+        if module == "vgg":
+            os._exit(3)
+        return "test_" + module
+
+    outcome = {"status": "budget", "reason": ""}
+    monkeypatch.setattr(families, "smallest", smallest)
+    monkeypatch.setattr(families, "pruned", lambda model, stage: outcome)
+    monkeypatch.setattr(families, "recipe", lambda model, stage: outcome)
+    out = tmp_path / "lines.jsonl"
+    _run(monkeypatch, "--out", str(out), "--modules", "vgg", "resnet", "--memory", "64")
+    first, second = [json.loads(text) for text in out.read_text().splitlines()]
+    assert (first["module"], first["status"], first["recipe_status"]) == ("vgg", "failed", "failed")
+    assert "ended with code 3" in first["reason"]
+    assert (second["model"], second["status"]) == ("test_resnet", "budget")
