@@ -207,8 +207,9 @@ class _Walk(StationarySGD):
                 loss = self._loss(outputs_of(walker, images), images, labels, generator)
                 found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             if not torch.isfinite(loss):
+                value = float(loss.detach())
                 raise NonFiniteError(
-                    f"SGD around w* diverged: its loss is {float(loss)}. Lower lr={self.how.lr}, or the momentum."
+                    f"SGD around w* diverged: its loss is {value}. Lower lr={self.how.lr}, or the momentum."
                 )
             self._step(leaves, found)
 
