@@ -146,10 +146,16 @@ def test_one_key_one_line(tmp_path: Path) -> None:
 
 
 WRITER = """
-import sys
+import sys, time
 sys.path.insert(0, {scripts!r})
 import common
+other, until = "ba"["ab".index(sys.argv[1])], time.monotonic() + 60
 for number in range(150):
+    # not before the other has begun as well, so that both really write at the same time
+    while number == 1 and time.monotonic() < until and not any(
+        line["key"] == f"{{other}}-0-0" for line in common.lines(__import__("pathlib").Path({path!r}))
+    ):
+        time.sleep(0.01)
     common.append(__import__("pathlib").Path({path!r}), [
         {{"key": f"{{sys.argv[1]}}-{{number}}-{{part}}", "text": "x" * (50 * part)}} for part in range(3)
     ] + [{{"key": f"shared-{{number}}"}}])
