@@ -54,8 +54,9 @@ def test_torch_export(model: nn.Module) -> None:
 
 @FOREIGN
 @pytest.mark.slow
-def test_torch_compile(model: nn.Module) -> None:
+def test_torch_compile(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled, or, where there is no compiler for C++, traced and run by the same graphs."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not what another process left half-written
     from torch._inductor import cpp_builder
 
     try:
