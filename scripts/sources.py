@@ -6,15 +6,16 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from timm.data import resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from jbrprune.batches import Batch, materialise
 from jbrprune.data import FASHION_MEAN, FASHION_STD, PREFIXES, fashion_mnist, open_data
-from jbrprune.demo_data import DIGITS_MEAN, DIGITS_STD, digits
+from jbrprune.demo_data import DIGITS_MEAN, DIGITS_STD, LITE0_MEAN, LITE0_STD, crops, digits
 from jbrprune.errors import ArgumentError, DataError, unknown
 
 _CIFAR = {"input_size": (3, 32, 32), "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616), "crop_pct": 1.0}
@@ -30,6 +31,10 @@ NORMALISED = {"digits": (DIGITS_MEAN, DIGITS_STD), "fashion_mnist": (FASHION_MEA
 ALIASES = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100"}
 IMAGENET = "imagenet"
 """A folder, given as root, that is called so in lines wherever it is."""
+PHOTOGRAPHS = "photographs"
+"""Crops of the photographs inside scikit-image and scikit-learn, without labels."""
+CROPS = 1024
+"""Of the photographs to calibrate on; half as many of the others to measure on."""
 STREAMED = 10
 """Of a stream, images are drawn from the first so many times as many."""
 MEASURED = ("val", "validation", "test")
@@ -78,9 +83,10 @@ def check_source(name: str) -> None:
         ArgumentError: Neither a known name nor a folder.
     """
     prefixes = [f"{prefix}/" for prefix in PREFIXES]
-    if name in {*SMALL, *ALIASES, IMAGENET} or name.startswith(tuple(prefixes)) or Path(name).expanduser().is_dir():
+    known = {*SMALL, *ALIASES, IMAGENET, PHOTOGRAPHS}
+    if name in known or name.startswith(tuple(prefixes)) or Path(name).expanduser().is_dir():
         return
-    error = unknown("data", name, [*SMALL, IMAGENET])
+    error = unknown("data", name, [*SMALL, IMAGENET, PHOTOGRAPHS])
     raise ArgumentError(f"{error} A folder, or a name after one of {', '.join(prefixes)}, is taken as well.")
 
 
@@ -91,8 +97,8 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
     images are for calibration.
 
     Args:
-        name: ``digits``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``imagenet``, a folder, or what
-            `jbrprune.data.open_data` takes.
+        name: ``digits``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``imagenet``, ``photographs``, a folder, or
+            what `jbrprune.data.open_data` takes.
         root: Where the files are; of ``fashion_mnist`` the folder with the IDX files, of ``imagenet`` the folder with
             ``train`` and ``val``.
         model: Pictures are prepared for it.
@@ -105,6 +111,8 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
     if name == "digits":
         images, labels, test_images, test_labels = digits()
         return Source(name, TensorDataset(images, labels), TensorDataset(test_images, test_labels))
+    if name == PHOTOGRAPHS:
+        return Source(name, _crops("calibration", CROPS, model), _crops("heldout", CROPS // 2, model))
     if name == "fashion_mnist":
         if root is None:
             raise ArgumentError("fashion_mnist is read from its IDX files: pass their folder as root.")
@@ -128,7 +136,7 @@ def folder_of(name: str, root: str | None) -> Path | None:
     """
     if name == IMAGENET and (root is None or not Path(root).expanduser().is_dir()):
         raise ArgumentError(f"imagenet is read from a folder with train/ and val/: pass it as root, got {root!r}.")
-    if name in SMALL:
+    if name in {*SMALL, PHOTOGRAPHS}:
         return None
     folder = Path(root if name == IMAGENET else name).expanduser()  # type: ignore[arg-type]
     return folder if folder.is_dir() else None
@@ -150,6 +158,14 @@ def _below(folder: Path) -> str | None:
     """The folder to measure on beside ``train``."""
     found = next((part for part in MEASURED if (folder / part).is_dir()), None)
     return found if (folder / "train").is_dir() else None
+
+
+def _crops(kind: Literal["calibration", "heldout"], count: int, model: nn.Module) -> Dataset:
+    """Crops of 160 x 160 pixels, normalised as the model wants it."""
+    wanted = resolve_data_config(model=model)
+    mean, std = (torch.tensor(wanted[key])[:, None, None] for key in ("mean", "std"))
+    images = crops(kind, count=count) * LITE0_STD + LITE0_MEAN
+    return list((images - mean) / std)  # type: ignore[return-value]
 
 
 def _pictures(name: str, model: nn.Module, **where: Any) -> Dataset:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -33,6 +34,7 @@ import sources  # noqa: E402
 import table  # noqa: E402
 
 from baselines.torch_pruning_shipped import KNOWN_FAULTS  # noqa: E402
+from jbrprune.demo_data import crops, lite0  # noqa: E402
 from jbrprune.errors import ArgumentError, DataError  # noqa: E402
 
 FEW = ["--data", "digits", "--weights", "random", "--images", "32", "--eval-images", "40"]
@@ -526,10 +528,30 @@ def test_folders_are_read_apart(pictures: Path) -> None:
 
 def test_a_folder_called_like_a_data_set_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as the one that is given as root."""
-    for name in sources.SMALL:
+    named = [*sources.SMALL, sources.PHOTOGRAPHS]
+    for name in named:
         (tmp_path / name / "train").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert [sources.train_folder(name, name) for name in sources.SMALL] == [None] * len(sources.SMALL)
+    assert [sources.train_folder(name, name) for name in named] == [None] * len(named)
+
+
+def test_photographs_for_the_model_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packaged net sees what the demo shows it, another model its own mean and deviation; without labels."""
+    monkeypatch.setattr(sources, "CROPS", 8)
+    given = {"model": ["tf_efficientnet_lite0"], "data": ["photographs"], "weights": "packaged", "criterion": ["l1"]}
+    model = benchmark.created(plan.runs(wanted(**given, seeds=[0]))[0].setup)
+    dense, source = lite0(), sources.open_source("photographs", None, model)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), dense.parameters()))
+    (batch,) = source.calibration(8, 0, 0)
+    shown = crops("calibration", count=8)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    assert batch.labels is None
+    assert torch.allclose(batch.images, shown[order], atol=1e-6)
+    (batch,) = sources.open_source("photographs", None, timm.create_model("resnet10t")).measured(None, 0)
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert torch.allclose(batch.images, (crops("heldout", count=4) * 0.5 + 0.5 - mean) / std, atol=1e-5)
+    with pytest.raises(ArgumentError, match="tf_efficientnet_lite0, not of test_resnet"):
+        benchmark.created(plan.runs(wanted(weights="packaged", criterion=["l1"], seeds=[0]))[0].setup)
 
 
 def test_cifar_from_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
