@@ -99,7 +99,7 @@ def reports(run: Run) -> Iterator[Report]:
     criterion = protocol.known[run.criterion]
     how: dict[str, Any] = {
         **{"steps": protocol.steps, "repair": protocol.repair, "seed": run.seed, "batch_size": run.batch_size},
-        **{"images": None, "eval_data": dense.test, "measure_latency": False, "progress": False},
+        **{"images": None, "eval_data": dense.test, "measure_latency": run.timed, "progress": False},
         **protocol.options,
     }
     if not protocol.from_dense:
@@ -167,12 +167,14 @@ def _check_finite(record: Mapping[str, Any]) -> None:
 def measured(report: Report) -> dict[str, Any]:
     """What a report says about cost and agreement."""
     final, before = report.final, report.unrepaired
+    sizes = {"dense_": report.dense, "": report.pruned}
     return {
         "dense_macs": report.dense.macs,
         "macs": report.pruned.macs,
         "dense_params": report.dense.params,
         "params": report.pruned.params,
         "nonzero": report.pruned.nonzero,
+        **{f"{of}latency_ms": size.latency and size.latency.median_ms for of, size in sizes.items()},
         "sparsity": report.sparsity,
         "accuracy": final.accuracy,
         "dense_accuracy": final.dense_accuracy,
@@ -244,6 +246,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="processes that read pictures")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device")
+    parser.add_argument("--time", action="store_true", help="time dense and pruned models, one image")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of all runs")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
     parser.add_argument("--dry-run", action="store_true", default=False, help="say what would run")

@@ -17,7 +17,7 @@ CONTEXT = (
     *("images", "eval_images", "batch_size"),
 )
 """Curves are compared that agree in these."""
-COSTS = ("macs", "params", "sparsity")
+COSTS = ("macs", "params", "sparsity", "latency")
 METRICS = ("accuracy", "agreement", "kl", "unrepaired_accuracy", "unrepaired_agreement")
 EQUAL = 0.005
 """Costs that differ by no more, as shares of the dense model, count as equal."""
@@ -26,8 +26,8 @@ EQUAL = 0.005
 def read(paths: Sequence[Path]) -> pd.DataFrame:
     """All lines of some files, one row each, but those of failures; a budget that is there twice counts once.
 
-    Adds ``at_macs``, ``at_params`` (of single weights: of those that are not zero) and ``at_sparsity``, shares of the
-    dense model.
+    Adds ``at_macs``, ``at_params`` (of single weights: of those that are not zero), ``at_sparsity`` and, of runs that
+    were timed, ``at_latency``, shares of the dense model.
 
     Raises:
         ArgumentError: A file is missing or has no lines of benchmark.py, lines of failures only, or lines that nothing
@@ -41,11 +41,13 @@ def read(paths: Sequence[Path]) -> pd.DataFrame:
     for name in ("model_args", "options"):
         frame[name] = [json.dumps(value, sort_keys=True) for value in frame[name]]
     frame["steps"] = ["auto" if pd.isna(steps) else str(int(steps)) for steps in frame["steps"]]
+    timed = frame.reindex(columns=["latency_ms", "dense_latency_ms"]).apply(pd.to_numeric)
     effective = pd.to_numeric(frame["nonzero"]).fillna(frame["params"])
     return frame.assign(
         at_macs=frame["macs"] / frame["dense_macs"],
         at_params=effective / frame["dense_params"],
         at_sparsity=pd.to_numeric(frame["sparsity"]),
+        at_latency=timed["latency_ms"] / timed["dense_latency_ms"],
     )
 
 

@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "workers": 0,
     "threads": None,
     "device": "cpu",
+    "time": False,
 }
 """Everything that a configuration may hold; None: what the protocol says, or all."""
 MANY = ("model", "data", "protocol", "criterion", "budgets", "steps", "repair", "seeds")
@@ -96,6 +97,7 @@ class Run:
     Attributes:
         protocol: With everything replaced that was asked for.
         name: Of the protocol.
+        timed: Whether models are timed as well; changes nothing else.
     """
 
     setup: Setup
@@ -104,6 +106,7 @@ class Run:
     criterion: str
     seed: int
     batch_size: int
+    timed: bool
 
     def described(self) -> dict[str, Any]:
         """What makes two runs the same, in the words of a line."""
@@ -179,7 +182,8 @@ def runs(wanted: Mapping[str, Any]) -> list[Run]:
         for protocol in variants(PROTOCOLS[name], wanted):
             for criterion in wanted["criterion"] or protocol.criteria:
                 _check_known("criterion", criterion, protocol.known)
-                found.append(Run(setup, name, protocol, criterion, seed, wanted["batch_size"]))
+                timed = wanted["time"] or protocol.kind == "latency"
+                found.append(Run(setup, name, protocol, criterion, seed, wanted["batch_size"], timed))
     return found
 
 

@@ -22,7 +22,8 @@ class Protocol:
 
     Attributes:
         about: One line.
-        kind: What the budgets are shares of: ``macs``, ``params``, ``channels`` to keep, ``sparsity`` to set to zero.
+        kind: What the budgets are shares of: ``macs``, ``params``, ``latency`` or ``channels`` to keep, ``sparsity`` to
+            set to zero.
         budgets: Shares at which a model is measured.
         criteria: What is compared unless something else is asked for.
         steps: Steps to each budget; None: one for every 5 % of the dense cost.
@@ -76,6 +77,14 @@ PROTOCOLS: dict[str, Protocol] = {
         kind="macs",
         budgets=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1),
         criteria=tuple(CRITERIA),
+        steps=None,
+        repair="auto",
+    ),
+    "latency": Protocol(
+        about="budgets of measured time, in the same steps, ranked by score per time saved, widths that lose no time",
+        kind="latency",
+        budgets=(0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
+        criteria=("jbr",),
         steps=None,
         repair="auto",
     ),

@@ -1,4 +1,4 @@
-"""Tables of what benchmark.py measured: criteria at equal MACs, parameters or sparsity, mean and spread over seeds.
+"""Tables of what benchmark.py measured: criteria at equal MACs, parameters, sparsity or time, and spread over seeds.
 
     python scripts/table.py results/digits.jsonl --at macs --values 0.8 0.5 0.3 --format latex
 
@@ -48,7 +48,7 @@ def tables(frame: pd.DataFrame, wanted: str | None, metric: str, values: Sequenc
 
     Args:
         frame: From `curves.read`.
-        wanted: What is equal in a column: ``macs``, ``params`` or ``sparsity``; None: what belongs to the lines.
+        wanted: What is equal in a column: ``macs``, ``params``, ``sparsity`` or ``latency``; None: by kind.
         metric: What the cells show.
         values: The columns; None: the budgets, where they are of the same kind, else 0.9, 0.8, ... 0.1.
 

@@ -676,6 +676,25 @@ def test_cells_at_equal_parameters_and_sparsity(tmp_path: Path) -> None:
     assert made.cells["mean"].tolist() == pytest.approx([0.85, 0.8])
 
 
+def test_equal_time(tmp_path: Path) -> None:
+    """Budgets of time are met as measured in the run; runs to other budgets are timed when asked to."""
+    out = tmp_path / "lines.jsonl"
+    few = ("--criterion", "l1", "--budgets", "0.7", "--steps", "1", "--seeds", "0")
+    (by_time,) = run(out, "--protocol", "latency", *few)
+    assert by_time["kind"] == "latency"
+    assert by_time["macs"] < by_time["dense_macs"]
+    *_, by_macs = run(out, "--protocol", "budget", "--time", *few)
+    rows = curves.read([out])
+    for line, share in zip((by_time, by_macs), rows["at_latency"], strict=True):
+        assert share == line["latency_ms"] / line["dense_latency_ms"] > 0
+    assert [found.cells.columns[1] for found in table.tables(rows, "latency", "accuracy", None)] == ["latency"] * 2
+    (untimed,) = run(tmp_path / "untimed.jsonl", "--protocol", "budget", *few)
+    assert untimed["latency_ms"] is None
+    assert untimed["key"] == by_macs["key"]
+    with pytest.raises(ArgumentError, match="nothing about accuracy at latency"):
+        table.tables(curves.read([tmp_path / "untimed.jsonl"]), "latency", "accuracy", None)
+
+
 def test_what_is_not_comparable_is_in_another_table(tmp_path: Path) -> None:
     synthetic(tmp_path / "l", [("a", 0, 0.5, 0.6)])
     synthetic(tmp_path / "k", [("b", 0, 0.5, 0.6)], images=9, key="x")
