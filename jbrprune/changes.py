@@ -24,8 +24,8 @@ from jbrprune.batches import Batch
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
 from jbrprune.groups import Group, Selection
 from jbrprune.measure import logits_of
+from jbrprune.members import scored_members
 from jbrprune.passes import check_samples_apart, own
-from jbrprune.relevance import scored_members
 
 ROWS = 10
 """Logits that are followed one by one, the largest of every sample; all others together through random signs."""

@@ -20,8 +20,9 @@ from jbrprune.errors import ArgumentError, NonFiniteError
 from jbrprune.groups import Axis, Group, Selection, removed_channels
 from jbrprune.journal import NOTHING, Journal, facts_of, recall
 from jbrprune.measure import Agreement, parameters_of
+from jbrprune.members import Site
 from jbrprune.pricing import Pricer
-from jbrprune.relevance import Site, Statistic, relevance_scores
+from jbrprune.relevance import Statistic, relevance_scores
 from jbrprune.removal import remove_units, tried
 from jbrprune.repair import Targets, dense_targets, repaired
 from jbrprune.report import LayerRow, Report, Size, StepRow

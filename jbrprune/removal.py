@@ -13,7 +13,7 @@ from jbrprune import architectures, guest, slicing
 from jbrprune.errors import UnsupportedModelError
 from jbrprune.groups import Axis, Group, Selection, after_removal, removed_channels
 from jbrprune.measure import logits_of
-from jbrprune.relevance import unscorable
+from jbrprune.members import unscorable
 from jbrprune.units import Found, copied
 
 TOLERANCE = 1e-8

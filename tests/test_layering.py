@@ -33,6 +33,8 @@ ORDER = (
     "scores",
     "layers",
     "passes",
+    "members",
+    "tape",
     "relevance",
     "changes",
     "residual",

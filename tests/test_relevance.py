@@ -20,12 +20,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from jbrprune import relevance
 from jbrprune.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from jbrprune.groups import Group, Member
 from jbrprune.objectives import OBJECTIVES, Target
 from jbrprune.relevance import per_sample_relevances, relevance_scores
+from jbrprune.tape import Tape
 from jbrprune.units import find_groups, layer_groups
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
@@ -493,7 +493,7 @@ def test_sequence_first_and_window_first_layers_are_refused_by_name() -> None:
 
 def test_rows_that_are_no_multiple_of_the_batch_are_refused() -> None:
     model = built(cases.Concat)
-    tape = relevance._Tape(model, layer_groups(model), "all", None)
+    tape = Tape(model, layer_groups(model), "all", None)
     tape.start(cases.images(4))
     with pytest.raises(ModelError, match=r"mix: the first dimension .*\(6, 6, 8, 8\) is not a multiple .* 4"):
         tape._by_sample("mix", model.mix, torch.zeros(6, 6, 8, 8))  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from torch import nn
 from jbrprune import checkpoint as files
 from jbrprune import zoo
 from jbrprune.errors import ArgumentError, CheckpointError
+from jbrprune.members import Site
 from jbrprune.pruning import prune
-from jbrprune.relevance import Site
 
 Objective = Annotated[
     Literal["pseudo_label", "predicted_logit", "margin", "label", "projection"] | None,
