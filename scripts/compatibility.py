@@ -140,7 +140,7 @@ def _line(module: str, arguments: argparse.Namespace) -> dict:
     found = {"model": known[module]} if known.get(module) else _outcome(lambda stage: _smallest(module), arguments)
     model = found.get("model", "")
     ours = _outcome(lambda stage: families.pruned(model, stage), arguments) if model else found
-    recipe = _outcome(lambda stage: families.recipe(model, stage), arguments) if model else found
+    recipe = _outcome(lambda stage: families.recipe(model, stage), arguments, died="fails") if model else found
     return {
         "module": module,
         "model": model,
@@ -158,8 +158,8 @@ def _smallest(module: str) -> dict:
     return {"model": families.smallest(module)}
 
 
-def _outcome(task: Callable[[Stage], dict], arguments: argparse.Namespace) -> dict:
-    """What a process of its own says; where it dies or is stopped, how far it came."""
+def _outcome(task: Callable[[Stage], dict], arguments: argparse.Namespace, *, died: str = "failed") -> dict:
+    """What a process of its own says; where it died or was stopped, how far it came."""
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "said.jsonl"
         child = multiprocessing.get_context("fork").Process(target=_child, args=(task, said, arguments))
@@ -173,7 +173,7 @@ def _outcome(task: Callable[[Stage], dict], arguments: argparse.Namespace) -> di
         return records[-1]
     stage = records[-1]["stage"] if records else "start"
     limits = f"limits: {arguments.seconds} s of processor time, {arguments.memory} GiB"
-    return {"status": "failed", "stage": stage, "reason": f"ended with code {child.exitcode} in {stage}; {limits}"}
+    return {"status": died, "stage": stage, "reason": f"ended with code {child.exitcode} in {stage}; {limits}"}
 
 
 def _child(task: Callable[[Stage], dict], said: Path, arguments: argparse.Namespace) -> None:
