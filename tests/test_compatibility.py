@@ -188,7 +188,7 @@ def test_a_process_that_takes_too_much_ends_alone(tmp_path: Path, monkeypatch: p
     _run(monkeypatch, "--out", str(out), "--modules", "resnet", "--memory", "3", "--seconds", "1")
     (line,) = [json.loads(text) for text in out.read_text().splitlines()]
     assert (line["status"], line["stage"]) == ("failed", "score")
-    assert (line["recipe_status"], line["recipe_stage"]) == ("failed", "prune")
+    assert (line["recipe_status"], line["recipe_stage"]) == ("fails", "prune")
     assert "1.0 s of processor time" in line["recipe_reason"]
 
 
