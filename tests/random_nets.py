@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A net: a stem of ``width`` channels, steps, and a classifier behind a hidden layer of ``hidden`` units (or none)."""
+    """A net: a stem of ``width`` channels, steps, and a classifier (behind ``hidden`` units, unless 0)."""
 
     family: str
     width: int
