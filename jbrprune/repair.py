@@ -117,7 +117,7 @@ def dense_targets(model: nn.Module, batches: Sequence[Batch], consumers: Iterabl
 
         return hook
 
-    able = {name for name in consumers if _can_refit(model.get_submodule(name))}
+    able = {name for name in consumers if can_refit(model.get_submodule(name))}
     with (
         guest.visiting(model),
         guest.hooked(model, {name: consumer(name) for name in able}, {name: norm(name) for name in _norms(model)}),
@@ -342,7 +342,7 @@ def _by_position(module: nn.Module, output: Tensor) -> Tensor:
     return output.reshape(output.shape[0], -1, output.shape[-1])
 
 
-def _can_refit(module: nn.Module) -> bool:
+def can_refit(module: nn.Module) -> bool:
     """Exact layer types only: a subclass may pad or scale in ways that `_rows` does not know."""
     if type(module) is nn.Conv2d:
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
