@@ -27,7 +27,7 @@ from jbrprune.removal import remove_units, tried
 from jbrprune.repair import Targets, dense_targets, repaired
 from jbrprune.report import LayerRow, Report, Size, StepRow
 from jbrprune.runs import Clock, called, heldout_agreement, notes_on_images, provenance, size_of, with_latency
-from jbrprune.scores import Scores
+from jbrprune.scores import Scores, check_some
 from jbrprune.selection import Floors, reachable
 from jbrprune.units import Found, copied, find_groups
 
@@ -345,7 +345,7 @@ def scored(state: State, batches: Sequence[Batch], settings: Settings, number: i
         return check_units(
             settings.criterion(state.model, batches, state.groups, seed=seed, progress=progress), state.groups
         )
-    return relevance_scores(
+    scores = relevance_scores(
         state.model,
         batches,
         state.groups,
@@ -358,6 +358,7 @@ def scored(state: State, batches: Sequence[Batch], settings: Settings, number: i
         seed=seed,
         progress=progress,
     )
+    return check_units(scores, state.groups)
 
 
 def check_units(scores: Scores, groups: Sequence[Group]) -> Scores:
@@ -366,6 +367,7 @@ def check_units(scores: Scores, groups: Sequence[Group]) -> Scores:
     Raises:
         ArgumentError: Not scores of units, or of other ones.
         NonFiniteError: NaN or Inf in them.
+        DataError: All are zero.
     """
     if not isinstance(scores, Scores):
         raise ArgumentError(
@@ -380,6 +382,7 @@ def check_units(scores: Scores, groups: Sequence[Group]) -> Scores:
             )
         if not torch.isfinite(scores.sums[group.name]).all():
             raise NonFiniteError(f"The scores of {group.name} contain NaN or Inf: nothing can be ranked by them.")
+    check_some(scores.sums[group.name] for group in groups)
     return scores
 
 

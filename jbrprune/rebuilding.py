@@ -265,7 +265,9 @@ def _check_tensor(name: str, info: TensorInfo, place: Place) -> None:
         raise CheckpointError(f"{name}: stored as masked, but the dense model has no parameter there.")
     dtype, shape = place.tensor.dtype, tuple(place.tensor.shape)
     alike = place.persistent == info.persistent and _kind(dtype) == _kind(DTYPES[info.dtype])
-    if not alike or not _at_most(info.shape, shape):
+    # What a forward makes anew, such as positions for this size of images, may have grown; its values are in the file.
+    derived = not place.persistent and info.values is None and len(info.shape) == len(shape)
+    if not alike or not (derived or _at_most(info.shape, shape)):
         raise CheckpointError(
             f"{name}: stored as {info.dtype} of shape {info.shape}, but the dense model has {dtype} "
             f"of shape {shape}. Pruning only makes tensors smaller: this is not the model that was saved."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jbrprune import sumfiles
-from jbrprune.errors import ArgumentError
+from jbrprune.errors import ArgumentError, DataError
 from jbrprune.groups import Group, Member
 
 KIND = "units"
@@ -111,6 +111,21 @@ class Scores:
                 skipped=header["skipped"],
                 settings=Settings(**header["settings"]),
             )
+
+
+def check_some(sums: Iterable[Tensor]) -> None:
+    """Refuse scores that rank nothing.
+
+    Raises:
+        DataError: All of them are zero.
+    """
+    if not any(bool(values.any()) for values in sums):
+        raise DataError(
+            "Every score is zero, so nothing can be ranked: what the criterion looks at does not depend on any unit. "
+            "Look at the model's logits on these images: where they do not differ from image to image, the images or "
+            "the weights are not the right ones; where they are huge, the softmax is saturated and its gradient zero: "
+            "pass objective='projection' or 'margin', which do without it."
+        )
 
 
 def _described(group: Group) -> tuple:

@@ -24,6 +24,7 @@ from jbrprune.parameters import ignored, is_weight_layer, slots, weights_of
 from jbrprune.repair import Targets, dense_targets, repaired
 from jbrprune.report import LayerRow, Report, Size, StepRow
 from jbrprune.runs import Clock, heldout_agreement, notes_on_images, provenance, size_of, with_latency
+from jbrprune.scores import check_some
 from jbrprune.shrinking import shrink
 from jbrprune.sparsity import (
     Pattern,
@@ -269,7 +270,7 @@ def _scores(state: State, batches: Sequence[Batch], settings: Settings, number: 
 
 
 def _checked(scores: WeightScores, shapes: Mapping[str, torch.Size]) -> WeightScores:
-    """Refuse scores that are not of this model's weights."""
+    """Refuse scores that are not of this model's weights, or rank nothing."""
     if not isinstance(scores, WeightScores):
         raise ArgumentError(
             f"criterion gave {type(scores).__name__}; single weights need scores made with granularity='weight'."
@@ -285,6 +286,7 @@ def _checked(scores: WeightScores, shapes: Mapping[str, torch.Size]) -> WeightSc
             raise NonFiniteError(f"The scores of {name} contain NaN or Inf: nothing can be ranked by them.")
         if (scores[name] < 0).any():
             raise ArgumentError(f"The scores of {name} are negative in places: the least important weight has 0.")
+    check_some(scores.sums[name] for name in shapes)
     return scores
 
 

@@ -34,6 +34,9 @@ TARGET = 0.7
 FLOOR = 1
 """Channels of every group that stay: small nets have layers of few channels."""
 
+SATURATED = 1e4
+"""Logits beyond it have a softmax without gradient."""
+
 Stage = Callable[[str], None]
 
 
@@ -66,6 +69,7 @@ def made(name: str) -> tuple[nn.Module, int]:
                 why.append(f"{size} px: {type(error).__name__}: {error}"[:120])
                 continue
             perturb(model)
+            _scale(model, images_of(size))
             return model, size
     raise RuntimeError(f"{name} accepts no input: {'; '.join(why[-2:])}")
 
@@ -88,6 +92,15 @@ def perturb(model: nn.Module) -> None:
             buffer.mul_(1 + noise(buffer))
         elif name.endswith("running_mean"):
             buffer.add_(0.2 * noise(buffer))
+
+
+@torch.no_grad()
+def _scale(model: nn.Module, images: Tensor) -> None:
+    """Bring logits that random weights have made huge, which saturate any softmax, to a size of 1."""
+    largest = float(logits_of(model(images)).abs().max())
+    if largest > SATURATED:
+        for parameter in model.get_classifier().parameters():  # type: ignore[operator]
+            parameter.div_(largest)
 
 
 def images_of(size: int, count: int = 8) -> Tensor:

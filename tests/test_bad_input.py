@@ -568,3 +568,17 @@ def test_a_place_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CheckpointError, match=r"out: could not be written: .*Permission denied"):
         result.save(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_that_rank_nothing(fingerprint: Fingerprint) -> None:
+    """Huge logits saturate the softmax: every gradient is exactly zero. Nothing is cut by chance."""
+    model = Net().eval()
+    with torch.no_grad():
+        model.fc.weight.mul_(1e12)
+    before = fingerprint(model)
+    with pytest.raises(DataError, match=r"Every score is zero.*objective='projection' or 'margin'"):
+        prune(model, IMAGES, macs=0.7, **QUICK)
+    with pytest.raises(DataError, match="Every score is zero"):
+        prune(model, IMAGES, sparsity=0.5, objective="pseudo_label", **QUICK)
+    assert fingerprint(model) == before
+    assert prune(model, IMAGES, macs=0.7, objective="margin", repair=None, **QUICK).report.kept <= 0.7

@@ -632,3 +632,34 @@ def _digit(data: bytes, source: random.Random) -> bytes:
 
 
 DAMAGES = (_flipped, _early_flipped, _truncated, _doubled, _digit)
+
+
+class _Positions(nn.Module):
+    """Makes a table for the size of the images, as ConViT does, and keeps it in a buffer that is not stored."""
+
+    table: Tensor
+
+    def __init__(self, *, persistent: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("table", torch.zeros(1, 1), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[0] != x.shape[2]:
+            self.table = torch.arange(float(x.shape[2] * x.shape[3])).view(x.shape[2], x.shape[3])
+        return (self.conv(x + self.table)).mean((2, 3))
+
+
+@torch.no_grad()
+def test_a_table_that_a_forward_has_made(tmp_path: Path) -> None:
+    model, x = _Positions().eval(), torch.randn(2, 3, 9, 9)
+    expected = model(x)
+    save(tmp_path / "model", model, recipe=None)
+    loaded = load(tmp_path / "model", model=_Positions())
+    assert torch.equal(loaded.table, model.table)
+    assert torch.equal(loaded(x), expected)
+    stored = _Positions(persistent=True).eval()
+    stored(x)
+    save(tmp_path / "stored", stored, recipe=None)
+    with pytest.raises(CheckpointError, match=r"table: stored as float32 of shape \(9, 9\)"):
+        load(tmp_path / "stored", model=_Positions(persistent=True))
