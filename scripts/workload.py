@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from jbrprune import guest, layers
 from jbrprune.groups import Group
-from jbrprune.relevance import scored_members
+from jbrprune.members import scored_members
 from jbrprune.removal import remove_units
 from jbrprune.repair import can_refit
 from jbrprune.units import copied, find_groups

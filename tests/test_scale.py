@@ -23,7 +23,8 @@ from phases import Job, Setting, memory, passes, phases
 
 from jbrprune.cost import count_macs
 from jbrprune.objectives import OBJECTIVES, Target
-from jbrprune.relevance import _Watched, relevance_scores
+from jbrprune.relevance import relevance_scores
+from jbrprune.tape import _Watched
 from jbrprune.units import find_groups
 
 IMAGE = (3, 160, 160)
