@@ -194,3 +194,21 @@ def scoring(rows: pd.DataFrame) -> pd.Series:
     last = rows.sort_values("scorings").groupby(["criterion", "seed"], sort=False).last()
     sums = last.groupby("criterion")[["scoring_seconds", "scorings"]].sum()
     return sums["scoring_seconds"] / sums["scorings"]
+
+
+def areas(rows: pd.DataFrame, at: str | None, metric: str) -> pd.DataFrame:
+    """Criterion -> area (mean and deviation over seeds) and seconds of a scoring, the largest area first."""
+    found = curves(rows, cost_of(rows, at), metric)
+    low, high = common_range(found)
+    table = pd.DataFrame(
+        [
+            {"criterion": name, "seed": seed, "area": area(curve, low, high)}
+            for name, seeds in found.items()
+            for seed, curve in seeds.items()
+        ]
+    )
+    summed = table.groupby("criterion")["area"].agg(["mean", "std", "count"])
+    summed.columns = ["area", "deviation", "seeds"]
+    return summed.assign(low=low, high=high, scoring_seconds=scoring(rows)).sort_values(
+        "area", ascending=metric == "kl"
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from curves import COSTS, METRICS, area, common_range, contexts, cost_of, curves, failures, only, read, scoring
+from curves import COSTS, METRICS, areas, common_range, contexts, cost_of, curves, failures, only, read
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -33,25 +33,8 @@ LABEL = {
     "macs": "share of the dense model's MACs",
     "params": "share of the dense model's parameters",
     "sparsity": "share of weights that are zero",
+    "latency": "share of the dense model's time for one image",
 }
-
-
-def areas(rows: pd.DataFrame, at: str | None, metric: str) -> pd.DataFrame:
-    """Criterion -> area (mean and deviation over seeds) and seconds of a scoring, the largest area first."""
-    found = curves(rows, cost_of(rows, at), metric)
-    low, high = common_range(found)
-    table = pd.DataFrame(
-        [
-            {"criterion": name, "seed": seed, "area": area(curve, low, high)}
-            for name, seeds in found.items()
-            for seed, curve in seeds.items()
-        ]
-    )
-    summed = table.groupby("criterion")["area"].agg(["mean", "std", "count"])
-    summed.columns = ["area", "deviation", "seeds"]
-    return summed.assign(low=low, high=high, scoring_seconds=scoring(rows)).sort_values(
-        "area", ascending=metric == "kl"
-    )
 
 
 def figure(frame: pd.DataFrame, at: str | None, metric: str) -> Figure:

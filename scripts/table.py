@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from curves import COSTS, EQUAL, METRICS, contexts, cost_of, curves, differences, failures, only, read, value
+from curves import COSTS, EQUAL, METRICS, areas, contexts, cost_of, curves, differences, failures, only, read, value
 
 from baselines.torch_pruning_shipped import KNOWN_FAULTS
 from jbrprune.errors import JBRError
@@ -35,15 +35,19 @@ class Table:
         cells: One row per criterion and cost: criterion, cost, mean, deviation, seeds, interpolated.
         notes: What a reader ought to know.
         faults: Criterion -> its known fault; footnotes.
+        areas: Criterion -> area under its curve, mean and deviation over seeds, the largest first; None: not asked for.
     """
 
     title: str
     cells: pd.DataFrame
     notes: tuple[str, ...]
     faults: dict[str, str]
+    areas: pd.DataFrame | None = None
 
 
-def tables(frame: pd.DataFrame, wanted: str | None, metric: str, values: Sequence[float] | None) -> list[Table]:
+def tables(
+    frame: pd.DataFrame, wanted: str | None, metric: str, values: Sequence[float] | None, *, area: bool = False
+) -> list[Table]:
     """One table for everything that is comparable.
 
     Args:
@@ -51,6 +55,7 @@ def tables(frame: pd.DataFrame, wanted: str | None, metric: str, values: Sequenc
         wanted: What is equal in a column: ``macs``, ``params``, ``sparsity`` or ``latency``; None: by kind.
         metric: What the cells show.
         values: The columns; None: the budgets, where they are of the same kind, else 0.9, 0.8, ... 0.1.
+        area: Add the mean over the costs that all curves of a table cover, and the number of seeds; order by it.
 
     Raises:
         ArgumentError: The lines say nothing about it.
@@ -70,7 +75,11 @@ def tables(frame: pd.DataFrame, wanted: str | None, metric: str, values: Sequenc
         faults = {name: KNOWN_FAULTS[name] for name in rows["criterion"].unique() if name in KNOWN_FAULTS}
         notes = _notes(rows, cells, at, metric)
         notes += (f"Not averaged with the other tables of these files, which differ in: {apart}.",) if apart else ()
-        found.append(Table(title, cells, notes, faults))
+        summed = areas(rows, at, metric) if area else None
+        if summed is not None:
+            low, high = summed[["low", "high"]].iloc[0]
+            notes += (f"area: mean over {at} from {low:.3f} to {high:.3f}, which all runs of this table cover.",)
+        found.append(Table(title, cells, notes, faults, summed))
     return found
 
 
@@ -117,9 +126,14 @@ def wide(table: Table, metric: str) -> pd.DataFrame:
     number = {name: f" [{place}]" for place, name in enumerate(table.faults, 1)}
     at = table.cells.columns[1]
     shown = table.cells.assign(text=[_shown(cell, metric) for cell in table.cells.itertuples()])
-    order = shown["criterion"].unique()
+    order = shown["criterion"].unique() if table.areas is None else table.areas.index
     pivoted = shown.pivot(index="criterion", columns=at, values="text").loc[order, shown[at].unique()]
     pivoted.columns = [f"{target:g}" for target in pivoted.columns]
+    if table.areas is not None:
+        whole = table.areas.rename(columns={"area": "mean"}).assign(interpolated=False)
+        pivoted = pivoted.assign(
+            area=[_shown(cell, metric) for cell in whole.itertuples()], seeds=[str(n) for n in whole["seeds"]]
+        )
     pivoted.index = pd.Index([name + number.get(name, "") for name in order], name="criterion")
     return pivoted.reset_index()
 
@@ -190,12 +204,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--metric", choices=METRICS, default="accuracy")
     parser.add_argument("--values", type=float, nargs="+", help="columns, as shares; default: the budgets")
     parser.add_argument("--criterion", nargs="+", help="only these")
+    parser.add_argument("--area", action="store_true", help="add the area under each curve, and order by it")
     parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument("--out", type=Path, help="default: print")
     args = parser.parse_args(argv)
     try:
         frame = only(read(args.lines), args.criterion)
-        text = FORMATS[args.format](tables(frame, args.at, args.metric, args.values), args.metric)
+        text = FORMATS[args.format](tables(frame, args.at, args.metric, args.values, area=args.area), args.metric)
         left_out = failures(args.lines, args.criterion)
     except JBRError as error:
         raise SystemExit(f"table.py: {error}") from error

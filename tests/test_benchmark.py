@@ -747,7 +747,7 @@ def test_formats(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_area_is_a_mean_over_the_common_range(tmp_path: Path) -> None:
     rows = [("a", 0, 0.5, 0.5), ("a", 0, 0.2, 0.1), ("b", 0, 0.4, 0.3)]
     frame = synthetic(tmp_path / "l", rows)
-    made = plot.areas(frame, "macs", "accuracy")
+    made = curves.areas(frame, "macs", "accuracy")
     low, high = 0.4, 1.0  # b ends at 0.4; the dense model, 0.9, is at 1
     at_low = 0.1 + (0.4 - 0.2) / (0.5 - 0.2) * (0.5 - 0.1)
     first = ((at_low + 0.5) / 2 * 0.1 + (0.5 + 0.9) / 2 * 0.5) / (high - low)
@@ -755,6 +755,16 @@ def test_area_is_a_mean_over_the_common_range(tmp_path: Path) -> None:
     assert made.loc["b", "area"] == pytest.approx(0.6)
     assert made.loc["a", "scoring_seconds"] == pytest.approx(1.5)  # 3 seconds for 2 scorings
     assert list(made.index) == ["a", "b"] if first > 0.6 else ["b", "a"]
+
+
+def test_a_table_with_areas(tmp_path: Path) -> None:
+    frame = synthetic(tmp_path / "l", [("worse", 0, 0.5, 0.5), ("better", 0, 0.5, 0.8), ("better", 1, 0.5, 0.6)])
+    (only,) = table.tables(frame, "macs", "accuracy", None, area=True)
+    shown = table.wide(only, "accuracy").set_index("criterion")
+    assert list(shown.index) == ["better", "worse"]
+    assert shown.loc["better", ["area", "seeds"]].tolist() == ["80.00 ± 7.07", "2"]  # (.85 + .75) / 2, over 0.5 to 1
+    assert shown.loc["worse", ["area", "seeds"]].tolist() == ["70.00", "1"]
+    assert any("macs from 0.500 to 1.000" in note for note in only.notes)
 
 
 def test_the_figure(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
