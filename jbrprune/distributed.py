@@ -146,7 +146,7 @@ class Parts:
         Raises:
             RankError: They have not.
         """
-        if size() > 1 and self.order is None and len(set(_gathered(self.seen))) > 1:
+        if size() > 1 and self.order is None and len(set(gathered(self.seen))) > 1:
             raise RankError(
                 "The ranks read different images, or in another order, but each must see the same data to leave out "
                 "what is not its part. Do not shuffle, and do not shard the data yourself."
@@ -228,7 +228,7 @@ def all_sum(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if size() == 1:
         return dict(tensors)
-    shapes = _gathered({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+    shapes = gathered({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
     known = {name: form for found in shapes for name, form in found.items()}
     for name, form in known.items():
         if any(found.get(name, form) != form for found in shapes):
@@ -257,7 +257,7 @@ def concatenated(tensor: Tensor) -> Tensor:
     """The tensors of all ranks one behind the other, along the first dimension; they may differ in length."""
     if size() == 1:
         return tensor
-    lengths = _gathered(len(tensor))
+    lengths = gathered(len(tensor))
     whole = tensor.new_zeros(sum(lengths), *tensor.shape[1:])
     start = sum(lengths[: rank()])
     whole[start : start + len(tensor)] = tensor
@@ -305,7 +305,7 @@ def together(work: Callable[[], T]) -> T:
     except Exception as caught:
         error = caught
     kind = type(error) if isinstance(error, JBRError) else RankError
-    failures = _gathered(None if error is None else (kind, f"{error}"))
+    failures = gathered(None if error is None else (kind, f"{error}"))
     if error is not None:
         raise error
     for number, failure in enumerate(failures):
@@ -315,7 +315,10 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
-def _gathered(value: T) -> list[T]:
+def gathered(value: T) -> list[T]:
+    """What every rank has, in the order of the ranks."""
+    if size() == 1:
+        return [value]
     found: list[Any] = [None] * size()
     with _watched("telling"):
         dist.all_gather_object(found, value)

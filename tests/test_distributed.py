@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -322,41 +320,3 @@ def test_draws_belong_to_the_sample() -> None:
         generator = draws.at(start, count, 7)
         found = torch.randint(0, 2, (count, 7), generator=generator, dtype=torch.int8)
         assert torch.equal(found, whole[start : start + count]), start
-
-
-@pytest.mark.slow
-def test_torchrun(tmp_path: Path) -> None:
-    """The command, as a user starts it: the same scores, one that speaks."""
-    images = tmp_path / "images"
-    images.mkdir()
-    from PIL import Image
-
-    for number in range(11):
-        values = (IMAGES[number, :, :, :].permute(1, 2, 0) * 60 + 128).clamp(0, 255).byte().numpy()
-        Image.fromarray(values).resize((40, 40)).save(images / f"{number}.png")
-    arguments = ["score", "test_vit", "--data", str(images), "--no-pretrained", "--batch-size", "2", "--device", "cpu"]
-    arguments += ["--objective", "projection", "--checkpoint", str(_weights(tmp_path)), "--out"]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    said = [
-        subprocess.run([*start, "-m", "jbrprune", *arguments, str(tmp_path / name)], env=environment, **_CAPTURE)
-        for start, name in ((run, "two"), ([sys.executable], "one"))
-    ]
-    assert all(process.returncode == 0 for process in said), said[0].stderr
-    assert said[0].stdout == said[1].stdout
-    one, two = (Scores.load(tmp_path / name) for name in ("one", "two"))
-    assert two.samples == one.samples == 11
-    for name, value in one.values().items():
-        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=0)
-
-
-_CAPTURE: Any = {"capture_output": True, "text": True, "check": False, "timeout": 300}
-
-
-def _weights(folder: Path) -> Path:
-    import timm
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    save_file(timm.create_model("test_vit").state_dict(), folder / "weights.safetensors")
-    return folder / "weights.safetensors"

@@ -3,7 +3,8 @@ r"""TPV of a model under a perturbation of its weights, to first order and reall
     TPV = E_x E_dw sum_k (f_k(w + dw; x) - f_k(w; x))^2   (`empirical`)
         ~ E_x sum_k J_k(x) C J_k(x)^T                      (`trace_form`)
 
-Sum over outputs, mean over samples. The outputs are the logits unless told otherwise.
+Sum over outputs, mean over samples. The outputs are the logits unless told otherwise. Inside of
+`jbrprune.distributed.joined` ranks share the images, see the same perturbations and get the number of one process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from jbrprune import guest
+from jbrprune import distributed, guest
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
 from jbrprune.measure import logits_of, raise_nonfinite
 from jbrprune.passes import check_known
@@ -213,27 +214,52 @@ def _by_gradients(
     bound: Bound, stream: Stream, settings: Settings, method: str, autocast: torch.dtype | None
 ) -> tuple[Sums, str, str]:
     """Sums of g^T C g, g = J^T m, m the unit vectors or random signs."""
-    names = list(bound.shapes)
-    signs: Signs | None = None
+    quadratic = _Quadratic(bound, settings, method, autocast)
     values: list[Tensor] = []
-    for number, images in enumerate(stream.read("trace form")):
-        with guest.visiting(bound.model):
+    for found in stream.visited("trace form", quadratic):
+        if not values:  # a rank without images has seen no outputs
+            quadratic.method, quadratic.block = distributed.same((quadratic.method, quadratic.block))
+        values.append(found)
+        sums = Sums.of(torch.cat(values)[:, None], shared=False, block=quadratic.block, first=settings.first)
+        if reached(sums, settings.rtol, LEAST_SAMPLES):
+            return sums, quadratic.method, "rtol"
+    return sums, quadratic.method, "budget"  # type: ignore[reportPossiblyUnbound]
+
+
+class _Quadratic:
+    """``[n]`` the sum over outputs of g^T C g for a batch; its method is settled when the outputs have been seen."""
+
+    def __init__(self, bound: Bound, settings: Settings, method: str, autocast: torch.dtype | None) -> None:
+        self.bound, self.settings, self.method, self.autocast = bound, settings, method, autocast
+        self.block, self.position = 1, 0
+        self.signs: Signs | None = None
+
+    def __call__(self, number: int, start: int, images: Tensor) -> Tensor:
+        model, names = self.bound.model, list(self.bound.shapes)
+        with guest.visiting(model):
             if number == 0:
-                check_recording(bound.model, images, names, bound.output)
-            run = recorded(bound.model, images, names, bound.output, autocast)
-            outputs = _finite_outputs(bound.model, images, run.outputs, number)
+                check_recording(model, images, names, self.bound.output)
+            run = recorded(model, images, names, self.bound.output, self.autocast)
+            outputs = _finite_outputs(model, images, run.outputs, number)
             if not outputs.requires_grad:
                 raise ModelError("No parameter that is perturbed takes part in the outputs: nothing can be predicted.")
-            if signs is None:
-                method = _chosen(method, outputs.shape[1])
-                signs = Signs(outputs.shape[1], settings.signs, settings.first, settings.seed)
-            found = torch.stack([_quadratic(bound, run, m) for m in _directions(method, outputs, signs)])
-        values.append(found.sum(0) if method == "exact" else found.mean(0))
-        block = 1 if method == "exact" else signs.block
-        sums = Sums.of(torch.cat(values)[:, None], shared=False, block=block, first=settings.first)
-        if reached(sums, settings.rtol, LEAST_SAMPLES):
-            return sums, method, "rtol"
-    return sums, method, "budget"  # type: ignore[reportPossiblyUnbound]
+            found = torch.stack([_quadratic(self.bound, run, m) for m in self._directions(outputs, start)])
+        return found.sum(0) if self.method == "exact" else found.mean(0)
+
+    def _directions(self, outputs: Tensor, start: int) -> Iterator[Tensor]:
+        """``[B, K]`` unit vectors, or the random signs of these samples."""
+        if self.signs is None:
+            self.method = _chosen(self.method, outputs.shape[1])
+            self.signs = Signs(outputs.shape[1], self.settings.signs, self.settings.first, self.settings.seed)
+            self.block = 1 if self.method == "exact" else self.signs.block
+        if self.method == "exact":
+            for k in range(outputs.shape[1]):
+                yield torch.zeros_like(outputs).index_fill_(1, torch.tensor(k, device=outputs.device), 1)
+            return
+        self.signs.skip(start - self.position)  # those of other ranks
+        self.position = start + len(outputs)
+        for drawn in self.signs.take(len(outputs)).unbind(1):
+            yield drawn.to(outputs)
 
 
 def _quadratic(bound: Bound, run: Recorded, directions: Tensor) -> Tensor:
@@ -255,16 +281,6 @@ def _chosen(method: str, outputs: int) -> str:
             "method='projection', which takes one per sign vector."
         )
     return method
-
-
-def _directions(method: str, outputs: Tensor, signs: Signs) -> Iterator[Tensor]:
-    """``[B, K]`` unit vectors, or random signs."""
-    if method == "exact":
-        for k in range(outputs.shape[1]):
-            yield torch.zeros_like(outputs).index_fill_(1, torch.tensor(k, device=outputs.device), 1)
-    else:
-        for drawn in signs.take(len(outputs)).unbind(1):
-            yield drawn.to(outputs)
 
 
 def _by_jvp(bound: Bound, stream: Stream, settings: Settings) -> tuple[Sums, int, str, Change]:
@@ -300,11 +316,16 @@ def _by_draws(
         change = checked_direction(bound.covariance.sample(generator), bound.shapes)
         start = start or change
         parts: list[Tensor] = []
-        for number, images in enumerate(stream.read(f"draw {draw + 1}")):
+
+        def one(number: int, start: int, images: Tensor, change: Change = change, draw: int = draw) -> Tensor:
             with guest.visiting(bound.model):
-                parts.append(squared(number, images, change))
-            if not torch.isfinite(parts[-1]).all():
+                found = squared(number, images, change)
+            if not torch.isfinite(found).all():
                 raise NonFiniteError(f"Draw {draw + 1}, batch {number}: the changed outputs contain NaN or Inf.")
+            return found
+
+        for found in stream.visited(f"draw {draw + 1}", one):
+            parts.append(found)
             if once and reached(Sums.of(torch.cat(parts)[:, None], shared=False), settings.rtol, LEAST_SAMPLES):
                 break
         columns.append(torch.cat(parts))
@@ -329,10 +350,16 @@ def _estimate(
     seed: int,
 ) -> Estimate:
     seconds = time.perf_counter() - began
-    found: Validity | None = None
-    if validity and stream.head is not None:
-        direction = change or bound.covariance.sample(torch.Generator().manual_seed(seed))
-        found = taylor_error(bound.model, stream.head, direction, output=bound.output, progress=False)
+
+    def looked() -> Validity | None:
+        if not validity or stream.head is None or distributed.rank() > 0:
+            return None
+        with distributed.alone():
+            direction = change or bound.covariance.sample(torch.Generator().manual_seed(seed))
+            return taylor_error(bound.model, stream.head, direction, output=bound.output, progress=False)
+
+    found = distributed.same(distributed.together(looked))
+    if distributed.rank() == 0:
         warn_if_invalid(found)
     unit = unit or ("squared logits" if bound.output is logits_of else "squared outputs")
     return Estimate.from_sums(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune.batches import iterate
+from jbrprune import distributed
 from jbrprune.errors import ArgumentError, DataError, ModelError
 from jbrprune.measure import check_weights
 from jbrprune.parameters import covered, masks_of
@@ -97,7 +97,7 @@ def bound_to(model: nn.Module, covariance: Covariance | Perturbation, ignore: Se
 
 @dataclass(eq=False)
 class Stream:
-    """The images, on the device, limited in number, and known to be the same in every pass."""
+    """The images, on the device, limited in number, and known to be the same in every pass; ranks share them."""
 
     data: object
     batch_size: int
@@ -107,23 +107,52 @@ class Stream:
     prints: list[int] = field(default_factory=list)
     head: Tensor | None = None
 
-    def read(self, what: str) -> Iterator[Tensor]:
-        """One pass.
+    def visited(self, what: str, work: Callable[[int, int, Tensor], Tensor]) -> Iterator[Tensor]:
+        """What ``work(number of the batch, of its first image, images)`` gives for every batch, in the data's order.
+
+        Of several ranks each works on its own batches (and numbers them), and all get the results of all: whoever
+        stops, or goes on, does so on every rank.
+
+        Args:
+            what: What a progress bar says.
+            work: Gives ``[n]`` values, one per image, on the CPU.
 
         Raises:
-            DataError: These are not the images of the first pass.
+            DataError: These are not the images of the first pass, or there are none.
         """
-        again, left = bool(self.prints), self.samples
-        batches = iterate(self.data, batch_size=self.batch_size)
-        number = -1
-        for number, batch in enumerate(tqdm(batches, what, unit="batch", disable=not self.progress, leave=False)):
-            images = own(batch.images)[:left]
+        parts = distributed.Parts(self.data, batch_size=self.batch_size)
+        mine = self._read(parts, what)
+        waiting: dict[int, Tensor] = {}
+        position = 0
+
+        def one() -> tuple[int, Tensor] | None:
+            batch = next(mine, None)
+            return None if batch is None else (batch[1], work(*batch))
+
+        while answers := [found for found in distributed.gathered(distributed.together(one)) if found is not None]:
+            waiting.update(answers)
+            while position in waiting:
+                values = waiting.pop(position)
+                position += len(values)
+                yield values
+        parts.check()
+        if position == 0:
+            raise DataError(f"The data ({type(self.data).__name__}) hold no image for any rank.")
+
+    def _read(self, parts: distributed.Parts, what: str) -> Iterator[tuple[int, int, Tensor]]:
+        """One pass over the own part: the number of each batch, that of its first image, and the images."""
+        again, number = bool(self.prints), -1
+        shown = tqdm(parts, what, unit="batch", disable=not self.progress, leave=False)
+        for number, (start, batch) in enumerate(shown):
+            images = own(batch.images)[: None if self.samples is None else max(0, self.samples - start)]
+            if not len(images):
+                number -= 1
+                break
             self._compare(number, _fingerprint(images), again)
             images = images.to(self.device)
             self.head = images if self.head is None else self.head
-            yield images
-            left = None if left is None else left - len(images)
-            if left == 0:
+            yield number, start, images
+            if start + len(images) == self.samples:
                 break
         if again and number + 1 != len(self.prints):
             raise DataError(

@@ -33,15 +33,21 @@ class Signs:
         rows = 1 << max(0, math.ceil(math.log2(outputs)))
         self.rows = rows if rows <= MOST_BALANCED else 1
         self.base = _hadamard(self.rows)[:, :outputs] if self.rows > 1 else torch.ones(1, outputs, dtype=torch.int8)
-        self.number = first * each
+        self.number = 0
         self.flips = torch.empty(0)
-        for _ in range(math.ceil(self.number / self.rows)):
-            self._flip()
+        self.skip(first)
 
     @property
     def block(self) -> int:
         """Samples in a block."""
         return self.rows // math.gcd(self.rows, self.each)
+
+    def skip(self, samples: int) -> None:
+        """Let those of so many samples pass."""
+        last = self.number + samples * self.each
+        for _ in range(math.ceil(last / self.rows) - math.ceil(self.number / self.rows)):
+            self._flip()
+        self.number = last
 
     def take(self, samples: int) -> Tensor:
         """``[samples, each, K]`` int8, the next ones."""
