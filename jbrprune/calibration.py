@@ -121,8 +121,8 @@ def _read(
     return whole
 
 
-def check_runs(model: nn.Module, images: Tensor) -> None:
-    """See that a model accepts such images, by running it on the first one.
+def check_runs(model: nn.Module, images: Tensor) -> int:
+    """The number of outputs K of a model that accepts such images, by running it on the first one.
 
     Raises:
         DataError: It does not; says what it was made for, if it tells.
@@ -135,7 +135,7 @@ def check_runs(model: nn.Module, images: Tensor) -> None:
         raise DataError(f"The images have {images.shape[1]} channels, shape {tuple(images.shape)}.{wanted}")
     try:
         with distributed.alone():
-            predict(model, [Batch(images[:1])])
+            return predict(model, [Batch(images[:1])])[0].shape[1]
     except JBRError:
         raise
     except Exception as error:  # whatever a foreign forward raises is the answer

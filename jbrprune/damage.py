@@ -65,7 +65,7 @@ def measured_damage(dense: Tensor, pruned: Tensor) -> Damage:
 
 
 def saturation(change: Tensor, rest: Tensor, spread: Tensor) -> Tensor:
-    """``[N]`` the factor (1 - exp(-n)) / n, in (0, 1].
+    """``[N]`` the factor (1 - exp(-n)) / n, in (0, 1]; 1 where the logits have no spread to compare a change with.
 
     Args:
         change: ``[N, R]`` changes of the largest logits.
@@ -74,4 +74,4 @@ def saturation(change: Tensor, rest: Tensor, spread: Tensor) -> Tensor:
     """
     length = (change.square().sum(1) + rest.square()).sqrt()
     n = length / spread.clamp_min(torch.finfo(spread.dtype).tiny)
-    return torch.where(n > 1e-6, -torch.expm1(-n) / n.clamp_min(1e-6), torch.ones_like(n))
+    return torch.where((n > 1e-6) & (spread > 0), -torch.expm1(-n) / n.clamp_min(1e-6), torch.ones_like(n))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 
 from jbrprune.batches import Batch, count
 from jbrprune.calibration import calibration
+from jbrprune.checking import TOLERANCE, check
 from jbrprune.damage import Damage, measured_damage
 from jbrprune.errors import ArgumentError, DataError
 from jbrprune.forecast import forecast
 from jbrprune.groups import Group
 from jbrprune.measure import predict as logits_on
 from jbrprune.opening import opened_with
-from jbrprune.prediction import TOLERANCE, first_order_error, masked_logits
+from jbrprune.prediction import masked_logits, warn_if_constant
 from jbrprune.pruning import PruneResult
 from jbrprune.removal import tried
 from jbrprune.report import Report
@@ -37,7 +37,8 @@ class Degradation:
         predicted_repaired: With repair.
         measured_repaired: Of the pruned model itself; None where it is not known.
         taylor_error: Relative error of the plain first-order change of the logits, without repair.
-        valid: Whether it is within the tolerance.
+        prediction_error: The same of the change that is predicted.
+        valid: Whether the prediction without repair agrees with what is measured (as in `jbrprune.predict`).
     """
 
     images: int
@@ -46,6 +47,7 @@ class Degradation:
     predicted_repaired: Damage
     measured_repaired: Damage | None
     taylor_error: float
+    prediction_error: float
     valid: bool
 
     def __str__(self) -> str:
@@ -57,7 +59,8 @@ class Degradation:
             real = ("-", "-") if measured is None else (f"{measured.tpv:.4g}", f"{measured.flips:.2%}")
             lines.append(f"{name:14}{predicted.tpv:>19.4g}{real[0]:>12}{predicted.flips:>18.2%}{real[1]:>12}")
         verdict = "valid" if self.valid else "not valid here"
-        return "\n".join([*lines, f"relative error of the first order {self.taylor_error:.2f}: {verdict}"])
+        errors = f"relative error {self.prediction_error:.2f}, of the plain first order {self.taylor_error:.2f}"
+        return "\n".join([*lines, f"{errors}: {verdict}"])
 
 
 @torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
@@ -90,7 +93,7 @@ def degradation(
         data: Images to predict and to measure on; labels are not looked at.
         pruned: The pruned model, where ``removed`` does not have it.
         saturate: As for `jbrprune.predict`.
-        tolerance: Relative error up to which the first order is called valid.
+        tolerance: Relative error of the predicted change up to which it is called valid.
         refits: Whether the repair refits weights by least squares.
         ridge: Its ridge.
         ignore: As it was when the units were found; a report knows it.
@@ -104,7 +107,7 @@ def degradation(
     Raises:
         ArgumentError: Nothing was removed, or the units are not those of this model.
         DataError: The images cannot be used.
-        ModelError: The model cannot be scored as it is.
+        ModelError: The model cannot be scored as it is, or has a single output.
         NonFiniteError: NaN or Inf.
 
     Example:
@@ -125,6 +128,7 @@ def degradation(
     left_out: Any = how.get("ignore", ()) if ignore is None else ignore
     widths = bool(how.get("width", False) if width is None else width)
     opened = opened_with(copied(model), data, arguments)
+    opened.check_classes("degradation")
     work = copied(opened.dense)
     found = tried(work, opened.example, find_groups(work, opened.example, ignore=left_out, width=widths))
     cut = checked_units(units, found.groups)
@@ -142,15 +146,17 @@ def degradation(
     )
     reference = torch.cat([batch.reference for batch in batches if batch.reference is not None])
     masked = masked_logits(opened.dense, batches, found.groups, cut)
-    error = first_order_error(predicted, 0, masked, reference)
+    seen = check(predicted, 0, masked, reference, tolerance=tolerance)
+    warn_if_constant(reference)
     return Degradation(
         images=count(batches),
         predicted=predicted.damage(0),
-        measured=measured_damage(reference, masked),
+        measured=seen.masked,
         predicted_repaired=predicted.damage(0, repaired=True),
         measured_repaired=None if pruned is None else _of(pruned, batches, reference),
-        taylor_error=error,
-        valid=not math.isnan(error) and error <= tolerance,
+        taylor_error=seen.taylor_error,
+        prediction_error=seen.prediction_error,
+        valid=seen.valid,
     )
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from scipy.stats import binomtest, norm
 from torch import Tensor
 
 from jbrprune.measure import agreement
-
-Z = 1.959963984540054
-"""Two-sided 95 % point of the normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,8 @@ class Drop:
         lost: Share of samples, the fall of the accuracy or of the agreement; an accuracy may rise.
         low: Lower end of its 95 % interval.
         high: Upper end.
+        models: Measured on the same images, to choose this one of them: the interval is that of Bonferroni, so that
+            those of all of them together are right with 95 %.
     """
 
     of: str
@@ -30,13 +30,14 @@ class Drop:
     lost: float
     low: float
     high: float
+    models: int = 1
 
     def within(self, allowed: float) -> bool:
         """Whether no more than the allowed share is lost, as counts: 0.01 of 100 images is one image."""
         return round(self.lost * self.images) <= math.floor(allowed * self.images + 1e-9)
 
 
-def measured_drop(logits: Tensor, reference: Tensor, labels: Tensor | None = None) -> Drop:
+def measured_drop(logits: Tensor, reference: Tensor, labels: Tensor | None = None, *, models: int = 1) -> Drop:
     r"""The fall of accuracy, or of agreement without labels, from the dense model to a pruned one.
 
     With labels, (n10 - n01) / N, where n10 samples only the dense model gets right and n01 only the pruned one; the
@@ -47,6 +48,7 @@ def measured_drop(logits: Tensor, reference: Tensor, labels: Tensor | None = Non
         logits: ``[N, K]`` of the pruned model.
         reference: ``[N, K]`` of the dense model on the same samples.
         labels: ``[N]`` class indices, or None.
+        models: See `Drop`.
 
     Raises:
         DataError: No samples, or shapes or labels that do not fit.
@@ -61,11 +63,27 @@ def measured_drop(logits: Tensor, reference: Tensor, labels: Tensor | None = Non
         Agresti and Min, Statistics in Medicine 24 (2005), 729-740; Wilson, JASA 22 (1927).
     """
     found = agreement(logits, reference, labels)
+    level = 1 - 0.05 / models
     if labels is None:
-        low, high = found.top1_interval
-        return Drop("agreement", found.images, 1 - found.top1, 1 - high, 1 - low)
+        kept = binomtest(round(found.top1 * found.images), found.images).proportion_ci(level, method="wilson")
+        return Drop("agreement", found.images, 1 - found.top1, 1 - float(kept.high), 1 - float(kept.low), models)
     dense, pruned = (values.argmax(1) == labels.to(values.device) for values in (reference, logits))
     lost, won, n = int((dense & ~pruned).sum()), int((~dense & pruned).sum()), found.images
-    difference = (lost - won) / (n + 2)
-    width = Z * math.sqrt((lost + won + 1) / (n + 2) - difference**2) / math.sqrt(n + 2)
-    return Drop("accuracy", n, (lost - won) / n, difference - width, difference + width)
+    return Drop("accuracy", n, (lost - won) / n, *paired_interval(lost, won, n, level), models)
+
+
+def paired_interval(one: int, other: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the difference of two shares of the same n samples.
+
+    Args:
+        one: Samples that count for the first share alone.
+        other: Samples that count for the second alone.
+        n: All samples.
+        level: Confidence.
+
+    Source:
+        Agresti and Min, Statistics in Medicine 24 (2005), 729-740.
+    """
+    difference = (one - other) / (n + 2)
+    width = float(norm.ppf((1 + level) / 2)) * math.sqrt((one + other + 1) / (n + 2) - difference**2) / math.sqrt(n + 2)
+    return difference - width, difference + width

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jbrprune import data as loading
 from jbrprune import guest, zoo
 from jbrprune.calibration import Calibration, calibration, check_runs
-from jbrprune.errors import JBRError
+from jbrprune.errors import JBRError, ModelError
 from jbrprune.scoring import example_of, peeked
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,20 @@ class Opened:
     recipe: zoo.Recipe | None
     config: Mapping[str, object] | None
     name: str
+    outputs: int
+
+    def check_classes(self, what: str) -> None:
+        """Refuse a model with one output for what asks whether the top-1 stays.
+
+        Raises:
+            ModelError: It has one output K.
+        """
+        if self.outputs < 2:
+            raise ModelError(
+                f"{what} asks whether the largest of several logits stays the largest, but {self.name} has one output: "
+                "that never changes, whatever is removed. For a regression, prune to a budget (macs=, params=) and "
+                "measure its error; jbrprune.tpv knows how far one output moves."
+            )
 
     def read(self, arguments: Mapping[str, Any], *, judged: bool = False) -> Calibration:
         """All calibration images; with ``judged``, some of them to decide how far to prune."""
@@ -52,10 +66,10 @@ def opened_with(dense: nn.Module, data: object, arguments: Mapping[str, Any]) ->
     images = loading.open_data(data, dense, batch_size=arguments["batch_size"], skip_corrupt=arguments["skip_corrupt"])
     first, images = peeked(images, arguments["batch_size"])
     example = example_of(dense, first)
-    check_runs(dense, first.images.to(example.dtype))
+    outputs = check_runs(dense, first.images.to(example.dtype))
     recipe = _recipe(dense)
     config = zoo.data_config(dense) if zoo.recipe(dense) else None
-    return Opened(dense, example, images, recipe, config, recipe.name if recipe else type(dense).__name__)
+    return Opened(dense, example, images, recipe, config, recipe.name if recipe else type(dense).__name__, outputs)
 
 
 def _recipe(dense: nn.Module) -> zoo.Recipe | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from jbrprune.arguments import channel_settings
 from jbrprune.batches import Batch, concatenated, count, rebatched
 from jbrprune.budget import KINDS, Budget
 from jbrprune.calibration import Calibration
+from jbrprune.checking import FLIPS, TOLERANCE, Check, check, constant, tpvs_agree
 from jbrprune.correction import Correction, corrected
 from jbrprune.damage import Damage, measured_damage
 from jbrprune.errors import ArgumentError, BudgetError, DataError
@@ -29,6 +32,7 @@ from jbrprune.plan import planned_cuts
 from jbrprune.removal import masked_units
 from jbrprune.scores import Scores
 from jbrprune.scoring import check_model, resolved
+from jbrprune.tpv.validity import TPVWarning
 from jbrprune.units import copied
 
 if TYPE_CHECKING:
@@ -37,8 +41,6 @@ if TYPE_CHECKING:
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 CALIBRATED_AT = {1: (0.15,), 2: (0.05, 0.2), 3: (0.03, 0.1, 0.25)}
 """Number of points -> predicted flips (without repair) next to which they lie."""
-TOLERANCE = 0.5
-"""Relative error of a first-order change up to which a prediction is called valid."""
 
 
 @torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
@@ -102,7 +104,7 @@ def predict(
         checked: Number of images on which every budget is looked at by running the dense model with the units masked
             (nothing is cut): it measures the error of the first order, and the ``masked`` columns. None: all images.
         saturate: False: plain first order, exact for a linear network.
-        tolerance: Relative error of the first-order change up to which a row is called valid.
+        tolerance: Relative error of the predicted change up to which a row is called valid.
         repair: As for `jbrprune.prune`; whether least squares is among what is tried. None: the ``_repaired`` columns
             are NaN.
         criterion: As for `jbrprune.prune`.
@@ -131,16 +133,20 @@ def predict(
         One row per budget, largest first. ``target``; ``macs`` and ``params``, the shares that would stay;
         ``predicted_tpv`` (summed over outputs, mean over samples) with its standard error ``predicted_tpv_se``,
         ``predicted_flips`` with its 95 % interval ``predicted_flips_low`` and ``_high`` (both of the choice of images
-        alone), the same with ``_repaired``; ``taylor_error`` (measured: relative error of the plain first-order change
-        of the followed logits), ``valid``; ``masked_tpv``, ``masked_flips`` (measured with the units masked, no
-        repair); ``valid_repaired``, NA without ``calibrate``; with it ``measured_tpv``, ``measured_flips`` and the
-        same ``_repaired``, NaN where nothing was pruned.
+        alone), the same with ``_repaired``; measured with the units masked, no repair, on the images that are checked:
+        ``masked_tpv``, ``masked_flips``, the relative errors of the change of the followed logits, to plain first
+        order (``taylor_error``) and as it is predicted here (``prediction_error``), and ``valid``: whether the latter
+        is within the tolerance, predicted and masked TPV differ by no more than a factor of 1 + tolerance, and
+        the 95 % interval of predicted minus masked flips lies within 10 points of 0 (which fewer than 18
+        images cannot tell: then nothing is valid); ``valid_repaired``: whether the pruned points next to the row are
+        each predicted right by the other ones, NA outside of two pruned points; with ``calibrate`` also
+        ``measured_tpv``, ``measured_flips`` and the same ``_repaired``, NaN where nothing was pruned.
 
     Raises:
         ArgumentError: An argument has no meaning.
         BudgetError: Several kinds of budgets, none, equal ones, or one below what the floors allow.
         DataError: The images cannot be used, or are too few to calibrate.
-        ModelError: The model cannot be pruned as it is.
+        ModelError: The model cannot be pruned as it is, or has a single output.
         NonFiniteError: NaN or Inf in weights, images, logits or gradients.
         ImportError: pandas is not installed.
 
@@ -169,6 +175,7 @@ def predict(
     given = resolved(model, checkpoint, model_arguments)
     check_model(given)
     opened = opened_with(copied(given), data, arguments)
+    opened.check_classes("predict")
     settings = engine.settled(settings, opened.dense, opened.example)
     state = engine.start(opened.dense, opened.example, settings)
     shares = [share for share in shares if share >= state.least]
@@ -199,12 +206,17 @@ def predict(
     bent = corrected((predicted.damage(number).tpv, measured[number].tpv) for number in chosen)
     heldout = predicted.first(count(read.heldout))
     bent_repaired = corrected((heldout.damage(i, repaired=True).tpv, repaired[i].tpv) for i in chosen)
+    found = [
+        check(predicted, n, masked, reference, scale=bent.scale(predicted.damage(n).tpv), tolerance=tolerance)
+        for n, masked in enumerate(seen)
+    ]
+    warn_if_constant(reference)
+    supported = _supported(heldout, repaired, tolerance)
     rows = []
     for number, cut in enumerate(cuts):
         row: dict[str, Any] = {"target": cut.target, "macs": cut.macs, "params": cut.params}
         row |= _predicted(predicted, number, bent) | _predicted(predicted, number, bent_repaired, repaired=True)
-        row |= _checked(predicted, number, seen[number], reference, tolerance)
-        row |= _validity_repaired(predicted, number, bent_repaired, tolerance)
+        row |= _checked(found[number]) | {"valid_repaired": supported.get(number, pandas.NA)}
         row |= _measured(measured.get(number)) | _measured(repaired.get(number), "_repaired")
         rows.append(row if settings.repair else row | dict.fromkeys(_of_repair(row), math.nan))
     return pandas.DataFrame(rows)
@@ -226,21 +238,15 @@ def first(batches: Sequence[Batch], number: int | None) -> list[Batch]:
     return rebatched([whole], len(batches[0]))
 
 
-def first_order_error(predicted: Forecast, cut: int, masked: Tensor, reference: Tensor) -> float:
-    r"""sqrt(sum \|real - first order\|^2 / sum \|real\|^2), over samples and the logits that are followed.
-
-    Args:
-        predicted: Changes of at least as many samples.
-        cut: Which cut.
-        masked: ``[n, K]`` logits with the units masked.
-        reference: ``[N, K]`` those of the dense model.
-    """
-    n = len(masked)
-    classes = predicted.changes.classes[:n]
-    real = (masked - reference[:n]).gather(1, classes).double()
-    wrong = float((real - predicted.changes.zeroed[cut, :n]).square().sum())
-    whole = float(real.square().sum())
-    return math.sqrt(wrong / whole) if whole > 0 else (0.0 if wrong == 0 else math.inf)
+def warn_if_constant(logits: Tensor) -> None:
+    """Warn where the dense model tells no image from another: whatever is removed, that is no damage to go by."""
+    if len(logits) > 1 and constant(logits):
+        warnings.warn(
+            "All images have the same logits: nothing can be learnt from them about what removal does, and nothing is "
+            "called valid. Are the images all alike, or is the head zero?",
+            TPVWarning,
+            stacklevel=3,
+        )
 
 
 def _shares(given: Mapping[str, Sequence[float] | None]) -> tuple[str, list[float]]:
@@ -306,20 +312,28 @@ def _predicted(predicted: Forecast, cut: int, bent: Correction, *, repaired: boo
     return {f"predicted_{name}{'_repaired' * repaired}": value for name, value in vars(found).items()}
 
 
-def _checked(
-    predicted: Forecast, cut: int, masked: Tensor, reference: Tensor, tolerance: float
-) -> dict[str, float | bool]:
-    error = first_order_error(predicted, cut, masked, reference)
-    real = measured_damage(reference[: len(masked)], masked)
-    return {"taylor_error": error, "valid": error <= tolerance, "masked_tpv": real.tpv, "masked_flips": real.flips}
+def _checked(found: Check) -> dict[str, float | bool]:
+    errors = {"taylor_error": found.taylor_error, "prediction_error": found.prediction_error, "valid": found.valid}
+    return errors | {"masked_tpv": found.masked.tpv, "masked_flips": found.masked.flips}
 
 
-def _validity_repaired(predicted: Forecast, cut: int, bent: Correction, tolerance: float) -> dict[str, Any]:
-    """Only a pruned model tells how far the prediction with repair is off."""
-    if not bent.amplitudes:
-        return {"valid_repaired": extra("pandas").NA}
-    scale = bent.scale(predicted.damage(cut, repaired=True).tpv)
-    return {"valid_repaired": abs(1 / scale - 1) <= tolerance}
+def _supported(predicted: Forecast, measured: Mapping[int, Damage], tolerance: float) -> dict[int, bool]:
+    """Cut -> whether the curve with repair holds there, for cuts from the first really pruned one to the last.
+
+    Between two pruned cuts it does where each of them is predicted right, TPV and flips, from all pruned ones but
+    itself. Elsewhere nothing is known.
+    """
+    points = {number: (predicted.damage(number, repaired=True).tpv, real.tpv) for number, real in measured.items()}
+    right = {}
+    for number, real in measured.items():
+        bent = corrected(pair for other, pair in points.items() if other != number)
+        found = predicted.damage(number, repaired=True, scale=bent.scale(points[number][0]))
+        right[number] = tpvs_agree(found.tpv, real.tpv, tolerance) and abs(found.flips - real.flips) <= FLIPS
+    return {
+        number: right[before] and right[after]
+        for before, after in pairwise(sorted(right))
+        for number in range(before, after + 1)
+    }
 
 
 def _of_repair(row: Mapping[str, Any]) -> list[str]:

@@ -312,6 +312,7 @@ def _searched(
     given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
     check_model(given)
     opened = opened_with(copied(given), data, arguments)
+    opened.check_classes("max_drop=")
     settings = engine.settled(settings, opened.dense, opened.example)
     state = engine.start(opened.dense, opened.example, settings)
     images = opened.read(arguments, judged=True)

@@ -116,7 +116,8 @@ class Search:
         allowed: Largest share that may be lost on the images that decide.
         images: Which images these are.
         trials: Every model that was measured on them, in order.
-        drop: What the model that was handed over lost on them.
+        drop: What the model that was handed over lost on them, with an interval that allows for the choice among all
+            that were measured.
         limit: Why it did not go further.
     """
 

@@ -21,7 +21,7 @@ from jbrprune.batches import Batch, count
 from jbrprune.budget import STEP
 from jbrprune.calibration import Calibration
 from jbrprune.damage import Damage, measured_damage
-from jbrprune.drop import measured_drop
+from jbrprune.drop import Drop, measured_drop
 from jbrprune.engine import Settings, State
 from jbrprune.errors import DataError
 from jbrprune.forecast import Forecast, forecast
@@ -94,16 +94,32 @@ def run(
         The model, which is the dense one if no smaller one is allowed, and the report.
 
     Raises:
-        DataError: Too few images to set some aside.
+        DataError: Too few images to set some aside, or so few of them that one is more than ``allowed``.
         NonFiniteError: NaN or Inf on the way.
     """
     if not images.judge:
         raise DataError(f"max_drop needs images that decide, but there are only {count(images.score)}: pass more.")
+    check_resolution(images, allowed)
     outlook = _outlook(state, images, settings, _grid(state, settings))
     walk = _Walk(state, images.judge, allowed, outlook)
     model, report = next(engine.run(dense, state, images, settings, name, shares=walk.shares()))
-    search = Search(allowed, images.judged, tuple(walk.trials), walk.drop, walk.limit)
+    search = Search(allowed, images.judged, tuple(walk.trials), walk.chosen(), walk.limit)
     return model, replace(report, search=search, notes=(*report.notes, *_notes(search)))
+
+
+def check_resolution(images: Calibration, allowed: float) -> None:
+    """Refuse a drop that the images that decide cannot show: one of them is a larger share.
+
+    Raises:
+        DataError: It is. A drop of 0 can always be seen.
+    """
+    deciding = count(images.judge)
+    if 0 < allowed * deciding < 1 - 1e-9:
+        raise DataError(
+            f"max_drop={allowed:g} cannot be seen on the {deciding} images that decide, two fifths of all: one of them "
+            f"is {1 / deciding:.1%}. Pass at least {math.ceil(math.ceil(1 / allowed - 1e-9) / 2) * 5} images, or allow "
+            "more."
+        )
 
 
 def _grid(state: State, settings: Settings) -> list[float]:
@@ -146,7 +162,11 @@ class _Walk:
         self.reference = torch.cat([batch.reference for batch in self.judge if batch.reference is not None])
         labels = [batch.labels for batch in self.judge if batch.labels is not None]
         self.labels = torch.cat(labels) if len(labels) == len(self.judge) else None
-        self.drop = measured_drop(self.reference, self.reference, self.labels)
+        self.logits = self.reference
+
+    def chosen(self) -> Drop:
+        """What the model at hand lost, knowing how many were measured to choose it."""
+        return measured_drop(self.logits, self.reference, self.labels, models=max(1, len(self.trials)))
 
     def shares(self) -> Iterator[float]:
         """Shares for the engine, which has carried out each when the next is asked for."""
@@ -199,7 +219,7 @@ class _Walk:
         self.trials.append(Trial(share, self.state.rows[-1].macs, drop, accepted, predicted))
         log.info("Share %.4f: %s falls by %.4f, %s", share, drop.of, drop.lost, "kept" if accepted else "too much")
         if accepted:
-            self.drop = drop
+            self.logits = logits
             self.outlook.correct(share, measured_damage(self.reference, logits).tpv)
         else:
             self.limit = f"at a share of {share:.4f} the {drop.of} fell by {drop.lost:.2%}"
@@ -207,12 +227,6 @@ class _Walk:
 
 
 def _notes(search: Search) -> list[str]:
-    notes = []
-    if search.allowed * search.drop.images < 1:
-        notes.append(
-            f"max_drop={search.allowed:g} of {search.drop.images} images that decide is less than one image: nothing "
-            "may be lost on them. Pass more images for a finer decision."
-        )
-    if not any(trial.accepted for trial in search.trials):
-        notes.append("Nothing was removed: the smallest step already lost more than max_drop allows.")
-    return notes
+    if any(trial.accepted for trial in search.trials):
+        return []
+    return ["Nothing was removed: the smallest step already lost more than max_drop allows."]

@@ -92,10 +92,11 @@ def _searched(search: Search | None) -> str:
     if search is None:
         return ""
     drop = search.drop
+    chosen = f", corrected for choosing among {drop.models} models" if drop.models > 1 else ""
     return (
         f"{_percent(search.allowed)} allowed; the {drop.of} fell by {100 * drop.lost:.2f} % (95 % interval "
-        f"{100 * drop.low:.1f} to {100 * drop.high:.1f} %) on {search.images}. {len(search.trials)} models were "
-        f"measured on them; no smaller one: {search.limit}"
+        f"{100 * drop.low:.1f} to {100 * drop.high:.1f} %{chosen}) on {search.images}. {len(search.trials)} models "
+        f"were measured on them; no smaller one: {search.limit}"
     )
 
 

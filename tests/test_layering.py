@@ -40,6 +40,7 @@ ORDER = (
     "residual",
     "damage",
     "forecast",
+    "checking",
     "correction",
     "functions",
     "recording",

@@ -7,11 +7,13 @@ from typing import Any
 import cases
 import pytest
 import torch
+from scipy.stats import binomtest
 from test_pruning import own, resnet, vit
 from torch import Tensor, nn
 
 import jbrprune
 from jbrprune import calibration as reading
+from jbrprune import search as search_module
 from jbrprune.batches import Batch, concatenated
 from jbrprune.drop import measured_drop
 from jbrprune.errors import ArgumentError, BudgetError, DataError
@@ -50,7 +52,11 @@ def test_never_more_than_allowed_on_the_images_that_decide(seed: int, allowed: f
     images, search = judges(model, seed=seed), found(result)
     assert search.drop.images == len(images) == 24
     assert lost(result.model, images) == round(search.drop.lost * 24) <= allowed * 24
-    assert search.drop.low <= search.drop.lost <= search.drop.high
+    flips, models = round(search.drop.lost * 24), max(1, len(search.trials))
+    assert search.drop.models == models
+    level = 1 - 0.05 / models  # Bonferroni: chosen among so many on the same images
+    expected = binomtest(flips, 24).proportion_ci(level, method="wilson")
+    assert (search.drop.low, search.drop.high) == pytest.approx((expected.low, expected.high))
     accepted = [trial for trial in search.trials if trial.accepted]
     assert all((trial.drop.lost <= allowed + 1e-9) == trial.accepted for trial in search.trials)
     if accepted:
@@ -69,6 +75,7 @@ def test_no_smaller_model_was_found_to_be_allowed_and_few_were_measured() -> Non
     text = " ".join(str(result.report).split())
     assert f"{len(search.trials)} models were measured on them" in text
     assert "also decided how far to prune" in text
+    assert len(search.trials) == 1 or f"corrected for choosing among {len(search.trials)} models" in text
 
 
 def test_all_is_allowed_then_the_share_asked_for_is_the_end() -> None:
@@ -135,6 +142,14 @@ def test_refuses_too_few_images() -> None:
         jbrprune.prune(own(), IMAGES[:9], max_drop=0.1, **QUICK)
 
 
+def test_refuses_a_drop_that_the_images_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 24 images that decide, one is 4.2 %."""
+    monkeypatch.setattr(search_module, "_outlook", lambda *_: pytest.fail("the expensive pass"))
+    with pytest.raises(DataError, match=r"max_drop=0\.04 cannot be seen on the 24 images.*4\.2%.*at least 65 images"):
+        jbrprune.prune(own(), IMAGES, max_drop=0.04, **QUICK)
+    assert 2 * (65 // 5) * 0.04 >= 1 > 2 * (64 // 5) * 0.04
+
+
 def test_the_drop_of_an_accuracy_by_hand() -> None:
     reference = torch.eye(2)[[0, 0, 0, 1, 1]]
     logits = torch.eye(2)[[1, 1, 0, 1, 0]]
@@ -144,6 +159,8 @@ def test_the_drop_of_an_accuracy_by_hand() -> None:
     error = ((2.5 + 1.5 - (2.5 - 1.5) ** 2 / 7) / 49) ** 0.5
     assert drop.high == pytest.approx(difference + 1.959963984540054 * error)
     assert drop.low == pytest.approx(difference - 1.959963984540054 * error)
+    chosen = measured_drop(logits, reference, torch.tensor([0, 0, 0, 1, 0]), models=5)
+    assert chosen.high == pytest.approx(difference + 2.5758293035489004 * error)  # 99 %
 
 
 @pytest.mark.parametrize(("flips", "allowed", "within"), [(1, 0.01, True), (2, 0.01, False), (3, 0.03, True)])
