@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,14 +17,17 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_CPU_MESSAGES = ("can't allocate memory", "not enough memory")
+_CPU_MESSAGES = re.compile(
+    r"can't allocate memory|not enough memory|bad_alloc|could not (create|execute) a primitive(?! desc)"
+)
+"""Of the allocator, of C++, and of oneDNN, which says no more when its scratch memory cannot be had."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator gave up: of an accelerator, of the CPU (a plain RuntimeError), or Python's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
+    return isinstance(error, RuntimeError) and _CPU_MESSAGES.search(str(error)) is not None
 
 
 class Portions:
