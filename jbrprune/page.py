@@ -149,9 +149,12 @@ def _agreement(report: Run) -> str:
 
 
 def _agreement_cells(row: Agreement) -> list[str]:
-    low, high = row.top1_interval if row.images else (math.nan, math.nan)
-    interval = f"{100 * low:.1f} - {100 * high:.1f} %"
-    return [_percent(row.top1), interval, _percent(row.top5), f"{row.kl:.4f}", _percent(row.accuracy)]
+    interval = "-"
+    if row.images:
+        low, high = row.top1_interval
+        interval = f"{100 * low:.1f} - {100 * high:.1f} %"
+    divergence = "-" if math.isnan(row.kl) else f"{row.kl:.4f}"
+    return [_percent(row.top1), interval, _percent(row.top5), divergence, _percent(row.accuracy)]
 
 
 def _curves(report: Run, predicted: DataFrame | None) -> str:

@@ -71,14 +71,20 @@ def unexplained(moments: InputMoments, layer: nn.Module, masks: Tensor, ridge: f
         1 where nothing goes, or nothing stays.
     """
     shares = torch.ones(masks.shape[1], dtype=torch.float64)
-    weight = getattr(layer, "weight", None)
-    if weight is None or layers.is_grouped(layer) or layers.is_depthwise(layer) or weight.shape[1] != len(masks):
+    if not _reads_all(layer) or layers.in_channels(layer) != len(masks):
         return shares
+    weight: Tensor = layer.weight  # type: ignore[assignment]
     rows = weight.detach().cpu().double().reshape(*weight.shape[:2], -1).transpose(1, 2).flatten(0, 1)
     for number, mask in enumerate(masks.t().bool().cpu()):
         if bool(mask.any()) and not bool(mask.all()):
             shares[number] = _left(moments.covariance, rows.t() @ rows, mask, ridge)
     return shares
+
+
+def _reads_all(layer: nn.Module) -> bool:
+    """Whether the weight is ``[outputs, inputs, ...]`` over all inputs."""
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    return layers.is_consumer(layer) and not layers.is_grouped(layer) and not transposed
 
 
 def _left(covariance: Tensor, energy: Tensor, gone: Tensor, ridge: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -22,10 +20,9 @@ from jbrprune.cost import count_macs
 from jbrprune.measure import Agreement, agreement_on, bytes_of, parameters_of
 from jbrprune.records import Run, Size
 from jbrprune.timing import latencies
+from jbrprune.timing_cache import hardware
 
 AnyRun = TypeVar("AnyRun", bound=Run)
-
-CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(eq=False)
@@ -65,25 +62,14 @@ def with_latency(report: AnyRun, dense: nn.Module, pruned: nn.Module, example: T
 def provenance(seed: int, device: torch.device) -> dict[str, object]:
     """Versions, seed and hardware."""
     packages = ("jbrprune", "torch", "timm", "torch-pruning")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "versions": {package: version(package) for package in packages},
         "seed": seed,
         "device": str(device),
-        "hardware": hardware,
+        "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def processor() -> str:
-    """The model name of the CPU, as far as the system tells."""
-    try:
-        facts = CPUINFO.read_text()  # platform.processor() is empty or "x86_64" on Linux
-    except OSError:
-        facts = ""
-    names = [line.partition(":")[2].strip() for line in facts.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def notes_on_images(images: Calibration, wants_repair: bool) -> list[str]:

@@ -23,6 +23,7 @@ from jbrprune.atomic import replacing
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def cache_directory() -> Path:
@@ -33,13 +34,25 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jbrprune"
 
 
+def hardware(device: torch.device) -> str:
+    """The model name of the accelerator, or of the CPU as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    # platform.processor() is empty or "x86_64" on Linux
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine(device: torch.device) -> dict[str, object]:
     """What timings depend on, beside the layer."""
-    on_cuda = device.type == "cuda"
     return {
         "format": FORMAT,
         "device": device.type,
-        "hardware": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -83,13 +96,3 @@ def _positive(value: object) -> float:
     if not isinstance(value, float) or not 0 < value < math.inf:
         raise ValueError(f"{value!r} is no time")
     return value
-
-
-def _cpu_name() -> str:
-    """``platform.processor()`` is empty on most Linux systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()

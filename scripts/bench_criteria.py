@@ -7,8 +7,9 @@
 The yardstick is one pass in eval mode, forward and a backward that makes the gradient of every parameter. In a round
 it is timed first and last, and each criterion in between, in one process (ABC...A, so that what disturbs the machine
 disturbs all); a round's ratio is to the mean of its two yardsticks. Given are median and quartiles over the rounds. One
-untimed round goes before. Units are found beforehand: all criteria need them. Weights do not matter to the time, but to
-``jbr_published``, which leaves images out: its images still go forward and backward.
+untimed round goes before. With ``--device cuda`` it is wall time, until the GPU has done the work. Units are found
+beforehand: all criteria need them. Weights do not matter to the time, but to ``jbr_published``, which leaves images
+out: its images still go forward and backward.
 """
 
 from __future__ import annotations
@@ -45,16 +46,27 @@ def training(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Forward and backward to all parameters over all images."""
     with guest.visiting(model, gradients=True):
         leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for batch in batches:
+        for batch in (batch.to(guest.device_of(model)) for batch in batches):
             loss = F.cross_entropy(logits_of(model(batch.images)), batch.labels)  # type: ignore[arg-type]
             torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
+def clock() -> str:
+    """``process_time``, or ``wall`` where work is done on a GPU, whose time is not the processor's."""
+    return "wall" if torch.cuda.is_initialized() else "process_time"
+
+
 def timed(step: Callable[[], object]) -> float:
-    """Seconds of processor time."""
-    start = time.process_time()
+    """Seconds by the `clock`; of a GPU, until it has done the work."""
+    if clock() == "process_time":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     step()
-    return time.process_time() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def measured(
@@ -94,7 +106,7 @@ def records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]:
     result = measured(dense.model, batches, groups, args.criterion, args.rounds)
     shared = {
         **setup_named(setup),
-        **{"images": args.images, "batch_size": len(batches[0]), "rounds": args.rounds, "clock": "process_time"},
+        **{"images": args.images, "batch_size": len(batches[0]), "rounds": args.rounds, "clock": clock()},
         "training_seconds": result["training"],
         **described_here(),
         **{name: value for name, value in provenance(0, torch.device(setup.device)).items() if name != "seed"},

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune import load, zoo
+from jbrprune.commands.options import check_file
 from jbrprune.errors import ArgumentError, JBRError, ModelError
 from jbrprune.measure import logits_of
 from jbrprune.parameters import make_permanent
@@ -107,6 +108,23 @@ def difference(model: nn.Module, run: Runner, images: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
 
 
+def targets(onnx: Path | None, program: Path | None) -> dict[Path, Callable]:
+    """File -> what writes it.
+
+    Raises:
+        ArgumentError: There is none, or both are the same.
+        CheckpointError: One cannot be written.
+    """
+    wanted = {path: write for path, write in ((onnx, to_onnx), (program, to_program)) if path}
+    if not wanted:
+        raise ArgumentError("Say what to write: --onnx FILE, --program FILE, or both.")
+    if onnx and program and onnx.resolve() == program.resolve():
+        raise ArgumentError(f"--onnx and --program are both {onnx}: give each format a file of its own.")
+    for path in wanted:
+        check_file(path)
+    return wanted
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pruned", type=Path, help="directory of a saved model")
@@ -116,9 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tolerance", type=float, default=1e-4)
     args = parser.parse_args(argv)
     try:
-        wanted = {path: write for path, write in ((args.onnx, to_onnx), (args.program, to_program)) if path}
-        if not wanted:
-            raise ArgumentError("Say what to write: --onnx FILE, --program FILE, or both.")
+        wanted = targets(args.onnx, args.program)
         model = make_permanent(load(args.pruned))
         size = args.size or zoo.image_size(model)
         if size is None:

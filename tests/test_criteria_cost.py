@@ -34,6 +34,15 @@ def test_the_yardstick_is_a_whole_training_step(fingerprint) -> None:
         handle.remove()
 
 
+def test_the_yardstick_runs_where_the_model_is() -> None:
+    """Batches stay on the CPU; every pass takes them to the model's device."""
+    seen: list[torch.device] = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, device="meta"))
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.device))
+    bench_criteria.training(model, [Batch(torch.randn(2, 1, 2, 2), torch.tensor([0, 1]))])
+    assert seen == [torch.device("meta")]
+
+
 def test_ratios_are_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rounds, the second on a machine that is twice as slow, the yardstick drifting within each."""
     model, batches = nn.Linear(1, 1), [Batch(torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long))]

@@ -222,6 +222,19 @@ def test_a_copy_of_a_channel_leaves_nothing_and_independent_ones_all() -> None:
     assert unexplained(moments, nn.Linear(3, 2), masks, 1e-9).tolist() == pytest.approx([0, 1], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm2d(4), nn.LayerNorm(4), nn.ConvTranspose2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2), nn.ReLU()],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_of_layers_that_do_not_read_all_inputs_everything_is_left(layer: nn.Module) -> None:
+    covariance = torch.ones(4, 4, dtype=torch.float64)  # every channel is a copy of the others
+    masks = torch.tensor([[1.0, 0, 0, 0]]).T
+    moments = InputMoments(torch.zeros(4), covariance)
+    assert unexplained(moments, layer, masks, 1e-9).tolist() == [1.0]
+    assert unexplained(moments, nn.Conv2d(4, 4, 1), masks, 1e-9).tolist() == pytest.approx([0.0], abs=1e-6)
+
+
 def test_moments_of_what_a_layer_reads() -> None:
     model = own64()
     seen: list[Tensor] = []

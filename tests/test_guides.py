@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from jbrprune import cli, timing
+from jbrprune import PruneResult, Report, cli, timing
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (
@@ -64,14 +65,44 @@ LONG = ("faster", "prune-resnet50", "prune-vit", "single-weights")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in PAGES])
 @pytest.mark.filterwarnings("ignore")
 def test_a_guide_runs(name: str, folder: Path) -> None:
+    """And what it makes is what it says: budgets are met, files are there and load."""
     page = DOCS / f"{name}.md"
+    text = page.read_text(encoding="utf-8")
     namespace: dict[str, object] = {"__name__": page.stem}
-    for line, language, code in blocks(page.read_text(encoding="utf-8")):
+    for line, language, code in blocks(text):
         if language == "python":
             exec(compile("\n" * (line - 1) + smaller(code), str(page), "exec"), namespace)
         elif language == "bash":
             for command in code.splitlines():
                 run(smaller(command))
+    results = [value for value in namespace.values() if isinstance(value, PruneResult)]
+    assert results
+    for result in results:
+        assert_met(result.report)
+    for single, option in re.findall(r'\.save\("(.+?)"|--out (\S+)', text):
+        assert_saved(folder / (single or option))
+    for single, option in re.findall(r'\.to_html\("(.+?)"|--report (\S+)', text):
+        assert "<h2>Widths</h2>" in (folder / (single or option)).read_text(encoding="utf-8")
+
+
+def assert_met(report: Report) -> None:
+    """A counted budget is met; a timed one has made the model smaller."""
+    ((kind, share),) = report.budget.items()
+    if kind == "macs":
+        assert report.kept <= share
+        assert report.pruned.macs < report.dense.macs or share == 1
+    elif kind == "sparsity":
+        assert report.sparsity == pytest.approx(share, abs=1e-4)
+    else:
+        assert kind == "latency"
+        assert report.pruned.macs < report.dense.macs
+
+
+def assert_saved(directory: Path) -> None:
+    """The weights take less than the dense model's, and the description says what was asked for."""
+    said = json.loads((directory / "jbrprune.json").read_text(encoding="utf-8"))["report"]
+    assert (directory / "model.safetensors").stat().st_size < said["dense"]["bytes"]
+    assert said["budget"]
 
 
 def run(command: str) -> None:
@@ -79,6 +110,7 @@ def run(command: str) -> None:
     assert name == "jbrprune"
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, f"{command}: {result.output}\n{result.exception!r}"
+    assert result.output.strip(), command
 
 
 def test_every_guide_is_listed_and_links_lead_somewhere() -> None:

@@ -116,20 +116,51 @@ def test_what_comes_from_outside_is_escaped() -> None:
     assert evil in "".join(parsed(page).text)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+SECTIONS = ("Cost", "Agreement with the dense model", "What was measured, step by step", "Widths", "Steps", "Settings",
+            "Provenance", "Notes")  # fmt: skip
+MISSING: dict[str, tuple[dict[str, object], set[str], dict[str, str]]] = {
+    "empty": (
         {"steps": (), "layers": (), "unrepaired": None, "repaired": None, "notes": (), "provenance": {}},
+        {"Agreement with the dense model", "What was measured, step by step", "Widths", "Steps", "Notes"},
+        {"of the multiply-accumulates kept": "50.0 %", "of the parameters kept": "50.0 %", "as fast": "1.60 times"},
+    ),
+    "nothing pruned": (
         {"repaired": None, "dense": Size(1000, 500, 2000), "pruned": Size(1000, 500, 2000)},
+        set(),
+        {"of the multiply-accumulates kept": "100.0 %", "top-1 agreement on 200": "80.0 %", "as fast": ""},
+    ),
+    "nothing known": (
         {"unrepaired": Agreement(0, math.nan, math.nan, math.nan), "repaired": None},
+        set(),
+        {"top-1 agreement on 0": "-"},
+    ),
+    "no parameters": (
         {"dense": Size(10, 0, 0), "pruned": Size(10, 0, 0, nonzero=5)},
+        set(),
+        {"of the parameters kept": "-", "of the multiply-accumulates kept": "100.0 %"},
+    ),
+    "single weights": (
         {"layers": (LayerRow("w", "Linear", "weight", 100, 30),), "pruned": Size(1000, 500, 2000, nonzero=30),
          "dense": Size(1000, 500, 2000, nonzero=100)},
-    ],
-    ids=["empty", "nothing pruned", "nothing known", "no parameters", "single weights"],
-)  # fmt: skip
-def test_parts_may_be_missing(changes: dict[str, object]) -> None:
-    parsed(report(**changes).to_html())
+        set(),
+        {"of the weights are zero": "70.0 %", "of the multiply-accumulates kept": "100.0 %"},
+    ),
+}  # fmt: skip
+"""What a report lacks, the sections that its page lacks, and what some tiles say ("": there is none)."""
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_parts_may_be_missing(case: str) -> None:
+    """What is not there has no section, and no number is made up for it."""
+    changes, absent, tiles = MISSING[case]
+    page = report(**changes).to_html()
+    assert parsed(page).text
+    assert not re.search(r"\bnan\b", page, re.I)
+    found = re.findall(r"<h2>(.*?)</h2>", page)
+    assert found == [name for name in SECTIONS if name not in absent]
+    shown = {label: value for value, label in re.findall(r'<div class="tile"><b>(.*?)</b><span>(.*?)</span>', page)}
+    for start, value in tiles.items():
+        assert [v for label, v in shown.items() if label.startswith(start)] == ([value] if value else [])
 
 
 def test_a_prediction_is_drawn_beside_what_was_measured() -> None:

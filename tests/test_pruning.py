@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import jbrprune
-from jbrprune import PruneResult, checkpoint, engine, pricing, prune, runs, sweep
+from jbrprune import PruneResult, checkpoint, engine, pricing, prune, sweep, timing_cache
 from jbrprune.errors import ArgumentError, BudgetError, CheckpointError
 from jbrprune.groups import Group
 from jbrprune.selection import Floors
@@ -673,7 +673,8 @@ def test_without_repair_nothing_is_recorded_for_one(monkeypatch: pytest.MonkeyPa
 def test_the_processor_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     facts = tmp_path / "cpuinfo"
     facts.write_text("processor\t: 0\nmodel\t\t: 167\nmodel name\t: Some CPU (R) 9\n\nmodel name\t: Some CPU (R) 9\n")
-    monkeypatch.setattr(runs, "CPUINFO", facts)
+    monkeypatch.setattr(timing_cache, "CPUINFO", facts)
     assert prune(own(), IMAGES, macs=0.7, **QUICK).report.provenance["hardware"] == "Some CPU (R) 9"
+    assert timing_cache.machine(torch.device("cpu"))["hardware"] == "Some CPU (R) 9"
     facts.unlink()
-    assert runs.processor() == (platform.processor() or platform.machine())
+    assert timing_cache.hardware(torch.device("cpu")) == (platform.processor() or platform.machine())
