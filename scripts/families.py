@@ -358,13 +358,13 @@ def _prune_by_recipe(model: nn.Module, images: Tensor) -> None:
 
 
 def _permuted(dense: nn.Module, smaller: nn.Module) -> list[str]:
-    """Weights of norms that are not a part of the dense ones in the same order (all of them are different)."""
-    wrong = []
-    for name, parameter in smaller.named_parameters():
-        whole = dense.get_parameter(name).detach()
-        if parameter.dim() != 1 or len(whole) == len(parameter):
-            continue
-        places = [int((whole == value).nonzero()[0]) if (whole == value).any() else -1 for value in parameter.detach()]
-        if -1 in places or places != sorted(places):
-            wrong.append(name)
-    return wrong
+    """Weights of norms that are not a part of the dense ones in the same order."""
+    pairs = ((name, dense.get_parameter(name).detach(), part.detach()) for name, part in smaller.named_parameters())
+    shrunk = [(name, whole, part) for name, whole, part in pairs if part.dim() == 1 and len(part) < len(whole)]
+    return [name for name, whole, part in shrunk if not _in_order(part.tolist(), whole.tolist())]
+
+
+def _in_order(part: list[float], whole: list[float]) -> bool:
+    """Whether the values are found in the others, one after the other."""
+    rest = iter(whole)
+    return all(value in rest for value in part)

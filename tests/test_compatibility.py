@@ -137,6 +137,9 @@ def test_permuted_norms_are_seen() -> None:
     kept = dense[0].weight.detach()[[1, 2, 4]]
     smaller[0].weight.data, smaller[0].bias.data = kept.clone(), dense[0].bias.detach()[[1, 2, 4]].clone()
     assert families._permuted(dense, smaller) == []
+    with torch.no_grad():  # two channels of the same weight: not permuted, whichever of them stayed
+        dense[0].weight[0] = dense[0].weight[2]
+    assert families._permuted(dense, smaller) == []
     smaller[0].weight.data = kept[[0, 2, 1]].clone()
     assert families._permuted(dense, smaller) == ["0.weight"]
 
