@@ -1,6 +1,15 @@
 """Criteria to compare relevance with: each a function that returns scores, all else being equal.
 
 Pass one as ``criterion=`` to `jbrprune.prune`: budget, selection, repair, images and report stay the same.
+
+Where budgets are costs, score per cost ranks, and there a score and its root rank differently. By its degree (the power
+of t that scores gain as all weights are multiplied by t, activations and gradients held) a criterion is
+
+- of degree 2, as relevance is, unless named here;
+- of degree 1: ``l1``, ``l2``, ``l1_grouped``, ``bn_scale``, ``fpgm``, ``synflow``, ``wanda``, ``taylor_abs``,
+  ``taylor_per_sample``, ``snip``, ``grasp``;
+- of degree 0, a rank, a draw, or relative to the mean or sum of its group: ``random``, ``hrank``, ``lamp``,
+  ``l2_normalised``, ``tp_*``; and ``variance``, which is of degree 2 in the activations.
 """
 
 from __future__ import annotations
@@ -47,6 +56,7 @@ CRITERIA: dict[str, Criterion] = {
     "hrank": hrank.hrank,
     # labels
     "taylor": taylor.taylor,
+    "taylor_abs": taylor.taylor_abs,
     "taylor_per_sample": taylor.taylor_per_sample,
     "fisher": fisher.fisher,
     "group_fisher": group_fisher.group_fisher,
@@ -65,7 +75,7 @@ CRITERIA: dict[str, Criterion] = {
 """Name -> ``criterion(model, batches, groups, *, seed, progress)``."""
 
 LABELS = (
-    *("taylor", "taylor_per_sample", "fisher", "group_fisher", "jacobian", "snip", "grasp"),
+    *("taylor", "taylor_abs", "taylor_per_sample", "fisher", "group_fisher", "jacobian", "snip", "grasp"),
     *("tp_taylor", "tp_hessian"),
 )
 """Criteria that need labels."""

@@ -369,10 +369,28 @@ def test_hrank_folds_tokens_and_reads_few_images() -> None:
     assert torch.linalg.matrix_rank(hrank._maps(tokens)).tolist() == [[2, 1]]
 
 
+@pytest.mark.parametrize(
+    ("degree", "names"),
+    [
+        (2, ("l2_grouped", "whc")),
+        (1, ("l1", "l2", "l1_grouped", "bn_scale", "fpgm")),
+        (0, ("random", "lamp", "l2_normalised", "tp_magnitude", "tp_bn_scale", "tp_lamp", "tp_fpgm", "tp_random")),
+    ],
+)
+def test_degrees_in_the_weights(degree: int, names: tuple[str, ...]) -> None:
+    """What the list in baselines says of criteria that read weights only."""
+    model, larger = tiny(), tiny()
+    for parameter in larger.parameters():
+        parameter.data *= 3
+    for name in names:
+        close(scored(name, larger), {group: 3**degree * v for group, v in scored(name, model).items()}, rtol=1e-5)
+
+
 # --- from labels -----------------------------------------------------------------------------------
 
 
 @about("taylor")
+@about("taylor_abs")
 @about("taylor_per_sample")
 @about("group_fisher")
 @about("jacobian")
@@ -380,7 +398,8 @@ def test_first_order_criteria() -> None:
     model = tiny()
     samples = of_labels(model)
     everything, read = relevances(model, samples), relevances(model, samples, " in")
-    close(scored("taylor", model), over(everything, lambda v: mean(v).abs()))
+    close(scored("taylor", model), over(everything, lambda v: mean(v) ** 2))
+    close(scored("taylor_abs", model), over(everything, lambda v: mean(v).abs()))
     close(scored("taylor_per_sample", model), over(everything, lambda v: mean([x.abs() for x in v])))
     close(scored("group_fisher", model), over(read, lambda v: mean([x * x for x in v])))
     close(scored("jacobian", model), by_layer(model, samples))
