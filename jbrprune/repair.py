@@ -73,12 +73,14 @@ class Targets:
         outputs: Consumer -> ``[n * p, C_out]`` its outputs there, on the CPU; on several ranks, of the own images.
         fan_in: Consumer -> input channels of the dense layer.
         norms: Batch norm -> moments of its input.
+        dealt: Whether every rank has images of its own; False: all have all of them, as they are fewer than ranks.
     """
 
     positions: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     fan_in: Mapping[str, int]
     norms: Mapping[str, Moments]
+    dealt: bool
 
 
 def dense_targets(model: nn.Module, batches: Sequence[Batch], consumers: Iterable[str], *, seed: int = 0) -> Targets:
@@ -126,7 +128,7 @@ def dense_targets(model: nn.Module, batches: Sequence[Batch], consumers: Iterabl
     for name in [name for name, count in calls.items() if count > 1]:  # one correction cannot serve several inputs
         for recorded in (positions, outputs, fan_in, norms):
             recorded.pop(name, None)
-    return Targets(positions, outputs, fan_in, norms)
+    return Targets(positions, outputs, fan_in, norms, number >= distributed.size())
 
 
 def repaired(
@@ -243,7 +245,8 @@ def _refitting(
         if (name, "out", 0) in kept:
             wanted = wanted[:, kept[name, "out", 0].to(wanted.device)]
         rows = _rows(module, inputs, targets.positions[name].to(wanted.device))
-        rows, wanted = distributed.concatenated(rows), distributed.concatenated(wanted)  # all solve the same problem
+        if targets.dealt:  # all solve the same problem
+            rows, wanted = distributed.concatenated(rows), distributed.concatenated(wanted)
         weight = module.weight.flatten(1)  # type: ignore[union-attr, operator]
         row_mean, wanted_mean = rows.mean(0), wanted.mean(0)
         if ridge is not None:

@@ -76,10 +76,9 @@ def repair_images(images: int, image: tuple[int, int, int]) -> int:
 
 
 def rows_by_rank(images: int, positions: int, ranks: int) -> list[int]:
-    """Rows of a least-squares problem that every rank has: of its images, or of all if they are too few."""
+    """Rows of a least-squares problem that every rank has of its own; none where images are fewer than ranks."""
     per_image = min(positions, max(1, ROWS // images))
-    shares = [images // ranks + (rank < images % ranks) for rank in range(ranks)]
-    return [per_image * (share if images >= ranks else images) for share in shares]
+    return [per_image * (images // ranks + (rank < images % ranks)) for rank in range(ranks if images >= ranks else 0)]
 
 
 def combinations(norms: bool) -> list[tuple[str, ...]]:
@@ -96,7 +95,7 @@ def repair(work: Workload, images: int, gate: int, ranks: int) -> list[Message]:
         found += [m for _, after in work.norms for m in _moments(after)] if "batch_norm" in methods else []
         for consumer in work.consumers if methods != ("batch_norm",) else ():
             rows = rows_by_rank(images, consumer.positions, ranks)
-            found += concatenated(rows, consumer.fan_in) + concatenated(rows, consumer.outputs)
+            found += concatenated(rows, consumer.fan_in) + concatenated(rows, consumer.outputs) if rows else []
         found += evaluation(gate, work.classes)
     return found + [Message("broadcast", size) for size in work.pruned_state]
 

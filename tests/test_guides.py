@@ -20,6 +20,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (
     "choose-a-ratio",
     "faster",
+    "interrupted",
     "own-criterion",
     "own-model",
     "prune-resnet50",
@@ -58,7 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-LONG = ("faster", "prune-resnet50", "prune-vit", "single-weights")
+LONG = ("faster", "interrupted", "prune-resnet50", "prune-vit", "single-weights")
 """Pages that take more than a few seconds."""
 
 
