@@ -29,7 +29,7 @@ def pickled(value: object) -> int:
 
 
 def gathered(*values: object) -> list[Message]:
-    """``distributed._gathered``: the longest of the ranks' objects counts."""
+    """``distributed.gathered``: the longest of the ranks' objects counts."""
     return [Message("all_gather", 8), Message("all_gather", max(pickled(value) for value in values))]
 
 
@@ -68,6 +68,22 @@ def scoring(units: Mapping[str, int], *, seen: int | None = LARGEST_CRC) -> list
 def evaluation(images: int, classes: int) -> list[Message]:
     """``measure.predict``: the logits of all images on all ranks."""
     return gathered(None) + all_sum({"logits": ((images, classes), torch.float32)})
+
+
+def tpv(images: int, batch: int, ranks: int, *, seen: int = LARGEST_CRC) -> list[Message]:
+    """`trace_form` by random signs: after every round of batches all know all values, and may stop.
+
+    Without a look at how far first order holds.
+    """
+    starts = list(range(0, images, batch))
+    found = []
+    for first in range(0, len(starts), ranks):
+        own = starts[first : first + ranks]
+        values = [(start, torch.zeros(min(batch, images - start), dtype=torch.float64)) for start in own]
+        found += gathered(None) + gathered(*values)
+    found += told(pickled(("projection", 1)))
+    found += gathered(None) + gathered(None) + gathered(seen)  # nobody has any more
+    return found + gathered(None) + told(pickled(None))
 
 
 def repair_images(images: int, image: tuple[int, int, int]) -> int:

@@ -94,7 +94,7 @@ class Phase:
 
 
 def phases(setting: Setting) -> list[Phase]:
-    """One step of `jbrprune.prune`, in order, and what `jbrprune.predict` does.
+    """One step of `jbrprune.prune`, in order, and what `jbrprune.predict` and `jbrprune.tpv.trace_form` do.
 
     Every pass is counted as one through the dense model; later steps are cheaper.
     """
@@ -106,6 +106,7 @@ def phases(setting: Setting) -> list[Phase]:
         _phase(setting, "evaluation", exchanges.evaluation(gate, setting.work.classes), [_dealt(setting, gate, 0)]),
         _phase(setting, "writing", alone=_writing(setting)),
         _prediction(setting),
+        _tpv(setting),
     ]
 
 
@@ -195,6 +196,16 @@ def _prediction(setting: Setting) -> Phase:
         return _phase(setting, "predict", alone=spent.work)
     messages = [Message("all_gather", math.ceil(images / setting.ranks) * PREDICTED_ROWS * 4)]
     return _phase(setting, "predict", messages, [_dealt(setting, images, PREDICTED_ROWS)])
+
+
+def _tpv(setting: Setting) -> Phase:
+    """`trace_form` with one vector of signs: a backward pass, and as much again for gradients of weights."""
+    job = setting.job
+    spent = _dealt(setting, job.images, 1)
+    forward = sum(setting.work.dense.forward.values())
+    weights = spent.work * forward / (forward + setting.work.dense.backward)
+    spent = Passes(spent.work + weights, spent.waiting, spent.gathers)
+    return _phase(setting, "tpv", exchanges.tpv(job.images, job.batch, setting.ranks), [spent])
 
 
 def _phase(

@@ -34,6 +34,7 @@ from jbrprune.measure import predict
 from jbrprune.relevance import relevance_scores
 from jbrprune.removal import remove_units
 from jbrprune.repair import dense_targets, repaired
+from jbrprune.tpv import Isotropic, trace_form
 from jbrprune.units import copied, find_groups
 
 RANKS = (1, 2, 8, 16, 64, 128, 512, 2048)
@@ -147,6 +148,7 @@ def simulated(work: Workload, ranks: int, images: int, batches: Sequence[Batch])
         "evaluation": exchanges.evaluation(images, work.classes),
         "selection": exchanges.told(exchanges.pickled(dict(work.selection))),
         "repair": exchanges.repair(work, images, images, ranks),
+        "tpv": exchanges.tpv(images, len(batches[0]), ranks, seen=exchanges.checksum(batches)),
     }
 
 
@@ -170,6 +172,10 @@ def real(model: torch.nn.Module, batches: Sequence[Batch], selection: Mapping[st
         pruned = copied(model)
         remove_units(pruned, groups, selection)
         repaired(pruned, batches, gate, targets, kept, ("auto",), ridge=0.1)
+    with counting() as found["tpv"]:
+        trace_form(
+            model, batches, Isotropic(0.01), method="projection", signs=1, rtol=0.0, validity=False, progress=False
+        )
     return found
 
 

@@ -83,9 +83,9 @@ def test_overlap_by_hand() -> None:
 @pytest.mark.parametrize(("name", "ranks"), [("test_vit", 2), pytest.param("test_resnet", 3, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
 def test_real_ranks_send_what_is_simulated(name: str, ranks: int) -> None:
-    """Every call of scoring, evaluation, selection and repair, byte by byte, on every rank."""
+    """Every call of scoring, evaluation, selection, repair and TPV, byte by byte, on every rank."""
     found = list(simulate_scale.compared(name, IMAGE[1], 7, [ranks]))
-    assert len(found) == 4 * ranks
+    assert len(found) == 5 * ranks
     assert {line["phase"]: line["calls"] for line in found}["repair"] > 100
     for line in found:
         assert line["equal"], line
