@@ -109,7 +109,8 @@ def _gradients(use: Used, samples: int, shape: torch.Size, start: int, stop: int
         return torch.cat(parts).view(-1, *shape)
     values = taken(use.gradient, samples, start, stop)
     if use.kind == "weight":
-        values = values * call.plain(taken(call.input, samples, start, stop)).to(values.dtype)  # type: ignore[misc]
+        seen = taken(call.input, samples, start, stop).to(call.input.dtype)  # that of the norm's statistics
+        values = values * call.plain(seen).to(values.dtype)  # type: ignore[misc]
     return over_positions(values, stop - start, shape, call.channels_first)
 
 

@@ -17,7 +17,21 @@ from tpv_nets import attention, bound, estimated, flat, jacobian, linear, measur
 from jbrprune import norms
 from jbrprune.batches import Batch
 from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.tpv import Diagonal, Gradients, Isotropic, Quantization, TPVWarning, empirical, taylor_error, trace_form
+from jbrprune.measure import logits_of
+from jbrprune.tpv import (
+    Diagonal,
+    Gradients,
+    Isotropic,
+    Quantization,
+    TPVWarning,
+    empirical,
+    estimators,
+    taylor_error,
+    trace_form,
+)
+from jbrprune.tpv.estimate import Sums
+from jbrprune.tpv.problem import bound_to
+from jbrprune.tpv.responses import rounding_error
 from jbrprune.tpv.signs import Signs
 from jbrprune.tpv.validity import warn_if_invalid
 
@@ -181,20 +195,35 @@ def _error_over_draws(found: Any) -> float:
     return float(means.std() / len(means) ** 0.5)
 
 
-def test_standard_error_covers() -> None:
-    """Over other samples and other draws, about 95 % of intervals of two standard errors hold the true value."""
-    net, images = mlp(width=3), pixels(2400)
+def test_standard_error_is_the_spread_over_other_samples_and_other_draws() -> None:
+    """(value - truth) / standard error has a standard deviation of about 1, for every estimator."""
+    net, images = mlp(width=3), pixels(30_000)  # 200 samples: enough blocks of signs that depend on each other
     truth = estimated(net, images, Isotropic(1e-3), method="exact", batch_size=1000).value
-    found = {"projection": 0, "jvp": 0, "empirical": 0}
-    for trial in range(60):
-        some = images[40 * trial : 40 * trial + 40]
+    found: dict[str, list[float]] = {"projection": [], "jvp": [], "empirical": []}
+    for trial, some in enumerate(images.split(200)):
         for name in found:
-            if name == "empirical":
-                one = measured(net, some, Isotropic(1e-3), draws=12, seed=trial, batch_size=40)
-            else:
-                one = estimated(net, some, Isotropic(1e-3), method=name, draws=12, seed=trial, batch_size=40)
-            found[name] += abs(one.value - truth) <= 2 * one.standard_error
-    assert all(51 <= hits <= 60 for hits in found.values()), found
+            options: dict[str, Any] = {"draws": 8, "seed": trial, "batch_size": 200}
+            form = measured if name == "empirical" else estimated
+            if name != "empirical":
+                options["method"] = name
+            one = form(net, some, Isotropic(1e-3), **options)
+            found[name].append((one.value - truth) / one.standard_error)
+    spreads = {name: float(torch.tensor(z).std()) for name, z in found.items()}
+    assert all(0.84 < spread < 1.19 for spread in spreads.values()), spreads
+
+
+def test_standard_error_of_crossed_values_that_are_drawn() -> None:
+    """v_nr = a_n b_r c_nr: the interaction of samples and draws is a good part of it."""
+    generator = torch.Generator().manual_seed(0)
+    normal = [
+        torch.randn(shape, generator=generator).double() for shape in ((4000, 30, 1), (4000, 1, 10), (4000, 30, 10))
+    ]
+    values = (0.5 * normal[0]).exp() * (0.3 * normal[1]).exp() * (0.7 * normal[2]).exp()
+    truth = math.exp((0.5**2 + 0.3**2 + 0.7**2) / 2)
+    sums = [Sums.of(each, shared=True) for each in values]
+    errors = torch.tensor([one.mean - truth for one in sums])
+    variance = torch.tensor([one.standard_error**2 for one in sums]).mean()
+    assert float(errors.square().mean() / variance) == pytest.approx(1, abs=0.06)
 
 
 # --- running, stopping, sharding -------------------------------------------------------------------------------------
@@ -273,14 +302,79 @@ def test_stops_at_the_relative_error_and_says_so() -> None:
 
 def test_standard_error_of_crossed_samples_and_draws() -> None:
     """v_nr = a_n + b_r: s_a^2/N + s_b^2/R exactly, without an interaction."""
-    from jbrprune.tpv.estimate import Sums
-
     a, b = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 10.0])
     sums = Sums.of(a[:, None] + b, shared=True)
     assert sums.mean == pytest.approx(8)
     assert sums.standard_error**2 == pytest.approx(float(a.var() / 3 + b.var() / 2))
     assert Sums.of(a[:, None], shared=False).standard_error ** 2 == pytest.approx(float(a.var() / 3))
     assert math.isnan(Sums.of(a[:, None], shared=True).standard_error)
+
+
+def test_standard_error_with_an_interaction_by_hand() -> None:
+    """Means of samples 1.5, 5.5 (variance 8), of draws 2, 5 (4.5), residuals +-1 (4 / 1): 8/2 + 4.5/2 - 4/4."""
+    sums = Sums.of(torch.tensor([[1.0, 2.0], [3.0, 8.0]]), shared=True)
+    assert sums.mean == 3.5
+    assert (sums.over_samples, sums.over_draws) == pytest.approx((4, 1.25))
+    assert sums.standard_error == pytest.approx(5.25**0.5)
+
+
+@pytest.mark.parametrize("form", [estimated, measured])
+def test_where_it_stops_by_chance_does_not_make_the_error_larger(form: Any) -> None:
+    """Four outputs, one weight each: a draw is chi squared with 4 degrees of freedom, 12.5 of them give 20 %."""
+    net, images = linear(torch.ones(4, 1)), torch.ones(64, 1, 1, 1).double()
+    options: dict[str, Any] = {"method": "jvp"} if form is estimated else {}
+    found = [form(net, images, Isotropic(0.5), rtol=0.2, draws=200, seed=seed, **options) for seed in range(100)]
+    errors = torch.tensor([one.value / 1.0 - 1 for one in found])
+    assert all(one.stopped == "rtol" and 16 <= one.draws < 200 for one in found)
+    assert float(errors.square().mean().sqrt()) < 0.22  # with the fourth draw as the first at which to stop: 0.27
+    hits = sum(abs(one.value - 1) <= 1.96 * one.standard_error for one in found)
+    assert hits >= 88  # with the fourth draw as the first at which to stop: 83
+
+
+def test_all_draws_that_there_are_may_be_few() -> None:
+    net, images = linear(torch.ones(1, 40)), torch.ones(64, 1, 1, 40).double()
+    few = measured(net, images, Isotropic(0.5), rtol=0.5, draws=6)
+    assert (few.draws, few.stopped) == (6, "rtol")
+
+
+def test_outputs_that_are_not_kept_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, images = mlp(), pixels(30)
+    kept = measured(net, images, Isotropic(0.3), draws=3, batch_size=10)
+    monkeypatch.setattr(estimators, "MOST_KEPT", 10 * 5 * 8)  # of one batch
+    again = measured(net, images, Isotropic(0.3), draws=3, batch_size=10)
+    assert again.sums == kept.sums
+    unchanged = estimators._Unchanged(bound_to(net, Isotropic(0.3), (), logits_of))
+    with torch.no_grad():
+        for number in (0, 1, 0):
+            unchanged(number, images[:10])
+    assert list(unchanged.kept) == [0]
+
+
+def test_changes_that_the_dtype_rounds_away() -> None:
+    """bf16 has 8 bits: a hundred-thousandth of a weight is nothing, or far too much."""
+    net, images = mlp().bfloat16(), pixels(64).bfloat16()
+    with pytest.warns(TPVWarning, match="too small for the dtype of the weights"):
+        measured(net, images, Isotropic(3e-4), draws=2)
+    measured(net, images, Isotropic(0.1), draws=2)
+    assert rounding_error(net, {"1.bias": torch.full((7,), 1e-6)}) == pytest.approx(1, abs=0.05)
+    assert rounding_error(mlp(), {"1.bias": torch.full((7,), 1e-6).double()}) < 1e-9
+
+
+def test_a_norm_in_low_precision() -> None:
+    """The statistics of the norm have the dtype of its input, the arithmetic of gradients is wider."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
+    images = torch.randn(16, 3, 2, 2)
+    full = estimated(net, images, Isotropic(1.0), method="exact")
+    low = estimated(net.bfloat16(), images.bfloat16(), Isotropic(1.0), method="exact")
+    assert low.value == pytest.approx(full.value, rel=0.05)
+
+
+def test_a_perturbation_without_variance_is_named() -> None:
+    net = linear(torch.ones(2, 12))
+    for form in (estimated, measured):
+        with pytest.warns(TPVWarning, match="changes nothing"):
+            assert form(net, pixels(8), Quantization(8)).value == 0
 
 
 def test_the_model_is_a_guest() -> None:

@@ -128,7 +128,8 @@ def test_no_variance_between_samples_and_one_sample() -> None:
     assert (one.stopped, one.samples) == ("budget", 1)
     json.dumps(one.to_dict(), allow_nan=False)
     assert math.isnan(measured(NET, IMAGES, Isotropic(1.0), draws=1).standard_error)
-    nothing = estimated(NET, IMAGES, Diagonal({"1.weight": torch.tensor(0.0)}, {}))
+    with pytest.warns(TPVWarning, match="changes nothing"):
+        nothing = estimated(NET, IMAGES, Diagonal({"1.weight": torch.tensor(0.0)}, {}))
     assert (nothing.value, nothing.relative_error) == (0, 0)
 
 

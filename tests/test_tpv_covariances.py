@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from single import OWN, made
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from tpv_nets import attention, bound, estimated, flat, jacobian, linear, measured, mlp, pixels, random_gradients, trace
 
 from jbrprune.errors import ArgumentError
@@ -29,6 +31,7 @@ from jbrprune.tpv import (
     TPVWarning,
     Trajectory,
 )
+from jbrprune.tpv.estimate import Sums
 from jbrprune.units import find_groups
 
 NET, IMAGES = mlp(6, 3, 4), pixels(5, 6)
@@ -265,7 +268,12 @@ def test_trajectory_of_sgd_on_a_quadratic() -> None:
     keep = 1 - 0.1 * (1 + 0.5)
     expected = 0.1**2 / 2 / (1 - keep**2)  # each gradient's noise is x times a unit normal, averaged over B = 2
     assert float(draws.square().mean()) == pytest.approx(expected, rel=0.3)
-    assert float(covariance.quadratic(Gradients({"1.weight": torch.ones(1, 1, 1)}))) == pytest.approx(0.1 / 4)
+    for method in ("exact", "projection"):
+        with pytest.raises(ArgumentError, match="A trajectory of SGD can be drawn from"):
+            estimated(net, images, noise, method=method, validity=True)
+    assert estimated(net, images, noise, draws=3).method == "jvp"
+    stationary = bound(SGDNoise(0.1, 2, images, loss="mse"), net)
+    assert float(stationary.quadratic(Gradients({"1.weight": torch.ones(1, 1, 1)}))) == pytest.approx(0.1 / 4)
 
 
 def test_trajectory_is_a_guest_and_diverges_in_words() -> None:
@@ -281,6 +289,34 @@ def test_trajectory_is_a_guest_and_diverges_in_words() -> None:
 
     with pytest.raises(NonFiniteError, match=r"diverged.*lr=1e\+200"):
         measured(net, images, SGDNoise(1e200, 4, images, loss="mse", trajectory=path), draws=3)
+
+
+def test_a_trajectory_that_has_not_arrived_is_named() -> None:
+    """dw decays by lr (1 + 2 c) = 0.0006 a step: after 30 steps of burn-in the variance still grows."""
+    net = linear(torch.zeros(2, 2))
+    images = pixels(40)[:, :2, :1, :1]
+    slow = Trajectory(momentum=0.0, proximity=0.1, burn_in=30, every=20)
+    with pytest.warns(TPVWarning, match="burn-in is too short"):
+        measured(net, images, SGDNoise(5e-4, 4, images, trajectory=slow), draws=16)
+    fast = Trajectory(momentum=0.0, proximity=0.5, burn_in=60, every=20)
+    measured(net, images, SGDNoise(0.1, 4, images, trajectory=fast), draws=16)
+
+
+def test_draws_along_a_walk_count_for_less() -> None:
+    """Of x' = c x + e, whose variance is 1, the mean over R has the variance (1 + c) / (1 - c) / R."""
+    generator = torch.Generator().manual_seed(0)
+    errors, states = [], []
+    for _ in range(300):
+        x = torch.zeros(())
+        series = []
+        for step in range(220):
+            x = 0.8 * x + 0.6 * torch.randn((), generator=generator)
+            series += [float(x)] * (step >= 20)
+        sums = Sums.of(10 + torch.tensor(series).double().expand(3, -1), shared=True, walked=True)
+        errors.append(sums.mean - 10)
+        states.append(sums.standard_error)
+    assert float(torch.tensor(errors).std()) == pytest.approx((9 / 200) ** 0.5, rel=0.12)
+    assert float(torch.tensor(states).square().mean().sqrt()) == pytest.approx((9 / 200) ** 0.5, rel=0.1)
 
 
 def test_retraining_tends_to_the_closed_form() -> None:
@@ -312,9 +348,74 @@ def test_training_functions_that_fail_are_named() -> None:
         measured(net, images, LabelNoise(0.1, images, retrain=lambda *_: None))
     with pytest.warns(TPVWarning, match="does not fall"):
         measured(net, images, LabelNoise(0.1, images, retrain=worse), draws=2)
-    with pytest.warns(TPVWarning, match="does not fall"), pytest.warns(TPVWarning, match="norm 1 .*train mode"):
+    with (
+        pytest.warns(TPVWarning, match="does not fall"),
+        pytest.warns(TPVWarning, match=r"moved buffers: 1\.running_mean"),
+    ):
         measured(net, images, LabelNoise(0.1, images, retrain=in_train_mode), draws=2)
     assert not net[1].training
+
+
+def test_statistics_that_move_unseen_are_named_once() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).double().eval()
+    images = torch.randn(8, 3, 2, 2, dtype=torch.float64)
+
+    def there_and_back(copy: nn.Module, images: Tensor, targets: Tensor) -> None:
+        copy.train()(images)
+        copy.eval()
+        step(copy, images, targets)
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        measured(net, images, LabelNoise(0.1, images, retrain=there_and_back), draws=3)
+    texts = [str(one.message) for one in said]
+    assert len([text for text in texts if "moved buffers: 1.running_mean (and 2 more)" in text]) == 1
+    assert len(texts) == len(set(texts))
+
+
+def step(copy: nn.Module, images: Tensor, targets: Tensor) -> None:
+    """Two steps of SGD under dropout of the inputs."""
+    optimiser = torch.optim.SGD(copy.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimiser.zero_grad()
+        (copy(F.dropout(images, 0.1)) - targets).square().sum(1).mean().backward()
+        optimiser.step()
+
+
+def test_a_training_function_has_its_own_randomness() -> None:
+    """Also where it fails; and the seed of the estimate is the one that decides."""
+    net, images = mlp(), pixels(20)
+    state, found = torch.get_rng_state(), []
+    for seed in (0, 0, 1):
+        found.append(measured(net, images, LabelNoise(0.1, images, retrain=step), draws=2, seed=seed).value)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(3)
+        state = torch.get_rng_state()
+    assert found[0] == found[1] != found[2]
+
+    def fails(*_: object) -> None:
+        torch.rand(())
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        measured(net, images, LabelNoise(0.1, images, retrain=fails))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("retrain", [step, Retraining(3)])
+def test_retraining_of_frozen_models_and_where_gradients_are_off(context: Any, retrain: Any) -> None:
+    net = mlp()
+    expected = measured(net, pixels(20), LabelNoise(0.1, pixels(20), retrain=retrain), draws=2).value
+    for p in net.parameters():
+        p.requires_grad_(False)
+    with context():
+        images = pixels(20)
+        found = measured(net, images, LabelNoise(0.1, images, retrain=retrain), draws=2).value
+    assert found == expected
+    assert not any(p.requires_grad for p in net.parameters())
+    kept = measured(net, pixels(20), LabelNoise(0.1, pixels(20), retrain=step), draws=2, ignore=["1"])
+    assert 0 < kept.value < expected * 10
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import fmean, variance
 from typing import Any, Literal
 
 from torch import Tensor
 
 from jbrprune.errors import ArgumentError
-from jbrprune.tpv.validity import Validity
+from jbrprune.tpv.validity import TPVWarning, Validity
 
+LEAST_HALF = 4
+"""Draws of a half of a trajectory from which it is compared with the other."""
 LEAST_BLOCKS = 24
 """Blocks of dependent samples from which their variance is taken; with fewer, samples count as independent."""
 
@@ -58,6 +64,7 @@ class Sums:
         squares: Sum over samples and draws of v_nr^2.
         shared: All samples see the same random draws, so that the draws have a variance of their own.
         block: Samples whose signs depend on each other; 1: all are independent.
+        walked: Every draw follows from the one before, so that neighbours are alike.
     """
 
     samples: int
@@ -67,9 +74,10 @@ class Sums:
     squares: float
     shared: bool
     block: int
+    walked: bool = False
 
     @staticmethod
-    def of(values: Tensor, *, shared: bool, block: int = 1, first: int = 0) -> Sums:
+    def of(values: Tensor, *, shared: bool, block: int = 1, first: int = 0, walked: bool = False) -> Sums:
         """Sums of ``[N, R]`` values; blocks are counted from sample 0, the values begin with sample ``first``."""
         values = values.cpu().double()
         means = values.mean(1)
@@ -77,11 +85,11 @@ class Sums:
         whole = whole[: len(whole) // block * block].view(-1, block).mean(1)
         by_draw = tuple(values.sum(0).tolist())
         squares = float(values.square().sum())
-        return Sums(len(values), by_draw, Moments.of(means), Moments.of(whole), squares, shared, block)
+        return Sums(len(values), by_draw, Moments.of(means), Moments.of(whole), squares, shared, block, walked)
 
     def __add__(self, other: Sums) -> Sums:
         """Sums over both sets of samples, which have seen the same draws."""
-        mine, others = ((len(s.by_draw), s.shared, s.block) for s in (self, other))
+        mine, others = ((len(s.by_draw), s.shared, s.block, s.walked) for s in (self, other))
         if mine != others:
             raise ArgumentError(
                 f"Cannot add estimates made with {mine[0]} and {others[0]} draws: every shard must see the same draws. "
@@ -95,6 +103,7 @@ class Sums:
             self.squares + other.squares,
             self.shared,
             self.block,
+            self.walked,
         )
 
     @property
@@ -109,17 +118,41 @@ class Sums:
         Samples and draws are crossed: s_n^2/N + s_r^2/R - s_nr^2/(N R), with the variances s_n^2 of the samples' means,
         s_r^2 of the draws' means, and s_nr^2 of what neither explains, which both of the first contain.
         """
-        n, draws, mean = self.samples, len(self.by_draw), self.mean
-        if n < 2 or (self.shared and draws < 2):
+        if self.samples < 2 or (self.shared and len(self.by_draw) < 2):
             return math.nan
+        return math.sqrt(max(0.0, self.over_samples + self.over_draws))
+
+    @property
+    def over_samples(self) -> float:
+        """Variance of the mean over other samples; it holds what depends on sample and draw together."""
         enough = self.blocks.count >= LEAST_BLOCKS
-        variance = (self.blocks.variance * self.block if enough else self.means.variance) / n
-        if self.shared:
-            means = [total / n for total in self.by_draw]
-            spread = sum((m - mean) ** 2 for m in means)
-            rest = max(0.0, self.squares - draws * self.means.squares - n * spread)
-            variance += spread / (draws - 1) / draws - rest / ((n - 1) * (draws - 1)) / (n * draws)
-        return math.sqrt(max(0.0, variance))
+        return (self.blocks.variance * self.block if enough else self.means.variance) / self.samples
+
+    @property
+    def over_draws(self) -> float:
+        """Variance of the mean over other draws, without what depends on the sample as well; 0 for nothing random.
+
+        Of a walk the draws count as `Sums.effective_draws`.
+        """
+        if not self.shared:
+            return 0.0
+        n, draws, mean = self.samples, len(self.by_draw), self.mean
+        spread = sum((total / n - mean) ** 2 for total in self.by_draw)
+        rest = max(0.0, self.squares - draws * self.means.squares - n * spread)
+        mixed = rest / ((n - 1) * (draws - 1)) / (n * draws)
+        return spread / (draws - 1) / self.effective_draws - mixed
+
+    @property
+    def effective_draws(self) -> float:
+        """R (1 - c) / (1 + c): independent draws that say as much, c the correlation of a draw with the one before."""
+        draws = len(self.by_draw)
+        if not self.walked or draws < 3:
+            return float(draws)
+        apart = [total / self.samples - self.mean for total in self.by_draw]
+        whole = sum(a * a for a in apart)
+        c = sum(a * b for a, b in pairwise(apart)) / whole if whole > 0 else 0.0
+        c = min(max(0.0, c), 1 - 1 / draws)
+        return draws * (1 - c) / (1 + c)
 
 
 @dataclass(frozen=True)
@@ -135,6 +168,7 @@ class Estimate:
         unit: What the value is measured in.
         method: ``exact``, ``projection``, ``jvp`` or ``empirical``.
         draws: Sign vectors per sample, or draws of the perturbation; 1 for what is not random.
+        seed: Of signs or draws: estimates with the same seed have seen the same ones.
         stopped: ``rtol``: the relative standard error was reached; ``budget``: the data or the draws came to an end.
         validity: How far first order holds along the perturbation; None where it was not asked for.
         sums: What estimates on other samples can be added to.
@@ -147,6 +181,7 @@ class Estimate:
     unit: str
     method: str
     draws: int
+    seed: int
     stopped: Literal["rtol", "budget"]
     validity: Validity | None
     sums: Sums
@@ -207,3 +242,34 @@ def _relative(value: float, error: float) -> float:
     if value == 0:
         return 0.0 if error == 0 else math.nan
     return error / abs(value)
+
+
+def warn_of_sums(sums: Sums) -> None:
+    """Warn of what the values themselves give away: nothing changes; a walk that has not arrived."""
+    if sums.mean == 0:
+        _warn(
+            "The perturbation changes nothing: the TPV is exactly 0. Is its variance zero (weights that are all equal "
+            "have no range to quantize), or do the outputs not depend on what is perturbed?"
+        )
+    elif sums.walked and _drifts(sums.by_draw):
+        half = len(sums.by_draw) // 2
+        early, late = sum(sums.by_draw[:half]), sum(sums.by_draw[-half:])
+        _warn(
+            f"The burn-in is too short: the TPV of the second half of the trajectory is {late / early:.3g} times that "
+            "of the first, so it has not become stationary. Raise burn_in (a direction without curvature needs (1 - "
+            "momentum) / (2 lr proximity) steps), or proximity."
+        )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, TPVWarning, stacklevel=4)
+
+
+def _drifts(by_draw: Sequence[float]) -> bool:
+    """Whether the halves of a series differ by more than three standard errors, as if its values were independent."""
+    half = len(by_draw) // 2
+    if half < LEAST_HALF:
+        return False
+    early, late = by_draw[:half], by_draw[-half:]
+    error = math.sqrt((variance(early) + variance(late)) / half)
+    return abs(fmean(late) - fmean(early)) > 3 * error

@@ -21,13 +21,13 @@ from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
 from jbrprune.measure import logits_of, raise_nonfinite
 from jbrprune.passes import check_known
 from jbrprune.tpv.covariances import Change, Covariance, Isotropic, Perturbation  # noqa: F401  (Isotropic: the examples)
-from jbrprune.tpv.estimate import Estimate, Sums, reached
+from jbrprune.tpv.estimate import Estimate, Sums, reached, warn_of_sums
 from jbrprune.tpv.gradients import checked_direction
 from jbrprune.tpv.problem import Bound, Settings, Stream, bound_to
 from jbrprune.tpv.recorded import Recorded, check_recording, recorded
-from jbrprune.tpv.responses import Output, applied, changed_outputs, linear_outputs, outputs_of
+from jbrprune.tpv.responses import Output, applied, changed_outputs, linear_outputs, outputs_of, rounding_error
 from jbrprune.tpv.signs import Signs
-from jbrprune.tpv.validity import Validity, taylor_error, warn_if_invalid
+from jbrprune.tpv.validity import Validity, taylor_error, warn_if_invalid, warn_if_rounded
 
 Method = Literal["auto", "exact", "projection", "jvp"]
 METHODS = ("auto", "exact", "projection", "jvp")
@@ -37,8 +37,10 @@ MOST_EXACT = 4096
 """Outputs beyond which ``exact`` is refused."""
 LEAST_SAMPLES = 64
 """Samples before which no standard error is trusted enough to stop."""
-LEAST_DRAWS = 4
-"""Draws before which none is: two may be alike by chance."""
+LEAST_DRAWS = 16
+"""Draws before which none is, unless that is all there are: a few may be alike by chance."""
+MOST_KEPT = 1 << 28
+"""Bytes of outputs of the unchanged model that `empirical` keeps from the first draw; beyond, it runs it again."""
 
 
 def trace_form(
@@ -80,8 +82,8 @@ def trace_form(
             for the rest: images that are sorted, by class for example, must be shuffled once before.
         covariance: What the perturbation is (`jbrprune.tpv.covariances`).
         method: See above.
-        rtol: Stop when standard error / value is at most this, from `LEAST_SAMPLES` samples (and `LEAST_DRAWS` draws)
-            on; 0: read everything.
+        rtol: Stop when standard error / value is at most this, from `LEAST_SAMPLES` samples (and `LEAST_DRAWS` draws,
+            two in a row) on; 0: read everything.
         samples: Images to read, at most; default: all.
         signs: Sign vectors per sample.
         draws: Draws of the perturbation for ``jvp`` where C has no finite rank.
@@ -157,8 +159,8 @@ def empirical(
         data: As for `trace_form`; read once per draw, in the same order.
         covariance: What the perturbation is.
         draws: Draws of dw, at most; a fixed perturbation (rounding, removal) is drawn once.
-        rtol: Stop after a draw (the `LEAST_DRAWS`-th, at the earliest) when standard error / value is at most this; a
-            fixed perturbation: within the only draw, see ``data`` of `trace_form`.
+        rtol: Stop after a draw (the `LEAST_DRAWS`-th, at the earliest) when standard error / value is at most this, as
+            it was after the draw before; a fixed perturbation: within the only draw, see ``data`` of `trace_form`.
         samples: Images to read, at most; default: all.
         batch_size: Images per pass where the data do not say.
         ignore: Globs of modules or parameters that are not perturbed.
@@ -184,24 +186,43 @@ def empirical(
     began = time.perf_counter()
     bound = bound_to(model, covariance, ignore, output)
     stream = Stream(data, batch_size, guest.device_of(model), samples, progress)
-    dense: list[Tensor] = []
+    unchanged = _Unchanged(bound)
 
     def squared(number: int, images: Tensor, change: Change) -> Tensor:
-        if len(dense) == number:
-            dense.append(_finite_outputs(model, images, outputs_of(model, images, output), number).cpu())
+        dense = unchanged(number, images)
         context = applied(bound.covariance, model)
         if context is None:
             outputs = changed_outputs(model, images, change, output)
         else:
             with context:
                 outputs = outputs_of(model, images, output)
-        difference = outputs.double().cpu() - dense[number].double()
+        difference = outputs.double().cpu() - dense.double()
         return difference.square().sum(1)
 
     sums, taken, stopped, change = _by_draws(bound, stream, settings, squared)
+    if applied(bound.covariance, model) is None and distributed.rank() == 0:
+        warn_if_rounded(rounding_error(model, change))
     return _estimate(
         bound, stream, sums, "empirical", taken, stopped, unit, began, validity=validity, change=change, seed=seed
     )
+
+
+class _Unchanged:
+    """``[n, K]`` outputs of the model as it is, on the CPU; kept from draw to draw up to `MOST_KEPT` bytes."""
+
+    def __init__(self, bound: Bound) -> None:
+        self.bound, self.free = bound, MOST_KEPT
+        self.kept: dict[int, Tensor] = {}
+
+    def __call__(self, number: int, images: Tensor) -> Tensor:
+        if number in self.kept:
+            return self.kept[number]
+        model = self.bound.model
+        found = _finite_outputs(model, images, outputs_of(model, images, self.bound.output), number).cpu()
+        if found.nbytes <= self.free:
+            self.kept[number] = found
+            self.free -= found.nbytes
+        return found
 
 
 def _finite_outputs(model: nn.Module, images: Tensor, outputs: Tensor, number: int) -> Tensor:
@@ -309,6 +330,8 @@ def _by_draws(
     """Sums of what every draw does to every sample; one draw where there is nothing random (any more)."""
     generator = torch.Generator().manual_seed(settings.seed)
     once = once or getattr(bound.covariance, "fixed", False)
+    walked = getattr(bound.covariance, "walked", False)
+    least, close = 1 if once else min(LEAST_DRAWS, settings.draws), 0
     columns: list[Tensor] = []
     start: Change = {}
     sums: Sums | None = None
@@ -329,8 +352,9 @@ def _by_draws(
             if once and reached(Sums.of(torch.cat(parts)[:, None], shared=False), settings.rtol, LEAST_SAMPLES):
                 break
         columns.append(torch.cat(parts))
-        sums = Sums.of(torch.stack(columns, 1), shared=not once)
-        if (once or draw + 1 >= LEAST_DRAWS) and reached(sums, settings.rtol, LEAST_SAMPLES):
+        sums = Sums.of(torch.stack(columns, 1), shared=not once, walked=walked)
+        close = close + 1 if reached(sums, settings.rtol, LEAST_SAMPLES) else 0
+        if draw + 1 >= least and close >= (1 if draw + 1 == settings.draws or once else 2):
             return sums, draw + 1, "rtol", start
     return sums, len(columns), "budget", start  # type: ignore[return-value]
 
@@ -361,7 +385,8 @@ def _estimate(
     found = distributed.same(distributed.together(looked))
     if distributed.rank() == 0:
         warn_if_invalid(found)
+        warn_of_sums(sums)
     unit = unit or ("squared logits" if bound.output is logits_of else "squared outputs")
     return Estimate.from_sums(
-        sums, seconds=seconds, unit=unit, method=method, draws=draws, stopped=stopped, validity=found
+        sums, seconds=seconds, unit=unit, method=method, draws=draws, seed=seed, stopped=stopped, validity=found
     )

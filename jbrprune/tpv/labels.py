@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from jbrprune import guest
 from jbrprune.batches import concatenated, materialise
 from jbrprune.errors import ArgumentError, NonFiniteError
-from jbrprune.layers import has_running_statistics
 from jbrprune.measure import logits_of
+from jbrprune.passes import own
 from jbrprune.tpv.covariances import Change
 from jbrprune.tpv.gradients import Gradients
 from jbrprune.tpv.recorded import recorded
@@ -59,7 +59,8 @@ class LabelNoise:
         data: The training images; labels are not looked at, the targets are the model's own outputs plus noise.
         proximity: Weight of the penalty; 0: the pseudo-inverse.
         retrain: What `empirical` does for every draw. None: the closed form. A `Retraining`, or a function
-            ``train(model, images, targets)`` that trains the copy it gets, in place and in eval mode.
+            ``train(model, images, targets)`` that trains the copy it gets, in place and in eval mode. Gradients are
+            on, what is perturbed requires them, and torch's global randomness is seeded from the draw.
         samples: Images to keep, at most.
 
     Raises:
@@ -101,12 +102,14 @@ class Relabelled:
         weights: What is perturbed.
         images: The training images.
         how: The noise, and what is done with it.
+        warned: What has been said already.
     """
 
     model: nn.Module
     weights: Mapping[str, Tensor]
     images: Tensor
     how: LabelNoise
+    warned: set[str] = field(default_factory=set)
 
     def quadratic(self, gradients: Gradients) -> Tensor:
         r"""``[B]`` sigma^2 \|(J J^T + N proximity I)^+ J g\|^2."""
@@ -150,18 +153,24 @@ class Relabelled:
     def _rows(self, gradients: Gradients) -> Tensor:
         return torch.cat([gradients[name].flatten(1) for name in self.weights], 1).double()
 
+    @torch.inference_mode(False)  # copies that are made in inference mode cannot be trained
     def _retrained(self, retrain: Retraining | Train, generator: torch.Generator) -> Change:
         copy = copied(self.model).eval()
-        images = self.images.to(guest.device_of(copy))
+        for name, p in copy.named_parameters():
+            p.requires_grad_(name in self.weights)
+        images = own(self.images.to(guest.device_of(copy)))
         with guest.visiting(self.model):
             targets = outputs_of(self.model, images)
         targets = targets + self._noise(targets.shape, generator).to(targets)
-        before = self._loss(copy, images, targets)
+        before, buffers = self._loss(copy, images, targets), {n: b.clone() for n, b in copy.named_buffers()}
         if isinstance(retrain, Retraining):
             self._train(copy, images, targets, retrain)
         else:
-            retrain(copy, images, targets)
-        _warn_of_train_mode(copy)
+            seed = int(torch.randint(1 << 62, (), generator=generator))
+            with guest.same_randomness(guest.device_of(copy)), torch.enable_grad():
+                torch.manual_seed(seed)
+                retrain(copy, images, targets)
+        self._check_buffers(copy, buffers)
         after = self._loss(copy, images, targets)
         here = dict(copy.named_parameters())
         change = {name: here[name].detach() - weight for name, weight in self.weights.items()}
@@ -173,10 +182,10 @@ class Relabelled:
             return float((outputs_of(copy, images) - targets).square().sum(1).mean())
 
     def _train(self, copy: nn.Module, images: Tensor, targets: Tensor, how: Retraining) -> None:
-        leaves = {name: p.requires_grad_() for name, p in copy.named_parameters() if name in self.weights}
+        leaves = {name: p for name, p in copy.named_parameters() if name in self.weights}
         optimiser = torch.optim.Adam(leaves.values(), lr=how.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, how.steps)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             for _ in range(how.steps):
                 optimiser.zero_grad()
                 loss = (outputs_of(copy, images) - targets).square().sum(1).mean()
@@ -192,21 +201,24 @@ class Relabelled:
         if not any(bool(d.any()) for d in change.values()):
             raise ArgumentError("The training function does not move the weights: no perturbation, nothing to measure.")
         if not after < before:
-            warnings.warn(
+            self._warn(
+                "loss",
                 f"The loss of retraining on noisy labels does not fall: {before:.4g} before, {after:.4g} after. The "
                 "learning rate is too large, or a batch norm was trained in train mode. The TPV is not that of label "
                 "noise.",
-                TPVWarning,
-                stacklevel=2,
             )
 
+    def _check_buffers(self, copy: nn.Module, before: Mapping[str, Tensor]) -> None:
+        moved = [name for name, value in copy.named_buffers() if not torch.equal(value, before[name])]
+        if moved:
+            self._warn(
+                "buffers",
+                f"The training function moved buffers: {moved[0]} (and {len(moved) - 1} more). A batch norm that is in "
+                "train mode, even for a while, moves its statistics with the weights, which is no perturbation of the "
+                "weights, and is not seen here. Train in eval mode.",
+            )
 
-def _warn_of_train_mode(model: nn.Module) -> None:
-    training = [name for name, module in model.named_modules() if module.training and has_running_statistics(module)]
-    if training:
-        warnings.warn(
-            f"The training function left batch norm {training[0]} (and {len(training) - 1} more) in train mode: their "
-            "statistics moved with the weights, which is not a perturbation of the weights. Train in eval mode.",
-            TPVWarning,
-            stacklevel=2,
-        )
+    def _warn(self, what: str, text: str) -> None:
+        if what not in self.warned:  # every draw would say the same
+            self.warned.add(what)
+            warnings.warn(text, TPVWarning, stacklevel=4)

@@ -80,9 +80,12 @@ def check_recording(model: nn.Module, images: Tensor, names: Sequence[str], outp
     directions = torch.randn(run.outputs.shape, generator=torch.Generator().manual_seed(0)).to(run.outputs)
     found = run.gradients(directions).norms_by_name(dict.fromkeys(names, 1.0))
     expected = _norms_of_autograd(model, pair, names, directions, output)
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(run.outputs.dtype, 0.3)
+    parameters = dict(model.named_parameters())
+    lowest = max((parameters[name].dtype for name in names), key=lambda dtype: torch.finfo(dtype).eps)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(lowest, 0.3)
     # A gradient that is zero but for rounding, such as that of a bias of attention keys, has no digits to compare.
-    floor = (100 * torch.finfo(run.outputs.dtype).eps) ** 2 * sum(float(e.sum()) for e in expected.values())
+    rounding = max(100 * torch.finfo(run.outputs.dtype).eps, 2 * torch.finfo(lowest).eps)
+    floor = rounding**2 * sum(float(e.sum()) for e in expected.values())
     for name, norm in expected.items():
         difference = float((found[name] - norm).abs().sum()) if name in found else float(norm.sum())
         if not difference <= tolerance * float(norm.sum()) + floor:

@@ -28,6 +28,18 @@ def changed_outputs(model: nn.Module, images: Tensor, change: Mapping[str, Tenso
     return checked(output(functional_call(model, moved, (images.clone(),))), images)
 
 
+def rounding_error(model: nn.Module, change: Mapping[str, Tensor]) -> float:
+    r"""\|((w + dw) - w) - dw\| / \|dw\|: how far what the dtype of the weights makes of a change is from it."""
+    weights = dict(model.named_parameters())
+    lost = meant = 0.0
+    for name, d in change.items():
+        weight = weights[name].detach()
+        wide = d.double().to(weight.device)
+        lost += float(((weight + d.to(weight)).double() - weight.double() - wide).square().sum())
+        meant += float(wide.square().sum())
+    return (lost / meant) ** 0.5 if meant > 0 else 0.0
+
+
 def linear_outputs(
     model: nn.Module, images: Tensor, change: Mapping[str, Tensor], output: Output
 ) -> tuple[Tensor, Tensor]:

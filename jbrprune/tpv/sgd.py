@@ -32,9 +32,10 @@ class Trajectory:
     Attributes:
         momentum: Of SGD; it multiplies the stationary covariance by about 1 / (1 - momentum).
         proximity: Weight of the penalty; without any, directions in which the loss is flat diffuse without end.
-        burn_in: Steps before the first draw.
-        every: Steps from one draw to the next. Draws that are too close are correlated, and the standard error of
-            what is averaged over them too small.
+        burn_in: Steps before the first draw. Where the loss is flat, the walk becomes stationary after several times
+            (1 - momentum) / (2 lr proximity) steps only; a TPV that still drifts is warned of.
+        every: Steps from one draw to the next. Draws that are close are alike; the standard error allows for it, by
+            the correlation of each with the one before.
     """
 
     momentum: float = 0.9
@@ -72,7 +73,7 @@ class SGDNoise:
             they are there, else they are drawn from the model's own distribution.
         loss: ``cross_entropy`` or ``mse`` (whose targets are the model's own outputs plus unit normal noise).
         trajectory: Run SGD for every draw, in the place of the stationary law: for `empirical`, and for `trace_form`
-            by ``jvp``, its default here. ``exact`` and ``projection`` do not draw, theirs is the stationary law.
+            by ``jvp``, its default here. It has no covariance in closed form: ``exact`` and ``projection`` refuse it.
         samples: Images to keep, at most.
 
     Raises:
@@ -178,12 +179,25 @@ def _root_transposed(outputs: Tensor, vector: Tensor, loss: str) -> Tensor:
 
 @dataclass(eq=False)
 class _Walk(StationarySGD):
-    """Draws along a trajectory of SGD (also those of ``jvp``); the quadratic form stays the stationary one."""
+    """Draws along a trajectory of SGD."""
 
     how: SGDNoise
     path: Trajectory
     walker: nn.Module | None = None
     velocity: dict[str, Tensor] = field(default_factory=dict)
+
+    walked = True
+
+    def quadratic(self, gradients: Gradients) -> Tensor:
+        """There is none.
+
+        Raises:
+            ArgumentError: Always.
+        """
+        raise ArgumentError(
+            "A trajectory of SGD can be drawn from, but its covariance is not known: use method='jvp' (or 'auto'), or "
+            "empirical(). The stationary law, which is another covariance, is SGDNoise without trajectory=."
+        )
 
     def sample(self, generator: torch.Generator) -> Change:
         """Where the trajectory is, relative to w*, after the burn-in, then ``every`` steps later."""

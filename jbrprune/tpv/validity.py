@@ -22,6 +22,10 @@ TOLERANCE = 0.1
 """Relative error of the first-order change up to which it is called valid."""
 
 
+ROUNDING = 0.1
+"""Share of a change that may be lost in the rounding of the weights without a warning."""
+
+
 class TPVWarning(UserWarning):
     """A number was computed, and there is a reason not to trust it."""
 
@@ -142,6 +146,18 @@ def warn_if_invalid(validity: Validity | None) -> None:
                 "seen in this dtype. Make the perturbation larger, or use a model in float64."
             )
         warnings.warn(f"{fails} {cure}", TPVWarning, stacklevel=3)
+
+
+def warn_if_rounded(lost: float) -> None:
+    """Warn where adding a change to the weights makes another change of it."""
+    if lost > ROUNDING:
+        warnings.warn(
+            f"The perturbation is too small for the dtype of the weights: added to them, it is rounded to something "
+            f"that is off by {lost:.0%}, and what is measured is the rounding. Use the model in "
+            "float32 or float64, a larger perturbation, or trace_form.",
+            TPVWarning,
+            stacklevel=3,
+        )
 
 
 def _checked_scales(scales: Sequence[float], tolerance: float) -> tuple[float, ...]:
