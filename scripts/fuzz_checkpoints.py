@@ -1,4 +1,4 @@
-"""Mutated checkpoints: each is refused with a `CheckpointError`, or loads to the tensors that are in its files.
+"""Mutated checkpoints: each is refused with a `CheckpointError`, or loads to the tensors and sizes in its files.
 
     python scripts/fuzz_checkpoints.py --trials 1000 --out results/fuzz.jsonl
 
@@ -98,7 +98,7 @@ def tried(base: Path, folder: Path, trial: Trial) -> Outcome:
 
 
 def difference(model: torch.nn.Module, directory: Path) -> str:
-    """Which tensor is not the one in the file, decoded here by other means; nothing if all are."""
+    """Which tensor or size is not the one in the files, decoded here by other means; nothing if all are."""
     stored = load_bytes((directory / WEIGHTS).read_bytes())
     body = json.loads((directory / DESCRIPTION).read_text())
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -116,6 +116,12 @@ def difference(model: torch.nn.Module, directory: Path) -> str:
             return f"{name} has another form than in the file"
         if _bytes(found) != _bytes(values):
             return f"{name} has other values than in the file"
+    modules = dict(model.named_modules())
+    for name, sizes in body["attributes"].items():
+        for attribute, size in sizes.items():
+            found = getattr(modules[name], attribute)
+            if found != (tuple(size) if isinstance(size, list) else size):
+                return f"{name}.{attribute} is {found}, but {size} in the file"
     return ""
 
 
