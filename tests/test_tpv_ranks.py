@@ -71,7 +71,7 @@ DATA: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("kind", DATA)
 def test_every_kind_of_data(kind: str) -> None:
     """Every sample keeps its own signs, and counts once."""
-    for case in ("projection", "measured"):
+    for case in ("projection", "measured", "some images", "some images, measured"):
         assert_as_one(lambda case=case: CASES[case](DATA[kind](IMAGES[:23])), 2)
 
 
