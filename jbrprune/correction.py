@@ -2,7 +2,8 @@
 
 With x the predicted amplitude, sqrt(TPV), the corrected one is x / (1 + c x), or x (1 + c x) where more was measured
 than predicted: both grow with x, and small changes, for which first order is right, stay as they are. One measured
-point gives one strength c; between several points c is interpolated, outside of them it stays.
+point gives one strength c; between several points c is interpolated, below them it stays. Above them the ratio of the
+last point stays: a strength found at a small change says nothing about one a thousand times as large.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Correction:
         """What to multiply a change with whose predicted TPV this is."""
         if not self.amplitudes:
             return 1.0
-        x = math.sqrt(tpv)
+        x = min(math.sqrt(tpv), self.amplitudes[-1])
         strength = float(np.interp(x, self.amplitudes, self.strengths))
         return 1 / (1 + strength * x) if strength >= 0 else 1 - strength * x
 

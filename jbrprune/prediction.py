@@ -280,13 +280,13 @@ def _references(batches: Sequence[Batch]) -> Tensor:
 
 
 def _chosen(predicted: Forecast, cuts: int, number: int) -> list[int]:
-    """The cuts at which to prune really: those whose predicted flips are next to `CALIBRATED_AT`."""
+    """The cuts to prune really to: those with predicted flips next to `CALIBRATED_AT`, the deepest of equals."""
     flips = [predicted.damage(cut).flips for cut in range(cuts)]
     chosen: list[int] = []
     for wanted in CALIBRATED_AT.get(number, ()):
         left = [cut for cut in range(cuts) if cut not in chosen]
         if left:
-            chosen.append(min(left, key=lambda cut, wanted=wanted: abs(flips[cut] - wanted)))
+            chosen.append(min(left, key=lambda cut, wanted=wanted: (abs(flips[cut] - wanted), -cut)))
     return sorted(chosen)
 
 

@@ -272,6 +272,7 @@ def test_the_corrected_curve_goes_through_its_points_and_rises() -> None:
         values = [tpv * single.scale(tpv) ** 2 for tpv in torch.linspace(0.01, 30, 200).tolist()]
         assert values == sorted(values)
         assert single.scale(1e-12) == pytest.approx(1, abs=1e-4)
+        assert single.scale(4e6) == single.scale(4.0)  # beyond what was measured its ratio stays
     assert Correction().scale(3.0) == 1.0
     assert corrected([(0.0, 1.0), (1.0, 0.0)]) == Correction()
 
