@@ -4,7 +4,8 @@
         --model-arg num_classes=10 --fashion-mnist FOLDER --macs 0.7 0.5 0.4 0.3 0.2 0.1 --out results/calibrate.jsonl
     python scripts/bench_calibrate.py any --out results/calibrate.jsonl --table results/criteria_fashion_mnist.jsonl
 
-One line per number of points and budget; what is there is not made again. ``--table`` takes the measured agreement on
+One line per number of points and budget; what is there is not made again (the same points of other budgets are another
+curve). ``--table`` takes the measured agreement on
 all test images from lines of `benchmark.py` (criterion ``jbr``, repair ``auto``, same model, seed, images and budget).
 """
 
@@ -18,13 +19,17 @@ from typing import Any
 
 import torch
 from common import append, commit, lines, parsed
+from plan import weights_named
 
 import jbrprune
 from jbrprune import zoo
 from jbrprune.data import fashion_mnist
 from jbrprune.records import plain
 
-COLUMNS = ("macs", "predicted_flips_repaired", "predicted_flips", "masked_flips", "measured_flips_repaired", "valid")
+COLUMNS = (
+    *("macs", "predicted_flips_repaired", "predicted_flips", "masked_flips", "measured_flips_repaired"),
+    *("prediction_error", "valid", "valid_repaired"),
+)
 SAME = ("model", "seed", "images")
 
 
@@ -83,8 +88,9 @@ def main() -> None:
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: args.images]
         for points in args.points:
             shared = {"model": args.model, "data": "fashion_mnist", "seed": seed, "images": args.images}
-            shared |= {"points": points}
-            if any(shared.items() <= line.items() for line in lines(args.out)):
+            shared |= {"weights": weights_named(str(args.checkpoint)), "model_args": own}
+            shared |= {"points": points, "asked": sorted(args.macs, reverse=True)}
+            if any(all(line.get(name) == value for name, value in shared.items()) for line in lines(args.out)):
                 continue
             began = time.process_time()
             found = jbrprune.predict(model, train[chosen], macs=args.macs, calibrate=points, seed=seed, progress=False)

@@ -5,12 +5,14 @@
     python scripts/bench_prediction.py any --out results/prediction.jsonl --table --plot prediction.png
 
 Cuts are made in one step, ranked over all layers by score alone, without repair. Lines that are there already are not
-made again. `--table` also bends every curve through the one point that `jbrprune.predict(calibrate=1)` would choose.
+made again. `prediction_error` and `valid` are those of `jbrprune.predict`, by the first 64 images. `--table` also bends
+every curve through the one point that `jbrprune.predict(calibrate=1)` would choose.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from common import append, commit, lines, parsed
+from plan import weights_named
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -28,6 +31,7 @@ from jbrprune import engine, zoo
 from jbrprune.arguments import channel_settings
 from jbrprune.batches import Batch, rebatched, with_reference
 from jbrprune.budget import Budget
+from jbrprune.checking import check
 from jbrprune.correction import corrected
 from jbrprune.damage import measured_damage
 from jbrprune.data import fashion_mnist
@@ -35,11 +39,13 @@ from jbrprune.defaults import CHANNELS
 from jbrprune.forecast import forecast
 from jbrprune.measure import predict
 from jbrprune.plan import Cut, planned_cuts
-from jbrprune.prediction import CALIBRATED_AT, first_order_error, masked_logits
+from jbrprune.prediction import CALIBRATED_AT, masked_logits
 from jbrprune.records import plain
 
-KEY = ("model", "criterion", "ratio", "seed", "images", "eval_images")
+KEY = ("model", "weights", "model_args", "criterion", "ratio", "seed", "images", "eval_images")
 """A line that agrees in these has been made."""
+CHECKED = 64
+"""Images by which `jbrprune.predict` finds out whether a row is valid, where it is not told otherwise."""
 SCALES = torch.logspace(-1, 1, 41, base=10).tolist()
 """Flips are noted for changes that are so many times as large, so that a curve can be bent afterwards."""
 
@@ -104,6 +110,7 @@ def run(
     dense, dense_test = (torch.cat(predict(model, batches)) for batches in (calibration, test))
     for number, ((criterion, ratio), cut) in enumerate(cuts.items()):
         masked = masked_logits(model, calibration, state.groups, cut.units)
+        seen = check(predicted, number, masked[:CHECKED], dense)
         tested = masked_logits(model, test, state.groups, cut.units)
         yield {
             "criterion": criterion,
@@ -113,7 +120,9 @@ def run(
             "predicted": plain(predicted.damage(number)),
             "first_order": plain(plainly.damage(number)),
             "flips_by_scale": [round(predicted.damage(number, scale=scale).flips, 5) for scale in SCALES],
-            "taylor_error": first_order_error(predicted, number, masked, dense),
+            "taylor_error": check(predicted, number, masked, dense).taylor_error,
+            "prediction_error": seen.prediction_error,
+            "valid": seen.valid,
             "masked": plain(measured_damage(dense, masked)),
             "test": plain(measured_damage(dense_test, tested)),
             "cpu_seconds_of_all_predictions": round(seconds, 1),
@@ -134,31 +143,43 @@ def bent(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(found: Sequence[dict[str, Any]], what: str) -> str:
-    """Rank correlation, and the largest errors of the flips where the test images disagree no more than so much."""
+    """Rank correlation, and the largest errors: by measured flips, by predicted ones, of what is valid."""
     known = [line for line in found if line[what] is not None]
     tpv, real = [line[what]["tpv"] for line in known], [line["test"]["flips"] for line in known]
     below = [i for i, flips in enumerate(real) if flips < 0.8]
     cells = [f"{spearmanr(tpv, real).statistic:.3f}"]
     cells.append(f"{spearmanr([tpv[i] for i in below], [real[i] for i in below]).statistic:.3f}")
-    for limit in (0.1, 0.3):
-        errors = [abs(line[what]["flips"] - line["test"]["flips"]) for line in known if line["test"]["flips"] <= limit]
-        same = [abs(line[what]["flips"] - line["masked"]["flips"]) for line in known if line["test"]["flips"] <= limit]
-        cells.append(f"{100 * max(errors):.1f} ({100 * max(same):.1f}), {len(errors)} cuts" if errors else "-")
-    return " | ".join(cells)
+    for by in ("test", what):
+        cells += [worst([line for line in known if line[by]["flips"] <= limit], what) for limit in (0.1, 0.3)]
+    return " | ".join([*cells, worst([line for line in known if line.get("valid")], what)])
+
+
+def worst(found: Sequence[dict[str, Any]], what: str) -> str:
+    """Largest error of the flips on test images (on the images of the prediction) in points, of the TPV as a factor."""
+    if not found:
+        return "-"
+    test, same = (max(abs(line[what]["flips"] - line[real]["flips"]) for line in found) for real in ("test", "masked"))
+    factor = max(math.exp(abs(math.log(line[what]["tpv"] / line["test"]["tpv"]))) for line in found)
+    return f"{100 * test:.1f} ({100 * same:.1f}), TPV x {factor:.2f}, {len(found)} cuts"
 
 
 def table(path: Path) -> str:
     """Every cut, and what the predictions are worth."""
     groups: dict[tuple, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines(path):
-        key = tuple(line[name] for name in KEY if name not in ("criterion", "ratio"))
+        key = tuple(str(line[name]) for name in KEY if name not in ("criterion", "ratio"))
         groups[key][line["criterion"]].append(line)
     texts = []
     for key, by_criterion in groups.items():
         found = [line for each in by_criterion.values() for line in bent(sorted(each, key=lambda line: line["ratio"]))]
-        texts.append(f"{key[0]}, seed {key[1]}, {key[2]} images, measured on {key[3]} test images\n")
+        one = dict(zip([name for name in KEY if name not in ("criterion", "ratio")], key, strict=True))
         texts.append(
-            "| prediction | Spearman, all | below 80 % | points of flips, <= 10 % | <= 30 % |\n|---|---|---|---|---|"
+            f"{one['model']}, seed {one['seed']}, {one['images']} images, measured on {one['eval_images']} test "
+            "images\n"
+        )
+        texts.append(
+            "| prediction | Spearman, all | below 80 % | points of flips, <= 10 % measured | <= 30 % | <= 10 % "
+            "predicted | <= 30 % | called valid |\n|---|---|---|---|---|---|---|---|"
         )
         names = {"first_order": "first order", "predicted": "saturating", "calibrated": "one point measured"}
         names["masked"] = "(measured TPV and flips of the same images)"
@@ -206,14 +227,16 @@ def main() -> None:
     model = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **own).eval()
     calibration = rebatched([Batch(train[chosen], labels[chosen])], 64)
     calibration = with_reference(calibration, predict(model, calibration))
-    shared = {"model": args.model, "data": "fashion_mnist", "seed": args.seed, "images": args.images}
+    shared = {"model": args.model, "weights": weights_named(str(args.checkpoint)), "model_args": own}
+    shared |= {"data": "fashion_mnist", "seed": args.seed, "images": args.images}
     shared |= {"eval_images": args.eval_images, "threads": torch.get_num_threads(), "commit": commit()}
-    made = {tuple(line[name] for name in KEY) for line in lines(args.out)}
+    made = [{name: line[name] for name in KEY} for line in lines(args.out)]
+    same = {name: shared[name] for name in KEY if name in shared}
     wanted = [
         (criterion, ratio)
         for criterion in args.criteria
         for ratio in args.ratios
-        if (args.model, criterion, ratio, args.seed, args.images, args.eval_images) not in made
+        if same | {"criterion": criterion, "ratio": ratio} not in made
     ]
     if wanted:
         for record in run(model, calibration, rebatched([Batch(tests)], 100), wanted, args.seed):

@@ -4,7 +4,8 @@
         --model-arg num_classes=10 --fashion-mnist FOLDER --out results/tpv_quantization.jsonl
 
 One line per split (training and test images) and estimator; lines that are there are not measured again. ``--table``
-prints values with standard errors, and the ratios of training to test.
+prints values with standard errors, and the ratios of training to test (`jbrprune.tpv.train_test_ratio`: both have seen
+the same draws); lines without their sums, from earlier versions, are left out and made again.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import torch
 from common import append, commit, lines, value_of
+from plan import weights_named
 from torch import Tensor, nn
 
 from jbrprune import zoo
 from jbrprune.data import fashion_mnist
-from jbrprune.tpv import Estimate, Quantization, empirical, trace_form
+from jbrprune.records import plain
+from jbrprune.tpv import Estimate, Quantization, empirical, trace_form, train_test_ratio
+from jbrprune.tpv.estimate import Moments, Sums
 
 ESTIMATORS = ("trace", "noise", "rounding")
 
@@ -50,17 +54,25 @@ def estimate(net: nn.Module, images: Tensor, cell: dict, args: argparse.Namespac
     return empirical(net, some, perturbation, draws=args.draws, rtol=args.rtol, batch_size=250, seed=args.seed)
 
 
+def read_again(line: dict) -> Estimate:
+    """The estimate that a line was made of."""
+    sums = line["sums"]
+    moments = {name: Moments(**sums[name]) for name in ("means", "blocks")}
+    facts = {name: line[name] for name in ("seconds", "unit", "method", "draws", "seed", "stopped")}
+    return Estimate.from_sums(Sums(**sums | moments | {"by_draw": tuple(sums["by_draw"])}), validity=None, **facts)
+
+
 def table(path: Path) -> str:
-    found = {(r["bits"], r["granularity"], r["estimator"], r["split"]): r for r in lines(path)}
+    found = {(r["bits"], r["granularity"], r["estimator"], r["split"]): r for r in lines(path) if "sums" in r}
     rows = ["| bits, range | estimator | training images | test images | training / test |", "|---|---|---|---|---|"]
     for bits, granularity, estimator in dict.fromkeys(key[:3] for key in found):
         train, test = (found.get((bits, granularity, estimator, split)) for split in ("train", "test"))
         if train is None or test is None:
             continue
-        ratio = train["value"] / test["value"]
-        error = ratio * sum((r["standard_error"] / r["value"]) ** 2 for r in (train, test)) ** 0.5
+        ratio = train_test_ratio(read_again(train), read_again(test))
         cells = [f"{r['value']:.4g} +- {r['standard_error']:.2g}" for r in (train, test)]
-        rows.append(f"| {bits}, {granularity} | {estimator} | {' | '.join(cells)} | {ratio:.3f} +- {error:.3f} |")
+        cells.append(f"{ratio.value:.3f} +- {ratio.standard_error:.3f}")
+        rows.append(f"| {bits}, {granularity} | {estimator} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -71,9 +83,9 @@ def main() -> None:
         return
     extra = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in args.model_arg)}
     net = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **extra).float().eval()
-    done = [
-        {key: line[key] for key in ("model", "bits", "granularity", "estimator", "split")} for line in lines(args.out)
-    ]
+    shared = {"model": args.model, "weights": weights_named(str(args.checkpoint)), "model_args": extra}
+    shared |= {name: getattr(args, name) for name in ("seed", "images", "rtol")}
+    done = lines(args.out)
     for split in ("train", "test"):
         images, _ = fashion_mnist(args.fashion_mnist, split == "train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
@@ -81,11 +93,12 @@ def main() -> None:
         for bits, granularity, name in (
             (b, g, e) for b in args.bits for g in args.granularity for e in args.estimators
         ):
-            cell = {"model": args.model, "bits": bits, "granularity": granularity, "estimator": name, "split": split}
-            if cell in done:
+            cell = shared | {"bits": bits, "granularity": granularity, "estimator": name, "split": split}
+            cell |= {} if name == "trace" else {"empirical_images": args.empirical_images, "most_draws": args.draws}
+            if any(all(line.get(key) == value for key, value in cell.items()) for line in done):
                 continue
             found = estimate(net, images, cell, args)
-            append(args.out, [cell | found.to_dict() | {"seed": args.seed, "commit": commit()}])
+            append(args.out, [plain(cell | found.to_dict() | {"sums": found.sums, "commit": commit()})])
             print(cell, found, flush=True)
 
 

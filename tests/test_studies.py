@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ import kernel
 import label_noise
 import recipes
 import relearning
+import stability
 from noises import Relative
 
 from jbrprune.errors import ArgumentError
@@ -141,8 +143,30 @@ def test_rank_correlation_is_scipys_and_its_interval_covers() -> None:
         assert low < rho < high
         covered.append(low < 6 / np.pi * np.arcsin(0.3) < high)  # Spearman's rho of a normal pair
     assert np.mean(covered) > 0.8
-    assert frame.rank_correlation(range(9), [n**3 for n in range(9)]) == (1.0, 1.0, 1.0)
+    assert frame.rank_correlation(range(10), [n**3 for n in range(10)]) == pytest.approx((1, 1, 1))
+    assert np.isnan(frame.rank_correlation(range(9), range(9))[1:]).all()
     assert np.isnan(frame.rank_correlation([1, 2], [1, 2])).all()
+
+
+def test_of_few_pairs_the_exact_p_is_given() -> None:
+    """Of the 24 pairings of four, one rises and one falls throughout: 2 / 24; of five with one swap: 10 / 120."""
+    assert frame.permutation_p([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(2 / 24)
+    swapped = [1, 2, 3, 5, 4]
+    every = [stats.spearmanr(range(5), pairing).statistic for pairing in itertools.permutations(range(5))]
+    expected = np.mean(np.abs(every) >= stats.spearmanr(range(5), swapped).statistic - 1e-9)
+    assert frame.permutation_p(range(5), swapped) == pytest.approx(expected)
+    assert frame.correlated([1, 2, 3, 4], [4, 3, 2, 1]) == "-1.00 (n = 4, p = 0.083)"
+    assert frame.correlated(range(12), range(12)) == "+1.00 (+1.00 to +1.00)"
+    assert frame.correlated([1, 2], [1, 2]) == ""
+
+
+def test_warnings_are_held_against_what_is_off() -> None:
+    """Of three runs at 10 samples two are off, one of them with a warning; the third is warned of for nothing."""
+    lines = pd.DataFrame({"train": 10, "isotropic": [1.5, 1.3, 1.22], "isotropic_warned": [True, False, True]})
+    ((_, table),) = stability.flags(lines)
+    counts = table.drop(columns=["perturbation", "n_train"]).iloc[0].to_dict()
+    assert counts == {"runs": 3, "off": 2, "off, warned": 1, "off, not warned": 1, "not off, warned": 1}
+    assert stability.flags(lines.drop(columns="isotropic_warned")) == []
 
 
 # --- data and training -----------------------------------------------------------------------------

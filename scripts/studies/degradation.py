@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 from fitting import TIMM, on_digits
-from frame import COLOURS, MARKERS, Places, Settings, Study, main, panels, rank_correlation
+from frame import COLOURS, MARKERS, Places, Settings, Study, correlated, main, panels
 from matplotlib.figure import Figure
 
 from baselines import CRITERIA
@@ -57,6 +57,7 @@ def measure(wanted: Settings, places: Places) -> dict[str, Any]:
         "predicted_flips": found.predicted.flips,
         "measured_flips": found.measured.flips,
         "taylor_error": found.taylor_error,
+        "prediction_error": found.prediction_error,
         "valid": found.valid,
     }
 
@@ -71,8 +72,7 @@ def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
             row: dict[str, Any] = {"net": net, "criterion": criterion, "cuts": len(rows)}
             for predicted in ("tpv", "flips"):
                 mean = rows.groupby(["criterion", "channels"])[[f"predicted_{predicted}", "measured_flips"]].mean()
-                rho, low, high = rank_correlation(mean[f"predicted_{predicted}"], mean["measured_flips"])
-                shown = "" if pd.isna(rho) else f"{rho:.3f} ({low:.3f} to {high:.3f})"
+                shown = correlated(mean[f"predicted_{predicted}"], mean["measured_flips"], digits=3)
                 row[f"predicted {predicted}, measured flips"] = shown
             ranks.append(row)
         for low, high in ((-1.0, 0.03), (0.03, 0.1), (0.1, 0.3), (0.3, 1.0)):
@@ -86,7 +86,10 @@ def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
                 row["called valid"] = f"{rows['valid'].mean():.0%}"
             errors.append(row)
     return [
-        ("Spearman's rank correlation over criteria and shares (means over seeds), 95 % interval", pd.DataFrame(ranks)),
+        (
+            "Spearman's rank correlation over criteria and shares (means over seeds), 95 % interval; of few: exact p",
+            pd.DataFrame(ranks),
+        ),
         ("How far the prediction is off, by what is measured", pd.DataFrame(errors).fillna("")),
     ]
 

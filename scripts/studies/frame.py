@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import shlex
 import sys
@@ -183,18 +184,44 @@ def spread(values: Iterable[float]) -> str:
     return f"{np.nanmean(array):.3g}" + (f" ({ends})" if len(array) > 1 else "")
 
 
+FEWEST_RESAMPLED = 10
+"""Pairs from which a bootstrap interval is given; fewer hold so few different samples that it means nothing."""
+
+
 def rank_correlation(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """Spearman's rank correlation with its 95 % interval by resampling pairs (percentile bootstrap, 2,000 draws).
 
-    The pairs must be independent: average over seeds first. NaN for fewer than four pairs.
+    The pairs must be independent: average over seeds first. NaN for fewer than four pairs, no interval for fewer than
+    `FEWEST_RESAMPLED`.
     """
     x, y = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if len(x) < 4:
         return float("nan"), float("nan"), float("nan")
+    rho = float(stats.spearmanr(x, y).statistic)
+    if len(x) < FEWEST_RESAMPLED:
+        return rho, float("nan"), float("nan")
     drawn = np.random.default_rng(seed).integers(len(x), size=(2000, len(x)))
     resampled = _correlations(stats.rankdata(x[drawn], axis=1), stats.rankdata(y[drawn], axis=1))
     low, high = np.nanquantile(resampled, [0.025, 0.975])
-    return float(stats.spearmanr(x, y).statistic), float(low), float(high)
+    return rho, float(low), float(high)
+
+
+def permutation_p(first: Sequence[float], second: Sequence[float]) -> float:
+    """Share of all pairings whose rank correlation is at least as far from 0 (exact; for up to nine pairs)."""
+    x, y = stats.rankdata(first), stats.rankdata(second)
+    every = np.array(list(itertools.permutations(y)))
+    found = np.abs(_correlations(np.broadcast_to(x, every.shape), every))
+    return float(np.mean(found >= np.abs(stats.pearsonr(x, y).statistic) - 1e-12))
+
+
+def correlated(first: Sequence[float], second: Sequence[float], digits: int = 2) -> str:
+    """A rank correlation as a cell: with its interval, or for few pairs with their number and the exact p."""
+    rho, low, high = rank_correlation(first, second)
+    if np.isnan(rho):
+        return ""
+    if np.isnan(low):
+        return f"{rho:+.{digits}f} (n = {len(first)}, p = {permutation_p(first, second):.2g})"
+    return f"{rho:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def _correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:

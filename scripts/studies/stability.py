@@ -3,11 +3,13 @@
 A net of three linear layers learns a teacher (20 inputs, one output of variance 1) from n_train samples, and from
 nothing else. Then TPV on these samples is compared with TPV on 2,000 others, for perturbations that do not depend on
 the samples (noise on every weight, 8-bit quantization) and for one that is made of them (label noise, with a
-proximity penalty and without; see label_noise.py). All are trace forms.
+proximity penalty and without; see label_noise.py). All are trace forms. Of the first kind `train_test_ratio` is asked
+whether it would have warned.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +20,7 @@ from frame import Places, Settings, Study, curve, main, panels
 from kernel import spectrum
 from matplotlib.figure import Figure
 
-from jbrprune.tpv import Isotropic, Quantization, trace_form
+from jbrprune.tpv import Isotropic, Quantization, TPVWarning, trace_form, train_test_ratio
 
 COUNTS = (10, 30, 100, 300, 500, 1000, 3000)
 WIDTHS = (8, 64, 256)
@@ -32,7 +34,7 @@ NAMES = {
     "repeated_noise": "label noise, no penalty",
 }
 STABLE = 1.25
-"""Train and test TPV agree if neither is more than so many times the other."""
+"""Train and test TPV agree if neither is more than so many times the other: what a warning is held against."""
 
 
 def settings(quick: bool) -> Iterator[Settings]:
@@ -56,9 +58,14 @@ def measure(wanted: Settings, places: Places) -> dict[str, Any]:
     }
     how = {"rtol": 0.0, "validity": False, "progress": False, "batch_size": 250}
     for name, covariance in WEIGHTS.items():
-        for side, inputs in sides.items():
-            estimate = trace_form(model, inputs, covariance, **how)
+        both = {side: trace_form(model, inputs, covariance, **how) for side, inputs in sides.items()}
+        for side, estimate in both.items():
             found |= {f"{name}_{side}": estimate.value, f"{name}_{side}_error": estimate.standard_error}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", TPVWarning)
+            ratio = train_test_ratio(both["train"], both["test"])
+        found |= {f"{name}_ratio": ratio.value, f"{name}_ratio_error": ratio.standard_error}
+        found[f"{name}_warned"] = any(issubclass(one.category, TPVWarning) for one in said)
     seen = spectrum(model, data.images, tuple(sides.values()))
     for name, penalty in PENALTIES.items():
         values = seen.label_noise(penalty * seen.values.mean().item())
@@ -86,7 +93,22 @@ def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
         "TPV on training inputs over TPV on test inputs: geometric mean (smallest to largest) over seeds; "
         f"bold where a run is off by more than {STABLE}"
     )
-    return [(title, pd.DataFrame(rows))]
+    return [(title, pd.DataFrame(rows)), *flags(frame)]
+
+
+def flags(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """How often the library warns, against how often the ratio of a run is off; of lines that say it."""
+    rows = []
+    for name in WEIGHTS:
+        known = frame.dropna(subset=[f"{name}_warned"]) if f"{name}_warned" in frame else frame.iloc[:0]
+        for train, part in known.groupby("train"):
+            warned = part[f"{name}_warned"].astype(bool)
+            off = (part[name] > STABLE) | (part[name] < 1 / STABLE)
+            row = {"perturbation": NAMES[name], "n_train": train, "runs": len(part), "off": off.sum()}
+            row |= {"off, warned": (off & warned).sum(), "off, not warned": (off & ~warned).sum()}
+            rows.append(row | {"not off, warned": (~off & warned).sum()})
+    title = f"Where `train_test_ratio` warns, and where a run is off by more than {STABLE}; numbers of runs"
+    return [(title, pd.DataFrame(rows))] if rows else []
 
 
 def _ratio(values: pd.Series) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 from fitting import Data, entropy_and_accuracy, fit, images, mlp, outputs, squared, synthetic
-from frame import Places, Settings, Study, curve, main, panels, rank_correlation, spread
+from frame import Places, Settings, Study, correlated, curve, main, panels, spread
 from kernel import spectrum
 from matplotlib.figure import Figure
 from noises import Relative
@@ -96,8 +96,7 @@ def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
             row: dict[str, Any] = {"data": data, "perturbation": title}
             by_width = part.reset_index().sort_values("width")[f"{name}_test"]
             row["widest / narrowest, test"] = by_width.iloc[-1] / by_width.iloc[0]
-            rho, low, high = rank_correlation(part[f"{name}_test"], part["test_loss"])
-            row["rank correlation with test loss"] = f"{rho:.2f} ({low:.2f} to {high:.2f})"
+            row["rank correlation with test loss"] = correlated(part[f"{name}_test"], part["test_loss"])
             ratio = part[f"{name}_train"] / part[f"{name}_test"]
             row["train / test"] = f"{ratio.min():.2f} to {ratio.max():.2f}"
             trends.append(row)
