@@ -318,22 +318,25 @@ def _checked(found: Check) -> dict[str, float | bool]:
 
 
 def _supported(predicted: Forecast, measured: Mapping[int, Damage], tolerance: float) -> dict[int, bool]:
-    """Cut -> whether the curve with repair holds there, for cuts from the first really pruned one to the last.
+    """Cut -> whether the curve with repair holds there, for cuts from the first of several pruned ones to the last.
 
-    Between two pruned cuts it does where each of them is predicted right, TPV and flips, from all pruned ones but
-    itself. Elsewhere nothing is known.
+    At a pruned cut it does if that is predicted right, TPV and flips, from all pruned ones but itself; between two of
+    them, if both are. Elsewhere nothing is known.
     """
+    if len(measured) < 2:
+        return {}
     points = {number: (predicted.damage(number, repaired=True).tpv, real.tpv) for number, real in measured.items()}
     right = {}
     for number, real in measured.items():
         bent = corrected(pair for other, pair in points.items() if other != number)
         found = predicted.damage(number, repaired=True, scale=bent.scale(points[number][0]))
         right[number] = tpvs_agree(found.tpv, real.tpv, tolerance) and abs(found.flips - real.flips) <= FLIPS
-    return {
+    between = {
         number: right[before] and right[after]
         for before, after in pairwise(sorted(right))
-        for number in range(before, after + 1)
+        for number in range(before + 1, after)
     }
+    return right | between
 
 
 def _of_repair(row: Mapping[str, Any]) -> list[str]:

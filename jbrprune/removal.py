@@ -82,9 +82,15 @@ def tried(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> F
         raise UnsupportedModelError(
             f"{type(model).__name__}: nothing can be removed safely: "
             + (f"what can go one by one fails together: {why}" if why else "no group of channels passed the trial")
-            + f". Why layers are kept: {'; '.join(f'{name}: {reason}' for name, reason in list(kept.items())[:5])}."
+            + f". {_reasons(kept)}"
         )
     return Found(passed, kept)
+
+
+def _reasons(kept: Mapping[str, str]) -> str:
+    if not kept:
+        return "It has no channels that one layer makes and another reads."
+    return f"Why layers are kept: {'; '.join(f'{name}: {reason}' for name, reason in list(kept.items())[:5])}."
 
 
 def _culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]], str | None]) -> dict[str, str]:

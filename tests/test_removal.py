@@ -322,3 +322,10 @@ def test_groups_without_relevance_are_kept_before_anything_is_scored(fingerprint
     assert "hidden: the first dimension (9 rows for 3 images)" in found.kept["hidden"].replace("bias:", "hidden:")
     scores = relevance_scores(model, images, found.groups, progress=False)
     assert set(scores.sums) == {group.name for group in found.groups} == {"stem", "bias"}
+
+
+def test_a_model_without_removable_layers_says_so() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.ReLU())
+    images = torch.randn(2, 3, 2, 2)
+    with pytest.raises(UnsupportedModelError, match=r"passed the trial\. It has no channels that one layer makes"):
+        tried(model, images, find_groups(model, images))

@@ -155,8 +155,12 @@ def test_data_that_are_shuffled_between_passes() -> None:
 
 def test_several_outputs_and_regressions() -> None:
     both = Output(lambda y: (y, y.square()))
-    with pytest.raises(ModelError):
-        estimated(both, IMAGES, Isotropic(1.0))
+    for run_ in (estimated, measured):
+        with pytest.raises(ModelError, match=r"2 outputs .* `output=`.*output=lambda out: out\[0\]"):
+            run_(both, IMAGES, Isotropic(1.0))
+        for function in (lambda y: {"a": y, "b": y}, lambda y: y[:, 0]):
+            with pytest.raises(ModelError, match="Or say with `output=`"):
+                run_(Output(function), IMAGES, Isotropic(1.0))
     first = estimated(both, IMAGES, Isotropic(1.0), output=lambda out: out[0])
     assert first.value == pytest.approx(3 * float(IMAGES.flatten(1).square().sum(1).mean() + 1), rel=1e-9)
     number = Output(lambda y: y[:, 0])

@@ -296,7 +296,7 @@ def test_a_trajectory_that_has_not_arrived_is_named() -> None:
     net = linear(torch.zeros(2, 2))
     images = pixels(40)[:, :2, :1, :1]
     slow = Trajectory(momentum=0.0, proximity=0.1, burn_in=30, every=20)
-    with pytest.warns(TPVWarning, match="burn-in is too short"):
+    with pytest.warns(TPVWarning, match="trajectory drifts.*burn-in is too short"):
         measured(net, images, SGDNoise(5e-4, 4, images, trajectory=slow), draws=16)
     fast = Trajectory(momentum=0.0, proximity=0.5, burn_in=60, every=20)
     measured(net, images, SGDNoise(0.1, 4, images, trajectory=fast), draws=16)

@@ -255,9 +255,9 @@ def warn_of_sums(sums: Sums) -> None:
         half = len(sums.by_draw) // 2
         early, late = sum(sums.by_draw[:half]), sum(sums.by_draw[-half:])
         _warn(
-            f"The burn-in is too short: the TPV of the second half of the trajectory is {late / early:.3g} times that "
-            "of the first, so it has not become stationary. Raise burn_in (a direction without curvature needs (1 - "
-            "momentum) / (2 lr proximity) steps), or proximity."
+            f"The trajectory drifts: the TPV of its second half is {late / early:.3g} times that of the first. The "
+            "burn-in is too short (a direction without curvature needs (1 - momentum) / (2 lr proximity) steps: raise "
+            "burn_in, or proximity), or the draws are too close (raise every)."
         )
 
 

@@ -18,14 +18,14 @@ Output = Callable[[object], Tensor]
 
 def outputs_of(model: nn.Module, images: Tensor, output: Output = logits_of) -> Tensor:
     """``[B, K]`` the outputs, checked to be one row for every image."""
-    return checked(output(model(images.clone())), images)  # a clone, for a model that changes its input in place
+    return _rows(model(images.clone()), images, output)  # a clone, for a model that changes its input in place
 
 
 def changed_outputs(model: nn.Module, images: Tensor, change: Mapping[str, Tensor], output: Output) -> Tensor:
     """``[B, K]`` f(w + dw), in the model's dtype. The model keeps its weights."""
     weights = dict(model.named_parameters())
     moved = {name: weights[name].detach() + d.to(weights[name]) for name, d in change.items()}
-    return checked(output(functional_call(model, moved, (images.clone(),))), images)
+    return _rows(functional_call(model, moved, (images.clone(),)), images, output)
 
 
 def rounding_error(model: nn.Module, change: Mapping[str, Tensor]) -> float:
@@ -52,7 +52,7 @@ def linear_outputs(
     tangents = {name: change[name].to(weight) for name, weight in weights.items()}
 
     def function(moved: dict[str, Tensor]) -> Tensor:
-        return checked(output(functional_call(model, moved, (images.clone(),))), images)
+        return _rows(functional_call(model, moved, (images.clone(),)), images, output)
 
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
@@ -63,6 +63,16 @@ def linear_outputs(
             "'exact'), and validity=False."
         ) from error
     return found[0], found[1]
+
+
+def _rows(returned: object, images: Tensor, output: Output) -> Tensor:
+    """``[B, K]`` in what the model returned."""
+    try:
+        outputs = output(returned)
+    except ModelError as error:
+        hint = "output=lambda out: out[0], or for a regression to one number output=lambda y: y[:, None]"
+        raise ModelError(f"{error} Or say with `output=` which of it counts: {hint}.") from error
+    return checked(outputs, images)
 
 
 def checked(outputs: Tensor, images: Tensor) -> Tensor:
