@@ -48,3 +48,5 @@ def test_estimates_of_different_kinds_are_refused() -> None:
         train_test_ratio(estimated(net, images, Isotropic(1.0)), measured(net, images, Isotropic(1.0)))
     same = estimated(net, images, Isotropic(1.0))
     assert train_test_ratio(same, same).agrees
+    one = [measured(net, images[n : n + 1], Isotropic(0.1), draws=4) for n in range(2)]
+    assert math.isnan(train_test_ratio(*one, tolerance=1e6).standard_error)

@@ -69,7 +69,8 @@ def train_test_ratio(train: Estimate, test: Estimate, *, tolerance: float = 0.2)
 def _relative_error(train: Estimate, test: Estimate) -> float:
     """sqrt(Var(a / E a - b / E b)): samples are others, draws the same where both come from one seed."""
     both = (train.sums, test.sums)
-    if train.seed != test.seed or not all(sums.shared and len(sums.by_draw) > 1 for sums in both):
+    known = all(sums.shared and len(sums.by_draw) > 1 and sums.samples > 1 for sums in both)
+    if train.seed != test.seed or not known:
         return math.hypot(train.relative_error, test.relative_error)
     alone = sum((sums.over_samples + sums.over_draws) / sums.mean**2 for sums in both)
     return math.sqrt(max(0.0, alone - 2 * _covariance(*both)))
