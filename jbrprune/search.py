@@ -115,10 +115,10 @@ def check_resolution(images: Calibration, allowed: float) -> None:
     """
     deciding = count(images.judge)
     if 0 < allowed * deciding < 1 - 1e-9:
+        needed = math.ceil(math.ceil(1 / allowed - 1e-9) / 2) * 5
         raise DataError(
             f"max_drop={allowed:g} cannot be seen on the {deciding} images that decide, two fifths of all: one of them "
-            f"is {1 / deciding:.1%}. Pass at least {math.ceil(math.ceil(1 / allowed - 1e-9) / 2) * 5} images (`images=` limits "
-            "how many are read), or allow more."
+            f"is {1 / deciding:.1%}. Pass at least {needed} images (`images=` limits how many are read), or allow more."
         )
 
 
