@@ -85,7 +85,7 @@ def table(path: Path) -> str:
         "agreement drop, test | accuracy drop, test |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for line in sorted(lines(path), key=lambda line: [str(line[name]) for name in KEY]):
+    for line in sorted(lines(path), key=lambda line: [str(line.get(name)) for name in KEY]):
         drop, test = line["search"]["drop"], line["test"]
         rows.append(
             f"| {line['model']} | {drop['of']} | {line['max_drop']} | {line['seed']} | {line['kept']:.3f} | "
@@ -107,7 +107,7 @@ def main() -> None:
     test = images[: args.eval_images], labels[: args.eval_images]
     for seed in args.seeds:
         for drop in args.drops:
-            if described(args, drop, seed) in [{name: line[name] for name in KEY} for line in lines(args.out)]:
+            if described(args, drop, seed) in [{name: line.get(name) for name in KEY} for line in lines(args.out)]:
                 continue
             append(args.out, [run(args, drop, seed, train, test)])
             print(f"{args.model} max_drop={drop} seed {seed} done", flush=True)

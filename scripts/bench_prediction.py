@@ -167,7 +167,7 @@ def table(path: Path) -> str:
     """Every cut, and what the predictions are worth."""
     groups: dict[tuple, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines(path):
-        key = tuple(str(line[name]) for name in KEY if name not in ("criterion", "ratio"))
+        key = tuple(str(line.get(name)) for name in KEY if name not in ("criterion", "ratio"))
         groups[key][line["criterion"]].append(line)
     texts = []
     for key, by_criterion in groups.items():
@@ -230,7 +230,7 @@ def main() -> None:
     shared = {"model": args.model, "weights": weights_named(str(args.checkpoint)), "model_args": own}
     shared |= {"data": "fashion_mnist", "seed": args.seed, "images": args.images}
     shared |= {"eval_images": args.eval_images, "threads": torch.get_num_threads(), "commit": commit()}
-    made = [{name: line[name] for name in KEY} for line in lines(args.out)]
+    made = [{name: line.get(name) for name in KEY} for line in lines(args.out)]
     same = {name: shared[name] for name in KEY if name in shared}
     wanted = [
         (criterion, ratio)
