@@ -40,7 +40,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 _BROKEN_NAME = (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 _BROKEN_FILE = (OSError, EOFError, zlib.error)
-RAW_FOLDERS = ("", "raw", "FashionMNIST/raw")
+_RAW_FOLDERS = ("", "raw", "FashionMNIST/raw")
 """Where below a folder IDX files are looked for; the last is torchvision's layout."""
 _IDX_MAGIC = {1: 0x00000801, 3: 0x00000803}
 
@@ -171,7 +171,7 @@ def fashion_mnist(folder: str | Path, train: bool, *, size: int = 32) -> tuple[T
     """
     part = "train" if train else "t10k"
     images, labels = (
-        _idx(_found(Path(folder).expanduser(), f"{part}-{what}-ubyte"), dimensions)
+        _idx(idx_file(folder, f"{part}-{what}-ubyte"), dimensions)
         for what, dimensions in (("images-idx3", 3), ("labels-idx1", 1))
     )
     if len(images) != len(labels):
@@ -187,7 +187,7 @@ class _Folder(Sequence[tuple[Image.Image, int | None]]):
     """Images below a folder, each with the index of its first-level folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._paths = _images_below(folder)
+        self._paths = images_below(folder)
         tops = [path.relative_to(folder).parts[0] for path in self._paths]
         flat = any(path.parent == folder for path in self._paths)
         self.classes = [] if flat else sorted(set(tops), key=_natural)
@@ -365,8 +365,12 @@ def _checked(folder: Path) -> Path:
     )
 
 
-def _images_below(folder: Path) -> list[Path]:
-    """Paths in natural order; links are followed, hidden files and folders are not looked at."""
+def images_below(folder: Path) -> list[Path]:
+    """Paths of images in natural order; links are followed, hidden files and folders are not looked at.
+
+    Raises:
+        DataError: There are none.
+    """
     found, visited = [], set()
     for place, below, files in os.walk(folder, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".")]
@@ -394,20 +398,35 @@ def _halves(pixels: int) -> tuple[int, int]:
     return pixels // 2, pixels - pixels // 2
 
 
-def _found(folder: Path, name: str) -> Path:
-    candidates = [folder / below / (name + ending) for below in RAW_FOLDERS for ending in ("", ".gz")]
+def idx_file(folder: str | Path, name: str) -> Path:
+    """Where an IDX file is in a folder: there, or where torchvision puts it, gzipped or not.
+
+    Raises:
+        DataError: It is nowhere.
+    """
+    folder = Path(folder).expanduser()
+    candidates = [folder / below / (name + ending) for below in _RAW_FOLDERS for ending in ("", ".gz")]
     for path in candidates:
         if path.is_file():
             return path
-    raise DataError(f"{folder} holds no {name} or {name}.gz, nor do {' and '.join(RAW_FOLDERS[1:])} below it.")
+    raise DataError(f"{folder} holds no {name} or {name}.gz, nor do {' and '.join(_RAW_FOLDERS[1:])} below it.")
+
+
+def unpacked(path: Path) -> bytes:
+    """What a file holds, gzipped or not.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except _BROKEN_FILE as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def _idx(path: Path, dimensions: int) -> Tensor:
     """Read an IDX file of bytes: a magic number, the sizes (32 bits, big-endian), the values."""
-    try:
-        stored = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except _BROKEN_FILE as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
+    stored = unpacked(path)
     start = 4 * (1 + dimensions)
     header = [int.from_bytes(stored[at : at + 4], "big") for at in range(0, start, 4)]
     if header[0] != _IDX_MAGIC[dimensions]:

@@ -71,7 +71,7 @@ def create(name: str, *, pretrained: bool = True, checkpoint: str | Path | None 
         >>> create("resnet10t", pretrained=False, num_classes=10).num_classes
         10
     """
-    _check_name(name)
+    check_name(name)
     fetch = pretrained and checkpoint is None
     try:
         model = timm.create_model(name, pretrained=fetch, **arguments)
@@ -197,7 +197,12 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse a name that timm does not know, with or without a tag of weights.
+
+    Raises:
+        ArgumentError: Unknown name or tag.
+    """
     architecture, _, tag = name.partition(".")
     if ":" in name or (timm.is_model(architecture) and (not tag or _registered(name) is not None)):
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +11,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from sources import ALIASES, NORMALISED, check_source, train_folder
+from sources import ALIASES, NORMALISED, check_source, idx_folder, names_digest, train_folder
 from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from jbrprune.data import RAW_FOLDERS, fashion_mnist, label_of, picture_of, pictures
+from jbrprune.data import fashion_mnist, idx_file, label_of, picture_of, pictures, unpacked
 from jbrprune.demo_data import digits
-from jbrprune.errors import ArgumentError, DataError
+from jbrprune.errors import DataError
 from jbrprune.zoo import data_config
 
 FASHION_SHA256: Mapping[str, str] = MappingProxyType(
@@ -123,7 +122,7 @@ def open_training(name: str, root: str | None, model: nn.Module, how: Augmentati
         stored = pictures(ALIASES.get(name, name) if folder is None else str(folder), model, root=root, split="train")
         if not isinstance(stored, Sequence) and not hasattr(stored, "__getitem__"):
             raise DataError(f"{name} is a stream; training here needs data that can be shuffled: store it in a folder.")
-    digest = _of_items(stored) if folder is None else _of_folder(folder)
+    digest = _of_items(stored) if folder is None else names_digest(folder)
     return Augmented(stored, _transform(facts, how), "L" if facts["input_size"][0] == 1 else "RGB"), digest
 
 
@@ -147,35 +146,26 @@ def _transform(facts: Mapping[str, Any], how: Augmentation) -> transforms.Compos
 
 
 def _fashion(root: str | None) -> tuple[Tensor, Tensor]:
-    if root is None:
-        raise ArgumentError("fashion_mnist is read from its IDX files: pass their folder as root.")
-    images, labels = fashion_mnist(root, train=True)
-    check_fashion(Path(root).expanduser())
+    folder = idx_folder(root)
+    images, labels = fashion_mnist(folder, train=True)
+    check_fashion(folder)
     return images, labels
 
 
-def check_fashion(folder: Path) -> None:
+def check_fashion(folder: str | Path) -> None:
     """Compare the IDX files with the known hashes.
 
     Raises:
         DataError: A file differs: it is damaged, or something else.
     """
     for name, known in FASHION_SHA256.items():
-        paths = [folder / below / (name + ending) for below in RAW_FOLDERS for ending in ("", ".gz")]
-        for path in [path for path in paths if path.is_file()][:1]:
-            content = path.read_bytes()
-            found = hashlib.sha256(gzip.decompress(content) if path.suffix == ".gz" else content).hexdigest()
-            if found != known:
-                raise DataError(
-                    f"{path} is not Fashion-MNIST's {name}: its content has SHA-256 {found[:16]}..., expected "
-                    f"{known[:16]}.... Fetch it again; data of your own belong into a folder of pictures."
-                )
-
-
-def _of_folder(folder: Path) -> str:
-    """Of names and sizes: the content of a large folder takes hours to read."""
-    names = sorted(f"{p.relative_to(folder)} {p.stat().st_size}" for p in folder.rglob("*") if p.is_file())
-    return f"names:{hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:16]}"
+        path = idx_file(folder, name)
+        found = hashlib.sha256(unpacked(path)).hexdigest()
+        if found != known:
+            raise DataError(
+                f"{path} is not Fashion-MNIST's {name}: its content has SHA-256 {found[:16]}..., expected "
+                f"{known[:16]}.... Fetch it again; data of your own belong into a folder of pictures."
+            )
 
 
 def _of_items(stored: Sequence[Any]) -> str:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import calibrated, described_here, opened
-from common import append, lines, mend, parsed
+from benchmark import calibrated, described_here, loaded, opened
+from common import append, done, lines, mend, parsed, use_threads
 from plan import Setup, digest, setup_named
 from protocols import PROTOCOLS
 from torch import nn
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from baselines import CRITERIA, LABELS
 from jbrprune import guest
 from jbrprune.batches import Batch
-from jbrprune.errors import DataError, JBRError
+from jbrprune.errors import JBRError
 from jbrprune.groups import Group
 from jbrprune.measure import logits_of
 from jbrprune.runs import provenance
@@ -99,9 +99,8 @@ def measured(
 
 def records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]:
     """One line per criterion."""
+    loaded(setup)[1].check_labels("the yardstick")
     dense, batches = opened(setup), calibrated(setup, args.images, 0)
-    if any(batch.labels is None for batch in batches):
-        raise DataError(f"{setup.data} has no labels, which the yardstick and some criteria need.")
     groups = find_groups(copied(dense.model), example_of(dense.model, batches[0])).groups
     result = measured(dense.model, batches, groups, args.criterion, args.rounds)
     shared = {
@@ -158,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if not args.table:
-            torch.set_num_threads(args.threads)
+            use_threads(args.threads)
             run(args)
         print(table(args.out))
     except JBRError as error:
@@ -171,9 +170,9 @@ def run(args: argparse.Namespace) -> None:
     for name in args.criterion:
         variant(name, CRITERIA)
     setup = Setup.of(args.model, args.data, weights=args.weights, root=args.root, device=args.device, given=given)
+    there = done(args.out, "rounds")
     mend(args.out)
-    done = {line["key"] for line in lines(args.out) if "failed" not in line}
-    if not done.issuperset(keys_of(args, setup).values()):
+    if not there.issuperset(keys_of(args, setup).values()):
         append(args.out, records(args, setup))
 
 

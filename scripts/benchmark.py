@@ -6,9 +6,10 @@
 
 A protocol (see protocols.py) says what is compared and how; whatever else is given replaces its part. A configuration
 is a YAML file of the same names (``model_args`` for ``--model-arg``); the command line goes before it. Budgets that
-are in the output file already are skipped, so an interrupted benchmark goes on where it stopped. A run that fails
-leaves lines that say why, is tried again by the next call, and makes the exit code 1; the others go on. ``--shard
-1/4`` makes every fourth run, from the first; shards may share an output file. table.py and plot.py show what came out.
+are in the output file already are skipped, so an interrupted benchmark goes on where it stopped. What is impossible
+(names, files, numbers) is refused before the first run. A run that fails leaves lines that say why, is tried again by
+the next call, and makes the exit code 1; the others go on. ``--shard 1/4`` makes every fourth run, from the first;
+shards may share an output file. table.py and plot.py show what came out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, commit, lines, mend, parsed
+from common import append, commit, done, mend, parsed, use_threads
 from plan import DEFAULTS, Run, Setup, configured, runs, shard
 from protocols import PROTOCOLS
 from sources import Source, open_source
@@ -33,7 +34,7 @@ from torch import nn
 from jbrprune import prune, sweep, zoo
 from jbrprune.batches import Batch, with_reference
 from jbrprune.demo_data import lite0, train_digits
-from jbrprune.errors import ArgumentError, JBRError, NonFiniteError
+from jbrprune.errors import JBRError, NonFiniteError
 from jbrprune.measure import predict
 from jbrprune.records import plain
 from jbrprune.report import Report
@@ -48,26 +49,53 @@ class Dense:
     test: list[Batch]
 
 
-@functools.lru_cache(maxsize=1)
-def opened(setup: Setup) -> Dense:
-    """The dense model with its images; kept until another is asked for."""
+def kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose last result, or failure, is kept until it is called with something else."""
+
+    @functools.lru_cache(maxsize=1)
+    def tried(*args: Any) -> tuple[Any, Exception | None]:
+        try:
+            return function(*args), None
+        except Exception as error:  # as many runs as there are would all fail in the same way, each after minutes
+            return None, error.with_traceback(None)
+
+    @functools.wraps(function)
+    def remembered(*args: Any) -> Any:
+        result, error = tried(*args)
+        if error is not None:
+            raise error
+        return result
+
+    return remembered
+
+
+@kept
+def loaded(setup: Setup) -> tuple[nn.Module, Source]:
+    """The dense model and the images for it, none read yet."""
     model = created(setup).eval().to(setup.device)
-    source = open_source(setup.data, setup.root, model)
+    return model, open_source(setup.data, setup.root, model)
+
+
+@kept
+def opened(setup: Setup) -> Dense:
+    """The dense model with the images to measure on."""
+    model, source = loaded(setup)
     test = source.measured(setup.eval_images, setup.workers)
     return Dense(model, source, with_reference(test, predict(model, test)))
 
 
-@functools.lru_cache(maxsize=1)
+@kept
 def calibrated(setup: Setup, images: int, seed: int) -> list[Batch]:
     """Calibration images with their labels."""
-    return opened(setup).source.calibration(images, seed, setup.workers)
+    return loaded(setup)[1].calibration(images, seed, setup.workers)
 
 
 def created(setup: Setup) -> nn.Module:
     """The model with its weights.
 
     Raises:
-        ArgumentError: No such model, weights or file.
+        ArgumentError: The model does not take these arguments.
+        CheckpointError: The file does not fit.
         ModelError: Weights that cannot be fetched.
     """
     arguments = dict(setup.model_args)
@@ -78,23 +106,19 @@ def created(setup: Setup) -> nn.Module:
             torch.manual_seed(0)
             return zoo.create(setup.model, pretrained=False, **arguments)
     if setup.weights == "packaged":
-        if setup.model != "tf_efficientnet_lite0":
-            raise ArgumentError(f"weights 'packaged' are those of tf_efficientnet_lite0, not of {setup.model}.")
         return lite0()
     if setup.weights == "trained":
-        if setup.data != "digits":
-            raise ArgumentError(f"weights 'trained' are trained on digits, which takes seconds, not on {setup.data}.")
         return train_digits(name=setup.model, **arguments)
-    if not Path(setup.weights).expanduser().is_file():
-        raise ArgumentError(f"weights must be pretrained, random, trained, packaged or a file, got {setup.weights!r}.")
     return zoo.create(setup.model, checkpoint=setup.weights, **arguments)
 
 
 def reports(run: Run) -> Iterator[Report]:
     """Prune to all budgets, the largest model first; only criteria that need labels are shown any."""
-    protocol = run.protocol
+    protocol, labelled = run.protocol, run.criterion in run.protocol.labelled
+    if labelled:
+        loaded(run.setup)[1].check_labels(f"criterion {run.criterion!r}")
     dense, batches = opened(run.setup), calibrated(run.setup, protocol.images, run.seed)
-    if run.criterion not in protocol.labelled:
+    if not labelled:
         batches = [Batch(batch.images) for batch in batches]
     criterion = protocol.known[run.criterion]
     how: dict[str, Any] = {
@@ -107,8 +131,7 @@ def reports(run: Run) -> Iterator[Report]:
         yield from (result.report for result in made)
         return
     scored = once(criterion) if protocol.steps == 1 else criterion
-    budgets = sorted(protocol.budgets, reverse=protocol.kind != "sparsity")
-    for budget in budgets:
+    for budget in protocol.budgets:
         yield prune(dense.model, batches, criterion=scored, **{protocol.kind: budget}, **how).report
 
 
@@ -128,10 +151,9 @@ def once(criterion: Callable[..., Any]) -> Callable[..., Any]:
 def records(run: Run) -> Iterator[dict[str, Any]]:
     """One line per budget."""
     protocol, keys, shared = run.protocol, run.keys(), described(run)
-    budgets = sorted(protocol.budgets, reverse=protocol.kind != "sparsity")
     scored_once = protocol.from_dense and protocol.steps == 1
     first = None
-    for budget, report in zip(budgets, reports(run), strict=True):
+    for budget, report in zip(protocol.budgets, reports(run), strict=True):
         scoring, total = report.seconds["scoring"], report.seconds["total"]
         first = scoring if first is None or not scored_once else first
         seconds = {"seconds": total - scoring + first, "scoring_seconds": first, "scorings": len(report.steps)}
@@ -142,9 +164,13 @@ def records(run: Run) -> Iterator[dict[str, Any]]:
 
 def failures(run: Run, error: Exception) -> list[dict[str, Any]]:
     """One line per budget that says why there is no result."""
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    keys = run.keys().items()
-    return [plain({"key": key, **described(run), "budget": budget, "failed": reason}) for budget, key in keys]
+    keys, shared = run.keys().items(), described(run)
+    return [plain({"key": key, **shared, "budget": budget, "failed": reason(error)}) for budget, key in keys]
+
+
+def reason(error: Exception) -> str:
+    """What failed lines say."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def described(run: Run) -> dict[str, Any]:
@@ -188,24 +214,44 @@ def measured(report: Report) -> dict[str, Any]:
     }
 
 
+def is_done(run: Run, out: Path) -> bool:
+    """Whether all its lines are there."""
+    return done(out, "protocol").issuperset(run.keys().values())
+
+
+def check(wanted: Sequence[Run]) -> None:
+    """Refuse what no run of a model can do, before the first run of the first model.
+
+    Raises:
+        ArgumentError: A model does not take its arguments, or the data do not have so many images.
+        DataError: The data cannot be opened.
+    """
+    images = {}
+    for run in wanted:
+        images[run.setup] = max(run.protocol.images, images.get(run.setup, 0))
+    for setup, most in images.items():
+        untrained = zoo.create(setup.model, pretrained=False, **dict(setup.model_args))
+        open_source(setup.data, setup.root, untrained).check_counts(most, setup.eval_images)
+
+
 def benchmark(wanted: Sequence[Run], out: Path) -> int:
     """Run what is not in the file yet, and what failed there; return how many runs failed.
 
     Raises:
-        JBRError: A model, or its images, cannot be had; the file is not one of lines.
+        ArgumentError: The data do not have so many images, or a model does not take its arguments.
+        DataError: The file is not one of lines of this script; data cannot be opened.
     """
     failed = 0
+    check([run for run in wanted if not is_done(run, out)])
     mend(out)
     for number, run in enumerate(wanted, 1):
-        done = {line["key"] for line in lines(out) if "failed" not in line}
-        if done.issuperset(run.keys().values()):
+        if is_done(run, out):
             continue
         label = f"{number}/{len(wanted)} {run.setup.model} {run.setup.data} {run.name} {run.criterion} seed {run.seed}"
-        opened(run.setup)
         try:
             for record in records(run):
                 append(out, [record])
-        except Exception as error:  # whatever a criterion does on a model that it does not suit: the others go on
+        except Exception as error:  # whatever a model holds, or a criterion does on it: the others go on
             failed += 1
             append(out, failures(run, error))
             print(f"{label}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -271,9 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print("\n".join(f"{run.setup.model} {run.name} {run.criterion} seed {run.seed}" for run in chosen))
         return
-    if wanted["threads"]:
-        torch.set_num_threads(wanted["threads"])
     try:
+        use_threads(wanted["threads"])
         failed = benchmark(chosen, args.out)
     except JBRError as error:
         raise SystemExit(f"benchmark.py: {error}") from error

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from jbrprune.errors import DataError
+import torch
+
+from jbrprune.errors import ArgumentError, DataError
 
 
 def lines(path: Path) -> list[dict]:
@@ -23,6 +25,46 @@ def lines(path: Path) -> list[dict]:
     with path.open() as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # nobody is in the middle of a line
         return _parsed(path, _complete(file.read()))
+
+
+def cut(path: Path) -> int:
+    """How many characters there are of a last line that was not written to its end."""
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        found = file.read()
+    return max(0, len(found) - len(_complete(found)))  # a line that lacks its end of line only is whole
+
+
+def done(path: Path, field: str) -> set[str]:
+    """Keys of the lines of a file that did not fail.
+
+    Args:
+        path: The file.
+        field: What all lines have that the calling script writes, and those of others have not.
+
+    Raises:
+        DataError: A line is of another script, or no JSON object.
+    """
+    found = lines(path)
+    for number, line in enumerate(found, 1):
+        if not {"key", field} <= line.keys():
+            raise DataError(
+                f"{path}, line {number} is of another script: it has no key or no {field!r}. Choose another --out."
+            )
+    return {line["key"] for line in found if "failed" not in line}
+
+
+def use_threads(number: int | None) -> None:
+    """So many threads; None: as many as there are.
+
+    Raises:
+        ArgumentError: Fewer than one.
+    """
+    if number is None:
+        return
+    if number < 1:
+        raise ArgumentError(f"threads must be at least 1, got {number}.")
+    torch.set_num_threads(number)
 
 
 def mend(path: Path) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import lines
+from common import cut, lines
 
 from jbrprune.errors import ArgumentError
 
 CONTEXT = (
     *("model", "weights", "model_args", "data", "protocol", "kind", "repair", "steps", "options"),
-    *("images", "eval_images", "batch_size"),
+    *("images", "eval_images", "batch_size", "data_digest", "from_dense", "budgets"),
 )
 """Curves are compared that agree in these."""
 COSTS = ("macs", "params", "sparsity", "latency")
@@ -38,7 +39,7 @@ def read(paths: Sequence[Path]) -> pd.DataFrame:
     if not found:
         raise ArgumentError(f"{' and '.join(map(str, paths))}: every run failed. {failures(paths)[0]}")
     frame = pd.DataFrame(found)
-    for name in ("model_args", "options"):
+    for name in ("model_args", "options", "budgets"):
         frame[name] = [json.dumps(value, sort_keys=True) for value in frame[name]]
     frame["steps"] = ["auto" if pd.isna(steps) else str(int(steps)) for steps in frame["steps"]]
     timed = frame.reindex(columns=["latency_ms", "dense_latency_ms"]).apply(pd.to_numeric)
@@ -61,14 +62,34 @@ def failures(paths: Sequence[Path], criteria: Sequence[str] | None = None) -> li
     return [f"Left out, it failed: {what} ({count} budgets)" for what, count in found.items()]
 
 
+def unfinished(paths: Sequence[Path]) -> list[str]:
+    """One sentence for every file whose last line was not written to its end."""
+    return [
+        f"{path}: the last line was cut in the middle ({n} characters); left out." for path in paths if (n := cut(path))
+    ]
+
+
+def tell(sentences: Sequence[str]) -> None:
+    """To standard error, one line each."""
+    for sentence in sentences:
+        print(sentence, file=sys.stderr)
+
+
 def _latest(paths: Sequence[Path]) -> list[dict]:
     """All lines, the last one of each key; one of a result before one of a failure."""
     for path in paths:
         if not path.is_file():
             raise ArgumentError(f"There is no file {path}.")
     found = [line for path in paths for line in lines(path)]
-    if not found or not all("key" in line for line in found):
+    if not found:
+        raise ArgumentError(" ".join([f"{' and '.join(map(str, paths))}: no whole line yet.", *unfinished(paths)]))
+    if not all({"key", "protocol"} <= line.keys() for line in found):
         raise ArgumentError(f"{' and '.join(map(str, paths))}: expected lines written by benchmark.py.")
+    if not all("budgets" in line for line in found):
+        raise ArgumentError(
+            f"{' and '.join(map(str, paths))}: lines of an older benchmark.py, which do not say through which budgets "
+            "a model went, so that different ways would be averaged. Measure them again."
+        )
     latest = {line["key"]: line for line in sorted(found, key=lambda line: "failed" not in line)}
     return list(latest.values())
 
@@ -95,10 +116,12 @@ def contexts(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     for values, rows in frame.groupby(list(CONTEXT), sort=False, dropna=False):
         _check_apart(rows)
         own = dict(zip(CONTEXT, values, strict=True))
+        way = "each budget from the dense model" if own["from_dense"] else f"through budgets {own['budgets'][1:-1]}"
         dense = f", dense accuracy {rows['dense_accuracy'].iloc[0]:.2%}" if rows["dense_accuracy"].notna().all() else ""
         yield (
             f"{own['model']} ({own['weights']}) on {own['data']}, protocol {own['protocol']}: repair {own['repair']}, "
-            f"steps {own['steps']}, {own['images']} calibration and {own['eval_images']} evaluation images{dense}",
+            f"steps {own['steps']}, {way}, {own['images']} calibration and {own['eval_images']} evaluation images"
+            f"{dense}",
             rows,
         )
 

@@ -12,23 +12,25 @@ Or models that are pruned already, saved by `PruneResult.save`:
 
 `--model` and `--weights` are the dense model: the teacher, and what agreement is with. Optimiser, schedule and
 augmentation are timm's, as in train_reference.py. ``--work`` holds the pruned models, the state after every epoch, and
-the fine-tuned models; a call that is made again goes on where it stopped. Only criteria that need labels see any while
+the fine-tuned models; a call that is made again goes on where it stopped. What fails leaves a line that says why, is
+tried again by the next call, and makes the exit code 1; the others go on. Only criteria that need labels see any while
 pruning.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from augment import open_training
-from benchmark import calibrated, described_here, opened
-from common import append, lines, mend, parsed
+from benchmark import calibrated, described_here, loaded, opened, reason
+from common import append, done, mend, parsed, use_threads
 from plan import Setup, digest, setup_named
 from torch import nn
 from train_reference import add_training_arguments, augmentation_of, recipe_of
@@ -38,6 +40,7 @@ from baselines import CRITERIA, LABELS
 from jbrprune import checkpoint as files
 from jbrprune import guest, load, prune
 from jbrprune.batches import Batch
+from jbrprune.budget import Budget
 from jbrprune.cost import count_macs
 from jbrprune.errors import JBRError
 from jbrprune.measure import agreement_on, parameters_of
@@ -49,31 +52,38 @@ from jbrprune.variants import variant
 HOW = ("plain", "distil")
 
 
-def pruned_models(args: argparse.Namespace, setup: Setup) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Directories of pruned models, made where they are not there yet, with what a line says of each."""
+def models(args: argparse.Namespace, setup: Setup) -> list[tuple[Path, dict[str, Any]]]:
+    """Directories of pruned models, of which those of criteria may not be there yet, with what a line says of each.
+
+    Raises:
+        CheckpointError: One that should be there is not.
+    """
+    found = []
     for path in args.pruned or ():
         report = files.describe(path).report or {}
         how = report.get("settings", {})
-        yield path, {"criterion": how.get("criterion", how.get("objective")), "budget": report.get("budget")}
+        found.append((path, {"criterion": how.get("criterion", how.get("objective")), "budget": report.get("budget")}))
     for name in args.criterion or ():
         what = {"criterion": name, "budget": {"macs": args.macs}, "images": args.images, "repair": args.repair}
         what |= {"prune_seed": args.prune_seed}
-        path = args.work / f"{name}-{digest([setup_named(setup), what])}"
-        if not path.exists():
-            batches = calibrated(setup, args.images, args.prune_seed)
-            batches = batches if name in LABELS else [Batch(batch.images) for batch in batches]
-            prune(
-                opened(setup).model,
-                batches,
-                macs=args.macs,
-                criterion=variant(name, CRITERIA),
-                repair=None if args.repair == "none" else args.repair,
-                images=None,
-                seed=args.prune_seed,
-                measure_latency=False,
-                progress=False,
-            ).save(path)
-        yield path, what
+        found.append((args.work / f"{name}-{digest([setup_named(setup), what])}", what))
+    return found
+
+
+def make(args: argparse.Namespace, setup: Setup, path: Path, name: str) -> None:
+    """Prune by a criterion, and save."""
+    batches = calibrated(setup, args.images, args.prune_seed)
+    prune(
+        opened(setup).model,
+        batches if name in LABELS else [Batch(batch.images) for batch in batches],
+        macs=args.macs,
+        criterion=variant(name, CRITERIA),
+        repair=None if args.repair == "none" else args.repair,
+        images=None,
+        seed=args.prune_seed,
+        measure_latency=False,
+        progress=False,
+    ).save(path)
 
 
 def finetuned(
@@ -144,23 +154,52 @@ def key_of(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> str:
     return digest([setup_named(setup), weights, settings, args.eval_images])
 
 
-def run(args: argparse.Namespace) -> None:
-    """Everything that is not in the file yet."""
+def is_done(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> bool:
+    """Whether its line is there."""
+    there = done(args.out, "how")
+    return path.exists() and key_of(args, setup, path, how) in there
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything that is not in the file yet, and what failed there; returns how many failed.
+
+    Raises:
+        JBRError: What was asked for is impossible for all of them.
+    """
     given = {key: value for pair in args.model_arg for key, value in parsed(pair).items()}
     places = {"weights": args.weights, "root": args.root, "eval_images": args.eval_images, "device": args.device}
     setup = Setup.of(args.model, args.data, given, **places, workers=args.workers)
     for name in args.criterion or ():
         variant(name, CRITERIA)
+    Budget.of(macs=args.macs)
+    wanted = list(product(models(args, setup), args.how))
     args.work.mkdir(parents=True, exist_ok=True)
+    if not all(is_done(args, setup, path, how) for (path, _), how in wanted):
+        source = loaded(setup)[1]
+        source.check_labels("training")
+        source.check_counts(args.images if args.criterion else None, args.eval_images)
     mend(args.out)
-    for path, what in pruned_models(args, setup):
-        for how in args.how:
-            key = key_of(args, setup, path, how)
-            if key in {line["key"] for line in lines(args.out)}:
-                continue
-            line = finetuned(args, setup, path, what, how, key)
-            append(args.out, [line])
-            print(f"{what['criterion']} {how}: {line['accuracy_before']:.4f} -> {line['accuracy']:.4f}", flush=True)
+    return sum(not tried(args, setup, path, what, how) for (path, what), how in wanted)
+
+
+def tried(args: argparse.Namespace, setup: Setup, path: Path, what: dict[str, Any], how: str) -> bool:
+    """Add the line of one model and one way, unless it is there; or one that says why there is none."""
+    key = digest([path.name, how, asdict(recipe_of(args))])  # of a failure before there is a pruned model
+    try:
+        if not path.exists():
+            make(args, setup, path, what["criterion"])
+        if is_done(args, setup, path, how):
+            return True
+        key = key_of(args, setup, path, how)
+        line = finetuned(args, setup, path, what, how, key)
+    except Exception as error:  # a loss that is NaN, a criterion that does not suit the model: the others go on
+        shared = {**setup_named(setup), **what, "how": how, **described_here()}
+        append(args.out, [plain({"key": key, **shared, "failed": reason(error)})])
+        print(f"{what['criterion']} {how}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return False
+    append(args.out, [line])
+    print(f"{what['criterion']} {how}: {line['accuracy_before']:.4f} -> {line['accuracy']:.4f}", flush=True)
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -188,12 +227,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
     add_training_arguments(parser, lr=0.02)
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
-        run(args)
+        use_threads(args.threads)
+        number = run(args)
     except JBRError as error:
         raise SystemExit(f"finetune.py: {error}") from error
+    if number:
+        raise SystemExit(f"finetune.py: {number} failed; {args.out} says why.")
 
 
 if __name__ == "__main__":

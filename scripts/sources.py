@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,16 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from jbrprune.batches import Batch, materialise
-from jbrprune.data import FASHION_MEAN, FASHION_STD, PREFIXES, fashion_mnist, open_data
+from jbrprune.data import (
+    FASHION_MEAN,
+    FASHION_STD,
+    PREFIXES,
+    fashion_mnist,
+    idx_file,
+    images_below,
+    open_data,
+    unpacked,
+)
 from jbrprune.demo_data import DIGITS_MEAN, DIGITS_STD, LITE0_MEAN, LITE0_STD, crops, digits
 from jbrprune.errors import ArgumentError, DataError, unknown
 
@@ -37,6 +48,8 @@ CROPS = 1024
 """Of the photographs to calibrate on; half as many of the others to measure on."""
 STREAMED = 10
 """Of a stream, images are drawn from the first so many times as many."""
+IDX = tuple(f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
+"""Files of Fashion-MNIST."""
 MEASURED = ("val", "validation", "test")
 """Folders beside ``train`` that images to measure on are in, the first that is there."""
 
@@ -55,22 +68,47 @@ class Source:
     train: Dataset
     test: Dataset
 
+    @functools.cached_property
+    def labelled(self) -> bool:
+        """Whether the images to calibrate on come with labels; one is read."""
+        first = next(iter(self.train), None)
+        return isinstance(first, tuple | list) and len(first) > 1
+
+    def check_labels(self, what: str) -> None:
+        """Refuse images without labels, before they are read.
+
+        Raises:
+            DataError: There are none; the message says what needs them.
+        """
+        if not self.labelled:
+            raise DataError(f"The data {self.name!r} have no labels, which {what} needs.")
+
     def calibration(self, count: int, seed: int, workers: int) -> list[Batch]:
         """So many images at random, the same for the same seed."""
         if isinstance(self.train, IterableDataset):
             return materialise(_drawn(self.train, count, seed), images=None, batch_size=64)
+        self.check_counts(count, None)
         order = torch.randperm(_count(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
-        return self._read(self.train, "calibration", order, count, workers)
+        return self._read(self.train, order, count, workers)
 
     def measured(self, count: int | None, workers: int) -> list[Batch]:
         """The first images to measure on; None: all."""
         if isinstance(self.test, IterableDataset):
             return materialise(self.test, images=count, batch_size=64)
-        return self._read(self.test, "evaluation", range(_count(self.test)), count, workers)
+        self.check_counts(None, count)
+        return self._read(self.test, range(_count(self.test)), count, workers)
 
-    def _read(self, data: Dataset, what: str, order: Sequence[int], count: int | None, workers: int) -> list[Batch]:
-        if count is not None and not 1 <= count <= len(order):
-            raise DataError(f"{self.name} has {len(order)} images for {what}, {count} were asked for.")
+    def check_counts(self, calibration: int | None, measured: int | None) -> None:
+        """Refuse numbers of images that there are not; how many a stream has is not known before it is read.
+
+        Raises:
+            ArgumentError: There are fewer.
+        """
+        for data, what, count in ((self.train, "calibration", calibration), (self.test, "evaluation", measured)):
+            if count is not None and not isinstance(data, IterableDataset) and not 1 <= count <= _count(data):
+                raise ArgumentError(f"{self.name} has {_count(data)} images for {what}, {count} were asked for.")
+
+    def _read(self, data: Dataset, order: Sequence[int], count: int | None, workers: int) -> list[Batch]:
         chosen = Subset(data, list(order[:count]))
         loader = DataLoader(chosen, 64, num_workers=workers, generator=torch.Generator())
         return materialise(loader, images=None, batch_size=64)
@@ -114,9 +152,7 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
     if name == PHOTOGRAPHS:
         return Source(name, _crops("calibration", CROPS, model), _crops("heldout", CROPS // 2, model))
     if name == "fashion_mnist":
-        if root is None:
-            raise ArgumentError("fashion_mnist is read from its IDX files: pass their folder as root.")
-        return Source(name, *(TensorDataset(*fashion_mnist(root, train=part)) for part in (True, False)))
+        return Source(name, *(TensorDataset(*fashion_mnist(idx_folder(root), train=part)) for part in (True, False)))
     folder = folder_of(name, root)
     if folder is not None and (below := _below(folder)) is not None:
         return Source(name, *(_pictures(str(folder / part), model) for part in ("train", below)))
@@ -126,6 +162,17 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
         return Source(name, *(Subset(both, order[start::2]) for start in (0, 1)))
     full = ALIASES.get(name, name)
     return Source(name, *(_pictures(full, model, root=root, split=part) for part in ("train", "validation")))
+
+
+def idx_folder(root: str | None) -> str:
+    """The root, which ``fashion_mnist`` needs.
+
+    Raises:
+        ArgumentError: There is none.
+    """
+    if root is None:
+        raise ArgumentError("fashion_mnist is read from its IDX files: pass their folder as root.")
+    return root
 
 
 def folder_of(name: str, root: str | None) -> Path | None:
@@ -140,6 +187,44 @@ def folder_of(name: str, root: str | None) -> Path | None:
         return None
     folder = Path(root if name == IMAGENET else name).expanduser()  # type: ignore[arg-type]
     return folder if folder.is_dir() else None
+
+
+def data_digest(name: str, root: str | None) -> str | None:
+    """What tells apart data that are called alike; None for packaged ones.
+
+    Of folders the names and sizes of images (their content takes hours to read), of IDX files the content, of stored
+    data sets their place: what is stored there goes by its name.
+
+    Raises:
+        ArgumentError: No place is given, but needed.
+        DataError: There are no images, or no files.
+    """
+    if name == "fashion_mnist":
+        found = hashlib.sha256()
+        for file in IDX:
+            found.update(unpacked(idx_file(idx_folder(root), file)))
+        return f"content:{found.hexdigest()[:16]}"
+    folder = folder_of(name, root)
+    if folder is not None:
+        below = _below(folder)
+        return names_digest(folder) if below is None else names_digest(folder, "train", below)
+    if root is None or name in (*NORMALISED, PHOTOGRAPHS):
+        return None
+    return f"place:{_sha256(str(Path(root).expanduser().resolve()))}"
+
+
+def names_digest(folder: Path, *parts: str) -> str:
+    """Of names and sizes of the images in a folder, or in some parts of it.
+
+    Raises:
+        DataError: There are none.
+    """
+    paths = [path for part in parts or ("",) for path in images_below(folder / part)]
+    return f"names:{_sha256(chr(10).join(sorted(f'{p.relative_to(folder)} {p.stat().st_size}' for p in paths)))}"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def train_folder(name: str, root: str | None) -> Path | None:

@@ -10,14 +10,28 @@ stays empty.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from curves import COSTS, EQUAL, METRICS, areas, contexts, cost_of, curves, differences, failures, only, read, value
+from curves import (
+    COSTS,
+    EQUAL,
+    METRICS,
+    areas,
+    contexts,
+    cost_of,
+    curves,
+    differences,
+    failures,
+    only,
+    read,
+    tell,
+    unfinished,
+    value,
+)
 
 from baselines.torch_pruning_shipped import KNOWN_FAULTS
 from jbrprune.errors import JBRError
@@ -214,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         left_out = failures(args.lines, args.criterion)
     except JBRError as error:
         raise SystemExit(f"table.py: {error}") from error
-    print("\n".join(left_out), end="\n" if left_out else "", file=sys.stderr)
+    tell([*left_out, *unfinished(args.lines)])
     if left_out and args.format == "markdown":
         text += "\n\n" + "\n".join(f"- {sentence}" for sentence in left_out)
     if args.out:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from augment import AUGMENTATIONS, Augmentation, open_training
-from common import commit, parsed
+from common import commit, parsed, use_threads
 from plan import model_arguments
 from safetensors.torch import save_file
 from sources import open_source
@@ -32,6 +32,7 @@ from training import Recipe, cross_entropy, train
 from jbrprune import zoo
 from jbrprune.atomic import replacing
 from jbrprune.batches import with_reference
+from jbrprune.commands.options import device_named
 from jbrprune.errors import JBRError
 from jbrprune.measure import agreement_on, predict
 from jbrprune.runs import provenance
@@ -140,9 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="file for the weights (.safetensors)")
     add_training_arguments(parser)
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
+        use_threads(args.threads)
+        device_named(args.device)
         facts = trained(args)
     except JBRError as error:
         raise SystemExit(f"train_reference.py: {error}") from error

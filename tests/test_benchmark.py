@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +256,42 @@ def test_budgets_that_start_from_the_dense_model_stand_alone() -> None:
     assert keys("budget", [0.8, 0.6])[0.6] != keys("budget", [0.6])[0.6]
 
 
+def test_the_order_of_budgets_does_not_matter() -> None:
+    (one,), (other,) = (
+        plan.runs(wanted(budgets=budgets, criterion=["l1"], seeds=[0])) for budgets in ([0.5, 0.9], [0.9, 0.5, 0.9])
+    )
+    assert one.keys() == other.keys()
+    assert list(one.keys()) == [0.9, 0.5]  # as they are reached
+
+
+def test_data_are_known_by_what_they_are(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(data: str, root: Path | None = None) -> str:
+        given = {"data": [data], "root": root and str(root), "criterion": ["l1"], "seeds": [0], "budgets": [0.5]}
+        (only,) = plan.runs(wanted(**given))
+        return only.keys()[0.5]
+
+    monkeypatch.chdir(pictures.parent)
+    here = key(str(pictures))
+    assert here == key(pictures.name) == key(f"./{pictures.name}/")
+    copied, other = (Path(shutil.copytree(pictures, tmp_path / name)) for name in "ab")
+    next((other / "val").rglob("*.png")).write_bytes(b"another size")
+    (copied / "notes.txt").write_text("no image")
+    (copied / "train.tar").write_text("not read either")
+    assert key("imagenet", pictures) == key("imagenet", copied) != key("imagenet", other)
+    for number, folder in enumerate((tmp_path / "c", tmp_path / "d", tmp_path / "e")):
+        folder.mkdir()
+        for name in sources.IDX:
+            content = name.encode() + bytes([number // 2])
+            packed = gzip.compress(content) if number else content
+            (folder / f"{name}{'.gz' if number else ''}").write_bytes(packed)
+    assert key("fashion_mnist", tmp_path / "c") == key("fashion_mnist", tmp_path / "d")
+    assert key("fashion_mnist", tmp_path / "c") != key("fashion_mnist", tmp_path / "e")
+    assert key("torch/cifar10", tmp_path / "c") != key("torch/cifar10", tmp_path / "d")
+    assert key("digits") == key("digits", tmp_path)
+    with pytest.raises(DataError, match="holds no train-images"):
+        key("fashion_mnist", pictures)
+
+
 def test_weights_in_a_file_are_known_by_their_content(tmp_path: Path) -> None:
     def key(name: str, content: bytes) -> str:
         (tmp_path / name).write_bytes(content)
@@ -425,9 +464,65 @@ def test_labels_that_are_missing(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="1 of 2 runs failed"):
         run(tmp_path / "out", "--criterion", "taylor", "jbr", base=base)
     failed, made = common.lines(tmp_path / "out")
-    assert failed["failed"].startswith("DataError: Criterion 'taylor' needs labels")
+    assert failed["failed"] == f"DataError: The data '{flat}' have no labels, which criterion 'taylor' needs."
     assert (made["criterion"], made["accuracy"]) == ("jbr", None)
     assert made["agreement"] is not None
+
+
+def test_a_model_that_is_not_finite_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One NaN among its weights: every run of it says so after one look, the next model is measured."""
+    made, seen = benchmark.created, []
+
+    def broken(setup: plan.Setup) -> nn.Module:
+        seen.append(setup.model)
+        model = made(setup)
+        if setup.model == "test_vit":
+            next(model.parameters()).data.view(-1)[0] = float("nan")
+        return model
+
+    monkeypatch.setattr(benchmark, "created", broken)
+    base = ["--model", "test_vit", "test_resnet", "--data", "photographs", "--weights", "random", "--images", "4"]
+    monkeypatch.setattr(sources, "CROPS", 8)
+    few = ["--eval-images", "2", "--criterion", "l1", "random", "--budgets", "0.8", "--steps", "1", "--seeds", "0"]
+    with pytest.raises(SystemExit, match="2 of 4 runs failed"):
+        run(tmp_path / "out", *few, base=base)
+    assert seen == ["test_vit", "test_resnet"]
+    first, second, *others = common.lines(tmp_path / "out")
+    assert first["failed"] == second["failed"]
+    assert first["failed"].startswith("NonFiniteError: ")
+    assert capsys.readouterr().err.count(first["failed"]) == 2
+    assert [line["model"] for line in others] == ["test_resnet"] * 2
+    assert not any("failed" in line for line in others)
+
+
+def test_missing_labels_are_found_before_the_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "CROPS", 8)
+    monkeypatch.setattr(benchmark, "predict", lambda *_: pytest.fail("the model ran"))
+    base = ["--model", "test_resnet", "--data", "photographs", "--weights", "random", "--images", "5", "--seeds", "0"]
+    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
+        run(tmp_path / "out", "--criterion", "taylor", "--budgets", "0.8", base=base)
+    (line,) = common.lines(tmp_path / "out")
+    assert line["failed"] == "DataError: The data 'photographs' have no labels, which criterion 'taylor' needs."
+
+
+def test_a_file_of_other_lines_is_not_added_to(tmp_path: Path) -> None:
+    out = tmp_path / "lines.jsonl"
+    for text, number in (
+        ('{"model": "a"}\n', 1),
+        ('{"key": "a", "protocol": "b"}\n{"key": "c", "how": "plain"}\n{"h', 2),
+    ):
+        out.write_text(text)
+        with pytest.raises(SystemExit, match=f"line {number} is of another script.*Choose another --out"):
+            run(out, "--criterion", "l1")
+        assert out.read_text() == text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--device 'cuda' cannot be used: [^\n]*Devices here: cpu\.$"):
+        run(tmp_path / "out", "--device", "cuda")
 
 
 @pytest.mark.parametrize(
@@ -435,18 +530,34 @@ def test_labels_that_are_missing(pictures: Path, tmp_path: Path) -> None:
     [
         (["--protocol", "papper"], "did you mean 'paper'"),
         (["--criterion", "tailor"], "did you mean 'taylor'"),
-        (["--protocol", "unstructured", "--criterion", "fpgm"], "known are magnitude"),
+        (
+            ["--protocol", "unstructured", "--criterion", "hrank"],
+            "'hrank' ranks channels, protocol 'unstructured' prunes",
+        ),
+        (["--protocol", "unstructured", "--criterion", "hrank"], "single weights. It takes magnitude, lamp, "),
+        (["--criterion", "magnitude"], "ranks single weights, protocol 'budget' prunes channels. It takes jbr, "),
+        (["--protocol", "unstructured", "--criterion", "magnitud"], "did you mean 'magnitude'"),
         (["--data", "imagnet"], "Unknown data 'imagnet'; did you mean 'imagenet'"),
         (["--data", "imagenet"], "pass it as root"),
         (["--data", "fashon_mnist"], "did you mean 'fashion_mnist'"),
         (["--criterion", "jbr_publised"], "did you mean 'jbr_published'"),
         (["--repair", "batchnorm"], "did you mean 'batch_norm'"),
         (["--model", "resnet10x"], "resnet10"),
+        (["--model", "test_resnet", "resnet10x"], "resnet10"),  # before the first one's runs
+        (["--model", "test_resnet", "test_vit"], "timm cannot make 'test_vit' with"),
+        (["--weights", "trained", "--data", "photographs"], "'trained' are there for digits only"),
         (["--weights", "missing.pth"], "weights must be"),
         (["--data", "cifar10"], "torch/cifar10"),
         (["--data", "fashion_mnist"], "pass their folder as root"),
         (["--shard", "3/2"], "--shard must be i/n"),
         (["--images", "0"], "images must be at least 1, got 0"),
+        (["--images", "999999"], "digits has 1297 images for calibration, 999999 were asked for"),
+        (["--eval-images", "501"], "digits has 500 images for evaluation, 501 were asked for"),
+        (["--budgets", "0.5", "1.5"], "macs must satisfy 0 < macs < 1"),
+        (["--budgets", "0.0", "--protocol", "unstructured"], "sparsity must satisfy 0 < sparsity < 1"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--device", "nonsense"], "--device 'nonsense' cannot be used: "),
         (["--config", "missing.yaml"], "cannot be read as YAML"),
     ],
 )
@@ -456,6 +567,7 @@ def test_unknown_names_are_one_sentence(arguments: list[str], words: str, tmp_pa
     message = str(caught.value)
     assert words in message
     assert "\n" not in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_entry_of_a_configuration(tmp_path: Path) -> None:
@@ -522,7 +634,7 @@ def test_folders_are_read_apart(pictures: Path) -> None:
     batches = [*halves.calibration(9, 0, 0), *halves.measured(None, 0)]
     greys = [round(grey, 4) for batch in batches for grey in batch.images.mean((1, 2, 3)).tolist()]
     assert len(set(greys)) == 18  # all different: disjoint
-    with pytest.raises(DataError, match="12 images for evaluation, 13 were asked for"):
+    with pytest.raises(ArgumentError, match="12 images for evaluation, 13 were asked for"):
         source.measured(13, 0)
 
 
@@ -550,8 +662,8 @@ def test_photographs_for_the_model_that_reads_them(monkeypatch: pytest.MonkeyPat
     (batch,) = sources.open_source("photographs", None, timm.create_model("resnet10t")).measured(None, 0)
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     assert torch.allclose(batch.images, (crops("heldout", count=4) * 0.5 + 0.5 - mean) / std, atol=1e-5)
-    with pytest.raises(ArgumentError, match="tf_efficientnet_lite0, not of test_resnet"):
-        benchmark.created(plan.runs(wanted(weights="packaged", criterion=["l1"], seeds=[0]))[0].setup)
+    with pytest.raises(ArgumentError, match="'packaged' are there for tf_efficientnet_lite0 only, not for test_resnet"):
+        plan.runs(wanted(weights="packaged"))
 
 
 def test_cifar_from_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,6 +739,7 @@ def synthetic(path: Path, rows: list[tuple[str, int, float, float]], **more: obj
     base = {
         **{"model": "m", "weights": "w", "model_args": {}, "data": "d", "protocol": "budget", "kind": "macs"},
         **{"repair": "auto", "steps": None, "options": {}, "images": 8, "eval_images": 8, "batch_size": 4},
+        **{"from_dense": True, "budgets": None, "data_digest": None},
         **{"dense_accuracy": 0.9, "dense_macs": 1000, "dense_params": 100, "nonzero": None, "sparsity": None},
         **{"agreement": 1.0, "kl": 0.0, "unrepaired_accuracy": 0.5, "unrepaired_agreement": 0.5, "commit": "c"},
     }
@@ -722,6 +835,36 @@ def test_what_would_be_averaged_without_meaning_is_refused(change: dict, words: 
         plot.figure(frame, "macs", "accuracy")
 
 
+def test_ways_through_different_budgets_are_not_averaged(tmp_path: Path) -> None:
+    """The same budget, reached directly or through another, is in two tables that say so."""
+    out = tmp_path / "lines.jsonl"
+    paper = ("--protocol", "paper", "--criterion", "random")
+    run(out, *paper, "--seeds", "0", "--budgets", "0.7")
+    lines = run(out, *paper, "--seeds", "1", "--budgets", "0.7", "0.8")
+    assert [line["budgets"] for line in lines] == [[0.7], [0.8, 0.7], [0.8, 0.7]]
+    made = table.tables(curves.read([out]), "macs", "accuracy", [0.9])
+    assert [one.cells["seeds"].tolist() for one in made] == [[1], [1]]
+    assert "through budgets 0.7, 32 calibration" in made[0].title
+    assert "through budgets 0.8, 0.7, 32 calibration" in made[1].title
+    assert "budgets ([0.7], [0.8, 0.7])" in made[0].notes[-1]
+
+
+def test_ways_from_the_dense_model_and_from_budget_to_budget_are_not_averaged(tmp_path: Path) -> None:
+    synthetic(tmp_path / "l", [("a", 0, 0.5, 0.6)])
+    synthetic(tmp_path / "k", [("a", 1, 0.5, 0.6)], key="x", from_dense=False, budgets=[0.5])
+    one, other = table.tables(curves.read([tmp_path / "l", tmp_path / "k"]), "macs", "accuracy", None)
+    assert "each budget from the dense model" in one.title
+    assert "through budgets 0.5," in other.title
+
+
+def test_lines_that_do_not_say_their_budgets_are_refused(tmp_path: Path) -> None:
+    synthetic(tmp_path / "l", [("a", 0, 0.5, 0.6)])
+    (line,) = common.lines(tmp_path / "l")
+    (tmp_path / "l").write_text(json.dumps({name: value for name, value in line.items() if name != "budgets"}) + "\n")
+    with pytest.raises(ArgumentError, match=r"older benchmark\.py.*Measure them again"):
+        curves.read([tmp_path / "l"])
+
+
 def test_a_line_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     synthetic(tmp_path / "l", [("a", 0, 0.5, 0.6)])
     assert len(curves.read([tmp_path / "l", tmp_path / "l"])) == 1
@@ -754,7 +897,8 @@ def test_area_is_a_mean_over_the_common_range(tmp_path: Path) -> None:
     assert made.loc["a", "area"] == pytest.approx(first)
     assert made.loc["b", "area"] == pytest.approx(0.6)
     assert made.loc["a", "scoring_seconds"] == pytest.approx(1.5)  # 3 seconds for 2 scorings
-    assert list(made.index) == ["a", "b"] if first > 0.6 else ["b", "a"]
+    assert first > 0.6  # so that
+    assert list(made.index) == ["a", "b"]
 
 
 def test_a_table_with_areas(tmp_path: Path) -> None:
@@ -769,15 +913,52 @@ def test_a_table_with_areas(tmp_path: Path) -> None:
 
 def test_the_figure(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot.main([str(measured), "--out", str(tmp_path / "a.png")])
-    text = capsys.readouterr().out
-    assert "jbr" in text
-    assert "scoring_seconds" in text
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "jbr" in shown.out
+    assert "scoring_seconds" in shown.out
     with Image.open(tmp_path / "a.png") as image:
         assert image.width > 1000
     left, middle, right = plot.figure(curves.read([measured]), "macs", "accuracy").axes
     assert left.xaxis_inverted()
     assert {label.get_text() for label in middle.get_yticklabels()} == {"jbr", "tp_taylor"}
     assert right.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("at", curves.COSTS)
+def test_a_figure_at_every_cost(at: str, tmp_path: Path) -> None:
+    timed = {"latency_ms": 3.0, "dense_latency_ms": 6.0, "sparsity": 0.4, "nonzero": 60, "kind": "sparsity"}
+    timed |= {"kind": "macs"} if at == "macs" else {}
+    frame = synthetic(tmp_path / "l", [("a", 0, 0.5, 0.5), ("b", 0, 0.5, 0.6)], **timed)
+    left = plot.figure(frame, at, "accuracy").axes[0]
+    assert left.get_xlabel() == plot.LABEL[at]
+    assert left.xaxis_inverted() == (at != "sparsity")
+    assert plot.LABEL[at] in plot.text(frame, at, "accuracy")
+
+
+@pytest.mark.parametrize("main", [table.main, plot.main])
+def test_a_half_line_is_told(
+    main: Callable, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "lines.jsonl", ["--out", str(tmp_path / "out.png")]
+    half = '{"key": "half a li'
+    path.write_text(measured.read_text() + half)
+    main([str(path), *out])
+    assert (
+        capsys.readouterr().err == f"{path}: the last line was cut in the middle ({len(half)} characters); left out.\n"
+    )
+    path.write_text(measured.read_text().rstrip("\n"))  # whole but for its end of line
+    main([str(path), *out])
+    assert capsys.readouterr().err == ""
+    path.write_text(half)
+    with pytest.raises(SystemExit, match=r"no whole line yet\. .*cut in the middle \(18 characters\)"):
+        main([str(path), *out])
+    path.write_text("")
+    with pytest.raises(SystemExit, match=r"no whole line yet\.$"):
+        main([str(path), *out])
+    path.write_text('{"key": "a", "how": "plain"}\n')
+    with pytest.raises(SystemExit, match=r"expected lines written by benchmark\.py"):
+        main([str(path), *out])
 
 
 @pytest.mark.parametrize("main", [table.main, plot.main])

@@ -108,5 +108,8 @@ def device_named(name: str | None) -> torch.device:
         device = torch.device(name or (cuda if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise ArgumentError(
+            f"--device {name!r} cannot be used: {str(error).splitlines()[0]} Devices here: {there}."
+        ) from error
     return device
