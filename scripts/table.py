@@ -37,6 +37,7 @@ from baselines.torch_pruning_shipped import KNOWN_FAULTS
 from jbrprune.errors import JBRError
 
 MARK = "~"
+LABELS = "(L)"
 PERCENT = tuple(metric for metric in METRICS if metric != "kl")
 
 
@@ -49,6 +50,7 @@ class Table:
         cells: One row per criterion and cost: criterion, cost, mean, deviation, seeds, interpolated.
         notes: What a reader ought to know.
         faults: Criterion -> its known fault; footnotes.
+        labelled: Criteria that were shown labels.
         areas: Criterion -> area under its curve, mean and deviation over seeds, the largest first; None: not asked for.
     """
 
@@ -56,6 +58,7 @@ class Table:
     cells: pd.DataFrame
     notes: tuple[str, ...]
     faults: dict[str, str]
+    labelled: frozenset[str] = frozenset()
     areas: pd.DataFrame | None = None
 
 
@@ -93,7 +96,9 @@ def tables(
         if summed is not None:
             low, high = summed[["low", "high"]].iloc[0]
             notes += (f"area: mean over {at} from {low:.3f} to {high:.3f}, which all runs of this table cover.",)
-        found.append(Table(title, cells, notes, faults, summed))
+        labelled = frozenset(rows["criterion"][rows["labels"].astype(bool)])
+        notes += (f"{LABELS}: sees labels.",) if labelled else ()
+        found.append(Table(title, cells, notes, faults, labelled, summed))
     return found
 
 
@@ -135,12 +140,18 @@ def _notes(rows: pd.DataFrame, cells: pd.DataFrame, at: str, metric: str) -> tup
 # --- formats ---------------------------------------------------------------------------------------
 
 
+def order_of(table: Table) -> list[str]:
+    """The criteria, from the top."""
+    return list(table.cells["criterion"].unique() if table.areas is None else table.areas.index)
+
+
 def wide(table: Table, metric: str) -> pd.DataFrame:
     """Criteria by costs, as text, with the numbers of footnotes."""
+    order = order_of(table)
     number = {name: f" [{place}]" for place, name in enumerate(table.faults, 1)}
+    marks = {name: f" {LABELS}" * (name in table.labelled) + number.get(name, "") for name in order}
     at = table.cells.columns[1]
     shown = table.cells.assign(text=[_shown(cell, metric) for cell in table.cells.itertuples()])
-    order = shown["criterion"].unique() if table.areas is None else table.areas.index
     pivoted = shown.pivot(index="criterion", columns=at, values="text").loc[order, shown[at].unique()]
     pivoted.columns = [f"{target:g}" for target in pivoted.columns]
     if table.areas is not None:
@@ -148,7 +159,7 @@ def wide(table: Table, metric: str) -> pd.DataFrame:
         pivoted = pivoted.assign(
             area=[_shown(cell, metric) for cell in whole.itertuples()], seeds=[str(n) for n in whole["seeds"]]
         )
-    pivoted.index = pd.Index([name + number.get(name, "") for name in order], name="criterion")
+    pivoted.index = pd.Index([name + marks[name] for name in order], name="criterion")
     return pivoted.reset_index()
 
 

@@ -739,7 +739,7 @@ def synthetic(path: Path, rows: list[tuple[str, int, float, float]], **more: obj
     base = {
         **{"model": "m", "weights": "w", "model_args": {}, "data": "d", "protocol": "budget", "kind": "macs"},
         **{"repair": "auto", "steps": None, "options": {}, "images": 8, "eval_images": 8, "batch_size": 4},
-        **{"from_dense": True, "budgets": None, "data_digest": None},
+        **{"from_dense": True, "budgets": None, "data_digest": None, "labels": False},
         **{"dense_accuracy": 0.9, "dense_macs": 1000, "dense_params": 100, "nonzero": None, "sparsity": None},
         **{"agreement": 1.0, "kl": 0.0, "unrepaired_accuracy": 0.5, "unrepaired_agreement": 0.5, "commit": "c"},
     }
@@ -882,9 +882,9 @@ def test_formats(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert all(abs(line["macs"] / line["dense_macs"] - 0.6) < 0.2 for line in lines)
         if form == "latex":
             assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 1
-            assert r"tp\_taylor [1]" in text
+            assert r"tp\_taylor (L) [1]" in text
         if form == "markdown":
-            assert "| tp_taylor [1] |" in text
+            assert "| tp_taylor (L) [1] |" in text
 
 
 def test_area_is_a_mean_over_the_common_range(tmp_path: Path) -> None:
