@@ -42,7 +42,7 @@ from jbrprune import guest, load, prune
 from jbrprune.batches import Batch
 from jbrprune.budget import Budget
 from jbrprune.cost import count_macs
-from jbrprune.errors import JBRError
+from jbrprune.errors import ArgumentError, BudgetError, JBRError
 from jbrprune.measure import agreement_on, parameters_of
 from jbrprune.parameters import masks_of
 from jbrprune.records import plain
@@ -193,6 +193,8 @@ def tried(args: argparse.Namespace, setup: Setup, path: Path, what: dict[str, An
         key = key_of(args, setup, path, how)
         line = finetuned(args, setup, path, what, how, key)
     except Exception as error:  # a loss that is NaN, a criterion that does not suit the model: the others go on
+        if isinstance(error, ArgumentError) and not isinstance(error, BudgetError):
+            raise  # of the training: it would fail for all
         shared = {**setup_named(setup), **what, "how": how, **described_here()}
         append(args.out, [plain({"key": key, **shared, "failed": reason(error)})])
         print(f"{what['criterion']} {how}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

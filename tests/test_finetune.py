@@ -152,6 +152,14 @@ def test_what_is_impossible_is_refused_before_anything_is_made(
     assert not (tmp_path / "lines.jsonl").exists()
 
 
+def test_an_impossible_training_is_not_recorded_for_each_model(done: Path, tmp_path: Path) -> None:
+    (pruned,) = (done / "runs").glob("l1-*")
+    places = ["--work", str(tmp_path / "w"), "--out", str(tmp_path / "l")]
+    with pytest.raises(SystemExit, match="timm cannot make optimiser 'sgdd'"):
+        finetune.main([*SETUP, "--pruned", str(pruned), *TRAINING, "--opt", "sgdd", *places])
+    assert common.lines(tmp_path / "l") == []
+
+
 def test_a_file_of_other_lines_is_not_added_to(done: Path, tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_text('{"model": "a"}\n')
     with pytest.raises(SystemExit, match="line 1 is of another script"):
