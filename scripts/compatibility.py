@@ -94,8 +94,8 @@ once more with the default steps and repairs of `prune`.
   and backward afterwards and keep the order of their norms' weights: {recipe_counts}. *unchanged*: no MAC less than
   before; *wrong*: it runs, but the weights of a norm are not those of the channels that stayed.
 
-Every model runs within limits of processor time and memory (`--seconds`, `--memory`; which, says results/README.md); what ran
-out of them fails.
+Every model runs within limits of processor time and memory (`--seconds`, `--memory`; results/README.md says which);
+what ran out of them fails.
 
 {rows}
 """
