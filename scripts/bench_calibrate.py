@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, commit, lines, parsed
+from common import append, commit, keywords, lines, net_parser
 from plan import weights_named
 
 import jbrprune
@@ -34,11 +34,7 @@ SAME = ("model", "seed", "images")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="timm name")
-    parser.add_argument("--checkpoint", type=Path, help="trained weights")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--fashion-mnist", type=Path, help="folder with the IDX files")
+    parser = net_parser(__doc__)
     parser.add_argument("--macs", type=float, nargs="+", default=[0.7, 0.5, 0.4, 0.3, 0.2, 0.1])
     parser.add_argument("--points", type=int, nargs="+", default=[0, 1, 2, 3], help="budgets that are really pruned to")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -82,7 +78,7 @@ def main() -> None:
         print(table(args.out, args.table))
         return
     train, _ = fashion_mnist(args.fashion_mnist, train=True)
-    own = {key: value for pair in args.model_arg for key, value in parsed(pair).items()}
+    own = keywords(args.model_arg)
     model = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **own).eval()
     for seed in args.seeds:
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: args.images]

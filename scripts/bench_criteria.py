@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from benchmark import calibrated, described_here, loaded, opened
-from common import append, done, lines, mend, parsed, use_threads
+from common import append, done, keywords, lines, mend, use_threads
 from plan import Setup, digest, setup_named
 from protocols import PROTOCOLS
 from torch import nn
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure what is not in the file yet: all of it in one run, or it would not compare."""
-    given = {key: value for pair in args.model_arg for key, value in parsed(pair).items()}
+    given = keywords(args.model_arg)
     for name in args.criterion:
         variant(name, CRITERIA)
     setup = Setup.of(args.model, args.data, weights=args.weights, root=args.root, device=args.device, given=given)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import append, commit, lines, parsed
+from common import append, commit, keywords, lines, net_parser
 from plan import weights_named
 
 from jbrprune import prune, zoo
@@ -25,11 +25,7 @@ KEY = ("model", "weights", "model_args", "max_drop", "seed", "images", "labels",
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="timm name")
-    parser.add_argument("--checkpoint", type=Path, help="trained weights")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--fashion-mnist", type=Path, help="folder with the IDX files")
+    parser = net_parser(__doc__)
     parser.add_argument("--drops", type=float, nargs="+", default=[0.01, 0.03])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=512, help="calibration images")
@@ -40,13 +36,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def model_args(args: argparse.Namespace) -> dict:
-    return {key: value for pair in args.model_arg for key, value in parsed(pair).items()}
-
-
 def described(args: argparse.Namespace, drop: float, seed: int) -> dict:
     """What `KEY` looks at."""
-    given = {"model": args.model, "weights": weights_named(str(args.checkpoint)), "model_args": model_args(args)}
+    given = {
+        "model": args.model,
+        "weights": weights_named(str(args.checkpoint)),
+        "model_args": keywords(args.model_arg),
+    }
     given |= {"max_drop": drop, "seed": seed, "images": args.images, "labels": args.labels}
     return given | {"eval_images": args.eval_images}
 
@@ -54,7 +50,7 @@ def described(args: argparse.Namespace, drop: float, seed: int) -> dict:
 def run(args: argparse.Namespace, drop: float, seed: int, train: tuple, test: tuple) -> dict:
     """One search; its record."""
     chosen = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))[: args.images]
-    model = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **model_args(args))
+    model = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **keywords(args.model_arg))
     data = [(train[0][chosen], train[1][chosen])] if args.labels else train[0][chosen]
     began = time.process_time()
     result = prune(

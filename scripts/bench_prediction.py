@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, commit, lines, parsed
+from common import append, commit, keywords, lines, net_parser
 from plan import weights_named
 from scipy.stats import spearmanr
 from torch import nn
@@ -51,11 +51,7 @@ SCALES = torch.logspace(-1, 1, 41, base=10).tolist()
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="timm name")
-    parser.add_argument("--checkpoint", type=Path, help="trained weights")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--fashion-mnist", type=Path, help="folder with the IDX files")
+    parser = net_parser(__doc__)
     parser.add_argument("--criteria", nargs="+", default=["jbr", "l1", "l2_grouped", "taylor", "random"])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     parser.add_argument("--seed", type=int, default=0)
@@ -223,7 +219,7 @@ def main() -> None:
     train, labels = fashion_mnist(args.fashion_mnist, train=True)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))[: args.images]
     tests = fashion_mnist(args.fashion_mnist, train=False)[0][: args.eval_images]
-    own = {key: value for pair in args.model_arg for key, value in parsed(pair).items()}
+    own = keywords(args.model_arg)
     model = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **own).eval()
     calibration = rebatched([Batch(train[chosen], labels[chosen])], 64)
     calibration = with_reference(calibration, predict(model, calibration))

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from common import commit, lines, parsed
+from common import commit, keywords, lines, net_parser, parsed
 
 from jbrprune import sweep, zoo
 from jbrprune.data import fashion_mnist
@@ -28,11 +28,7 @@ KEY = ("model", "setting", "seed", "images", "eval_images", "shares")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="timm name")
-    parser.add_argument("--checkpoint", type=Path, help="trained weights")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--fashion-mnist", type=Path, help="folder with the IDX files")
+    parser = net_parser(__doc__)
     parser.add_argument(
         "--setting",
         action="append",
@@ -59,7 +55,7 @@ def run(
         args.model,
         checkpoint=args.checkpoint,
         pretrained=False,
-        **{k: v for a in args.model_arg for k, v in parsed(a).items()},
+        **keywords(args.model_arg),
     )
     began = time.perf_counter()
     results = sweep(

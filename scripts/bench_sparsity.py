@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from common import commit, lines, parsed
+from common import commit, keywords, lines, net_parser
 from torch import Tensor, nn
 
 from baselines.weights import WEIGHT_CRITERIA
@@ -49,11 +49,7 @@ class Images:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="timm name")
-    parser.add_argument("--checkpoint", type=Path, help="trained weights")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--fashion-mnist", type=Path, help="folder with the IDX files")
+    parser = net_parser(__doc__)
     known = ", ".join([*OBJECTIVES, *WEIGHT_CRITERIA])
     parser.add_argument("--criterion", nargs="+", default=["projection"], help=f"some of {known}; `x@layer`: layerwise")
     parser.add_argument("--goals", nargs="+", default=["0.5", "0.7", "0.8", "0.9", "0.95", "0.98"])
@@ -183,7 +179,7 @@ def main() -> None:
         print(table(args.out))
         return
     torch.set_num_threads(args.threads)
-    options = {k: v for a in args.model_arg for k, v in parsed(a).items()}
+    options = keywords(args.model_arg)
     model = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **options).eval()
     model = model.to(memory_format=torch.channels_last)
     train, test = (fashion_mnist(args.fashion_mnist, train=part) for part in (True, False))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, commit, done, mend, parsed, use_threads
+from common import append, commit, done, keywords, mend, use_threads
 from plan import DEFAULTS, Run, Setup, configured, runs, shard
 from protocols import PROTOCOLS
 from sources import Source, open_source
@@ -308,9 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
     try:
         wanted = configured(args.config, given)
-        wanted["model_args"] = wanted["model_args"] | {
-            key: value for pair in args.model_arg for key, value in parsed(pair).items()
-        }
+        wanted["model_args"] = wanted["model_args"] | keywords(args.model_arg)
         chosen = shard(runs(wanted), args.shard)
     except JBRError as error:
         raise SystemExit(f"benchmark.py: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import subprocess
@@ -134,6 +135,21 @@ def parsed(pairs: str) -> dict[str, object]:
     return {
         key: value_of(value) for key, _, value in (pair.partition("=") for pair in pairs.split(",")) if key != "default"
     }
+
+
+def keywords(pairs: Iterable[str]) -> dict[str, object]:
+    """What ``--model-arg KEY=VALUE``, given any number of times, says."""
+    return {key: value_of(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def net_parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that begins with a net trained on Fashion-MNIST."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="timm name")
+    parser.add_argument("--checkpoint", type=Path, help="trained weights")
+    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--fashion-mnist", type=Path, help="folder with the IDX files")
+    return parser
 
 
 def value_of(text: str) -> object:

@@ -30,7 +30,7 @@ from typing import Any
 
 from augment import open_training
 from benchmark import calibrated, described_here, loaded, opened, reason
-from common import append, done, mend, parsed, use_threads
+from common import append, done, keywords, mend, use_threads
 from plan import Setup, digest, setup_named
 from torch import nn
 from train_reference import add_training_arguments, augmentation_of, recipe_of
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         JBRError: What was asked for is impossible for all of them.
     """
-    given = {key: value for pair in args.model_arg for key, value in parsed(pair).items()}
+    given = keywords(args.model_arg)
     places = {"weights": args.weights, "root": args.root, "eval_images": args.eval_images, "device": args.device}
     setup = Setup.of(args.model, args.data, given, **places, workers=args.workers)
     for name in args.criterion or ():

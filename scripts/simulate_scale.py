@@ -20,7 +20,7 @@ from dataclasses import fields
 import exchanges
 import timm
 import torch
-from common import value_of
+from common import keywords
 from network import Hardware, Message, total_sent
 from phases import LAYOUTS, Job, Phase, Setting, memory, phases
 from traffic import counting, on_ranks
@@ -264,9 +264,8 @@ def main() -> None:
             print(json.dumps(line))
         print(json.dumps(timed(given.model, given.size, 16)))
         raise SystemExit(1 if wrong else 0)
-    keywords = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in given.model_arg)}
     hardware = Hardware(**{field.name: getattr(given, field.name) for field in fields(Hardware)})
-    work = workload(given.model, (3, given.size, given.size), arguments=keywords, share=given.share)
+    work = workload(given.model, (3, given.size, given.size), arguments=keywords(given.model_arg), share=given.share)
     for layout in given.layouts:
         job = Job(given.images, given.batch, layout, given.shard, given.wire, given.checkpointing)
         settings = [Setting(work, job, ranks, hardware) for ranks in given.ranks]

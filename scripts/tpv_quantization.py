@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import append, commit, lines, value_of
+from common import append, commit, keywords, lines
 from plan import weights_named
 from torch import Tensor, nn
 
@@ -81,7 +81,7 @@ def main() -> None:
     if args.table:
         print(table(args.out))
         return
-    extra = {key: value_of(value) for key, _, value in (pair.partition("=") for pair in args.model_arg)}
+    extra = keywords(args.model_arg)
     net = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **extra).float().eval()
     shared = {"model": args.model, "weights": weights_named(str(args.checkpoint)), "model_args": extra}
     shared |= {name: getattr(args, name) for name in ("seed", "images", "rtol")}

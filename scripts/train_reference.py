@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from augment import AUGMENTATIONS, Augmentation, open_training
-from common import commit, parsed, use_threads
+from common import commit, keywords, use_threads
 from plan import model_arguments
 from safetensors.torch import save_file
 from sources import open_source
@@ -51,7 +51,7 @@ def trained(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     recipe, how = recipe_of(args), augmentation_of(args)
-    arguments = model_arguments(args.data, {k: v for a in args.model_arg for k, v in parsed(a).items()})
+    arguments = model_arguments(args.data, keywords(args.model_arg))
     model = created(args, arguments).to(args.device)
     data, digest = open_training(args.data, args.root, model, how)
     identity = {
