@@ -116,9 +116,7 @@ def load(
             architecture.
     """
     device = torch.device(device)
-    directory = _existing(fetched(path, (WEIGHTS, DESCRIPTION)))
-    description = _read_description(directory)
-    state = _read_weights(directory, description)
+    description, state = _read(fetched(path, (WEIGHTS, DESCRIPTION)))
     dense = created(description.recipe, description) if model is None else copied(model)
     check_fits(description, dense)
     loaded = filled(dense, description, state).to(device).eval()
@@ -173,14 +171,15 @@ def write_card(path: str | os.PathLike[str]) -> Path:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
+    there = target if target.exists() else _aside(target)  # what `_recover` will put back
+    if not there.exists():
         return
-    if not target.is_dir():
+    if not there.is_dir():
         raise CheckpointError(f"{target}: this is a file. A model is saved into a directory: choose another path.")
-    entries = {entry.name for entry in target.iterdir()}
+    entries = {entry.name for entry in there.iterdir()}
     if entries and not overwrite:
         raise CheckpointError(f"{target} exists already. Choose another path, or pass overwrite=True to replace it.")
-    own = {WEIGHTS, DESCRIPTION} | ({CARD} if _is_own_card(target / CARD) else set())
+    own = {WEIGHTS, DESCRIPTION} | ({CARD} if _is_own_card(there / CARD) else set())
     others = sorted(entries - own)
     if others:
         raise CheckpointError(
@@ -258,11 +257,39 @@ def _sha256_of_file(path: Path) -> str:
 # --- reading ------------------------------------------------------------------------------------
 
 
+def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
+    """Both files, of one and the same model: again if a `save` has put another one in its place meanwhile."""
+    for _ in range(_READINGS):
+        before = _standing(path)
+        try:
+            directory = _existing(path)
+            description = _read_description(directory)
+            return description, _read_weights(directory, description)
+        except CheckpointError:
+            if _standing(path) == before:
+                raise
+    raise CheckpointError(f"{path}: it is replaced again and again while it is read. Wait until that is done.")
+
+
+_READINGS = 100
+
+
+def _standing(path: Path) -> list[tuple[int, int] | None]:
+    """Which directories are there under the two names that a model has while it is replaced."""
+    found: list[tuple[int, int] | None] = []
+    for place in (path, _aside(Path(os.path.realpath(path)))):
+        try:
+            found.append((place.stat().st_ino, place.stat().st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
+
+
 def _existing(path: Path) -> Path:
     """The directory to read, which may have stepped aside for a `save` that died."""
     if path.is_dir():
         return path
-    if path.exists():
+    if path.is_file():
         _refuse_pickle(path)
         inside = path.name in (WEIGHTS, DESCRIPTION)
         advice = (

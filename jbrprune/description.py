@@ -50,7 +50,7 @@ _FORBIDDEN_ARGUMENTS = frozenset(
 """Arguments by which creating a model would read a file or the network."""
 
 _LARGEST_NUMBER = 2**20
-_MOST_DIMENSIONS, _LARGEST_DIMENSION = 8, 2**40  # of a packed tensor: the file does not bound it as a dense one
+_MOST_DIMENSIONS, _LARGEST_TENSOR = 8, 2**60  # the file bounds neither a packed tensor nor an empty one
 
 _Kind = TypeVar("_Kind")
 
@@ -273,15 +273,14 @@ def parsed(body: Mapping[str, Any]) -> Description:
 def _tensor(value: object, where: str) -> TensorInfo:
     info = _typed(value, dict, where)
     shape = tuple(_entry(info, "shape", list, f"{where}."))
-    _require(is_size(shape or 0), f"{where}.shape", shape)
+    few = is_size(shape or 0) and len(shape) <= _MOST_DIMENSIONS
+    _require(few and math.prod(max(n, 1) for n in shape) <= _LARGEST_TENSOR, f"{where}.shape", shape)
     dtype = _entry(info, "dtype", str, f"{where}.")
     _require(dtype in DTYPES, f"{where}.dtype", dtype)
     persistent, channels_last = (_entry(info, flag, bool, f"{where}.") for flag in ("persistent", "channels_last"))
     _require(not channels_last or len(shape) == 4, f"{where}.channels_last", channels_last)
     values, masked = info.get("values"), _typed(info.get("masked", False), bool, f"{where}.masked")
     if values is not None:
-        sensible = len(shape) <= _MOST_DIMENSIONS and all(size <= _LARGEST_DIMENSION for size in shape)
-        _require(sensible, f"{where}.shape", shape)
         _require(type(values) is int and 0 <= values <= math.prod(shape), f"{where}.values", values)
     _require(values is not None or not masked, f"{where}.masked", masked)
     return TensorInfo(shape, dtype, persistent, channels_last, values, masked)  # type: ignore[arg-type]

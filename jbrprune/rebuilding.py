@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from jbrprune import zoo
 from jbrprune.architectures import refuse_masked
@@ -170,33 +171,53 @@ def _writable(tensor: Tensor) -> Tensor:
 class _Bounded(TorchDispatchMode):
     """Refuses to make more, or larger, tensors than a dense model of this description can have.
 
-    A recipe is nothing but a name and numbers, but a depth of a million would fill the memory before anything could
-    be compared.
+    A recipe is nothing but a name and numbers, but a depth of a million, or a table of all pairs of positions in a
+    window of thousands, would fill the memory before anything could be compared.
     """
 
     def __init__(self, description: Description) -> None:
         super().__init__()
         stored = sum(math.prod(info.shape) for info in description.tensors.values())
-        self.most_values = LEAST_VALUES + LARGEST_DENSE * stored
+        self.most_values = LEAST_VALUES + max(TIMES * stored, min(TIMES_IF_SMALL * stored, SMALL))
         self.most_calls = LEAST_CALLS + CALLS_EACH * len(description.names)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count before anything is made."""
-        size = args[0] if args and isinstance(args[0], list | tuple) else ()
         self.most_calls -= 1
-        if not any(isinstance(item, Tensor) for item in args):
-            self.most_values -= math.prod(size) if all(isinstance(n, int) for n in size) else 0
+        self.most_values -= _new_values(func, args, kwargs or {}) if self.most_calls >= 0 else 0
         if self.most_calls < 0 or self.most_values < 0:
             raise CheckpointError("the recipe makes a model far larger than what is stored")
         return func(*args, **(kwargs or {}))
+
+
+def _new_values(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
+    """How many values an operation would make: found on the meta device, where they take no memory."""
+    schema = func._schema
+    if schema.is_mutable or any(result.alias_info is not None for result in schema.returns):
+        return 0  # it writes into, or shows, what is there
+    placed = any(argument.name == "device" for argument in schema.arguments)
+    there = {**kwargs, **({"device": torch.device("meta")} if placed else {})}
+    try:
+        made = func(*tree_map(_on_meta, args), **tree_map(_on_meta, there))
+    except (NotImplementedError, RuntimeError):
+        return 0  # its size depends on values (and is that of its input at most), or it fails in any case
+    return sum(tensor.numel() for tensor in tree_leaves(made) if isinstance(tensor, Tensor))
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return None
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 _MAKING_FAILED = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(MemoryError, RuntimeError, TypeError, ValueError),
 )
-LARGEST_DENSE = 256
+TIMES = 8
 """A dense model may have this many times as many values as what is stored of it, ..."""
+TIMES_IF_SMALL, SMALL = 256, 1 << 30
+"""... or this many times, if that is no more than so many values, ..."""
 LEAST_VALUES = 1 << 24
 """... and these as well, ..."""
 CALLS_EACH, LEAST_CALLS = 128, 16384
@@ -265,9 +286,10 @@ def _check_tensor(name: str, info: TensorInfo, place: Place) -> None:
         raise CheckpointError(f"{name}: stored as masked, but the dense model has no parameter there.")
     dtype, shape = place.tensor.dtype, tuple(place.tensor.shape)
     alike = place.persistent == info.persistent and _kind(dtype) == _kind(DTYPES[info.dtype])
-    # What a forward makes anew, such as positions for this size of images, may have grown; its values are in the file.
-    derived = not place.persistent and info.values is None and len(info.shape) == len(shape)
-    if not alike or not (derived or _at_most(info.shape, shape)):
+    # What a forward makes anew, such as positions for this size of images, may have grown from a placeholder.
+    placeholder = not place.persistent and info.values is None
+    limit = tuple(max(n, m) if m == 1 and placeholder else m for n, m in zip(info.shape, shape))
+    if not alike or len(info.shape) != len(shape) or not _at_most(info.shape, limit):
         raise CheckpointError(
             f"{name}: stored as {info.dtype} of shape {info.shape}, but the dense model has {dtype} "
             f"of shape {shape}. Pruning only makes tensors smaller: this is not the model that was saved."

@@ -33,8 +33,10 @@ from safetensors.torch import load as load_bytes
 import jbrprune
 from jbrprune.checkpoint import DESCRIPTION, WEIGHTS, load, save
 from jbrprune.errors import CheckpointError
+from jbrprune.portions import is_out_of_memory
 
 MEMORY, SECONDS = 1 << 30, 60
+SMALL_SWIN: dict[str, Any] = {"window_size": 4, "embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4]}
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "socket.connect", "pickle.find_class")
 FORBIDDEN_DONE = 99
 OUTCOMES = ("refused", "right", "wrong", "unaccounted")
@@ -59,7 +61,7 @@ class Trial:
 
 
 def made(folder: Path) -> list[Path]:
-    """Three real ones: a ViT and a ResNet with channels removed, and a ViT with masked weights."""
+    """Real ones: a ViT, a ResNet and a Swin (tables of positions) with channels removed; a ViT with masked weights."""
     torch.manual_seed(0)
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     quick: dict[str, Any] = {"repair": None, "measure_latency": False, "progress": False, "pretrained": False}
@@ -68,6 +70,7 @@ def made(folder: Path) -> list[Path]:
         ("test_vit", {"macs": 0.8, "steps": 1, "img_size": 32}),
         ("test_resnet", {"macs": 0.8, "steps": 1}),
         ("test_vit", {"sparsity": 0.7, "permanent": False, "img_size": 32}),
+        ("swin_tiny_patch4_window7_224", {"macs": 0.9, "steps": 1, "img_size": 32, **SMALL_SWIN}),
     ):
         result = jbrprune.prune(name, images, **quick, **arguments)
         path = folder / f"base-{len(found)}"
@@ -87,6 +90,8 @@ def tried(base: Path, folder: Path, trial: Trial) -> Outcome:
         model = load(directory)
     except CheckpointError as error:
         seconds = time.perf_counter() - began
+        if is_out_of_memory(error.__cause__ or error):  # with more memory it would have been taken
+            return Outcome("wrong", f"asked for too much memory: {error}"[:900], seconds)
         if len(str(error)) > 20:
             return Outcome("refused", seconds=seconds)
         return Outcome("wrong", f"says only {error}", seconds)

@@ -45,6 +45,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "depth": [10**6, 2**20, 10**4, 0, -1],
     "img_size": [2**20, [2**15, 2**15], 0, [32], 64],
     "patch_size": [1, 0, -1, 10**6],
+    "window_size": [64, 512, 2**12, 2**20, 0],
     "num_classes": [2**20, -5, 0],
     "mlp_ratio": [1e6, -1, 0],
     "num_heads": [0, 2**20, 7],
@@ -81,8 +82,8 @@ class Case:
         self.text: bytes | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What is in the file."""
-        return load_bytes(self.data)
+        """What is in the file, always in the same order."""
+        return dict(sorted(load_bytes(self.data).items()))
 
     def put(self, tensors: dict[str, torch.Tensor]) -> None:
         """Other tensors for the file."""

@@ -412,7 +412,10 @@ WILD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "version_bool": (_set("format_version", to=True), "format_version is True"),
     "format": (_set("format", to="zip"), "not the description of a model"),
     "negative": (_resized(-3, -64), "tensors.head.weight.shape makes no sense"),
-    "huge": (_resized(2**62, 4), "names, shapes or dtypes are not those"),
+    "huge": (_resized(2**40, 4), "names, shapes or dtypes are not those"),
+    "huger": (_resized(2**62, 4), "tensors.head.weight.shape makes no sense"),
+    "huge_but_empty": (_resized(0, 2**63), "tensors.head.weight.shape makes no sense"),
+    "deep": (_resized(*[1] * 9, 192), "tensors.head.weight.shape makes no sense"),
     "shape_type": (_set("tensors", "head.weight", "shape", to="3,64"), "shape makes no sense"),
     "shape_float": (_set("tensors", "head.weight", "shape", to=[3.0, 64]), "shape makes no sense"),
     "shape_bool": (_set("tensors", "head.bias", "shape", to=[True]), "shape makes no sense"),
@@ -639,10 +642,10 @@ class _Positions(nn.Module):
 
     table: Tensor
 
-    def __init__(self, *, persistent: bool = False) -> None:
+    def __init__(self, *, persistent: bool = False, size: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
-        self.register_buffer("table", torch.zeros(1, 1), persistent=persistent)
+        self.register_buffer("table", torch.zeros(size, size), persistent=persistent)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.table.shape[0] != x.shape[2]:
@@ -663,3 +666,38 @@ def test_a_table_that_a_forward_has_made(tmp_path: Path) -> None:
     save(tmp_path / "stored", stored, recipe=None)
     with pytest.raises(CheckpointError, match=r"table: stored as float32 of shape \(9, 9\)"):
         load(tmp_path / "stored", model=_Positions(persistent=True))
+
+
+def test_a_table_of_another_size_is_not_put_in_the_place_of_one(tmp_path: Path) -> None:
+    """Made for another size of images when the model was created, as Swin's masks are: another architecture."""
+    save(tmp_path / "model", _Positions(size=9), recipe=None)
+    with pytest.raises(CheckpointError, match=r"table: stored as float32 of shape \(9, 9\)"):
+        load(tmp_path / "model", model=_Positions(size=4))
+
+
+def test_a_model_that_is_replaced_while_it_is_read(
+    saved: Path, tiny: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its description and its weights: the new one is loaded, and the mixture of both is not damage."""
+    real, readings = checkpoint._read_description, 0
+
+    def read(directory: Path) -> object:
+        nonlocal readings
+        found = real(directory)
+        readings += 1
+        if readings == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "_read_description", real)
+                save(saved, _Own(), recipe=None, overwrite=True)
+        return found
+
+    monkeypatch.setattr(checkpoint, "_read_description", read)
+    assert isinstance(load(saved, model=_Own()), _Own)
+    assert readings == 2
+
+
+def test_a_model_that_stepped_aside_is_seen_before_anything_expensive(saved: Path) -> None:
+    os.replace(saved, checkpoint._aside(saved))
+    with pytest.raises(CheckpointError, match=r"saved exists already"):
+        checkpoint.check_target(saved)
+    checkpoint.check_target(saved, overwrite=True)

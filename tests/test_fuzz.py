@@ -49,9 +49,17 @@ def test_tensors_that_hold_nothing_can_be_mutated(bases: list[Path], tmp_path: P
     assert fuzz.difference(fuzz.load(tmp_path), tmp_path) == ""
 
 
-def test_a_deep_recipe_is_refused_before_it_is_made(bases: list[Path], tmp_path: Path) -> None:
-    case = mutations.Case(bases[0], random.Random(0))
-    case.body["recipe"]["arguments"]["depth"] = 10**6
+@pytest.mark.parametrize(
+    ("base", "arguments"),
+    [(0, {"depth": 10**6}), (3, {"window_size": 64, "img_size": 256})],
+    ids=["deep", "a table of all pairs of positions"],
+)
+def test_a_large_recipe_is_refused_before_it_is_made(
+    base: int, arguments: dict[str, int], bases: list[Path], tmp_path: Path
+) -> None:
+    """The table would take 270 MB, several times, although no parameter grows much."""
+    case = mutations.Case(bases[base], random.Random(0))
+    case.body["recipe"]["arguments"].update(arguments)
     case.summed()
     case.write(tmp_path)
     with pytest.raises(CheckpointError, match="makes a model far larger than what is stored"):
@@ -84,6 +92,9 @@ def test_the_judge_finds_fault(bases: list[Path], tmp_path: Path, monkeypatch: p
     assert (outcome(changed).what, outcome(changed).why) == ("wrong", "norm.bias has other values than in the file")
     assert "ZeroDivisionError: zero" in outcome(fails(ZeroDivisionError("zero"))).why
     assert outcome(fails(CheckpointError("no"))).why == "says only no"
+    greedy = CheckpointError("could not be created")
+    greedy.__cause__ = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    assert outcome(fails(greedy)).why == "asked for too much memory: could not be created"
     assert outcome(writing).why.endswith("opened a file for writing")
     assert outcome(lambda directory: fuzz.os._exit(3)).why == "the process ended with status 768"
     assert outcome(lambda directory: nn.Module()).what == "wrong"
