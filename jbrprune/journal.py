@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -30,6 +32,13 @@ from jbrprune.errors import CheckpointError
 from jbrprune.measure import Agreement
 from jbrprune.records import StepRow, plain, record
 from jbrprune.runs import Clock, called
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+log = logging.getLogger(__name__)
 
 STEP, MODEL = "step", "model"
 _NAME = re.compile(r"(step|model)-\d{4,}\.safetensors|\..*\.part")
@@ -159,8 +168,11 @@ def check_directory(directory: str | os.PathLike[str] | None) -> Path | None:
     return path
 
 
-def opened(directory: Path | None, settings: object, model: nn.Module, images: Calibration) -> Journal:
+@contextmanager
+def opened(directory: Path | None, settings: object, model: nn.Module, images: Calibration) -> Iterator[Journal]:
     """The journal of a run, with the steps that a run of the same settings, model and images has finished.
+
+    Nobody else can open it meanwhile.
 
     Args:
         directory: From `check_directory`.
@@ -169,11 +181,42 @@ def opened(directory: Path | None, settings: object, model: nn.Module, images: C
         images: With the dense model's logits.
 
     Raises:
-        CheckpointError: The steps there are of another run (says in what it differs), or damaged.
+        CheckpointError: The steps there are of another run (says in what it differs), or damaged, or another process
+            is at work on them.
     """
     if directory is None:
-        return NOTHING
-    identity = _identity(settings, model, images)
+        yield NOTHING
+        return
+    with _locked(directory):
+        yield _of(directory, _identity(settings, model, images))
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other processes out, by rank 0 and where the system can; a process that dies gives the lock back."""
+    descriptor = os.open(directory, os.O_RDONLY) if fcntl is not None else None
+    try:
+        distributed.together(lambda: _lock(directory, descriptor))
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(directory: Path, descriptor: int | None) -> None:
+    if fcntl is None or descriptor is None or distributed.rank() > 0:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"resume={str(directory)!r} is in use by another process. Wait until it is done, or choose another directory."
+        ) from error
+    except OSError:  # a file system without locks
+        log.warning("%s cannot be locked: see that no other process uses it.", directory)
+
+
+def _of(directory: Path, identity: Mapping[str, Any]) -> Journal:
     finished = 0
     while (path := _path(directory, STEP, finished + 1)).exists():
         with sumfiles.reading(path, STEP, tensors=False) as (header, _):
@@ -227,13 +270,22 @@ def _of_batches(batches: list[Batch]) -> list[str]:
 
 
 def _described(value: object) -> Any:
-    """A setting as JSON; criteria by their name and arguments, or by their sums."""
+    """A setting as JSON; criteria by name, source and state, or by their sums."""
     if isinstance(value, functools.partial):
-        return [called(value.func), plain(value.keywords)]
+        return [_described(value.func), plain(value.args), plain(value.keywords)]
     sums = getattr(value, "sums", None)
     if sums is not None:
         return [called(value), digest(sums)]
-    return called(value) if callable(value) else plain(value)
+    return [called(value), _source(value), plain(getattr(value, "__dict__", {}))] if callable(value) else plain(value)
+
+
+def _source(criterion: object) -> str | None:
+    """SHA-256 of the source of a function or of an object's class, where there is one."""
+    try:
+        source = inspect.getsource(criterion if inspect.isroutine(criterion) else type(criterion))
+    except (OSError, TypeError):
+        return None
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def _check_identity(directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

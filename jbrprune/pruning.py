@@ -182,7 +182,8 @@ def prune(
         checkpoint: Local weights for a timm name, instead of the pretrained ones.
         resume: Directory for this run alone. Every finished step is noted there; a later call with the same model,
             images, settings and versions goes on behind the last one, to the same weights and numbers. (A function
-            as ``criterion`` counts as the same if its name is.)
+            as ``criterion`` counts as the same if its name, source and attributes are; what it closes over does not
+            count.)
         **model_arguments: For a timm name, passed to ``timm.create_model``.
 
     Returns:
@@ -294,12 +295,12 @@ def _pruned(
     asked, settings = settings, engine.settled(settings, opened.dense, opened.example)
     state = engine.start(opened.dense, opened.example, settings)
     images = opened.read(arguments)
-    steps = journal.opened(directory, asked, given, images)
     several = len(stops) > 1
-    return [
-        PruneResult(copy.deepcopy(pruned) if several else pruned, report, opened.recipe, opened.config)
-        for pruned, report in engine.run(opened.dense, state, images, settings, opened.name, steps)
-    ]
+    with journal.opened(directory, asked, given, images) as steps:
+        return [
+            PruneResult(copy.deepcopy(pruned) if several else pruned, report, opened.recipe, opened.config)
+            for pruned, report in engine.run(opened.dense, state, images, settings, opened.name, steps)
+        ]
 
 
 @torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
@@ -341,11 +342,11 @@ def _thinned(
     if originals is not None:
         refuse_hidden_sharing(given, state.masks)
     images = opened.read(arguments)
-    steps = journal.opened(directory, settings, given, images)
     results = []
-    for thinned in thinning.run(state, opened.dense, images, settings, opened.name, steps):
-        finished = _finished(thinned, originals, target)
-        results.append(PruneResult(finished, thinned.report, opened.recipe, opened.config))
+    with journal.opened(directory, settings, given, images) as steps:
+        for thinned in thinning.run(state, opened.dense, images, settings, opened.name, steps):
+            finished = _finished(thinned, originals, target)
+            results.append(PruneResult(finished, thinned.report, opened.recipe, opened.config))
     return results
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
-from jbrprune import PruneResult, engine, prune, score, sweep, thinning
+from jbrprune import PruneResult, Scores, engine, prune, score, sweep, thinning
 from jbrprune.errors import CheckpointError
 from jbrprune.journal import digest
+from jbrprune.relevance import relevance_scores
 
 IMAGES = cases.images(40, 16).float()
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False}
@@ -175,6 +177,71 @@ def test_other_runs_are_refused_with_words(case: str, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@dataclass(frozen=True)
+class _Scaled:
+    """Relevance times a number, which changes nothing but is another criterion."""
+
+    by: float
+
+    def __call__(self, model: nn.Module, batches: Any, groups: Any, **options: Any) -> Scores:
+        return _scaled(self.by, model, batches, groups, **options)
+
+
+def _scaled(by: float, model: nn.Module, batches: Any, groups: Any, **options: Any) -> Scores:
+    found = relevance_scores(model, batches, groups, **options)
+    return replace(found, sums={name: by * values for name, values in found.sums.items()})
+
+
+def _sources() -> list[Callable[..., Scores]]:
+    """Of the same name, with another source."""
+
+    def one() -> Callable[..., Scores]:
+        def criterion(*args: Any, **options: Any) -> Scores:
+            return _scaled(1.0, *args, **options)
+
+        return criterion
+
+    def other() -> Callable[..., Scores]:
+        def criterion(*args: Any, **options: Any) -> Scores:
+            return _scaled(2.0, *args, **options)
+
+        return criterion
+
+    return [one(), other()]
+
+
+CRITERIA: dict[str, list[Callable[..., Scores]]] = {
+    "arguments": [partial(_scaled, 1.0), partial(_scaled, 2.0)],
+    "attributes": [_Scaled(1.0), _Scaled(2.0)],
+    "sources": _sources(),
+}
+
+
+@pytest.mark.parametrize("kind", CRITERIA)
+def test_other_criteria_of_the_same_name_are_refused(kind: str, tmp_path: Path) -> None:
+    first, second = CRITERIA[kind]
+    options: dict[str, Any] = {"macs": 0.7, "steps": 2, **QUICK, "resume": tmp_path}
+    whole = prune(own(), IMAGES, criterion=first, **options)
+    assert_same(prune(own(), IMAGES, criterion=first, **options), whole)
+    with pytest.raises(CheckpointError, match=r"settings\.criterion was"):
+        prune(own(), IMAGES, criterion=second, **options)
+
+
+def test_a_directory_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run is refused at once; the first goes on, and gives the directory back."""
+    real = engine._step
+
+    def step(*arguments: Any) -> object:
+        with pytest.raises(CheckpointError, match="is in use by another process"):
+            prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_step", step)
+        first = prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+    assert_same(prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path), first)
+
+
 def test_masks_of_the_given_model_count(tmp_path: Path) -> None:
     model = own()
     torch_prune.random_unstructured(model.get_submodule("a"), "weight", 0.2)
@@ -186,7 +253,7 @@ def test_masks_of_the_given_model_count(tmp_path: Path) -> None:
 def test_other_versions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
     monkeypatch.setattr("jbrprune.journal.version", lambda package: "0")
-    with pytest.raises(CheckpointError, match=r"versions\.jbrprune was '0\.\d.*' there and is '0' now"):
+    with pytest.raises(CheckpointError, match=r"versions\.jbrprune was '\d+\.\d.*' there and is '0' now"):
         prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
 
 
