@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -205,6 +206,29 @@ def agreement(logits: Tensor, reference: Tensor, labels: Tensor | None = None) -
         accuracy=None if labels is None else _share(ranked[:, 0] == labels.to(ranked.device)),
         dense_accuracy=None if labels is None else _share(expected == labels.to(expected.device)),
     )
+
+
+def combined(parts: Sequence[Agreement]) -> Agreement:
+    """The agreement on all images together, of agreements on parts of them; accuracies only where every part has them.
+
+    Args:
+        parts: At least one.
+
+    Example:
+        >>> combined([Agreement(1, 1.0, 1.0, 0.0), Agreement(3, 0.0, 1.0, 0.4)]).top1
+        0.25
+    """
+    images = sum(part.images for part in parts)
+
+    def mean(name: str, *, of_counts: bool = True) -> float | None:
+        values = [getattr(part, name) for part in parts]
+        if None in values:
+            return None
+        sums = [value * part.images for value, part in zip(values, parts)]
+        return sum(round(value) for value in sums) / images if of_counts else math.fsum(sums) / images
+
+    shares = {name: mean(name) for name in ("top1", "top5", "accuracy", "dense_accuracy")}
+    return Agreement(images=images, kl=mean("kl", of_counts=False), **shares)  # type: ignore[arg-type]
 
 
 def agreement_on(

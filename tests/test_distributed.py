@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 
 from jbrprune import Scores, distributed, prune, score, sweep
 from jbrprune.batches import Batch, iterate
+from jbrprune.commands import evaluate
 from jbrprune.errors import ArgumentError, DataError, NonFiniteError, RankError
 from jbrprune.journal import digest
-from jbrprune.measure import predict
+from jbrprune.measure import Agreement, agreement, predict
 from jbrprune.passes import Draws
 from jbrprune.relevance import relevance_scores
 from jbrprune.repair import dense_targets, repaired
@@ -146,6 +147,39 @@ def test_predictions_are_those_of_one_process() -> None:
     one = predict(model(), parts)
     for found in on_ranks(3, lambda: predict(model(), iter(parts))):
         assert all(torch.equal(a, b) for a, b in zip(found, one, strict=True))
+
+
+class Counted(Pairs):
+    """Remembers how many images were read."""
+
+    read = 0
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        self.read += 1
+        return super().__getitem__(position)
+
+
+@pytest.mark.parametrize("images", [None, 1, 9])
+def test_evaluation_reads_a_share_and_measures_the_whole(images: int | None) -> None:
+    def work() -> tuple[Agreement, int]:
+        data, other = Counted(IMAGES), model()
+        with torch.no_grad():
+            other.get_parameter("a.weight")[:, ::2] = 0
+        return evaluate.measured(other, model(), data, images=images, batch_size=4), data.read
+
+    one, read = work()
+    dense = predict(model(), [Batch(IMAGES[:images])])[0]
+    thin = model()
+    with torch.no_grad():
+        thin.get_parameter("a.weight")[:, ::2] = 0
+    labels = torch.arange(len(IMAGES))[:images] % 4
+    whole = agreement(predict(thin, [Batch(IMAGES[:images])])[0], dense, labels)
+    ranks = on_ranks(2, work)
+    for found in (one, *(found for found, _ in ranks)):
+        assert vars(found) | {"kl": 0} == vars(whole) | {"kl": 0}
+        assert found.kl == pytest.approx(whole.kl, rel=1e-10)
+    if images is None:
+        assert (read, *(count for _, count in ranks)) == (23, 12, 11)
 
 
 @pytest.mark.parametrize("images", [1, 21])

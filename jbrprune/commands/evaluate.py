@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from torch import nn
 
 from jbrprune import data as loading
-from jbrprune import guest
-from jbrprune.batches import count, materialise, with_reference
+from jbrprune import distributed, guest
+from jbrprune.batches import Batch
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -24,7 +25,9 @@ from jbrprune.commands.options import (
 )
 from jbrprune.commands.output import say, shown
 from jbrprune.cost import count_macs
-from jbrprune.measure import agreement_on, bytes_of, latency, parameters_of, predict
+from jbrprune.errors import ArgumentError
+from jbrprune.measure import Agreement, agreement, bytes_of, combined, latency, parameters_of, predict
+from jbrprune.scoring import peeked
 
 
 def eval_command(
@@ -46,16 +49,21 @@ def eval_command(
 
     Example: `jbrprune eval pruned/ --data validation/ --reference resnet50`
     """
-    module = loaded_model(model, checkpoint, pretrained, model_arg).to(device_named(device))
+    if images is not None and images < 1:
+        raise ArgumentError(f"--images must be at least 1, got {images}.")
+    place = device_named(device)
+    module = loaded_model(model, checkpoint, pretrained, model_arg).to(place)
+    other = loaded_model(reference, checkpoint, pretrained, model_arg).to(place) if reference else None
     opened = loading.open_data(data, module, batch_size=batch_size, skip_corrupt=skip_corrupt)
-    batches = materialise(opened, images=images, batch_size=batch_size)
-    other = loaded_model(reference, checkpoint, pretrained, model_arg).to(device_named(device)) if reference else module
-    agreed = agreement_on(module, with_reference(batches, predict(other, batches)))
-    example = batches[0].images[:1].to(guest.device_of(module))
+    first, opened = peeked(opened, batch_size)
+    agreed = measured(module, other, opened, images=images, batch_size=batch_size)
+    if distributed.rank() > 0:
+        return  # the others' work would disturb the timing
+    example = first.images[:1].to(guest.device_of(module))
     timed = latency(module, example)
     facts: dict[str, Any] = {
         "model": model,
-        "images": count(batches),
+        "images": agreed.images,
         "macs": sum(count_macs(module, example).values()),
         "params": parameters_of(module),
         "bytes": bytes_of(module),
@@ -66,3 +74,35 @@ def eval_command(
     if reference:
         facts |= {"reference": reference, "top1_agreement": agreed.top1, "top5_agreement": agreed.top5, "kl": agreed.kl}
     say(as_json, facts, "\n".join(f"{key:16} {shown(value)}" for key, value in facts.items() if value is not None))
+
+
+def measured(
+    model: nn.Module, reference: nn.Module | None, data: object, *, images: int | None, batch_size: int
+) -> Agreement:
+    """The agreement with a reference (None: with itself), batch by batch: no image or logit is kept.
+
+    Each of several ranks reads its own part of the data.
+    """
+    parts = distributed.Parts(data, batch_size=batch_size)
+
+    def own() -> list[Agreement]:
+        found = []
+        for start, batch in parts:
+            left = len(batch) if images is None else max(0, min(len(batch), images - start))
+            if left:
+                found.append(_of_batch(model, reference, batch.map(lambda tensor, left=left: tensor[:left])))
+            if images is not None and start + len(batch) >= images:
+                break
+        return found
+
+    everyone = distributed.gathered(distributed.together(own))
+    if images is None:  # else the ranks stop reading at different places
+        parts.check()
+    return combined([part for found in everyone for part in found])
+
+
+def _of_batch(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Agreement:
+    with distributed.alone():
+        logits = predict(model, [batch])[0]
+        wanted = logits if reference is None else predict(reference, [batch])[0]
+    return agreement(logits, wanted, batch.labels)
