@@ -40,6 +40,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.chmod(mode)
         flush(temporary)
         os.replace(temporary, target)
+        flush(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

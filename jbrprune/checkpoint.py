@@ -276,13 +276,15 @@ _READINGS = 100
 
 def _standing(path: Path) -> list[tuple[int, int] | None]:
     """Which directories are there under the two names that a model has while it is replaced."""
-    found: list[tuple[int, int] | None] = []
-    for place in (path, _aside(Path(os.path.realpath(path)))):
-        try:
-            found.append((place.stat().st_ino, place.stat().st_mtime_ns))
-        except OSError:
-            found.append(None)
-    return found
+    return [_stamp(place) for place in (path, _aside(Path(os.path.realpath(path))))]
+
+
+def _stamp(place: Path) -> tuple[int, int] | None:
+    try:
+        status = place.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _existing(path: Path) -> Path:

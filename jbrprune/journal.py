@@ -210,7 +210,7 @@ def _lock(directory: Path, descriptor: int | None) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise CheckpointError(
-            f"resume={str(directory)!r} is in use by another process. Wait until it is done, or choose another directory."
+            f"resume={str(directory)!r} is in use by another process. Wait for its end, or choose another directory."
         ) from error
     except OSError:  # a file system without locks
         log.warning("%s cannot be locked: see that no other process uses it.", directory)

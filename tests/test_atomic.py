@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from jbrprune.atomic import replacing
+from jbrprune.checkpoint import DESCRIPTION, WEIGHTS, save
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -23,6 +25,34 @@ def test_the_new_file_appears_at_the_end(there: bool, tmp_path: Path) -> None:
         assert (path.read_text() if path.exists() else "old") == "old"
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_the_disk_has_the_contents_before_the_name_and_then_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves the old file or the new one; the same for every file of a saved model."""
+    done: list[object] = []
+    sync, replace = os.fsync, os.replace
+
+    def noted_sync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        done.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert done == [(tmp_path / "file").stat().st_ino, "rename", tmp_path.stat().st_ino]
+
+    done.clear()
+    save(tmp_path / "model", nn.Linear(1, 1), recipe=None)
+    files = [tmp_path / "model" / name for name in (WEIGHTS, DESCRIPTION)]
+    inodes = [path.stat().st_ino for path in (*files, tmp_path / "model", tmp_path)]
+    assert done == [*inodes[:3], "rename", inodes[3]]
 
 
 class _Crash(BaseException):
