@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from jbrprune import engine
+from jbrprune import distributed, engine
 from jbrprune.batches import Batch, count
 from jbrprune.budget import STEP
 from jbrprune.calibration import Calibration
@@ -194,7 +194,7 @@ class _Walk:
     def _ahead(self, at: float) -> list[float]:
         """The next steps, up to the one that is measured."""
         below = [share for share in self.outlook.shares if share < at - 1e-9][:FARTHEST]
-        wanted = self.outlook.proposed(self.allowed, at)
+        wanted = distributed.same(self.outlook.proposed(self.allowed, at))  # another processor predicts other bits
         return [share for share in below if share >= wanted - 1e-9] or below[:1]
 
     def _bisected(self, passed: Sequence[tuple[float, State]]) -> tuple[tuple[float, State] | None, float]:

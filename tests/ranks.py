@@ -42,6 +42,7 @@ def _started(rank: int, size: int, port: int, work: Callable[[], Any], path: Pat
         tqdm.set_lock(threading.RLock())
         place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()})
+        distributed._accelerated = lambda: False  # a fork cannot use CUDA
         try:
             with distributed.joined(timeout=timeout):
                 found = work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -13,15 +14,17 @@ from typing import Any
 import cases
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from test_journal import QUICK, own
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from jbrprune import Scores, distributed, prune, score, sweep
+from jbrprune import Scores, distributed, prune, repair, score, search, sweep
 from jbrprune.batches import Batch, iterate
+from jbrprune.calibration import calibration
 from jbrprune.commands import evaluate
-from jbrprune.errors import ArgumentError, DataError, NonFiniteError, RankError
+from jbrprune.errors import ArgumentError, CheckpointError, DataError, NonFiniteError, RankError
 from jbrprune.journal import digest
 from jbrprune.measure import Agreement, agreement, predict
 from jbrprune.passes import Draws
@@ -228,12 +231,34 @@ def test_pruning_decides_as_one_process_and_alike_on_all_ranks(options: dict[str
     assert ranks[0][2].kl == pytest.approx(agreement.kl, rel=1e-3, abs=1e-6)
 
 
+def test_ranks_that_predict_otherwise_go_the_same_way() -> None:
+    """On another processor a prediction has other bits, and may propose another step."""
+    images = cases.images(60, 16).float()
+    data = TensorDataset(images, torch.arange(60) % 4)
+
+    def work() -> tuple[list[float], str]:
+        if distributed.rank() == 1:
+            search.Outlook.proposed = lambda *_: math.inf  # type: ignore[method-assign]
+        result = prune(own(), data, max_drop=0.1, macs=0.7, batch_size=4, **QUICK)
+        assert result.report.search is not None
+        return [trial.share for trial in result.report.search.trials], digest(result.model.state_dict())
+
+    alone = work()
+    first, second = on_ranks(2, work)
+    assert first == second
+    assert first[0] == alone[0]
+
+
 def test_a_loader_that_shuffles_shows_all_ranks_the_same(tmp_path: Path) -> None:
     """Every rank has another random state; each image counts once all the same, and the journal is of one run."""
     images = cases.images(40, 16).float()
 
     def work() -> tuple[int, list[str], Tensor]:
         torch.manual_seed(distributed.rank())
+        shuffled = DataLoader(TensorDataset(images), batch_size=4, shuffle=True)
+        read = calibration(own(), shuffled, images=None)
+        orders = distributed.gathered([digest({"images": batch.images}) for batch in read.score])
+        assert all(order == orders[0] for order in orders)
         loader = DataLoader(TensorDataset(images), batch_size=4, shuffle=True)
         found = score(own(), loader, progress=False)
         assert isinstance(found, Scores)
@@ -246,6 +271,46 @@ def test_a_loader_that_shuffles_shows_all_ranks_the_same(tmp_path: Path) -> None
     expected = next(iter(score(own(), images, progress=False).values().values()))
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-9)
     assert sorted(path.name for path in tmp_path.iterdir())[:2] == ["model-0001.safetensors", "model-0002.safetensors"]
+
+
+def test_sums_and_repairs_have_the_same_bits_on_all_ranks() -> None:
+    """Also where a backend adds in another order on each, or a processor solves to other bits."""
+
+    def work() -> tuple[Tensor, str]:
+        if distributed.rank() == 1:
+            reduced, solved = dist.all_reduce, repair._ridge_solution
+
+            def other_bits(total: Tensor) -> None:
+                reduced(total)
+                if total.is_floating_point():
+                    total.mul_(1 + 1e-6)
+
+            dist.all_reduce = other_bits  # type: ignore[assignment]
+            repair._ridge_solution = lambda *arguments: solved(*arguments) * (1 + 1e-6)
+        total = distributed.all_sum({"a": torch.rand(50)})["a"]
+        result = prune(own(), cases.images(40, 16).float(), macs=0.7, steps=1, repair="least_squares", **QUICK)
+        return total, digest(result.model.state_dict())
+
+    (total, model), (other_total, other_model) = on_ranks(2, work)
+    assert torch.equal(total, other_total)
+    assert model == other_model
+
+
+def test_one_rank_writes_and_all_must_see_it(tmp_path: Path) -> None:
+    """A directory for each rank, as on machines that share no file system."""
+    images = cases.images(40, 16).float()
+
+    def work() -> object:
+        directory = tmp_path / str(distributed.rank())
+        return prune(own(), images, macs=0.7, steps=2, **QUICK, resume=directory).report.kept
+
+    first, second = on_ranks(2, work)
+    assert first == second <= 0.7
+    assert len(list((tmp_path / "0").iterdir())) == 3
+    assert list((tmp_path / "1").iterdir()) == []
+    _, second = on_ranks(2, work)
+    assert isinstance(second, CheckpointError)
+    assert "holds 0 steps for rank 1, and another number for rank 0" in str(second)
 
 
 # --- what is refused, and who ends ----------------------------------------------------------------

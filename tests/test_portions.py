@@ -183,6 +183,6 @@ def test_memory_that_really_runs_out(work: Callable[[Tensor], dict[str, Tensor]]
     assert child.exitcode == 0
     found, said = torch.load(tmp_path / "found")
     assert "Memory ran out with 16 images at once" in said[0]
-    assert "can't allocate memory: you tried to allocate" in said[0]
+    assert is_out_of_memory(RuntimeError(said[0]))  # of the allocator, or of oneDNN where it needs scratch memory
     for name, value in work(LARGE).items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-14)

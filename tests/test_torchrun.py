@@ -50,7 +50,7 @@ def run(folder: Path) -> Run:
         done = subprocess.run(
             [*start, *arguments, "--json"],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},  # there may be one GPU only
             capture_output=True,
             text=True,
             timeout=300,
