@@ -53,7 +53,10 @@ def _key(call: Call, widths: Sequence[int]) -> str:
     shape = f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
     weight = guest.first_tensor(call.module)
     own = None if weight is None else (weight.dtype, weight.stride())
-    return f"{kind} {call.module!r} {own} on {shape} cut to {dict(zip(call.sides, widths))}".replace("\n", " ")
+    # what the text of a module leaves out: its number of heads, whether its attention is fused
+    flags = {name: value for name, value in sorted(vars(call.module).items()) if isinstance(value, bool | int | float)}
+    cut = dict(zip(call.sides, widths))
+    return f"{kind} {call.module!r} {flags} {own} on {shape} cut to {cut}".replace("\n", " ")
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 All timing is by ``torch.utils.benchmark``, which waits for CUDA and sets the number of threads. With one thread on the
 CPU the clock is that of the thread: what other programs do meanwhile does not count, and on an idle machine it is wall
-time. Otherwise the clock is wall time.
+time. Otherwise, and where the clock of a thread is a coarse one, it is wall time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from jbrprune.measure import Latency, benchmark
 
 BLOCK_SECONDS = 0.02
 """Passes are timed in blocks of at least this long, so that the clock's own cost does not count."""
+COARSEST = 1e-6
+"""A clock with longer ticks (in seconds) cannot say how often a short call has to be repeated."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def race(
 
 def clock_of(device: torch.device) -> str:
     """``thread`` or ``wall``: which clock `race` uses."""
-    return "thread" if torch.get_num_threads() == 1 and device.type == "cpu" else "wall"
+    fine = time.get_clock_info("thread_time").resolution <= COARSEST
+    return "thread" if fine and torch.get_num_threads() == 1 and device.type == "cpu" else "wall"
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> Ratio:

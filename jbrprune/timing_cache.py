@@ -53,7 +53,9 @@ def machine(device: torch.device) -> dict[str, object]:
         "format": FORMAT,
         "device": device.type,
         "hardware": hardware(device),
+        "capability": torch.backends.cpu.get_cpu_capability(),  # a virtual machine may hide the model of its CPU
         "threads": torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "torch": torch.__version__,
     }
 

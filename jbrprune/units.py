@@ -267,13 +267,20 @@ def _reason_to_keep(model: nn.Module, axes: list[Axis], units: int, fixed: dict[
         return "a convolution that reads it standardises its weights over the inputs: with fewer, all would change"
     if units < 2:
         return "its channels can only go all together"
-    if not width and _normalised(model, axes):
-        return "a LayerNorm normalises over it; pass width=True to offer it"
+    norms = _normalising(model, axes)
+    if norms and not width:
+        return f"{_called(norms[0])} normalises over it; pass width=True to offer it"
     return None
 
 
-def _normalised(model: nn.Module, axes: Iterable[Axis]) -> bool:
-    return any(side == "out" and hasattr(model.get_submodule(name), "normalized_shape") for name, side, _ in axes)
+def _normalising(model: nn.Module, axes: Iterable[Axis]) -> list[nn.Module]:
+    """The norms that take their statistics over the channels."""
+    modules = [model.get_submodule(name) for name, side, _ in axes if side == "out"]
+    return [module for module in modules if hasattr(module, "normalized_shape")]
+
+
+def _called(norm: nn.Module) -> str:
+    return "an RMSNorm" if "rms" in type(norm).__name__.lower() else "a LayerNorm"
 
 
 def _group(model: nn.Module, name: str, channels: dict[Axis, np.ndarray]) -> Group:
@@ -292,7 +299,7 @@ def _group(model: nn.Module, name: str, channels: dict[Axis, np.ndarray]) -> Gro
 def _kind(model: nn.Module, channels: dict[Axis, np.ndarray]) -> Literal["channel", "head", "group", "width"]:
     if any(side == "heads" for _, side, _ in channels):
         return "head"
-    if _normalised(model, channels):
+    if _normalising(model, channels):
         return "width"
     grouped = [side != "param" and layers.is_grouped(model.get_submodule(name)) for name, side, _ in channels]
     return "group" if any(grouped) else "channel"

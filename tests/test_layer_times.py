@@ -214,6 +214,26 @@ def test_what_was_timed_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(runs) > once
 
 
+@pytest.mark.parametrize("change", ["heads", "fused"])
+def test_attentions_that_print_alike_are_timed_apart(change: str) -> None:
+    """Six heads of twelve take another time than six of six, though both print the same linear layers."""
+    timed: list[int] = []
+
+    def counted(calls: Sequence[Any], device: torch.device, **_: object) -> list[Laps]:
+        timed.append(len(calls))
+        return [Laps((1e-3,), 1) for _ in calls]
+
+    watch = Stopwatch(CPU, {}, counted)
+    for number in range(2):
+        heads = 6 if change == "heads" and number else 12
+        options = {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": heads, "num_classes": 4}
+        model = timm.create_model("vit_tiny_patch16_224", **options).eval()
+        model.blocks[0].attn.fused_attn = not (change == "fused" and number)
+        (call,) = [call for call in calls(model, torch.randn(1, 3, 32, 32)) if call.sides == ("heads",)]
+        watch.seconds(call, [(6,)])
+    assert timed == [1, 1]
+
+
 def test_large_layers_are_copied_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
