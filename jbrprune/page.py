@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jbrprune.atomic import replacing
 from jbrprune.charts import Series, line_chart
+from jbrprune.errors import ArgumentError
 from jbrprune.figures import cost_name, left, left_after
 from jbrprune.measure import Agreement
 from jbrprune.records import LayerRow, Run, plain
@@ -96,7 +97,12 @@ def report_page(report: Run, path: str | os.PathLike[str] | None = None, predict
 
     Returns:
         The page.
+
+    Raises:
+        ArgumentError: The prediction is of channels, and single weights were pruned; or it lacks a column.
     """
+    if predicted is not None:
+        _check_predicted(report, predicted)
     sections = {
         "Cost": _costs(report),
         "Agreement with the dense model": _agreement(report),
@@ -118,6 +124,19 @@ def report_page(report: Run, path: str | os.PathLike[str] | None = None, predict
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return text
+
+
+def _check_predicted(report: Run, predicted: DataFrame) -> None:
+    if report.pruned.nonzero is not None:
+        raise ArgumentError(
+            "predicted= is what the removal of channels would do, over MACs; this is a report on single weights. "
+            "Leave it out."
+        )
+    if "macs" not in predicted or not {"predicted_flips", "predicted_flips_repaired"} & set(predicted):
+        raise ArgumentError(
+            "predicted= needs the columns 'macs' and 'predicted_flips' or 'predicted_flips_repaired', as "
+            f"jbrprune.predict makes them; got {', '.join(map(str, predicted))}."
+        )
 
 
 def _tiles(report: Run) -> Iterable[tuple[str, str]]:

@@ -60,6 +60,9 @@ class Report(Run):
 
         Returns:
             The page.
+
+        Raises:
+            ArgumentError: The prediction is of something else, or lacks a column.
         """
         return report_page(self, path, predicted)
 

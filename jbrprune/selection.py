@@ -112,8 +112,9 @@ def select(
         if account.total <= target * (1 + 1e-12):
             return {name: torch.cat(units).sort().values for name, units in taken.items()}
     raise BudgetError(
-        f"The budget cannot be reached: with every group at its floor {account.total:,.0f} of {before:,.0f} are left, "
-        f"{target:,.0f} were asked for. Lower `floor` or `min_channels`, ignore fewer layers, or ask for less."
+        f"The budget cannot be reached: with every group at its floor {account.total / before:.3f} of the present cost "
+        f"are left, {target / before:.3f} were asked for. Lower `floor` or `min_channels`, ignore fewer "
+        "layers, or ask for less."
     )
 
 

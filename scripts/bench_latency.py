@@ -15,7 +15,7 @@ import functools
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -79,14 +79,15 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One line per model, setting, mode and batch that is not there yet."""
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    done = {(row["model"], row["setting"], row["mode"], row["batch"]) for row in common.lines(arguments.out)}
+    here = _place(machine(device))
+    done = {(*_place(row), *_what(row)) for row in common.lines(arguments.out)}
     for name in arguments.models:
         torch.manual_seed(0)
         dense = timm.create_model(name).to(device).eval()
         images = torch.randn(max(arguments.batch_sizes), 3, 224, 224, device=device)
         for setting in arguments.settings:
             wanted = [(mode, batch) for batch in arguments.batch_sizes for mode in arguments.modes]
-            wanted = [(mode, batch) for mode, batch in wanted if (name, setting, mode, batch) not in done]
+            wanted = [(mode, batch) for mode, batch in wanted if (*here, name, setting, mode, batch) not in done]
             if not wanted:
                 continue
             model, facts = pruned(dense, images[:2], setting, arguments.steps)
@@ -101,8 +102,23 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
                 torch.compiler.reset()
 
 
+def _place(row: Mapping[str, object]) -> tuple:
+    """Where it was measured: times of different places are never put beside each other."""
+    return row["device"], row["hardware"], row["threads"]
+
+
+def _what(row: Mapping[str, object]) -> tuple:
+    return row["model"], row["setting"], row["mode"], row["batch"]
+
+
 def table(rows: list[dict]) -> str:
-    """Speed-up and spread by batch and mode."""
+    """Speed-up and spread by batch and mode, one table for every machine and number of threads."""
+    places = dict.fromkeys(_place(row) for row in rows)
+    tables = {place: _table([row for row in rows if _place(row) == place]) for place in places}
+    return "\n\n".join(f"{d}, {hardware}, threads: {threads}\n\n{t}" for (d, hardware, threads), t in tables.items())
+
+
+def _table(rows: list[dict]) -> str:
     columns = sorted({(row["batch"], row["mode"]) for row in rows}, key=lambda c: (c[0], c[1] != "eager"))
     head = "| model | setting | round_to | MACs | " + " | ".join(f"batch {b}, {m}" for b, m in columns) + " |"
     lines = [head, "|" + "---|" * (4 + len(columns))]

@@ -87,7 +87,7 @@ MACs (or, where that cannot be reached, to the deepest share that can; one chann
 left), forward, comparison with the masked dense model in float64, backward, save, load, bit-equal, `torch.export`, and
 once more with the default steps and repairs of `prune`.
 
-* **jbrprune: {works} of {modules} ({share:.0%}) pruned and passed every check**: {counts}. *budget*: 0.7 of the MACs;
+* **jbrprune: {works} of {modules} ({share:.1%}) pruned and passed every check**: {counts}. *budget*: 0.7 of the MACs;
   *deepest*: as far as it goes, with the reason; *refused*: an error with the reason before anything was scored.
 * **torch-pruning's example recipe** (`MagnitudeImportance`, ratio 0.3 everywhere, the classifier ignored, heads counted
   as its examples do and `num_heads`, `head_dim`, `attn_dim` set afterwards): {recipe_works} of {modules} run forward

@@ -163,8 +163,11 @@ def test_prune_eval_and_load(run: Run, pictures: Path, weights: Path, tmp_path: 
     assert plot.stat().st_size > 1000
     assert jbrprune.load(out)(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
 
-    code, text, err = run("prune", *common, *budget, "--json")
+    page = tmp_path / "report.html"
+    code, text, err = run("prune", *common, *budget, "--json", "--report", page)
     assert (code, err) == (0, "")
+    for drawn in ("predicted, without repair", "predicted, with repair", "measured, after repair", "<h2>Widths</h2>"):
+        assert drawn in page.read_text(encoding="utf-8")
     report = Report.from_dict(json.loads(text))
     assert report.kept <= 0.85
     assert report.settings["ignore"] == ["blocks.0.attn", "blocks.1.m*"]

@@ -14,6 +14,7 @@ import pytest
 
 from jbrprune import Report
 from jbrprune.charts import HEIGHT, WIDTH, Series, line_chart
+from jbrprune.errors import ArgumentError
 from jbrprune.measure import Agreement, Latency
 from jbrprune.records import LayerRow, Size, StepRow
 
@@ -173,6 +174,15 @@ def test_a_prediction_is_drawn_beside_what_was_measured() -> None:
     assert "predicted, " not in report().to_html()
     (line,) = re.findall(r'<g class="foreseen"><polyline points="([^"]*)"', page)
     assert len(line.split()) == 2
+
+
+def test_a_prediction_of_something_else_is_refused() -> None:
+    table = pd.DataFrame({"macs": [0.5], "predicted_flips": [0.4]})
+    weights = report(dense=Size(1000, 500, 2000, nonzero=100), pruned=Size(1000, 500, 2000, nonzero=30))
+    with pytest.raises(ArgumentError, match="this is a report on single weights"):
+        weights.to_html(predicted=table)
+    with pytest.raises(ArgumentError, match=r"needs the columns 'macs' and .*; got a, b"):
+        report().to_html(predicted=pd.DataFrame({"a": [], "b": []}))
 
 
 # --- charts --------------------------------------------------------------------------------------

@@ -119,13 +119,14 @@ def test_a_plan_that_is_too_slow_is_made_again(monkeypatch: pytest.MonkeyPatch) 
     assert stubborn(result.model, model, IMAGES).median <= 0.7
 
 
-def test_what_is_never_fast_enough_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_never_fast_enough_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(pricing, "ATTEMPTS", 1)
     floor = iter([0.3])
     monkeypatch.setattr(pricing, "relative_latency", lambda *_: Ratio(next(floor, 0.9), 0.02, 9))
     report = prune(resnet(), IMAGES, latency=0.7, round_to=1, **{**QUICK, "steps": 1}).report
     (note,) = [note for note in report.notes if note.startswith("Latency")]
     assert "missed by 0.200" in note
+    assert "The budget of latency=0.7 is missed: 0.900 of the dense model's time are left." in caplog.text
 
 
 def test_a_budget_below_the_floors_is_refused_before_scoring(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from jbrprune import checkpoint as files
 from jbrprune import distributed
+from jbrprune.budget import KINDS
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -30,7 +34,15 @@ from jbrprune.commands.options import (
     multiple,
 )
 from jbrprune.commands.output import interactive, say
+from jbrprune.errors import JBRError
+from jbrprune.prediction import predict
 from jbrprune.pruning import prune
+from jbrprune.report import Report
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+log = logging.getLogger(__name__)
 
 
 def prune_command(
@@ -123,9 +135,7 @@ def prune_command(
         files.check_target(out, overwrite=overwrite)
     for file in (plot, report):
         check_file(file)
-    result = prune(
-        model,
-        data,
+    arguments: dict[str, Any] = dict(
         macs=macs,
         params=params,
         channels=channels,
@@ -166,12 +176,35 @@ def prune_command(
         pretrained=pretrained,
         **model_arguments(model_arg),
     )
+    result = prune(model, data, **arguments)
     one = distributed.rank() == 0
     if out is not None and one:
         result.save(out, card=card, overwrite=overwrite)
     saved = {"out": str(out)} if out is not None else {}
     say(as_json, result.report.to_dict() | saved, str(result.report) + (f"\n\nSaved to {out}" if out else ""))
     if report is not None and one:
-        result.report.to_html(report)
+        result.report.to_html(report, predicted=_foreseen(result.report, model, data, arguments))
     if plot is not None and one:
         result.report.plot(plot)
+
+
+def _foreseen(report: Report, model: str, data: str, arguments: Mapping[str, Any]) -> DataFrame | None:
+    """What is predicted for the shares of MACs that the steps reached, to be drawn beside what was measured.
+
+    None, with a warning unless it has no meaning there, where nothing can be predicted.
+    """
+    shares = sorted({step.macs / report.dense.macs for step in report.steps} - {1.0})
+    if report.sparsity is not None or not shares:
+        return None
+    if distributed.size() > 1:
+        log.warning("The page shows no prediction: it is made by one process only.")
+        return None
+    not_its_own = {*KINDS, *(inspect.signature(prune).parameters.keys() - inspect.signature(predict).parameters.keys())}
+    own = {name: value for name, value in arguments.items() if name not in not_its_own}
+    own["round_to"] = report.settings["round_to"]
+    margin = 1 + 1e-9  # a step may have reached the floors
+    try:
+        return predict(model, data, macs=[share * margin for share in shares], checked=1, **own)
+    except (JBRError, ImportError) as error:
+        log.warning("The page shows no prediction: %s", error)
+        return None
