@@ -1,4 +1,4 @@
-"""scripts/bench_latency.py: what was measured elsewhere, or with other threads, is neither mixed in nor taken for done."""
+"""scripts/bench_latency.py: what was measured elsewhere is neither mixed in nor taken for done."""
 
 from __future__ import annotations
 
