@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
-from jbrprune import guest, layers
-from jbrprune.batches import Batch
-from jbrprune.channels import channels
+from jbrprune.core import guest
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import logits_of
+from jbrprune.core.objectives import Target, label
+from jbrprune.criterion import layers
+from jbrprune.criterion.groups import Group, Member
+from jbrprune.criterion.passes import own
+from jbrprune.criterion.scores import Scores, Settings
 from jbrprune.errors import DataError, NonFiniteError
-from jbrprune.groups import Group, Member
-from jbrprune.measure import logits_of
-from jbrprune.objectives import Target, label
-from jbrprune.passes import own
-from jbrprune.scores import Scores, Settings
+from jbrprune.structure.channels import channels
 
 Values = dict[str, Tensor]
 """Group name -> ``[units]`` float64."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from baselines.common import Part, check_labels, made, unit_sums
-from jbrprune import layers
-from jbrprune.batches import Batch
-from jbrprune.groups import Group
-from jbrprune.scores import Scores
-from jbrprune.weights import weight_scores
+from jbrprune.core.batches import Batch
+from jbrprune.criterion import layers
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.scores import Scores
+from jbrprune.criterion.weights import weight_scores
 
 
 def fisher(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from baselines.common import filter_sums, made
-from jbrprune.batches import Batch
-from jbrprune.groups import Group
-from jbrprune.scores import Scores
+from jbrprune.core.batches import Batch
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.scores import Scores
 
 
 def fpgm(

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from baselines.common import label_losses, made, mean_gradients, products, shown, unit_sums
-from jbrprune import guest
-from jbrprune.batches import Batch
+from jbrprune.core import guest
+from jbrprune.core.batches import Batch
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.scores import Scores
 from jbrprune.errors import ModelError
-from jbrprune.groups import Group
-from jbrprune.scores import Scores
 
 
 def grasp(

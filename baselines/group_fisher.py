@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from baselines.common import check_labels
-from jbrprune.batches import Batch
-from jbrprune.groups import Group
-from jbrprune.relevance import relevance_scores
-from jbrprune.scores import Scores
+from jbrprune.core.batches import Batch
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.relevance import relevance_scores
+from jbrprune.criterion.scores import Scores
 from jbrprune.variants import named
 
 

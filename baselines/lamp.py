@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from baselines.common import made
 from baselines.magnitude import powers
-from jbrprune.batches import Batch
-from jbrprune.groups import Group
-from jbrprune.scores import Scores
+from jbrprune.core.batches import Batch
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.scores import Scores
 
 
 def lamp(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from baselines.common import made, mean_gradients, products, unit_sums
-from jbrprune.batches import Batch
-from jbrprune.groups import Group
-from jbrprune.scores import Scores
+from jbrprune.core.batches import Batch
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.scores import Scores
 
 
 def snip(

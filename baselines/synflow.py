@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from baselines.common import made, products, unit_sums
-from jbrprune import guest, layers
-from jbrprune.batches import Batch
+from jbrprune.core import guest
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import logits_of
+from jbrprune.criterion import layers
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.scores import Scores
 from jbrprune.errors import DataError
-from jbrprune.groups import Group
-from jbrprune.measure import logits_of
-from jbrprune.scores import Scores
-from jbrprune.units import copied
+from jbrprune.structure.units import copied
 
 
 def synflow(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from baselines.common import Values, check_labels, made, shown
-from jbrprune.batches import Batch
-from jbrprune.groups import Group
-from jbrprune.objectives import label
-from jbrprune.relevance import per_sample_relevances
-from jbrprune.scores import Scores
+from jbrprune.core.batches import Batch
+from jbrprune.core.objectives import label
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.relevance import per_sample_relevances
+from jbrprune.criterion.scores import Scores
 
 
 def taylor(

@@ -13,13 +13,14 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from baselines.common import check_labels, label_losses, made, shown, summed
-from jbrprune import guest, layers
-from jbrprune.batches import Batch
+from jbrprune.core import guest
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import logits_of
+from jbrprune.criterion import layers
+from jbrprune.criterion.groups import Group, Member
+from jbrprune.criterion.scores import Scores
 from jbrprune.errors import DataError, UnsupportedModelError
-from jbrprune.groups import Group, Member
-from jbrprune.measure import logits_of
-from jbrprune.scores import Scores
-from jbrprune.units import copied
+from jbrprune.structure.units import copied
 
 KNOWN_FAULTS: dict[str, str] = {
     "tp_magnitude": (

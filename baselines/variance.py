@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from baselines.common import made, squared_inputs, summed
-from jbrprune.batches import Batch
-from jbrprune.groups import Group
-from jbrprune.relevance import channel_means
-from jbrprune.scores import Scores
+from jbrprune.core.batches import Batch
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.relevance import channel_means
+from jbrprune.criterion.scores import Scores
 
 
 def variance(

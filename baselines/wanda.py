@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from baselines.common import Part, made, squared_inputs, unit_sums
-from jbrprune.batches import Batch
-from jbrprune.groups import Group
-from jbrprune.scores import Scores
+from jbrprune.core.batches import Batch
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.scores import Scores
 
 
 def wanda(

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from jbrprune.batches import Batch
-from jbrprune.parameters import weights_of
-from jbrprune.scores import Settings
-from jbrprune.weights import WeightScores, weight_scores
+from jbrprune.core.batches import Batch
+from jbrprune.criterion.parameters import weights_of
+from jbrprune.criterion.scores import Settings
+from jbrprune.criterion.weights import WeightScores, weight_scores
 
 
 def magnitude(

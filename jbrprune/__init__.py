@@ -2,18 +2,19 @@
 
 from importlib.metadata import version
 
-from jbrprune.checkpoint import load
+from jbrprune.core import distributed
+from jbrprune.criterion.parameters import make_permanent
+from jbrprune.criterion.scores import Scores
+from jbrprune.criterion.weights import WeightScores
 from jbrprune.degradation import Degradation, degradation
-from jbrprune.parameters import make_permanent
+from jbrprune.files.checkpoint import load
 from jbrprune.prediction import predict
 from jbrprune.pruning import PruneResult, prune, sweep
-from jbrprune.report import Report
-from jbrprune.scores import Scores
+from jbrprune.reporting.report import Report
 from jbrprune.scoring import score
-from jbrprune.semi_structured import to_semi_structured
-from jbrprune.structured import JBRImportance
-from jbrprune.unstructured import JBRUnstructured, jbr_global_unstructured, jbr_unstructured
-from jbrprune.weights import WeightScores
+from jbrprune.sparse.semi_structured import to_semi_structured
+from jbrprune.sparse.unstructured import JBRUnstructured, jbr_global_unstructured, jbr_unstructured
+from jbrprune.structure.structured import JBRImportance
 
 __version__ = version("jbrprune")
 
@@ -39,4 +40,6 @@ __all__ = [
     "jbr_global_unstructured",
     "make_permanent",
     "to_semi_structured",
+    # many processes
+    "distributed",
 ]

@@ -8,16 +8,16 @@ from numbers import Real
 from typing import Any
 
 from jbrprune import engine, thinning, variants
-from jbrprune.budget import BUDGETS, TIMED, Budget
+from jbrprune.budgets.budget import BUDGETS, TIMED, Budget
+from jbrprune.budgets.selection import Floors
+from jbrprune.criterion.relevance import check_arguments
+from jbrprune.criterion.scores import Scores
+from jbrprune.criterion.weights import WeightScores, check_weight_arguments, weight_scores
 from jbrprune.defaults import CHANNELS, WEIGHTS, complete
 from jbrprune.errors import ArgumentError, BudgetError
-from jbrprune.relevance import check_arguments
+from jbrprune.files.runs import called
 from jbrprune.repair import METHODS
-from jbrprune.runs import called
-from jbrprune.scores import Scores
-from jbrprune.selection import Floors
-from jbrprune.sparsity import REMAINDERS, SCOPES, Pattern
-from jbrprune.weights import WeightScores, check_weight_arguments, weight_scores
+from jbrprune.sparse.sparsity import REMAINDERS, SCOPES, Pattern
 
 
 def structure_of(structure: str | None, given: Mapping[str, object]) -> str | Pattern:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune import data as loading
-from jbrprune import distributed, guest, zoo
-from jbrprune.batches import Batch, concatenated, materialise, rebatched, with_reference
+from jbrprune import zoo
+from jbrprune.core import distributed, guest
+from jbrprune.core.batches import Batch, concatenated, materialise, rebatched, with_reference
+from jbrprune.core.measure import agreement, predict
 from jbrprune.errors import ArgumentError, DataError, JBRError
-from jbrprune.measure import agreement, predict
 
 FEWEST_TO_HOLD_BACK = 10
 """With fewer images nothing is held back, so nothing is repaired and no agreement is measured."""

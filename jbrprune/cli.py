@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from jbrprune import distributed
 from jbrprune.commands.card import card_command
 from jbrprune.commands.demo import demo_command
 from jbrprune.commands.evaluate import eval_command
@@ -19,6 +18,7 @@ from jbrprune.commands.predict import predict_command
 from jbrprune.commands.prune import prune_command
 from jbrprune.commands.score import score_command
 from jbrprune.commands.tpv import tpv_command
+from jbrprune.core import distributed
 from jbrprune.errors import ArgumentError, JBRError
 
 app = typer.Typer(

@@ -1,6 +1,6 @@
 """Images from folders, from timm's data sets and from data sets of pictures, prepared the way the model wants them.
 
-What comes out is read by `jbrprune.batches.iterate`.
+What comes out is read by `jbrprune.core.batches.iterate`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from jbrprune.batches import IMAGE_KEYS, LABEL_KEYS
+from jbrprune.core.batches import IMAGE_KEYS, LABEL_KEYS
+from jbrprune.core.guest import same_randomness
 from jbrprune.errors import ArgumentError, DataError, ModelError
-from jbrprune.guest import same_randomness
 from jbrprune.zoo import data_config, image_size
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def open_data(
     split: str = "validation",
     skip_corrupt: bool = False,
 ) -> object:
-    """Turn what a user calls data into something that `jbrprune.batches.iterate` reads.
+    """Turn what a user calls data into something that `jbrprune.core.batches.iterate` reads.
 
     - A folder: every image below it, in an order that is random and always the same, so that the first few hundred
       are a fair sample; prepared by timm's evaluation transform for this model. Its first-level folders are the

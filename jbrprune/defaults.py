@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from jbrprune.criterion.weights import MAX_MEMORY
 from jbrprune.errors import ArgumentError
-from jbrprune.weights import MAX_MEMORY
 
 CHANNELS = {
     "objective": "pseudo_label",

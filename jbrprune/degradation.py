@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jbrprune.batches import Batch, count
 from jbrprune.calibration import calibration
-from jbrprune.checking import TOLERANCE, check
-from jbrprune.damage import Damage, measured_damage
+from jbrprune.core.batches import Batch, count
+from jbrprune.core.measure import predict as logits_on
+from jbrprune.criterion.groups import Group
 from jbrprune.errors import ArgumentError, DataError
-from jbrprune.forecast import forecast
-from jbrprune.groups import Group
-from jbrprune.measure import predict as logits_on
+from jbrprune.forecasting.checking import TOLERANCE, check
+from jbrprune.forecasting.damage import Damage, measured_damage
+from jbrprune.forecasting.forecast import forecast
 from jbrprune.opening import opened_with
 from jbrprune.prediction import masked_logits, warn_if_constant
 from jbrprune.pruning import PruneResult
-from jbrprune.removal import tried
-from jbrprune.report import Report
+from jbrprune.reporting.report import Report
 from jbrprune.scoring import check_model
-from jbrprune.units import copied, find_groups
+from jbrprune.structure.removal import tried
+from jbrprune.structure.units import copied, find_groups
 
 
 @dataclass(frozen=True)

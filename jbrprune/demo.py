@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jbrprune import demo_data
-from jbrprune.figures import ratio_plot
 from jbrprune.pruning import PruneResult, sweep
-from jbrprune.tables import ratio_table
+from jbrprune.reporting.figures import ratio_plot
+from jbrprune.reporting.tables import ratio_table
 
 log = logging.getLogger(__name__)
 

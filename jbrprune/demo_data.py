@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from jbrprune.core.guest import evaluating, same_randomness
 from jbrprune.errors import ArgumentError, CheckpointError, DataError
-from jbrprune.guest import evaluating, same_randomness
 from jbrprune.zoo import create
 
 logger = logging.getLogger(__name__)

@@ -11,25 +11,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune import distributed, guest, layers, pricing
-from jbrprune.batches import Batch, count
-from jbrprune.budget import Budget
+from jbrprune.budgets import pricing
+from jbrprune.budgets.budget import Budget
+from jbrprune.budgets.cost import Account, axis_widths, count_macs
+from jbrprune.budgets.pricing import Pricer
+from jbrprune.budgets.selection import Floors, reachable
 from jbrprune.calibration import Calibration
-from jbrprune.cost import Account, axis_widths, count_macs
+from jbrprune.core import distributed, guest
+from jbrprune.core.batches import Batch, count
+from jbrprune.core.measure import Agreement, parameters_of
+from jbrprune.criterion import layers
+from jbrprune.criterion.groups import Axis, Group, Selection, removed_channels
+from jbrprune.criterion.members import Site
+from jbrprune.criterion.relevance import Statistic, relevance_scores
+from jbrprune.criterion.scores import Scores, check_some
 from jbrprune.errors import ArgumentError, NonFiniteError
-from jbrprune.groups import Axis, Group, Selection, removed_channels
-from jbrprune.journal import NOTHING, Journal, facts_of, recall
-from jbrprune.measure import Agreement, parameters_of
-from jbrprune.members import Site
-from jbrprune.pricing import Pricer
-from jbrprune.relevance import Statistic, relevance_scores
-from jbrprune.removal import remove_units, tried
+from jbrprune.files.journal import NOTHING, Journal, facts_of, recall
+from jbrprune.files.runs import Clock, called, heldout_agreement, notes_on_images, provenance, size_of, with_latency
 from jbrprune.repair import Targets, dense_targets, repaired
-from jbrprune.report import LayerRow, Report, Size, StepRow
-from jbrprune.runs import Clock, called, heldout_agreement, notes_on_images, provenance, size_of, with_latency
-from jbrprune.scores import Scores, check_some
-from jbrprune.selection import Floors, reachable
-from jbrprune.units import Found, copied, find_groups
+from jbrprune.reporting.report import LayerRow, Report, Size, StepRow
+from jbrprune.structure.removal import remove_units, tried
+from jbrprune.structure.units import Found, copied, find_groups
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from jbrprune import guest, zoo
-from jbrprune.cost import Account, axis_widths, mac_terms, parameter_terms
+from jbrprune import zoo
+from jbrprune.budgets.cost import Account, axis_widths, mac_terms, parameter_terms
+from jbrprune.budgets.selection import Floors, reachable
+from jbrprune.core import guest
 from jbrprune.errors import ArgumentError
-from jbrprune.removal import tried
-from jbrprune.selection import Floors, reachable
-from jbrprune.units import copied, find_groups
+from jbrprune.structure.removal import tried
+from jbrprune.structure.units import copied, find_groups
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune import data as loading
-from jbrprune import guest, zoo
+from jbrprune import zoo
 from jbrprune.calibration import Calibration, calibration, check_runs
+from jbrprune.core import guest
 from jbrprune.errors import JBRError, ModelError
 from jbrprune.scoring import example_of, peeked
 

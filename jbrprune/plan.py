@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from jbrprune.budget import Budget
+from jbrprune.budgets.budget import Budget
+from jbrprune.budgets.selection import select
+from jbrprune.criterion.groups import Selection
 from jbrprune.engine import Settings, State
-from jbrprune.groups import Selection
-from jbrprune.selection import select
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,24 +16,24 @@ from torch import Tensor, nn
 
 from jbrprune import engine
 from jbrprune.arguments import channel_settings
-from jbrprune.batches import Batch, concatenated, count, rebatched
-from jbrprune.budget import KINDS, Budget
+from jbrprune.budgets.budget import KINDS, Budget
 from jbrprune.calibration import Calibration
-from jbrprune.checking import FLIPS, TOLERANCE, Check, check, constant, tpvs_agree
-from jbrprune.correction import Correction, corrected
-from jbrprune.damage import Damage, measured_damage
+from jbrprune.core.batches import Batch, concatenated, count, rebatched
+from jbrprune.core.measure import predict as logits_on
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.scores import Scores
 from jbrprune.errors import ArgumentError, BudgetError, DataError
-from jbrprune.figures import extra
-from jbrprune.forecast import Forecast, forecast
-from jbrprune.groups import Group
-from jbrprune.measure import predict as logits_on
+from jbrprune.forecasting.checking import FLIPS, TOLERANCE, Check, check, constant, tpvs_agree
+from jbrprune.forecasting.correction import Correction, corrected
+from jbrprune.forecasting.damage import Damage, measured_damage
+from jbrprune.forecasting.forecast import Forecast, forecast
 from jbrprune.opening import Opened, opened_with
 from jbrprune.plan import planned_cuts
-from jbrprune.removal import masked_units
-from jbrprune.scores import Scores
+from jbrprune.reporting.figures import extra
 from jbrprune.scoring import check_model, resolved
+from jbrprune.structure.removal import masked_units
+from jbrprune.structure.units import copied
 from jbrprune.tpv.validity import TPVWarning
-from jbrprune.units import copied
 
 if TYPE_CHECKING:
     from pandas import DataFrame

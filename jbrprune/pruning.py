@@ -13,20 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jbrprune import checkpoint as files
-from jbrprune import engine, guest, journal, search, thinning, zoo
+from jbrprune import engine, search, thinning, zoo
 from jbrprune.arguments import channel_settings, check_drop, sparsity_of, structure_of, weight_settings
-from jbrprune.budget import BUDGETS, KINDS, Budget
+from jbrprune.budgets.budget import BUDGETS, KINDS, Budget
+from jbrprune.core import guest
+from jbrprune.criterion.parameters import fresh, make_permanent, masks_of, put_masks, refuse_hidden_sharing, slots
+from jbrprune.criterion.scores import Scores
+from jbrprune.criterion.weights import WeightScores
 from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.files import checkpoint as files
+from jbrprune.files import journal
 from jbrprune.opening import opened_with
-from jbrprune.parameters import fresh, make_permanent, masks_of, put_masks, refuse_hidden_sharing, slots
-from jbrprune.report import Report
-from jbrprune.scores import Scores
+from jbrprune.reporting.report import Report
 from jbrprune.scoring import check_model, resolved
-from jbrprune.sparsity import Pattern
+from jbrprune.sparse.sparsity import Pattern
+from jbrprune.structure.units import copied
 from jbrprune.thinning import Thinned
-from jbrprune.units import copied
-from jbrprune.weights import WeightScores
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class PruneResult:
     config: Mapping[str, object] | None = None
 
     def save(self, path: str | Path, *, card: bool = False, overwrite: bool = False) -> None:
-        """Write the model into a directory (with ``card``, a model card as well); see `jbrprune.checkpoint.save`."""
+        """Write the model into a directory (``card``: a model card as well); see `jbrprune.files.checkpoint.save`."""
         files.save(
             path,
             self.model,
@@ -127,9 +129,9 @@ def prune(
         channels: Share of the removable channels to keep, a head counted as one (ranked by score alone, as in the
             paper).
         latency: Share of the time of a forward pass of one image to keep, on this machine, with as many threads as
-            torch uses now. Layers are timed over their widths (kept on disk, see `jbrprune.timing_cache`), units ranked
-            by score per time saved, and after every step the whole model is timed in turns with the dense one: that
-            ratio decides when the budget is met.
+            torch uses now. Layers are timed over their widths (kept on disk, see `jbrprune.budgets.timing_cache`),
+            units ranked by score per time saved, and after every step the whole model is timed in turns with the dense
+            one: that ratio decides when the budget is met.
         latency_ms: The same in milliseconds; the dense model is timed at the start and is what one share means.
         sparsity: Share of the weights of convolutions and linear layers to set to zero, reached exactly.
         max_drop: Prune channels as far as the accuracy, or without labels the agreement with the dense model, falls by
@@ -147,7 +149,7 @@ def prune(
             ``(model, batches, *, ignore, seed, progress) -> WeightScores`` for single weights.
         objective: ``pseudo_label`` (default for channels), ``projection`` (default for single weights),
             ``predicted_logit``, ``margin`` or ``label``.
-        site: ``consumer`` (default) or ``all``, for channels; see `jbrprune.relevance.relevance_scores`.
+        site: ``consumer`` (default) or ``all``, for channels; see `jbrprune.criterion.relevance.relevance_scores`.
         statistic: ``second_moment`` (default), ``batched``, ``mean_replaced`` (channels) or ``signed`` (weights).
         batch: Samples per batch of ``statistic="batched"``; default 128.
         confidence: Score only on images whose largest dense probability exceeds this; default 0.

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jbrprune import distributed, guest, layers
-from jbrprune.batches import Batch
+from jbrprune.core import distributed, guest
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import Agreement, agreement_on
+from jbrprune.criterion import layers
+from jbrprune.criterion.groups import Axis
 from jbrprune.errors import NonFiniteError
-from jbrprune.groups import Axis
-from jbrprune.measure import Agreement, agreement_on
 
 METHODS = ("batch_norm", "mean_shift", "least_squares")
 MOST_VALUES = 256 * 3 * 224 * 224

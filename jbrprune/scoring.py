@@ -9,20 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jbrprune import architectures, guest, zoo
 from jbrprune import data as loading
-from jbrprune.batches import Batch, iterate
+from jbrprune import zoo
 from jbrprune.calibration import check_runs
+from jbrprune.core import guest
+from jbrprune.core.batches import Batch, iterate
+from jbrprune.core.measure import check_weights
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.parameters import fresh
+from jbrprune.criterion.relevance import check_arguments, relevance_scores
+from jbrprune.criterion.scores import Scores
+from jbrprune.criterion.weights import WeightScores, check_weight_arguments, weight_scores
 from jbrprune.defaults import CHANNELS, WEIGHTS, complete
 from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.groups import Group
-from jbrprune.measure import check_weights
-from jbrprune.parameters import fresh
-from jbrprune.relevance import check_arguments, relevance_scores
-from jbrprune.removal import tried
-from jbrprune.scores import Scores
-from jbrprune.units import copied, find_groups, layer_groups
-from jbrprune.weights import WeightScores, check_weight_arguments, weight_scores
+from jbrprune.structure import architectures
+from jbrprune.structure.removal import tried
+from jbrprune.structure.units import copied, find_groups, layer_groups
 
 GRANULARITIES = ("unit", "layer", "weight")
 
@@ -61,7 +63,7 @@ def score(
         data: As for `jbrprune.prune`; all of it is read.
         objective: ``pseudo_label`` (default for channels), ``projection`` (default for single weights),
             ``predicted_logit``, ``margin`` or ``label``.
-        site: ``consumer`` (default) or ``all``; see `jbrprune.relevance.relevance_scores`.
+        site: ``consumer`` (default) or ``all``; see `jbrprune.criterion.relevance.relevance_scores`.
         statistic: ``second_moment`` (default), ``batched``, ``mean_replaced`` (channels) or ``signed`` (weights).
         granularity: ``unit``: removable units, coupled channels together. ``layer``: every channel of every known
             layer by itself, inputs and outputs (of ``site="all"``) apart; works for models whose graph cannot be

@@ -16,19 +16,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from jbrprune import distributed, engine
-from jbrprune.batches import Batch, count
-from jbrprune.budget import STEP
+from jbrprune import engine
+from jbrprune.budgets.budget import STEP
 from jbrprune.calibration import Calibration
-from jbrprune.damage import Damage, measured_damage
-from jbrprune.drop import Drop, measured_drop
+from jbrprune.core import distributed
+from jbrprune.core.batches import Batch, count
+from jbrprune.core.drop import Drop, measured_drop
+from jbrprune.core.measure import predict
 from jbrprune.engine import Settings, State
 from jbrprune.errors import DataError
-from jbrprune.forecast import Forecast, forecast
-from jbrprune.measure import predict
+from jbrprune.forecasting.damage import Damage, measured_damage
+from jbrprune.forecasting.forecast import Forecast, forecast
 from jbrprune.plan import planned_cuts
-from jbrprune.records import Search, Trial
-from jbrprune.report import Report
+from jbrprune.reporting.records import Search, Trial
+from jbrprune.reporting.report import Report
 
 log = logging.getLogger(__name__)
 

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from tqdm import tqdm
 
-from jbrprune import distributed, guest
-from jbrprune.batches import Batch, count
+from jbrprune.budgets.cost import count_macs
 from jbrprune.calibration import Calibration
-from jbrprune.cost import count_macs
+from jbrprune.core import distributed, guest
+from jbrprune.core.batches import Batch, count
+from jbrprune.core.measure import Agreement, bytes_of, parameters_of
+from jbrprune.criterion.packing import packed_bytes
+from jbrprune.criterion.parameters import ignored, is_weight_layer, slots, weights_of
+from jbrprune.criterion.scores import check_some
+from jbrprune.criterion.weights import WeightScores
 from jbrprune.errors import ArgumentError, BudgetError, ModelError, NonFiniteError, UnsupportedModelError
-from jbrprune.journal import NOTHING, Journal, facts_of, recall
-from jbrprune.measure import Agreement, bytes_of, parameters_of
-from jbrprune.packing import packed_bytes
-from jbrprune.parameters import ignored, is_weight_layer, slots, weights_of
+from jbrprune.files.journal import NOTHING, Journal, facts_of, recall
+from jbrprune.files.runs import Clock, heldout_agreement, notes_on_images, provenance, size_of, with_latency
 from jbrprune.repair import Targets, dense_targets, repaired
-from jbrprune.report import LayerRow, Report, Size, StepRow
-from jbrprune.runs import Clock, heldout_agreement, notes_on_images, provenance, size_of, with_latency
-from jbrprune.scores import check_some
-from jbrprune.shrinking import shrink
-from jbrprune.sparsity import (
+from jbrprune.reporting.report import LayerRow, Report, Size, StepRow
+from jbrprune.sparse.sparsity import (
     Pattern,
     Remainder,
     Scope,
@@ -35,7 +35,7 @@ from jbrprune.sparsity import (
     keep_pattern,
     schedule,
 )
-from jbrprune.weights import WeightScores
+from jbrprune.structure.shrinking import shrink
 
 Criterion = Callable[..., WeightScores]
 """``criterion(model, batches, *, ignore, seed, progress)`` -> scores of single weights."""

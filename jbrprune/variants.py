@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from jbrprune import layers
-from jbrprune.batches import Batch
+from jbrprune.core.batches import Batch
+from jbrprune.core.objectives import OBJECTIVES
+from jbrprune.criterion import layers
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.relevance import relevance_scores
+from jbrprune.criterion.scores import Scores
+from jbrprune.criterion.weights import WeightScores, weight_scores
 from jbrprune.errors import unknown
-from jbrprune.groups import Group
-from jbrprune.objectives import OBJECTIVES
-from jbrprune.relevance import relevance_scores
-from jbrprune.scores import Scores
-from jbrprune.weights import WeightScores, weight_scores
 
 PUBLISHED: dict[str, Any] = {"site": "all", "statistic": "batched", "batch": 128}
 """What the published criteria square: the mean over a batch, of all parameters."""

@@ -24,7 +24,7 @@ from plan import weights_named
 import jbrprune
 from jbrprune import zoo
 from jbrprune.data import fashion_mnist
-from jbrprune.records import plain
+from jbrprune.reporting.records import plain
 
 COLUMNS = (
     *("macs", "predicted_flips_repaired", "predicted_flips", "masked_flips", "measured_flips_repaired"),

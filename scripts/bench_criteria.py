@@ -31,14 +31,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from baselines import CRITERIA, LABELS
-from jbrprune import guest
-from jbrprune.batches import Batch
+from jbrprune.core import guest
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import logits_of
+from jbrprune.criterion.groups import Group
 from jbrprune.errors import JBRError
-from jbrprune.groups import Group
-from jbrprune.measure import logits_of
-from jbrprune.runs import provenance
+from jbrprune.files.runs import provenance
 from jbrprune.scoring import example_of
-from jbrprune.units import copied, find_groups
+from jbrprune.structure.units import copied, find_groups
 from jbrprune.variants import variant
 
 

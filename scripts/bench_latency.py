@@ -26,8 +26,10 @@ import torch
 from torch import nn
 
 from baselines.magnitude import l1
-from jbrprune import guest, prune, timing
-from jbrprune.timing_cache import machine
+from jbrprune import prune
+from jbrprune.budgets import timing
+from jbrprune.budgets.timing_cache import machine
+from jbrprune.core import guest
 
 MODELS = ("resnet50", "vit_small_patch16_224", "efficientnet_lite0", "mobilenetv2_100")
 SETTINGS: dict[str, dict[str, object]] = {

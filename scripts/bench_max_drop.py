@@ -18,7 +18,7 @@ from plan import weights_named
 
 from jbrprune import prune, zoo
 from jbrprune.data import fashion_mnist
-from jbrprune.records import plain
+from jbrprune.reporting.records import plain
 
 KEY = ("model", "weights", "model_args", "max_drop", "seed", "images", "labels", "eval_images")
 """A run that agrees in these has been made."""

@@ -29,18 +29,18 @@ from torch import nn
 from baselines import CRITERIA
 from jbrprune import engine, zoo
 from jbrprune.arguments import channel_settings
-from jbrprune.batches import Batch, rebatched, with_reference
-from jbrprune.budget import Budget
-from jbrprune.checking import check
-from jbrprune.correction import corrected
-from jbrprune.damage import measured_damage
+from jbrprune.budgets.budget import Budget
+from jbrprune.core.batches import Batch, rebatched, with_reference
+from jbrprune.core.measure import predict
 from jbrprune.data import fashion_mnist
 from jbrprune.defaults import CHANNELS
-from jbrprune.forecast import forecast
-from jbrprune.measure import predict
+from jbrprune.forecasting.checking import check
+from jbrprune.forecasting.correction import corrected
+from jbrprune.forecasting.damage import measured_damage
+from jbrprune.forecasting.forecast import forecast
 from jbrprune.plan import Cut, planned_cuts
 from jbrprune.prediction import CALIBRATED_AT, masked_logits
-from jbrprune.records import plain
+from jbrprune.reporting.records import plain
 
 KEY = ("model", "weights", "model_args", "criterion", "ratio", "seed", "images", "eval_images")
 """A line that agrees in these has been made."""

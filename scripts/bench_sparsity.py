@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from baselines.weights import WEIGHT_CRITERIA
 from jbrprune import prune, score, zoo
-from jbrprune.batches import Batch, with_reference
+from jbrprune.core.batches import Batch, with_reference
+from jbrprune.core.measure import predict
+from jbrprune.core.objectives import OBJECTIVES
+from jbrprune.criterion.weights import WeightScores
 from jbrprune.data import fashion_mnist
-from jbrprune.measure import predict
-from jbrprune.objectives import OBJECTIVES
-from jbrprune.weights import WeightScores
 
 KEY = ("model", "criterion", "draws", "scope", "goal", "repair", "steps", "images", "eval_images", "seed")
 """A cell that agrees in these has been made."""

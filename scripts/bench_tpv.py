@@ -29,9 +29,9 @@ from common import append, commit
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from jbrprune import guest
+from jbrprune.core import guest
+from jbrprune.core.measure import logits_of
 from jbrprune.data import fashion_mnist
-from jbrprune.measure import logits_of
 from jbrprune.tpv import Isotropic, signs, trace_form
 from jbrprune.tpv.recorded import check_recording, recorded
 

@@ -4,8 +4,9 @@
 
 Four methods see the same batch, in eval mode (batch norms with stored statistics), with random weights:
 
-* ``second_moment``: one batch through `jbrprune.weights.weight_scores`, added to the sums; what is done once per call
-  (the comparison with autograd on two images) is not in its time, but in a field of its own, ``check_to_training``.
+* ``second_moment``: one batch through `jbrprune.criterion.weights.weight_scores`, added to the sums; what is done once
+  per call (the comparison with autograd on two images) is not in its time, but in a field of its own,
+  ``check_to_training``.
 * ``batched``: the same call with ``statistic="batched"``, which needs no gradient per sample.
 * ``training``: forward, a backward that makes the gradient of every parameter, a step of SGD: the yardstick of cost.
 * ``vmap``: squares of per-sample gradients by ``torch.func.vmap(grad)``, ``--chunk`` samples at a time, attention
@@ -44,8 +45,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from jbrprune import squares
-from jbrprune.weights import weight_scores
+from jbrprune.criterion import squares
+from jbrprune.criterion.weights import weight_scores
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 Seconds = dict[str, float]

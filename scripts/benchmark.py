@@ -32,12 +32,12 @@ from sources import Source, open_source
 from torch import nn
 
 from jbrprune import prune, sweep, zoo
-from jbrprune.batches import Batch, with_reference
+from jbrprune.core.batches import Batch, with_reference
+from jbrprune.core.measure import predict
 from jbrprune.demo_data import lite0, train_digits
 from jbrprune.errors import JBRError, NonFiniteError
-from jbrprune.measure import predict
-from jbrprune.records import plain
-from jbrprune.report import Report
+from jbrprune.reporting.records import plain
+from jbrprune.reporting.report import Report
 
 
 @dataclass(frozen=True, eq=False)

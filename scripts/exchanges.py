@@ -15,7 +15,7 @@ import torch
 from network import Message
 from workload import Workload
 
-from jbrprune.batches import Batch
+from jbrprune.core.batches import Batch
 from jbrprune.repair import MOST_VALUES, ROWS
 
 Form = tuple[tuple[int, ...], torch.dtype]

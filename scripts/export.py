@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from jbrprune import load, zoo
 from jbrprune.commands.options import check_file
+from jbrprune.core.measure import logits_of
+from jbrprune.criterion.parameters import make_permanent
 from jbrprune.errors import ArgumentError, JBRError, ModelError
-from jbrprune.measure import logits_of
-from jbrprune.parameters import make_permanent
 
 BATCHES = (1, 3, 7)
 """Verified with so many images; none is the number that is traced."""

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 import jbrprune
 from jbrprune import zoo
-from jbrprune.cost import Account, axis_widths, count_macs, mac_terms
+from jbrprune.budgets.cost import Account, axis_widths, count_macs, mac_terms
+from jbrprune.budgets.selection import Floors, select
+from jbrprune.core.measure import logits_of
+from jbrprune.criterion.groups import Group, Selection
 from jbrprune.errors import JBRError
-from jbrprune.groups import Group, Selection
 from jbrprune.inventory import Inventory, inventory
-from jbrprune.measure import logits_of
-from jbrprune.removal import TOLERANCE, masked_units, remove_units
-from jbrprune.selection import Floors, select
-from jbrprune.units import copied
+from jbrprune.structure.removal import TOLERANCE, masked_units, remove_units
+from jbrprune.structure.units import copied
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 CLASSES = 10

@@ -37,16 +37,17 @@ from train_reference import add_training_arguments, augmentation_of, recipe_of
 from training import Loss, cross_entropy, distillation, train
 
 from baselines import CRITERIA, LABELS
-from jbrprune import checkpoint as files
-from jbrprune import guest, load, prune
-from jbrprune.batches import Batch
-from jbrprune.budget import Budget
-from jbrprune.cost import count_macs
+from jbrprune import load, prune
+from jbrprune.budgets.budget import Budget
+from jbrprune.budgets.cost import count_macs
+from jbrprune.core import guest
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import agreement_on, parameters_of
+from jbrprune.criterion.parameters import masks_of
 from jbrprune.errors import ArgumentError, BudgetError, JBRError
-from jbrprune.measure import agreement_on, parameters_of
-from jbrprune.parameters import masks_of
-from jbrprune.records import plain
-from jbrprune.runs import provenance
+from jbrprune.files import checkpoint as files
+from jbrprune.files.runs import provenance
+from jbrprune.reporting.records import plain
 from jbrprune.variants import variant
 
 HOW = ("plain", "distil")

@@ -189,7 +189,7 @@ def _writing(setting: Setting) -> float:
 
 
 def _prediction(setting: Setting) -> Phase:
-    """Changes of the logits (`jbrprune.changes`): every rank does all of it; in the plan its part, and gathers."""
+    """Changes of the logits (`jbrprune.forecasting.changes`): all of it on every rank; in the plan its part."""
     images, batch = setting.job.images, setting.job.batch
     if not setting.sharded:
         spent = passes(setting, images, math.ceil(images / batch), PREDICTED_ROWS)

@@ -17,11 +17,11 @@ from sources import IMAGENET, SMALL, check_source, data_digest, folder_of
 
 from baselines import CRITERIA
 from jbrprune.arguments import sparsity_of
-from jbrprune.budget import Budget
+from jbrprune.budgets.budget import Budget
 from jbrprune.commands.options import device_named
 from jbrprune.errors import ArgumentError, unknown
-from jbrprune.records import plain
 from jbrprune.repair import METHODS
+from jbrprune.reporting.records import plain
 from jbrprune.zoo import check_name
 
 DEFAULTS: dict[str, Any] = {

@@ -26,16 +26,16 @@ from phases import LAYOUTS, Job, Phase, Setting, memory, phases
 from traffic import counting, on_ranks
 from workload import Workload, workload
 
-from jbrprune import distributed
-from jbrprune.batches import Batch
-from jbrprune.cost import axis_widths
-from jbrprune.groups import removed_channels
-from jbrprune.measure import predict
-from jbrprune.relevance import relevance_scores
-from jbrprune.removal import remove_units
+from jbrprune.budgets.cost import axis_widths
+from jbrprune.core import distributed
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import predict
+from jbrprune.criterion.groups import removed_channels
+from jbrprune.criterion.relevance import relevance_scores
 from jbrprune.repair import dense_targets, repaired
+from jbrprune.structure.removal import remove_units
+from jbrprune.structure.units import copied, find_groups
 from jbrprune.tpv import Isotropic, trace_form
-from jbrprune.units import copied, find_groups
 
 RANKS = (1, 2, 8, 16, 64, 128, 512, 2048)
 NOTHING = 1e-3

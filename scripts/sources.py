@@ -15,7 +15,7 @@ from timm.data import resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from jbrprune.batches import Batch, materialise
+from jbrprune.core.batches import Batch, materialise
 from jbrprune.data import (
     FASHION_MEAN,
     FASHION_STD,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from jbrprune import zoo
 from jbrprune.data import fashion_mnist
-from jbrprune.records import plain
+from jbrprune.reporting.records import plain
 from jbrprune.tpv import Estimate, Quantization, empirical, trace_form, train_test_ratio
 from jbrprune.tpv.estimate import Moments, Sums
 

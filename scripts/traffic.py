@@ -17,7 +17,7 @@ import torch.multiprocessing
 from network import Message
 from torch.distributed import distributed_c10d
 
-from jbrprune import distributed
+from jbrprune.core import distributed
 
 
 @contextlib.contextmanager

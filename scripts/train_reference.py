@@ -30,12 +30,12 @@ from torch import nn
 from training import Recipe, cross_entropy, train
 
 from jbrprune import zoo
-from jbrprune.atomic import replacing
-from jbrprune.batches import with_reference
 from jbrprune.commands.options import device_named
+from jbrprune.core.atomic import replacing
+from jbrprune.core.batches import with_reference
+from jbrprune.core.measure import agreement_on, predict
 from jbrprune.errors import JBRError
-from jbrprune.measure import agreement_on, predict
-from jbrprune.runs import provenance
+from jbrprune.files.runs import provenance
 
 
 def created(args: argparse.Namespace, arguments: Mapping[str, object]) -> nn.Module:

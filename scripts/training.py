@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from jbrprune import guest
-from jbrprune.atomic import replacing
+from jbrprune.core import guest
+from jbrprune.core.atomic import replacing
+from jbrprune.core.measure import logits_of
 from jbrprune.errors import ArgumentError, CheckpointError, NonFiniteError
-from jbrprune.measure import logits_of
 
 log = logging.getLogger(__name__)
 

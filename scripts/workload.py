@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from jbrprune import guest, layers
-from jbrprune.groups import Group
-from jbrprune.members import scored_members
-from jbrprune.removal import remove_units
+from jbrprune.core import guest
+from jbrprune.criterion import layers
+from jbrprune.criterion.groups import Group
+from jbrprune.criterion.members import scored_members
 from jbrprune.repair import can_refit
-from jbrprune.units import copied, find_groups
+from jbrprune.structure.removal import remove_units
+from jbrprune.structure.units import copied, find_groups
 
 VIT_10B = {"img_size": 224, "patch_size": 14, "embed_dim": 4096, "depth": 50, "num_heads": 32, "mlp_ratio": 4.0}
 """A plain ViT of 10.08 billion parameters: 50 blocks of width 4096, 257 tokens."""
@@ -216,7 +217,7 @@ class _Kept:
         return torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor)
 
     def reading(self) -> guest.Hook:
-        """Of a scored consumer: its input is kept, and differentiated from here on (`jbrprune.relevance`)."""
+        """Of a scored consumer: its input is kept, and differentiated from here on (`jbrprune.criterion.relevance`)."""
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             x = guest.input_of(args, kwargs)

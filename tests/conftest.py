@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jbrprune.guest import HOOK_TABLES
+from jbrprune.core.guest import HOOK_TABLES
 
 
 @pytest.fixture(autouse=True)

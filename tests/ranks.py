@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from jbrprune import distributed
+from jbrprune.core import distributed
 
 PATIENCE = 120.0
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from jbrprune.atomic import replacing
-from jbrprune.checkpoint import DESCRIPTION, WEIGHTS, save
+from jbrprune.core.atomic import replacing
+from jbrprune.files.checkpoint import DESCRIPTION, WEIGHTS, save
 
 
 @pytest.mark.parametrize("there", [True, False])

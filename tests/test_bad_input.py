@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as masks
 
 import jbrprune
-from jbrprune import arguments, checkpoint, engine, prune
+from jbrprune import arguments, engine, prune
 from jbrprune.errors import (
     ArgumentError,
     BudgetError,
@@ -32,6 +32,7 @@ from jbrprune.errors import (
     NonFiniteError,
     UnsupportedModelError,
 )
+from jbrprune.files import checkpoint
 
 IMAGES = cases.images(12, 32).float()
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False, "steps": 1}

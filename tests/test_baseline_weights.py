@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from baselines.weights import WEIGHT_CRITERIA
-from jbrprune.batches import Batch
+from jbrprune.core.batches import Batch
 from jbrprune.errors import DataError
 
 IMAGES = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

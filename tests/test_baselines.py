@@ -20,10 +20,10 @@ import jbrprune
 from baselines import CRITERIA, LABELS, hrank
 from baselines.common import parts
 from baselines.torch_pruning_shipped import KNOWN_FAULTS
-from jbrprune.batches import Batch
+from jbrprune.core.batches import Batch
+from jbrprune.criterion.groups import Group, Member
 from jbrprune.errors import DataError, ModelError, NonFiniteError, UnsupportedModelError
-from jbrprune.groups import Group, Member
-from jbrprune.units import find_groups, layer_groups
+from jbrprune.structure.units import find_groups, layer_groups
 
 Values = dict[str, Tensor]
 SHIPPED = tuple(name for name in CRITERIA if name.startswith("tp_"))

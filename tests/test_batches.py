@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from jbrprune.batches import Batch, concatenated, count, iterate, materialise, rebatched, with_reference
+from jbrprune.core.batches import Batch, concatenated, count, iterate, materialise, rebatched, with_reference
 from jbrprune.errors import DataError, NonFiniteError
 
 IMAGES = torch.arange(5 * 3 * 4 * 4, dtype=torch.float32).reshape(5, 3, 4, 4)

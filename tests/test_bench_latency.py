@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import bench_latency
 import common
 
-from jbrprune.timing_cache import machine
+from jbrprune.budgets.timing_cache import machine
 
 SETTING = "macs=0.5, round_to=1"
 

@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 
-from jbrprune.budget import KINDS, STEP, Budget
-from jbrprune.cost import count_macs
+from jbrprune.budgets.budget import KINDS, STEP, Budget
+from jbrprune.budgets.cost import count_macs
+from jbrprune.core.measure import parameters_of
 from jbrprune.errors import ArgumentError, BudgetError
-from jbrprune.measure import parameters_of
-from jbrprune.removal import remove_units
-from jbrprune.units import find_groups
+from jbrprune.structure.removal import remove_units
+from jbrprune.structure.units import find_groups
 
 BAD_SHARES = [0, 1, -0.5, 1.5, 50, math.nan, math.inf, -math.inf, "half", "0.5", True, False, [0.5], 1 + 2j]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune import calibration as module
-from jbrprune.batches import Batch, concatenated, count
 from jbrprune.calibration import Calibration, calibration
+from jbrprune.core.batches import Batch, concatenated, count
 from jbrprune.errors import ArgumentError, DataError, NonFiniteError
 
 

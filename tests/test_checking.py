@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from jbrprune.changes import Changes
-from jbrprune.checking import Check, check, tpvs_agree
-from jbrprune.forecast import Forecast
+from jbrprune.forecasting.changes import Changes
+from jbrprune.forecasting.checking import Check, check, tpvs_agree
+from jbrprune.forecasting.forecast import Forecast
 
 LOGITS = torch.tensor([[3.0, 0.0], [4.0, 1.0], [9.0, 2.0]]).repeat(40, 1).double()
 """Two classes, the first one ahead by 3, 3 and 7; spread 3 / sqrt 2 and so on."""

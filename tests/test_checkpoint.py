@@ -17,11 +17,12 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from jbrprune import checkpoint, zoo
-from jbrprune.checkpoint import DESCRIPTION, WEIGHTS, describe, load, save
-from jbrprune.description import checksum
+from jbrprune import zoo
 from jbrprune.errors import CheckpointError
-from jbrprune.slicing import remove_channels
+from jbrprune.files import checkpoint
+from jbrprune.files.checkpoint import DESCRIPTION, WEIGHTS, describe, load, save
+from jbrprune.files.description import checksum
+from jbrprune.structure.slicing import remove_channels
 
 CONFIG = {
     "input_size": (3, 40, 48),

@@ -21,12 +21,14 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import jbrprune
-from jbrprune import cli, measure, timing
+from jbrprune import cli
+from jbrprune.budgets import timing
 from jbrprune.commands.options import model_arguments
+from jbrprune.core import measure
+from jbrprune.criterion.scores import Scores
+from jbrprune.criterion.weights import WeightScores
 from jbrprune.errors import ArgumentError, JBRError
-from jbrprune.report import Report
-from jbrprune.scores import Scores
-from jbrprune.weights import WeightScores
+from jbrprune.reporting.report import Report
 
 COMMANDS = ("prune", "score", "eval", "info", "tpv", "demo")
 ARGUMENTS = {"num_classes": 4, "img_size": 32, "depth": 2}
@@ -62,7 +64,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["jbrprune", *map(str, arguments)])
         monkeypatch.setattr("jbrprune.commands.evaluate.latency", quick(measure.latency))
-        monkeypatch.setattr("jbrprune.runs.latencies", functools.partial(timing.latencies, rounds=1))
+        monkeypatch.setattr("jbrprune.files.runs.latencies", functools.partial(timing.latencies, rounds=1))
         capsys.readouterr()
         try:
             cli.main()
@@ -499,7 +501,9 @@ def test_out_is_checked_before_the_model_is_made(
     run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr("jbrprune.checkpoint.check_target", lambda path, *, overwrite: asked.append((path, overwrite)))
+    monkeypatch.setattr(
+        "jbrprune.files.checkpoint.check_target", lambda path, *, overwrite: asked.append((path, overwrite))
+    )
     monkeypatch.setattr(
         "jbrprune.commands.prune.prune",
         lambda *_, **__: (_ for _ in ()).throw(ArgumentError(f"asked {len(asked)} times")),

@@ -13,10 +13,10 @@ import torch
 from timm.layers.std_conv import ScaledStdConv2d
 from torch import Tensor, nn
 
-from jbrprune.cost import Account, Term, axis_widths, channel_terms, count_macs, mac_terms, parameter_terms
-from jbrprune.groups import Group, Member
-from jbrprune.removal import remove_units
-from jbrprune.units import find_groups
+from jbrprune.budgets.cost import Account, Term, axis_widths, channel_terms, count_macs, mac_terms, parameter_terms
+from jbrprune.criterion.groups import Group, Member
+from jbrprune.structure.removal import remove_units
+from jbrprune.structure.units import find_groups
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
 

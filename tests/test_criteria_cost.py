@@ -15,7 +15,7 @@ import bench_criteria
 import common
 
 from baselines import CRITERIA
-from jbrprune.batches import Batch
+from jbrprune.core.batches import Batch
 
 TINY = ["--model", "test_resnet", "--model-arg", "zero_init_last=false", "--data", "digits", "--images", "8"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, get_worker_info
 
 from jbrprune import data as module
-from jbrprune.batches import Batch, concatenated, iterate
+from jbrprune.core.batches import Batch, concatenated, iterate
 from jbrprune.data import fashion_mnist, open_data
 from jbrprune.errors import ArgumentError, DataError, ModelError
 from jbrprune.zoo import create, data_config

@@ -20,18 +20,19 @@ from test_journal import QUICK, own
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from jbrprune import Scores, distributed, prune, repair, score, search, sweep
-from jbrprune.batches import Batch, iterate
+from jbrprune import Scores, prune, repair, score, search, sweep
 from jbrprune.calibration import calibration
 from jbrprune.commands import evaluate
+from jbrprune.core import distributed
+from jbrprune.core.batches import Batch, iterate
+from jbrprune.core.measure import Agreement, agreement, predict
+from jbrprune.criterion.passes import Draws
+from jbrprune.criterion.relevance import relevance_scores
+from jbrprune.criterion.weights import weight_scores
 from jbrprune.errors import ArgumentError, CheckpointError, DataError, NonFiniteError, RankError
-from jbrprune.journal import digest
-from jbrprune.measure import Agreement, agreement, predict
-from jbrprune.passes import Draws
-from jbrprune.relevance import relevance_scores
+from jbrprune.files.journal import digest
 from jbrprune.repair import dense_targets, repaired
-from jbrprune.units import layer_groups
-from jbrprune.weights import weight_scores
+from jbrprune.structure.units import layer_groups
 
 IMAGES = cases.images(23, 16)
 

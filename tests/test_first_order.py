@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from jbrprune.batches import Batch
-from jbrprune.objectives import OBJECTIVES
-from jbrprune.relevance import per_sample_relevances
-from jbrprune.removal import masked_units
-from jbrprune.units import find_groups
+from jbrprune.core.batches import Batch
+from jbrprune.core.objectives import OBJECTIVES
+from jbrprune.criterion.relevance import per_sample_relevances
+from jbrprune.structure.removal import masked_units
+from jbrprune.structure.units import find_groups
 
 
 class Net(nn.Module):

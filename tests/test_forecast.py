@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jbrprune.batches import Batch, rebatched
-from jbrprune.changes import Changes, cut_masks, logit_changes
-from jbrprune.correction import Correction, corrected
-from jbrprune.damage import damage, measured_damage, saturation
+from jbrprune.core.batches import Batch, rebatched
+from jbrprune.criterion.groups import Group, Selection
 from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.forecast import Forecast, forecast
-from jbrprune.groups import Group, Selection
-from jbrprune.removal import masked_units
-from jbrprune.residual import InputMoments, input_moments, unexplained
-from jbrprune.units import copied, find_groups
+from jbrprune.forecasting.changes import Changes, cut_masks, logit_changes
+from jbrprune.forecasting.correction import Correction, corrected
+from jbrprune.forecasting.damage import damage, measured_damage, saturation
+from jbrprune.forecasting.forecast import Forecast, forecast
+from jbrprune.forecasting.residual import InputMoments, input_moments, unexplained
+from jbrprune.structure.removal import masked_units
+from jbrprune.structure.units import copied, find_groups
 
 IMAGES = cases.images(6, 32).double()
 

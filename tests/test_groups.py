@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jbrprune.groups import Axis, Group, Member, Selection, after_removal, removed_channels
+from jbrprune.criterion.groups import Axis, Group, Member, Selection, after_removal, removed_channels
 
 Named = dict[Axis, list[str]]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jbrprune import guest
+from jbrprune.core import guest
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from jbrprune import PruneResult, Report, cli, timing
+from jbrprune import PruneResult, Report, cli
+from jbrprune.budgets import timing
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (

@@ -12,9 +12,9 @@ import yaml
 from torch import nn
 
 import jbrprune
-from jbrprune import checkpoint
-from jbrprune.card import CARD, is_card, model_card
 from jbrprune.errors import CheckpointError
+from jbrprune.files import checkpoint
+from jbrprune.reporting.card import CARD, is_card, model_card
 
 IMAGES = cases.images(24, 32).float()
 

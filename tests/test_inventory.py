@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from jbrprune import prune
-from jbrprune.cost import count_macs
+from jbrprune.budgets.cost import count_macs
+from jbrprune.core.measure import parameters_of
 from jbrprune.errors import ArgumentError, UnsupportedModelError
 from jbrprune.inventory import inventory
-from jbrprune.measure import parameters_of
-from jbrprune.removal import remove_units
-from jbrprune.units import find_groups
+from jbrprune.structure.removal import remove_units
+from jbrprune.structure.units import find_groups
 
 IMAGES = cases.images(2, 32).float()
 

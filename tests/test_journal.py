@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
 from jbrprune import PruneResult, Scores, engine, prune, score, sweep, thinning
+from jbrprune.criterion.relevance import relevance_scores
 from jbrprune.errors import CheckpointError
-from jbrprune.journal import digest
-from jbrprune.relevance import relevance_scores
+from jbrprune.files.journal import digest
 
 IMAGES = cases.images(40, 16).float()
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False}
@@ -252,7 +252,7 @@ def test_masks_of_the_given_model_count(tmp_path: Path) -> None:
 
 def test_other_versions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
-    monkeypatch.setattr("jbrprune.journal.version", lambda package: "0")
+    monkeypatch.setattr("jbrprune.files.journal.version", lambda package: "0")
     with pytest.raises(CheckpointError, match=r"versions\.jbrprune was '\d+\.\d.*' there and is '0' now"):
         prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
 
@@ -318,7 +318,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_finished_steps(
         real(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr("jbrprune.sumfiles.save_file", full)
+        patch.setattr("jbrprune.criterion.sumfiles.save_file", full)
         with pytest.raises(CheckpointError, match=r"model-0003.*could not be written.*The disk is full"):
             prune(own(), IMAGES, **options, resume=tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["model-0002.safetensors", "step-0001.safetensors", "step-0002.safetensors"]

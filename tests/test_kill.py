@@ -23,8 +23,9 @@ from test_journal import IMAGES, QUICK, assert_same, own
 from torch import nn
 from tqdm import tqdm
 
-from jbrprune import prune, sumfiles, sweep
-from jbrprune.checkpoint import describe, load, save
+from jbrprune import prune, sweep
+from jbrprune.criterion import sumfiles
+from jbrprune.files.checkpoint import describe, load, save
 
 FILES = (
     "open",

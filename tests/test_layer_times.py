@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from jbrprune import layer_times
-from jbrprune.cost import axis_widths
-from jbrprune.layer_calls import calls, full_widths, narrowed, quantum
-from jbrprune.layer_times import Stopwatch, Table, best_multiple, convex, extended, monotone, tables
-from jbrprune.timing import Laps
-from jbrprune.units import find_groups
+from jbrprune.budgets import layer_times
+from jbrprune.budgets.cost import axis_widths
+from jbrprune.budgets.layer_calls import calls, full_widths, narrowed, quantum
+from jbrprune.budgets.layer_times import Stopwatch, Table, best_multiple, convex, extended, monotone, tables
+from jbrprune.budgets.timing import Laps
+from jbrprune.structure.units import find_groups
 
 CPU = torch.device("cpu")
 Fingerprint = Callable[[nn.Module], dict[str, Any]]

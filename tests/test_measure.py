@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jbrprune import measure
-from jbrprune.batches import Batch
+from jbrprune.core import measure
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import Agreement
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
-from jbrprune.measure import Agreement
 
 
 class Apply(nn.Module):

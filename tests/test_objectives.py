@@ -7,8 +7,17 @@ import reference
 import torch
 from torch import Tensor
 
+from jbrprune.core.objectives import (
+    OBJECTIVES,
+    Target,
+    confident,
+    label,
+    margin,
+    predicted_logit,
+    projection,
+    pseudo_label,
+)
 from jbrprune.errors import ArgumentError, DataError
-from jbrprune.objectives import OBJECTIVES, Target, confident, label, margin, predicted_logit, projection, pseudo_label
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 2.9], [-4.0, -5.0, 1.0]], dtype=torch.float64)
 LABELS = torch.tensor([1, 1, 0])

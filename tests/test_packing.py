@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from jbrprune.criterion.packing import check_bitmap, packed, packed_bytes, set_bits, unpacked, unpacked_mask
 from jbrprune.errors import ArgumentError
-from jbrprune.packing import check_bitmap, packed, packed_bytes, set_bits, unpacked, unpacked_mask
 
 FLOATS = {torch.float16: np.int16, torch.bfloat16: np.int16, torch.float32: np.int32, torch.float64: np.int64}
 SHAPES = st.lists(st.integers(0, 5), max_size=4)

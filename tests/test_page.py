@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 from jbrprune import Report
-from jbrprune.charts import HEIGHT, WIDTH, Series, line_chart
+from jbrprune.core.measure import Agreement, Latency
 from jbrprune.errors import ArgumentError
-from jbrprune.measure import Agreement, Latency
-from jbrprune.records import LayerRow, Size, StepRow
+from jbrprune.reporting.charts import HEIGHT, WIDTH, Series, line_chart
+from jbrprune.reporting.records import LayerRow, Size, StepRow
 
 VOID = {"meta", "i", "br"}
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.parameters import (
+from jbrprune.criterion.parameters import (
     covered,
     fresh,
     ignored,
@@ -20,6 +19,7 @@ from jbrprune.parameters import (
     slots,
     weights_of,
 )
+from jbrprune.errors import ArgumentError, ModelError
 
 
 class Net(nn.Module):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from jbrprune.batches import Batch
+from jbrprune.core.batches import Batch
+from jbrprune.core.objectives import OBJECTIVES, Target
+from jbrprune.criterion.passes import Draws, Question, losses_of
 from jbrprune.errors import ModelError
-from jbrprune.objectives import OBJECTIVES, Target
-from jbrprune.passes import Draws, Question, losses_of
 
 LOGITS = torch.tensor([[9.0, 0.0], [0.0, 0.5], [1.0, 6.0]])
 

@@ -15,13 +15,13 @@ import torch
 from test_journal import own
 from torch import Tensor, nn
 
-from jbrprune.batches import Batch
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import predict
+from jbrprune.core.portions import Portions, is_out_of_memory
+from jbrprune.criterion.relevance import relevance_scores
+from jbrprune.criterion.weights import weight_scores
 from jbrprune.errors import MemoryLimitError
-from jbrprune.measure import predict
-from jbrprune.portions import Portions, is_out_of_memory
-from jbrprune.relevance import relevance_scores
-from jbrprune.units import layer_groups
-from jbrprune.weights import weight_scores
+from jbrprune.structure.units import layer_groups
 
 IMAGES = cases.images(22, 16)
 
@@ -168,7 +168,7 @@ def with_little_memory(work: Callable[[Tensor], dict[str, Tensor]], path: Path) 
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("jbrprune.portions").addHandler(handler)
+    logging.getLogger("jbrprune.core.portions").addHandler(handler)
     work(LARGE[:1])
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (MEBIBYTES << 20)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))

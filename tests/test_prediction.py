@@ -16,18 +16,18 @@ from typer.testing import CliRunner
 
 import jbrprune
 from jbrprune import Scores, degradation, engine, predict, prune, score
-from jbrprune.batches import Batch
 from jbrprune.calibration import calibration
-from jbrprune.changes import Changes
 from jbrprune.cli import app
-from jbrprune.damage import Damage
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import predict as logits_on
 from jbrprune.errors import ArgumentError, BudgetError, DataError, ModelError, NonFiniteError
-from jbrprune.forecast import Forecast
-from jbrprune.measure import predict as logits_on
+from jbrprune.forecasting.changes import Changes
+from jbrprune.forecasting.damage import Damage
+from jbrprune.forecasting.forecast import Forecast
 from jbrprune.prediction import _supported
-from jbrprune.removal import remove_units
+from jbrprune.structure.removal import remove_units
+from jbrprune.structure.units import copied, find_groups
 from jbrprune.tpv import TPVWarning
-from jbrprune.units import copied, find_groups
 
 IMAGES = cases.images(40, 32).float()
 QUICK: dict[str, Any] = {"progress": False, "min_channels": 1}

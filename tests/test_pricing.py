@@ -13,15 +13,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from jbrprune import pricing, prune, sweep
-from jbrprune.budget import Budget
-from jbrprune.cost import count_macs
+from jbrprune import prune, sweep
+from jbrprune.budgets import pricing
+from jbrprune.budgets.budget import Budget
+from jbrprune.budgets.cost import count_macs
+from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.timing import Laps, Ratio
+from jbrprune.core.measure import Latency
 from jbrprune.errors import ArgumentError, BudgetError
-from jbrprune.measure import Latency
-from jbrprune.removal import remove_units
-from jbrprune.selection import Floors
-from jbrprune.timing import Laps, Ratio
-from jbrprune.units import find_groups
+from jbrprune.structure.removal import remove_units
+from jbrprune.structure.units import find_groups
 
 IMAGES = cases.images(40, 32).float()
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False, "steps": 2, "repair": None, "min_channels": 1}

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import jbrprune
-from jbrprune.batches import Batch
-from jbrprune.checkpoint import save
+from jbrprune.core.batches import Batch
+from jbrprune.criterion.groups import Group, Selection
+from jbrprune.criterion.relevance import relevance_scores
+from jbrprune.criterion.scores import Scores
+from jbrprune.criterion.weights import weight_scores
 from jbrprune.errors import BudgetError, DataError, UnsupportedModelError
-from jbrprune.groups import Group, Selection
-from jbrprune.relevance import relevance_scores
-from jbrprune.removal import masked_units, remove_units, tried
-from jbrprune.scores import Scores
-from jbrprune.units import find_groups
-from jbrprune.weights import weight_scores
+from jbrprune.files.checkpoint import save
+from jbrprune.structure.removal import masked_units, remove_units, tried
+from jbrprune.structure.units import find_groups
 
 TOLERANCE = 1e-10
 """In float64, relative to the largest logit, or to the largest score of a group."""

@@ -22,10 +22,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import jbrprune
-from jbrprune import PruneResult, checkpoint, engine, pricing, prune, sweep, timing_cache
+from jbrprune import PruneResult, engine, prune, sweep
+from jbrprune.budgets import pricing, timing_cache
+from jbrprune.budgets.selection import Floors
+from jbrprune.criterion.groups import Group
 from jbrprune.errors import ArgumentError, BudgetError, CheckpointError
-from jbrprune.groups import Group
-from jbrprune.selection import Floors
+from jbrprune.files import checkpoint
 
 CLASSES = 4
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False, "steps": 2}

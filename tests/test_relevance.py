@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from jbrprune.batches import Batch, iterate
+from jbrprune.core.batches import Batch, iterate
+from jbrprune.core.objectives import OBJECTIVES, Target
+from jbrprune.criterion.groups import Group, Member
+from jbrprune.criterion.relevance import per_sample_relevances, relevance_scores
+from jbrprune.criterion.tape import Tape
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
-from jbrprune.groups import Group, Member
-from jbrprune.objectives import OBJECTIVES, Target
-from jbrprune.relevance import per_sample_relevances, relevance_scores
-from jbrprune.tape import Tape
-from jbrprune.units import find_groups, layer_groups
+from jbrprune.structure.units import find_groups, layer_groups
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
 SEED = 3

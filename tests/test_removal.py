@@ -14,12 +14,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from jbrprune import removal
+from jbrprune.criterion.groups import Group, Selection
+from jbrprune.criterion.relevance import relevance_scores
 from jbrprune.errors import UnsupportedModelError
-from jbrprune.groups import Group, Selection
-from jbrprune.relevance import relevance_scores
-from jbrprune.removal import masked_units, remove_units, tried
-from jbrprune.units import Found, find_groups
+from jbrprune.structure import removal
+from jbrprune.structure.removal import masked_units, remove_units, tried
+from jbrprune.structure.units import Found, find_groups
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jbrprune import repair
-from jbrprune.batches import Batch, with_reference
-from jbrprune.groups import Axis
-from jbrprune.measure import agreement_on, predict
-from jbrprune.parameters import weights_of
+from jbrprune.core.batches import Batch, with_reference
+from jbrprune.core.measure import agreement_on, predict
+from jbrprune.criterion.groups import Axis
+from jbrprune.criterion.parameters import weights_of
 from jbrprune.repair import Targets, dense_targets, repaired
-from jbrprune.slicing import remove_channels
+from jbrprune.structure.slicing import remove_channels
 
 METHODS = (("batch_norm",), ("mean_shift",), ("least_squares",), ("batch_norm", "least_squares"), ("auto",))
 RIDGE = 0.03

@@ -14,12 +14,12 @@ import pytest
 import torch
 from matplotlib.patches import Rectangle
 
-from jbrprune import figures
+from jbrprune.core.measure import Agreement, Latency
 from jbrprune.errors import ArgumentError
-from jbrprune.figures import ratio_plot
-from jbrprune.measure import Agreement, Latency
-from jbrprune.report import LayerRow, Report, Size, StepRow
-from jbrprune.tables import ratio_table
+from jbrprune.reporting import figures
+from jbrprune.reporting.figures import ratio_plot
+from jbrprune.reporting.report import LayerRow, Report, Size, StepRow
+from jbrprune.reporting.tables import ratio_table
 
 UNREPAIRED = Agreement(500, 0.612, 0.81, 0.9, 0.55, 0.914)
 REPAIRED = Agreement(500, 0.934, 0.99, 0.1234, 0.86, 0.914)

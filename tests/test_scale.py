@@ -21,11 +21,11 @@ import workload as workloads
 from network import Hardware, Message, overlapped, seconds, sent, total_sent
 from phases import Job, Setting, memory, passes, phases
 
-from jbrprune.cost import count_macs
-from jbrprune.objectives import OBJECTIVES, Target
-from jbrprune.relevance import relevance_scores
-from jbrprune.tape import _Watched
-from jbrprune.units import find_groups
+from jbrprune.budgets.cost import count_macs
+from jbrprune.core.objectives import OBJECTIVES, Target
+from jbrprune.criterion.relevance import relevance_scores
+from jbrprune.criterion.tape import _Watched
+from jbrprune.structure.units import find_groups
 
 IMAGE = (3, 160, 160)
 SIMPLE = Hardware(

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jbrprune.criterion.groups import Group, Member
+from jbrprune.criterion.scores import Accumulator, Scores, Settings
+from jbrprune.criterion.weights import WeightScores
 from jbrprune.errors import ArgumentError, CheckpointError
-from jbrprune.groups import Group, Member
-from jbrprune.scores import Accumulator, Scores, Settings
-from jbrprune.weights import WeightScores
 
 INDEX = torch.arange(3)
 # Channel and unit share memory, as in `layer_groups`.
@@ -92,7 +92,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         name.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("jbrprune.sumfiles.save_file", fail)
+    monkeypatch.setattr("jbrprune.criterion.sumfiles.save_file", fail)
     with pytest.raises(CheckpointError, match=r"could not be written: .* The disk is full"):
         replace(scores(), samples=5).save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["scores.safetensors"]

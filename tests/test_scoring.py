@@ -18,9 +18,9 @@ from torch.nn.utils import prune as masks
 from torch.utils.data import DataLoader, TensorDataset
 
 from jbrprune import Scores, prune, score, scoring
+from jbrprune.criterion.relevance import relevance_scores
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
-from jbrprune.relevance import relevance_scores
-from jbrprune.units import find_groups, layer_groups
+from jbrprune.structure.units import find_groups, layer_groups
 
 IMAGES = cases.images(12, 32)
 LABELS = torch.arange(12) % cases.CLASSES

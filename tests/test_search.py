@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import jbrprune
 from jbrprune import calibration as reading
 from jbrprune import search as search_module
-from jbrprune.batches import Batch, concatenated
-from jbrprune.drop import measured_drop
+from jbrprune.core.batches import Batch, concatenated
+from jbrprune.core.drop import measured_drop
+from jbrprune.core.measure import predict
 from jbrprune.errors import ArgumentError, BudgetError, DataError
-from jbrprune.measure import predict
-from jbrprune.records import Search
+from jbrprune.reporting.records import Search
 
 IMAGES = cases.images(60, 32).float()
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False, "min_channels": 1}

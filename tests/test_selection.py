@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jbrprune.cost import Account, Term
+from jbrprune.budgets.cost import Account, Term
+from jbrprune.budgets.selection import Floors, reachable, select
+from jbrprune.criterion.groups import Axis, Group, Member, Selection
 from jbrprune.errors import ArgumentError, BudgetError
-from jbrprune.groups import Axis, Group, Member, Selection
-from jbrprune.selection import Floors, reachable, select
 
 
 def group(name: str, size: int, kind: str = "channel") -> Group:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from jbrprune import semi_structured
 from jbrprune.errors import ModelError
-from jbrprune.semi_structured import is_two_to_four, to_semi_structured
+from jbrprune.sparse import semi_structured
+from jbrprune.sparse.semi_structured import is_two_to_four, to_semi_structured
 
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= semi_structured.LEAST_CAPABILITY
 

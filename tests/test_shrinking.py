@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.shrinking import Shrunk, shrink
+from jbrprune.structure.shrinking import Shrunk, shrink
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
 

@@ -14,11 +14,11 @@ from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from jbrprune.channels import refresh
+from jbrprune.criterion.groups import Axis
 from jbrprune.errors import ModelError
-from jbrprune.groups import Axis
-from jbrprune.masking import masked
-from jbrprune.slicing import remove_channels
+from jbrprune.structure.channels import refresh
+from jbrprune.structure.masking import masked
+from jbrprune.structure.slicing import remove_channels
 
 KEEPS = (0.1, 0.3, 0.7)
 Gone = Mapping[Axis, Tensor]

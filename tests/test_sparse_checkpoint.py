@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from jbrprune import checkpoint, zoo
-from jbrprune.checkpoint import DESCRIPTION, WEIGHTS, describe, load, save
-from jbrprune.description import checksum
+from jbrprune import zoo
+from jbrprune.criterion.parameters import make_permanent
 from jbrprune.errors import CheckpointError
-from jbrprune.parameters import make_permanent
-from jbrprune.slicing import remove_channels
+from jbrprune.files import checkpoint
+from jbrprune.files.checkpoint import DESCRIPTION, WEIGHTS, describe, load, save
+from jbrprune.files.description import checksum
+from jbrprune.structure.slicing import remove_channels
 
 TINY = zoo.Recipe("test_vit", {"img_size": [32, 32], "num_classes": 3})
 
@@ -432,7 +433,7 @@ def test_nothing_larger_than_the_dense_tensor_is_made(saved: Path, monkeypatch: 
 
     _rewritten(saved, _info("a.weight", shape=[2**6, 2**7], values=0))
     _repacked(saved, big)
-    monkeypatch.setattr("jbrprune.rebuilding.unpacked", unpacked)
+    monkeypatch.setattr("jbrprune.files.rebuilding.unpacked", unpacked)
     with pytest.raises(CheckpointError, match=r"a\.weight: stored as .*only makes tensors smaller"):
         load(saved, model=_Net())
 

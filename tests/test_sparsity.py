@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jbrprune.errors import ArgumentError, BudgetError
-from jbrprune.sparsity import (
+from jbrprune.sparse.sparsity import (
     Pattern,
     at_floor,
     keep_most_important,

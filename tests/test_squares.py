@@ -15,7 +15,7 @@ from single import assert_exact, made, scored
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jbrprune import collectors, squares
+from jbrprune.criterion import collectors, squares
 from jbrprune.errors import ArgumentError
 
 

@@ -13,13 +13,13 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from jbrprune.cost import Account, axis_widths, channel_terms
+from jbrprune.budgets.cost import Account, axis_widths, channel_terms
+from jbrprune.budgets.selection import select
+from jbrprune.criterion.relevance import relevance_scores
+from jbrprune.criterion.scores import Scores
 from jbrprune.errors import ArgumentError
-from jbrprune.relevance import relevance_scores
-from jbrprune.scores import Scores
-from jbrprune.selection import select
-from jbrprune.structured import JBRImportance, layer_norm_pruner
-from jbrprune.units import find_groups
+from jbrprune.structure.structured import JBRImportance, layer_norm_pruner
+from jbrprune.structure.units import find_groups
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

@@ -18,8 +18,8 @@ from torch.nn.utils import prune as torch_prune
 import jbrprune
 from baselines.weights import WEIGHT_CRITERIA
 from jbrprune import PruneResult, Report, WeightScores, engine, make_permanent, prune, score, sweep, thinning
+from jbrprune.criterion.parameters import masks_of, weights_of
 from jbrprune.errors import ArgumentError, BudgetError, DataError, JBRError, NonFiniteError
-from jbrprune.parameters import masks_of, weights_of
 
 CLASSES = 4
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False}

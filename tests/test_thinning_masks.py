@@ -15,9 +15,9 @@ from torch.nn.utils import prune as masking
 
 from baselines.weights import magnitude
 from jbrprune import WeightScores, prune, sweep
+from jbrprune.criterion.parameters import masks_of
+from jbrprune.criterion.scores import Settings
 from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.parameters import masks_of
-from jbrprune.scores import Settings
 
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False}
 IMAGES = cases.images(12, 8).float()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from jbrprune import timing, timing_cache
+from jbrprune.budgets import timing, timing_cache
 from jbrprune.errors import ArgumentError
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tpv_nets import attention, bound, estimated, flat, jacobian, linear, measured, mlp, pixels, trace
 
-from jbrprune import norms
-from jbrprune.batches import Batch
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import logits_of
+from jbrprune.criterion import norms
 from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.measure import logits_of
 from jbrprune.tpv import (
     Diagonal,
     Gradients,

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from tpv_nets import attention, bound, estimated, flat, jacobian, linear, measured, mlp, pixels, random_gradients, trace
 
 from jbrprune.errors import ArgumentError
-from jbrprune.removal import masked_units
+from jbrprune.structure.removal import masked_units
+from jbrprune.structure.units import find_groups
 from jbrprune.tpv import (
     Covariance,
     Diagonal,
@@ -32,7 +33,6 @@ from jbrprune.tpv import (
     Trajectory,
 )
 from jbrprune.tpv.estimate import Sums
-from jbrprune.units import find_groups
 
 NET, IMAGES = mlp(6, 3, 4), pixels(5, 6)
 MASK = {"1.weight": torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) > 0.5}

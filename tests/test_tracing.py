@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
 
-from jbrprune import tracing
 from jbrprune.errors import UnsupportedModelError
-from jbrprune.removal import tried
-from jbrprune.units import find_groups
+from jbrprune.structure import tracing
+from jbrprune.structure.removal import tried
+from jbrprune.structure.units import find_groups
 
 
 def as_listed(rule: Any, channel: list[int], source: list[int]) -> list[tuple[int, int]]:

@@ -12,11 +12,11 @@ import torch
 from timm.models.densenet import DenseNet
 from torch import Tensor, nn
 
-from jbrprune import tracing
+from jbrprune.criterion.groups import Axis, Group
 from jbrprune.errors import ArgumentError, ModelError, UnsupportedModelError
-from jbrprune.groups import Axis, Group
-from jbrprune.removal import tried
-from jbrprune.units import Found, find_groups, layer_groups
+from jbrprune.structure import tracing
+from jbrprune.structure.removal import tried
+from jbrprune.structure.units import Found, find_groups, layer_groups
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from jbrprune import JBRUnstructured, jbr_global_unstructured, jbr_unstructured
+from jbrprune.criterion.weights import WeightScores, weight_scores
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
-from jbrprune.weights import WeightScores, weight_scores
 
 
 def net() -> nn.Sequential:

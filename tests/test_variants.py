@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import jbrprune
 from jbrprune import cli, variants
-from jbrprune.batches import Batch
+from jbrprune.core.batches import Batch
+from jbrprune.criterion.relevance import relevance_scores
+from jbrprune.criterion.weights import weight_scores
 from jbrprune.errors import ArgumentError
-from jbrprune.relevance import relevance_scores
-from jbrprune.units import find_groups
-from jbrprune.weights import weight_scores
+from jbrprune.structure.units import find_groups
 
 QUIET = {"progress": False, "measure_latency": False}
 

@@ -15,10 +15,10 @@ from single import OWN, PIXELS, assert_exact, line, made, scored
 from torch import nn
 from torch.nn.utils import prune
 
-from jbrprune import sumfiles
+from jbrprune.criterion import sumfiles
+from jbrprune.criterion.scores import Settings
+from jbrprune.criterion.weights import WeightScores
 from jbrprune.errors import ArgumentError, CheckpointError
-from jbrprune.scores import Settings
-from jbrprune.weights import WeightScores
 
 # --- importance scores -----------------------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from jbrprune import squares
-from jbrprune.batches import Batch
+from jbrprune.core.batches import Batch
+from jbrprune.criterion import squares
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 
 # --- against vmap(grad) ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jbrprune import checkpoint as files
+from jbrprune.files import checkpoint as files
 
 
 def card_command(

@@ -8,8 +8,7 @@ import typer
 from torch import nn
 
 from jbrprune import data as loading
-from jbrprune import distributed, guest
-from jbrprune.batches import Batch
+from jbrprune.budgets.cost import count_macs
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -24,9 +23,10 @@ from jbrprune.commands.options import (
     loaded_model,
 )
 from jbrprune.commands.output import say, shown
-from jbrprune.cost import count_macs
+from jbrprune.core import distributed, guest
+from jbrprune.core.batches import Batch
+from jbrprune.core.measure import Agreement, agreement, bytes_of, combined, latency, parameters_of, predict
 from jbrprune.errors import ArgumentError
-from jbrprune.measure import Agreement, agreement, bytes_of, combined, latency, parameters_of, predict
 from jbrprune.scoring import peeked
 
 

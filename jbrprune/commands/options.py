@@ -13,10 +13,10 @@ import torch
 import typer
 from torch import nn
 
-from jbrprune import checkpoint as files
 from jbrprune import zoo
+from jbrprune.criterion.members import Site
 from jbrprune.errors import ArgumentError, CheckpointError
-from jbrprune.members import Site
+from jbrprune.files import checkpoint as files
 from jbrprune.pruning import prune
 
 Objective = Annotated[

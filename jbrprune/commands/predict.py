@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from jbrprune.atomic import replacing
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -26,8 +25,9 @@ from jbrprune.commands.options import (
     model_arguments,
 )
 from jbrprune.commands.output import interactive, say, table_of
+from jbrprune.core.atomic import replacing
 from jbrprune.prediction import predict
-from jbrprune.records import plain
+from jbrprune.reporting.records import plain
 
 Shares = list[float] | None
 SHOWN = {

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from jbrprune import checkpoint as files
-from jbrprune import distributed
-from jbrprune.budget import KINDS
+from jbrprune.budgets.budget import KINDS
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -34,10 +32,12 @@ from jbrprune.commands.options import (
     multiple,
 )
 from jbrprune.commands.output import interactive, say
+from jbrprune.core import distributed
 from jbrprune.errors import JBRError
+from jbrprune.files import checkpoint as files
 from jbrprune.prediction import predict
 from jbrprune.pruning import prune
-from jbrprune.report import Report
+from jbrprune.reporting.report import Report
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jbrprune import distributed, zoo
+from jbrprune import zoo
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -26,6 +26,7 @@ from jbrprune.commands.options import (
     model_arguments,
 )
 from jbrprune.commands.output import interactive, say, table_of
+from jbrprune.core import distributed
 from jbrprune.scoring import score
 
 

@@ -26,8 +26,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from jbrprune.criterion.passes import check_known
 from jbrprune.errors import ArgumentError
-from jbrprune.passes import check_known
 from jbrprune.tpv.gradients import Gradients
 
 Change = Mapping[str, Tensor]

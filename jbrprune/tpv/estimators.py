@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from jbrprune import distributed, guest
+from jbrprune.core import distributed, guest
+from jbrprune.core.measure import logits_of, raise_nonfinite
+from jbrprune.criterion.passes import check_known
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
-from jbrprune.measure import logits_of, raise_nonfinite
-from jbrprune.passes import check_known
 from jbrprune.tpv.covariances import Change, Covariance, Isotropic, Perturbation  # noqa: F401  (Isotropic: the examples)
 from jbrprune.tpv.estimate import Estimate, Sums, reached, warn_of_sums
 from jbrprune.tpv.gradients import checked_direction
@@ -77,9 +77,9 @@ def trace_form(
     Args:
         model: Any module that maps images to logits ``[B, K]``; left as it was. All its parameters are perturbed,
             also frozen ones.
-        data: Anything that yields images (`jbrprune.batches.iterate`); read once, streaming (``jvp`` with draws: once
-            per draw, in the same order). Where not all of them are read (``rtol``, ``samples``) the first ones stand
-            for the rest: images that are sorted, by class for example, must be shuffled once before.
+        data: Anything that yields images (`jbrprune.core.batches.iterate`); read once, streaming (``jvp`` with
+            draws: once per draw, in the same order). Where not all of them are read (``rtol``, ``samples``) the first
+            ones stand for the rest: images that are sorted, by class for example, must be shuffled once before.
         covariance: What the perturbation is (`jbrprune.tpv.covariances`).
         method: See above.
         rtol: Stop when standard error / value is at most this, from `LEAST_SAMPLES` samples (and `LEAST_DRAWS` draws,

@@ -11,17 +11,17 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from jbrprune import guest
-from jbrprune.batches import concatenated, materialise
+from jbrprune.core import guest
+from jbrprune.core.batches import concatenated, materialise
+from jbrprune.core.measure import logits_of
+from jbrprune.criterion.passes import own
 from jbrprune.errors import ArgumentError, NonFiniteError
-from jbrprune.measure import logits_of
-from jbrprune.passes import own
+from jbrprune.structure.units import copied
 from jbrprune.tpv.covariances import Change
 from jbrprune.tpv.gradients import Gradients
 from jbrprune.tpv.recorded import recorded
 from jbrprune.tpv.responses import outputs_of
 from jbrprune.tpv.validity import TPVWarning
-from jbrprune.units import copied
 
 MOST_ENTRIES = 1 << 27
 """Entries of the Jacobian of all samples, outputs and weights beyond which the closed form is refused."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jbrprune import guest
+from jbrprune.core import guest
+from jbrprune.criterion.factors import wide
+from jbrprune.criterion.norms import Used, per_sample, square_norms
+from jbrprune.criterion.passes import two_images
+from jbrprune.criterion.recording import Use
 from jbrprune.errors import ModelError, NonFiniteError
-from jbrprune.factors import wide
-from jbrprune.norms import Used, per_sample, square_norms
-from jbrprune.passes import two_images
-from jbrprune.recording import Use
 from jbrprune.tpv.bare import BareRecorder, BareUse
 from jbrprune.tpv.gradients import Gradients, checked_direction
 from jbrprune.tpv.responses import Output, linear_outputs, outputs_of
@@ -50,7 +50,7 @@ def recorded(
     """Run the model on a batch and record where the named parameters are used; frozen parameters, eval mode.
 
     Args:
-        model: The model, as `jbrprune.guest.visiting` leaves it.
+        model: The model, as `jbrprune.core.guest.visiting` leaves it.
         images: ``[B, C, H, W]`` on the model's device.
         names: Parameters that are perturbed.
         output: What the model returns -> ``[B, K]``.

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jbrprune.criterion.groups import Group, Selection, removed_channels
 from jbrprune.errors import ArgumentError
-from jbrprune.groups import Group, Selection, removed_channels
-from jbrprune.removal import masked_units
+from jbrprune.structure.removal import masked_units
 from jbrprune.tpv.covariances import Change, FiniteRank
 
 
@@ -43,7 +43,7 @@ class Removal:
     Args:
         what: Parameter name -> mask of its shape (False: removed); or, with ``groups``, group name -> units that go;
             or a report (or result) of `jbrprune.prune` that removed units.
-        groups: The units of the dense model, from `jbrprune.units.find_groups`.
+        groups: The units of the dense model, from `jbrprune.structure.units.find_groups`.
 
     Raises:
         ArgumentError: Nothing is removed; units without ``groups``; when it meets a model: masks or units that are not
@@ -71,7 +71,9 @@ class Removal:
                 "`groups`, or a report of prune() that removed channels or heads."
             )
         if self.groups is None and not all(isinstance(m, Tensor) and m.dim() for m in removed.values()):
-            raise ArgumentError("Units need `groups=`, the units of the dense model (jbrprune.units.find_groups).")
+            raise ArgumentError(
+                "Units need `groups=`, the units of the dense model (jbrprune.structure.units.find_groups)."
+            )
 
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Removed:
         """The covariance of these weights."""

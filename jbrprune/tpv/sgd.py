@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jbrprune import guest
-from jbrprune.batches import Batch, concatenated, materialise
+from jbrprune.core import guest
+from jbrprune.core.batches import Batch, concatenated, materialise
+from jbrprune.core.measure import logits_of
+from jbrprune.criterion.passes import check_known
 from jbrprune.errors import ArgumentError, NonFiniteError
-from jbrprune.measure import logits_of
-from jbrprune.passes import check_known
+from jbrprune.structure.units import copied
 from jbrprune.tpv.covariances import Change
 from jbrprune.tpv.gradients import Gradients
 from jbrprune.tpv.responses import linear_outputs, outputs_of
-from jbrprune.units import copied
 
 Loss = Literal["cross_entropy", "mse"]
 LOSSES = ("cross_entropy", "mse")

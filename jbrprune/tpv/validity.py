@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune import guest
-from jbrprune.batches import iterate
+from jbrprune.core import guest
+from jbrprune.core.batches import iterate
+from jbrprune.core.measure import check_weights, logits_of
+from jbrprune.criterion.passes import own
 from jbrprune.errors import ArgumentError, NonFiniteError
-from jbrprune.measure import check_weights, logits_of
-from jbrprune.passes import own
 from jbrprune.tpv.gradients import checked_direction
 from jbrprune.tpv.responses import Output, changed_outputs, linear_outputs
 
@@ -83,7 +83,7 @@ def taylor_error(
 
     Args:
         model: Any module; left as it was.
-        data: Anything that yields images (`jbrprune.batches.iterate`); read once, streaming.
+        data: Anything that yields images (`jbrprune.core.batches.iterate`); read once, streaming.
         direction: Parameter name -> d of the parameter's shape.
         scales: Multiples t of the direction.
         tolerance: Error up to which first order is called valid.

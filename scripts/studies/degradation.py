@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from baselines import CRITERIA
 from jbrprune import degradation, prune
-from jbrprune.batches import Batch
+from jbrprune.core.batches import Batch
 
 COMPARED = ("jbr", "l1", "l2_grouped", "taylor", "random")
 SHARES = (0.95, 0.85, 0.7, 0.5)

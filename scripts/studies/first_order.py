@@ -24,8 +24,8 @@ from relearning import change, relearn, wander
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from jbrprune.structure.units import find_groups
 from jbrprune.tpv import Isotropic, Quantization, Removal, taylor_error, trace_form
-from jbrprune.units import find_groups
 
 Change = Mapping[str, Tensor]
 SIZES: dict[str, tuple[float, ...]] = {

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune import zoo
+from jbrprune.core.guest import evaluating, same_randomness
 from jbrprune.data import fashion_mnist
 from jbrprune.demo_data import digits
 from jbrprune.errors import ArgumentError
-from jbrprune.guest import evaluating, same_randomness
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 TIMM: dict[str, tuple[str, dict[str, Any]]] = {"resnet": ("test_resnet", {}), "vit": ("test_vit", {"img_size": 32})}

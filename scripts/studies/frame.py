@@ -31,11 +31,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from jbrprune.atomic import replacing
+from jbrprune.core.atomic import replacing
+from jbrprune.core.guest import same_randomness
 from jbrprune.errors import JBRError
-from jbrprune.guest import same_randomness
-from jbrprune.records import plain
-from jbrprune.runs import provenance
+from jbrprune.files.runs import provenance
+from jbrprune.reporting.records import plain
 
 sys.path.append(str(Path(__file__).parents[1]))
 

@@ -1,0 +1,155 @@
+"""Choosing what to remove: rank by score per cost, respect floors, stop when the budget is met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jbrprune.budgets.cost import Account
+from jbrprune.criterion.groups import Group, Selection
+from jbrprune.errors import ArgumentError, BudgetError
+
+
+@dataclass(frozen=True)
+class Floors:
+    """How narrow a group may become.
+
+    Attributes:
+        share: Share of the dense width that stays at least.
+        channels: Channels that stay at least, where the dense group has as many.
+        round_to: Kept widths of channel groups are multiples of this (as far as the dense width allows).
+    """
+
+    share: float = 0.0
+    channels: int = 1
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ArgumentError(f"floor must satisfy 0 <= floor < 1 (a share of the dense width), got {self.share}.")
+        for name, value in (("min_channels", self.channels), ("round_to", self.round_to)):
+            if value < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {value}.")
+
+    def of(self, group: Group, dense_size: int) -> int:
+        """Units of a group that must stay."""
+        share = math.ceil(self.share * dense_size - 1e-9)
+        if group.kind == "head":
+            return max(1, share)
+        if group.kind == "group":  # as many channels, in whole groups of the convolution
+            return min(dense_size, max(1, share, math.ceil(self.channels / _channels_per_unit(group))))
+        least = max(1, share, min(self.channels, dense_size))
+        return min(dense_size, math.ceil(least / self.round_to) * self.round_to)
+
+
+def _channels_per_unit(group: Group) -> int:
+    return group.channels_per_unit()[group.members[0].axis]
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Units of one group that go together."""
+
+    key: float
+    group: int
+    units: Tensor
+
+
+def select(
+    scores: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    account: Account,
+    target: float,
+    *,
+    floors: Floors | None = None,
+    dense_sizes: Mapping[str, int] | None = None,
+    per_cost: bool = True,
+) -> Selection:
+    """Choose the units to remove so that the account's total falls to the target.
+
+    Units are taken in the order of score / cost (or of score alone), lowest first, ties in the order of
+    groups and units; the last one is the one that meets the target, so it is overshot by less than one
+    unit (one block of ``round_to`` units).
+
+    Args:
+        scores: Group name -> ``[units]``.
+        groups: The units.
+        account: Prices the plan; it is left at the price of the selection.
+        target: Total to reach, in the unit of the account.
+        floors: How narrow groups may become.
+        dense_sizes: Group name -> units in the dense model, for the floors; default: the groups' sizes.
+        per_cost: Divide the score by what the unit saves in the account.
+
+    Returns:
+        Group name -> units to remove, ascending; groups that lose nothing are absent.
+
+    Raises:
+        ArgumentError: Scores are missing, of the wrong length, or not finite.
+        BudgetError: The target lies below what the floors allow (says how far it can go).
+    """
+    floors = floors or Floors()
+    dense = {group.name: (dense_sizes or {}).get(group.name, group.size) for group in groups}
+    _check(scores, groups)
+    if account.total <= target:
+        return {}
+    blocks = []
+    for number, group in enumerate(groups):
+        cost = account.saving(group.name)
+        if cost > 0:  # what saves nothing would be lost for nothing
+            price = cost if per_cost else 1.0
+            blocks += _blocks(scores[group.name], number, group, price, floors, dense[group.name])
+    blocks.sort(key=lambda block: (block.key, block.group))
+    before = account.total
+    taken: dict[str, list[Tensor]] = {}
+    for block in blocks:
+        name = groups[block.group].name
+        account.strike(name, len(block.units))
+        taken.setdefault(name, []).append(block.units)
+        if account.total <= target * (1 + 1e-12):
+            return {name: torch.cat(units).sort().values for name, units in taken.items()}
+    raise BudgetError(
+        f"The budget cannot be reached: with every group at its floor {account.total / before:.3f} of the present cost "
+        f"are left, {target / before:.3f} were asked for. Lower `floor` or `min_channels`, ignore fewer "
+        "layers, or ask for less."
+    )
+
+
+def reachable(groups: Sequence[Group], account: Account, floors: Floors, dense_sizes: Mapping[str, int]) -> float:
+    """The account's total with every group at its floor. The account is changed."""
+    for group in groups:
+        account.strike(group.name, max(0, group.size - floors.of(group, dense_sizes[group.name])))
+    return account.total
+
+
+def _blocks(score: Tensor, number: int, group: Group, cost: float, floors: Floors, dense_size: int) -> list[_Block]:
+    """The removable units of one group, worst first, cut into blocks that keep widths on multiples."""
+    order = torch.sort(score, stable=True).indices
+    removable = group.size - floors.of(group, dense_size)
+    step = floors.round_to if group.kind in ("channel", "width") else 1
+    first = group.size % step or step
+    blocks, start, key = [], 0, -math.inf
+    while start + (first if start == 0 else step) <= removable:
+        units = order[start : start + (first if start == 0 else step)]
+        # A later block of a group is never ranked before an earlier one.
+        key = max(key, float(score[units].mean()) / cost)
+        blocks.append(_Block(key, number, units))
+        start += len(units)
+    return blocks
+
+
+def _check(scores: Mapping[str, Tensor], groups: Sequence[Group]) -> None:
+    for group in groups:
+        score = scores.get(group.name)
+        if score is None or tuple(score.shape) != (group.size,):
+            got = "none" if score is None else f"shape {tuple(score.shape)}"
+            raise ArgumentError(
+                f"Scores for {group.name}: expected [{group.size}], got {got}. Were they made for another model?"
+            )
+        if not torch.isfinite(score).all():
+            raise ArgumentError(
+                f"Scores for {group.name} contain NaN or Inf at unit {int((~score.isfinite()).nonzero()[0])}."
+            )

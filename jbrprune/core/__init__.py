@@ -1,0 +1,1 @@
+"""What every pass stands on: the model as a guest, batches, ranks, portions, objectives, agreement, whole files."""

@@ -1,0 +1,1 @@
+"""Reports: records, tables, figures, pages, model cards."""
