@@ -27,8 +27,17 @@ from jbrprune.criterion.relevance import Statistic, relevance_scores
 from jbrprune.criterion.scores import Scores, check_some
 from jbrprune.errors import ArgumentError, NonFiniteError
 from jbrprune.files.journal import NOTHING, Journal, facts_of, recall
-from jbrprune.files.runs import Clock, called, heldout_agreement, notes_on_images, provenance, size_of, with_latency
-from jbrprune.repair import Targets, dense_targets, repaired
+from jbrprune.files.runs import (
+    Clock,
+    called,
+    heldout_agreement,
+    mend,
+    notes_on_images,
+    provenance,
+    size_of,
+    with_latency,
+)
+from jbrprune.repair import Targets, dense_targets
 from jbrprune.reporting.report import LayerRow, Report, Size, StepRow
 from jbrprune.structure.removal import remove_units, tried
 from jbrprune.structure.units import Found, copied, find_groups
@@ -301,23 +310,7 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
         state.remove(selection)
         state.after = plan.after
         state.mispriced = max(state.mispriced, plan.foreseen / plan.after.total - 1)
-    with state.clock.timed("evaluation"):
-        state.unrepaired = heldout_agreement(state.model, images.heldout) if stops else None
-    outcome = None
-    if state.targets is not None:
-        with state.clock.timed("repair"):
-            outcome = repaired(
-                state.model,
-                images.repair,
-                images.gate,
-                state.targets,
-                state.kept,
-                settings.repair,
-                ridge=settings.ridge,
-            )
-    with state.clock.timed("evaluation"):
-        changed = outcome is not None and outcome.kept != "none"
-        state.repaired = heldout_agreement(state.model, images.heldout) if stops and changed else state.unrepaired
+    outcome = mend(state, images, state.kept, settings.repair, ridge=settings.ridge, stops=stops)
     return StepRow(
         step=number,
         target=share,

@@ -23,8 +23,8 @@ from jbrprune.criterion.scores import check_some
 from jbrprune.criterion.weights import WeightScores
 from jbrprune.errors import ArgumentError, BudgetError, ModelError, NonFiniteError, UnsupportedModelError
 from jbrprune.files.journal import NOTHING, Journal, facts_of, recall
-from jbrprune.files.runs import Clock, heldout_agreement, notes_on_images, provenance, size_of, with_latency
-from jbrprune.repair import Targets, dense_targets, repaired
+from jbrprune.files.runs import Clock, mend, notes_on_images, provenance, size_of, with_latency
+from jbrprune.repair import Targets, dense_targets
 from jbrprune.reporting.report import LayerRow, Report, Size, StepRow
 from jbrprune.sparse.sparsity import (
     Pattern,
@@ -213,25 +213,8 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, go
         masks = distributed.same(_next(state, scores, goal, settings))
         state.skipped = tuple(name for name in state.masks if name not in masks)
         state.put({name: masks.get(name, mask) for name, mask in state.masks.items()})
-    stops = goal in settings.stops
-    with state.clock.timed("evaluation"):
-        state.unrepaired = heldout_agreement(state.model, images.heldout) if stops else None
-    outcome = None
-    if state.targets is not None:
-        with state.clock.timed("repair"):
-            outcome = repaired(
-                state.model,
-                images.repair,
-                images.gate,
-                state.targets,
-                {},
-                settings.repair,
-                ridge=settings.ridge,
-                masks=state.masks | _others(state),
-            )
-    with state.clock.timed("evaluation"):
-        changed = outcome is not None and outcome.kept != "none"
-        state.repaired = heldout_agreement(state.model, images.heldout) if stops and changed else state.unrepaired
+    masked = state.masks | _others(state)
+    outcome = mend(state, images, {}, settings.repair, ridge=settings.ridge, stops=goal in settings.stops, masks=masked)
     params = parameters_of(state.model)
     return StepRow(
         step=number,
@@ -242,7 +225,7 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, go
         unrepaired=outcome.before if outcome else None,
         repaired=outcome.after if outcome else None,
         repair=outcome.kept if outcome else "none",
-        nonzero=params - _zeros(state.masks | _others(state)),
+        nonzero=params - _zeros(masked),
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from jbrprune.budgets.timing_cache import hardware
 from jbrprune.calibration import FEWEST_TO_HOLD_BACK, Calibration
 from jbrprune.core.batches import Batch
 from jbrprune.core.measure import Agreement, agreement_on, bytes_of, parameters_of
+from jbrprune.criterion.groups import Axis
+from jbrprune.repair import Outcome, Targets, repaired
 from jbrprune.reporting.records import Run, Size
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -41,6 +43,49 @@ class Clock:
         start = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - start
+
+
+class Underway(Protocol):
+    """A model on its way, as `mend` finds and leaves it.
+
+    Attributes:
+        model: Has just lost something.
+        targets: What repairs aim at; None where nothing is to be repaired, or without images to check it on.
+        unrepaired: Held-out agreement at the last stop, before its repair.
+        repaired: The same, after it.
+        clock: Time spent on each part of the work.
+    """
+
+    model: nn.Module
+    targets: Targets | None
+    unrepaired: Agreement | None
+    repaired: Agreement | None
+    clock: Clock
+
+
+def mend(
+    state: Underway,
+    images: Calibration,
+    kept: Mapping[Axis, Tensor],
+    methods: Sequence[str],
+    *,
+    ridge: float,
+    stops: bool,
+    masks: Mapping[str, Tensor] | None = None,
+) -> Outcome | None:
+    """Repair the model; at a stop, measure on the held-out images before and after; see `jbrprune.repair.repaired`."""
+    with state.clock.timed("evaluation"):
+        state.unrepaired = heldout_agreement(state.model, images.heldout) if stops else None
+    outcome = None
+    if state.targets is not None:
+        with state.clock.timed("repair"):
+            outcome = repaired(
+                state.model, images.repair, images.gate, state.targets, kept, methods, ridge=ridge, masks=masks
+            )
+    with state.clock.timed("evaluation"):
+        changed = outcome is not None and outcome.kept != "none"
+        state.repaired = heldout_agreement(state.model, images.heldout) if stops and changed else state.unrepaired
+    return outcome
 
 
 def heldout_agreement(model: nn.Module, batches: Sequence[Batch]) -> Agreement | None:
