@@ -27,7 +27,7 @@ from jbrprune.budgets import pricing, timing_cache
 from jbrprune.budgets.selection import Floors
 from jbrprune.criterion.groups import Group
 from jbrprune.errors import ArgumentError, BudgetError, CheckpointError
-from jbrprune.files import checkpoint
+from jbrprune.files import checkpoint, runs
 
 CLASSES = 4
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False, "steps": 2}
@@ -309,7 +309,8 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
     fingerprint: Callable[[nn.Module], dict],
 ) -> None:
-    model, original, calls = own().train(), getattr(engine, where), itertools.count(1)
+    place = runs if where in ("repaired", "heldout_agreement") else engine
+    model, original, calls = own().train(), getattr(place, where), itertools.count(1)
     model.bn.eval()  # type: ignore[union-attr]
     before = fingerprint(model)
 
@@ -318,7 +319,7 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(
             raise error
         return original(*arguments, **options)
 
-    monkeypatch.setattr(engine, where, interrupted)
+    monkeypatch.setattr(place, where, interrupted)
     with pytest.raises(type(error), match="no"):
         prune(model, IMAGES, macs=0.6, inplace=inplace, **QUICK)
     assert fingerprint(model) == before

@@ -355,7 +355,7 @@ WILD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "its own bitmap": (_bitmap_entry, "tensors.a.weight.bitmap makes no sense"),
     "other dtype": (_info("a.weight", dtype="float64"), "names, shapes or dtypes are not those"),
     "larger shape": (_info("a.weight", shape=[6, 2**20]), "names, shapes or dtypes are not those"),
-    "huge shape": (_info("a.weight", shape=[2**41, 1]), "a.weight.shape makes no sense"),
+    "huge shape": (_info("a.weight", shape=[2**61, 1]), "a.weight.shape makes no sense"),
     "deep shape": (_info("a.weight", shape=[1] * 8 + [36]), "a.weight.shape makes no sense"),
     "same number of bytes": (
         _info("a.weight", shape=[5, 8]),

@@ -20,6 +20,7 @@ from baselines.weights import WEIGHT_CRITERIA
 from jbrprune import PruneResult, Report, WeightScores, engine, make_permanent, prune, score, sweep, thinning
 from jbrprune.criterion.parameters import masks_of, weights_of
 from jbrprune.errors import ArgumentError, BudgetError, DataError, JBRError, NonFiniteError
+from jbrprune.files import runs
 
 CLASSES = 4
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False}
@@ -312,7 +313,7 @@ def test_an_exception_in_the_middle(
 
     model = premasked()
     before = fingerprint(model)
-    monkeypatch.setattr(thinning, where, interrupted)
+    monkeypatch.setattr(runs if where in ("repaired", "heldout_agreement") else thinning, where, interrupted)
     with pytest.raises(KeyboardInterrupt):
         thin(model, sparsity=0.7, inplace=inplace)
     assert fingerprint(model) == before
