@@ -296,13 +296,22 @@ def _shown(listed: Inventory) -> str:
 RATIO = 0.3
 
 
+def _unfused(name: str) -> tuple[nn.Module, int]:
+    """The model with attention by plain products, as in the examples; timm's switch is global and is put back."""
+    fused = bool(timm.layers.use_fused_attn())
+    timm.layers.set_fused_attn(False)
+    try:
+        return made(name)
+    finally:
+        timm.layers.set_fused_attn(fused)
+
+
 def recipe(name: str, stage: Stage) -> dict:
     """torch-pruning's example for timm models, with the attributes set that its examples mean to set."""
     walk = _Walk(stage)
     try:
         walk.to("make")
-        timm.layers.set_fused_attn(False)
-        model, size = made(name)
+        model, size = _unfused(name)
         images = images_of(size, 2)
         before = sum(count_macs(model, images[:1]).values())
         dense = copy.deepcopy(model)

@@ -1,13 +1,15 @@
-"""One thread, a fixed seed, and `fingerprint`: what a call must leave as it was."""
+"""One thread, a fixed seed, global switches as before, and `fingerprint`: what a call must leave as it was."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,22 @@ def _same_start() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    before = _switches()
     yield
     torch.set_num_threads(threads)
+    assert _switches() == before, "a switch that all tests share was left changed"
+
+
+def _switches() -> dict[str, object]:
+    return {
+        "timm's fused attention": bool(timm.layers.use_fused_attn()),
+        "attention kernels": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()),
+        "default dtype": torch.get_default_dtype(),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "environment": dict(os.environ),
+    }
 
 
 @pytest.fixture
