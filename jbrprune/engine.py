@@ -301,7 +301,8 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
             per_cost=settings.budget.per_cost,
         )
         selection = distributed.same(plan.selection)
-    if stops and plan.after.total > share * state.whole * (1 + 1e-9):
+    missed = settings.budget.timed and plan.after.total > share * state.whole * (1 + 1e-9)
+    if stops and missed and distributed.rank() == 0:
         log.warning(
             "The budget of %s=%g is missed: %.3f of the dense model's time are left.",
             *(settings.budget.kind, share * settings.budget.unit, plan.after.total),

@@ -184,8 +184,8 @@ def prune(
         checkpoint: Local weights for a timm name, instead of the pretrained ones.
         resume: Directory for this run alone. Every finished step is noted there; a later call with the same model,
             images, settings and versions goes on behind the last one, to the same weights and numbers. (A function
-            as ``criterion`` counts as the same if its name, source and attributes are; what it closes over does not
-            count.)
+            as ``criterion`` counts as the same if its name, source and attributes are; what it closes over, and
+            what an object keeps in ``__slots__``, does not count.)
         **model_arguments: For a timm name, passed to ``timm.create_model``.
 
     Returns:

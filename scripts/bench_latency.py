@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 def _place(row: Mapping[str, object]) -> tuple:
     """Where it was measured: times of different places are never put beside each other."""
-    return row["device"], row["hardware"], row["threads"]
+    return row["device"], row["hardware"], row["threads"], row["torch"]
 
 
 def _what(row: Mapping[str, object]) -> tuple:
@@ -117,7 +117,10 @@ def table(rows: list[dict]) -> str:
     """Speed-up and spread by batch and mode, one table for every machine and number of threads."""
     places = dict.fromkeys(_place(row) for row in rows)
     tables = {place: _table([row for row in rows if _place(row) == place]) for place in places}
-    return "\n\n".join(f"{d}, {hardware}, threads: {threads}\n\n{t}" for (d, hardware, threads), t in tables.items())
+    return "\n\n".join(
+        f"{d}, {hardware}, threads: {threads}, torch {version}\n\n{t}"
+        for (d, hardware, threads, version), t in tables.items()
+    )
 
 
 def _table(rows: list[dict]) -> str:

@@ -138,7 +138,15 @@ def parsed(pairs: str) -> dict[str, object]:
 
 
 def keywords(pairs: Iterable[str]) -> dict[str, object]:
-    """What ``--model-arg KEY=VALUE``, given any number of times, says."""
+    """What ``--model-arg KEY=VALUE``, given any number of times, says.
+
+    Raises:
+        ArgumentError: One is not of that form.
+    """
+    pairs = list(pairs)
+    wrong = next((pair for pair in pairs if "=" not in pair), None)
+    if wrong is not None:
+        raise ArgumentError(f"--model-arg must be KEY=VALUE, got {wrong!r}.")
     return {key: value_of(value) for key, _, value in (pair.partition("=") for pair in pairs)}
 
 

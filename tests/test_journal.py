@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +25,7 @@ from torch.nn.utils import prune as torch_prune
 from jbrprune import PruneResult, Scores, engine, prune, score, sweep, thinning
 from jbrprune.criterion.relevance import relevance_scores
 from jbrprune.errors import CheckpointError
+from jbrprune.files import journal
 from jbrprune.files.journal import digest
 
 IMAGES = cases.images(40, 16).float()
@@ -215,6 +219,53 @@ CRITERIA: dict[str, list[Callable[..., Scores]]] = {
     "attributes": [_Scaled(1.0), _Scaled(2.0)],
     "sources": _sources(),
 }
+
+
+def _wrapped(by: float) -> Callable[..., Scores]:
+    @functools.wraps(_scaled)
+    def criterion(*args: Any, **options: Any) -> Scores:
+        return _scaled(by, *args, **options)
+
+    return criterion
+
+
+class _Kept:
+    """With what has an address: functions, objects, sets, modules."""
+
+    def __init__(self, by: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.by, self.function, self.inner, self.names = by, _wrapped(by), _Scaled(by), {"a", "b", "c"}
+        self.net, self.values, self.own = torch.nn.Linear(2, 2), torch.ones(3) * by, self
+
+    def __call__(self, *args: Any, **options: Any) -> Scores:
+        return _scaled(self.by, *args, **options)
+
+    def method(self, *args: Any, **options: Any) -> Scores:
+        return self(*args, **options)
+
+
+def _kept(by: float = 1.0, seed: int = 0) -> list[Any]:
+    kept = _Kept(by, seed)
+    return [kept, kept.method, partial(_scaled, kept), _wrapped(by)]
+
+
+def _identities() -> str:
+    return json.dumps([journal._described(value) for value in _kept()])
+
+
+def test_an_identity_is_the_same_in_every_process() -> None:
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import test_journal; print(test_journal._identities())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.strip() == _identities()
+    assert " at 0x" not in found.stdout
+
+
+def test_what_a_criterion_keeps_counts() -> None:
+    first, by, seed = _kept(), _kept(by=2.0), _kept(seed=1)
+    for number in range(3):
+        assert journal._described(first[number]) != journal._described(by[number])
+        assert journal._described(first[number]) != journal._described(seed[number])
 
 
 @pytest.mark.parametrize("kind", CRITERIA)

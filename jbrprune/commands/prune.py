@@ -183,6 +183,7 @@ def prune_command(
     saved = {"out": str(out)} if out is not None else {}
     say(as_json, result.report.to_dict() | saved, str(result.report) + (f"\n\nSaved to {out}" if out else ""))
     if report is not None and one:
+        result.report.to_html(report)  # should the prediction not come to its end
         result.report.to_html(report, predicted=_foreseen(result.report, model, data, arguments))
     if plot is not None and one:
         result.report.plot(plot)

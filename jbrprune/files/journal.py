@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 STEP, MODEL = "step", "model"
 _NAME = re.compile(r"(step|model)-\d{4,}\.safetensors|\..*\.part")
+_DEEPEST = 6
+"""How far the state of a criterion is followed; below that only types count."""
 _UNIMPORTANT = ("progress", "measure_latency")
 """Settings that do not change what is pruned."""
 
@@ -194,7 +196,7 @@ def opened(directory: Path | None, settings: object, model: nn.Module, images: C
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keep other processes out, by rank 0 and where the system can; a process that dies gives the lock back."""
+    """Keep other processes of this machine out, by rank 0; a process that dies gives the lock back."""
     descriptor = os.open(directory, os.O_RDONLY) if fcntl is not None else None
     try:
         distributed.together(lambda: _lock(directory, descriptor))
@@ -272,18 +274,45 @@ def _of_batches(batches: list[Batch]) -> list[str]:
 
 def _described(value: object) -> Any:
     """A setting as JSON; criteria by name, source and state, or by their sums."""
-    if isinstance(value, functools.partial):
-        return [_described(value.func), plain(value.args), plain(value.keywords)]
     sums = getattr(value, "sums", None)
     if sums is not None:
         return [called(value), digest(sums)]
-    return [called(value), _source(value), plain(getattr(value, "__dict__", {}))] if callable(value) else plain(value)
+    return _stable(value, 0) if callable(value) else plain(value)
+
+
+def _stable(value: object, depth: int) -> Any:
+    """As JSON, the same in every process: values, sources and digests, never an address; of the rest, the type."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    inner = functools.partial(_stable, depth=depth + 1)
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if depth > _DEEPEST:
+        return kind
+    if isinstance(value, Tensor):
+        return digest({"": value})
+    if isinstance(value, Mapping):
+        return {str(key): inner(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [inner(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, map(inner, value)))
+    if isinstance(value, functools.partial):
+        return [inner(value.func), inner(value.args), inner(value.keywords)]
+    if inspect.ismethod(value):
+        return [inner(value.__func__), inner(value.__self__)]
+    if callable(getattr(value, "tolist", None)):
+        return hashlib.sha256(repr(value.tolist()).encode()).hexdigest()  # type: ignore[attr-defined]
+    values = digest(value.state_dict()) if isinstance(value, nn.Module) else None
+    state = {name: item for name, item in getattr(value, "__dict__", {}).items() if values is None or name[0] != "_"}
+    name = called(value) if callable(value) else kind
+    return [name, _source(value), inner(state), *([] if values is None else [values])]
 
 
 def _source(criterion: object) -> str | None:
-    """SHA-256 of the source of a function or of an object's class, where there is one."""
+    """SHA-256 of the source of a function (not of what it wraps) or of an object's class, where there is one."""
     try:
-        source = inspect.getsource(criterion if inspect.isroutine(criterion) else type(criterion))
+        code = getattr(criterion, "__code__", criterion)
+        source = inspect.getsource(code if inspect.isroutine(criterion) else type(criterion))  # type: ignore[arg-type]
     except (OSError, TypeError):
         return None
     return hashlib.sha256(source.encode()).hexdigest()
