@@ -30,7 +30,7 @@ from jbrprune.criterion.passes import Draws
 from jbrprune.criterion.relevance import relevance_scores
 from jbrprune.criterion.weights import weight_scores
 from jbrprune.errors import ArgumentError, CheckpointError, DataError, NonFiniteError, RankError
-from jbrprune.files.journal import digest
+from jbrprune.files.identity import digest
 from jbrprune.repair import dense_targets, repaired
 from jbrprune.structure.units import layer_groups
 

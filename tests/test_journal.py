@@ -25,8 +25,7 @@ from torch.nn.utils import prune as torch_prune
 from jbrprune import PruneResult, Scores, engine, prune, score, sweep, thinning
 from jbrprune.criterion.relevance import relevance_scores
 from jbrprune.errors import CheckpointError
-from jbrprune.files import journal
-from jbrprune.files.journal import digest
+from jbrprune.files.identity import described, digest
 
 IMAGES = cases.images(40, 16).float()
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False}
@@ -250,7 +249,7 @@ def _kept(by: float = 1.0, seed: int = 0) -> list[Any]:
 
 
 def _identities() -> str:
-    return json.dumps([journal._described(value) for value in _kept()])
+    return json.dumps([described(value) for value in _kept()])
 
 
 def test_an_identity_is_the_same_in_every_process() -> None:
@@ -264,8 +263,16 @@ def test_an_identity_is_the_same_in_every_process() -> None:
 def test_what_a_criterion_keeps_counts() -> None:
     first, by, seed = _kept(), _kept(by=2.0), _kept(seed=1)
     for number in range(3):
-        assert journal._described(first[number]) != journal._described(by[number])
-        assert journal._described(first[number]) != journal._described(seed[number])
+        assert described(first[number]) != described(by[number])
+        assert described(first[number]) != described(seed[number])
+
+
+@pytest.mark.parametrize("name", ["by", "function", "inner", "names", "net", "values"])
+def test_every_attribute_counts(name: str) -> None:
+    first, second = _Kept(1.0, 0), _Kept(1.0, 0)
+    assert described(first) == described(second)
+    setattr(second, name, {**vars(_Kept(2.0, 1)), "function": _kept, "names": {"a", "d"}}[name])
+    assert described(first) != described(second)
 
 
 @pytest.mark.parametrize("kind", CRITERIA)

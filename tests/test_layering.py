@@ -111,6 +111,7 @@ ORDER = (
     "files.rebuilding",
     "files.checkpoint",
     "files.runs",
+    "files.identity",
     "files.journal",
     "inventory",
     "opening",

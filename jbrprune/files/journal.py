@@ -9,9 +9,7 @@ A directory with two kinds of files, each written atomically and never a pickle:
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import logging
 import os
 import re
@@ -22,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from jbrprune.calibration import Calibration
@@ -31,7 +28,8 @@ from jbrprune.core.batches import Batch
 from jbrprune.core.measure import Agreement
 from jbrprune.criterion import sumfiles
 from jbrprune.errors import CheckpointError
-from jbrprune.files.runs import Clock, called
+from jbrprune.files.identity import described, digest
+from jbrprune.files.runs import Clock
 from jbrprune.reporting.records import StepRow, plain, record
 
 try:
@@ -43,8 +41,6 @@ log = logging.getLogger(__name__)
 
 STEP, MODEL = "step", "model"
 _NAME = re.compile(r"(step|model)-\d{4,}\.safetensors|\..*\.part")
-_DEEPEST = 6
-"""How far the state of a criterion is followed; below that only types count."""
 _UNIMPORTANT = ("progress", "measure_latency")
 """Settings that do not change what is pruned."""
 
@@ -175,7 +171,7 @@ def check_directory(directory: str | os.PathLike[str] | None) -> Path | None:
 def opened(directory: Path | None, settings: object, model: nn.Module, images: Calibration) -> Iterator[Journal]:
     """The journal of a run, with the steps that a run of the same settings, model and images has finished.
 
-    Nobody else can open it meanwhile.
+    No other process of this machine can open it meanwhile.
 
     Args:
         directory: From `check_directory`.
@@ -233,16 +229,6 @@ def _of(directory: Path, identity: Mapping[str, Any]) -> Journal:
     return Journal(directory, identity, finished)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and values."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 def _path(directory: Path, kind: str, number: int) -> Path:
     return directory / f"{kind}-{number:04}.safetensors"
 
@@ -261,7 +247,7 @@ def _identity(settings: object, model: nn.Module, images: Calibration) -> dict[s
     parts = {part: _of_batches(getattr(images, part)) for part in ("score", "gate", "heldout")}
     packages = ("jbrprune", "torch", "timm", "torch-pruning")
     return {
-        "settings": {name: _described(value) for name, value in chosen.items()},
+        "settings": {name: described(value) for name, value in chosen.items()},
         "model": digest(model.state_dict()),
         "images": hashlib.sha256(repr(parts).encode()).hexdigest(),
         "versions": {package: version(package) for package in packages},
@@ -270,52 +256,6 @@ def _identity(settings: object, model: nn.Module, images: Calibration) -> dict[s
 
 def _of_batches(batches: list[Batch]) -> list[str]:
     return [digest({name: value for name, value in vars(batch).items() if value is not None}) for batch in batches]
-
-
-def _described(value: object) -> Any:
-    """A setting as JSON; criteria by name, source and state, or by their sums."""
-    sums = getattr(value, "sums", None)
-    if sums is not None:
-        return [called(value), digest(sums)]
-    return _stable(value, 0) if callable(value) else plain(value)
-
-
-def _stable(value: object, depth: int) -> Any:
-    """As JSON, the same in every process: values, sources and digests, never an address; of the rest, the type."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    inner = functools.partial(_stable, depth=depth + 1)
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    if depth > _DEEPEST:
-        return kind
-    if isinstance(value, Tensor):
-        return digest({"": value})
-    if isinstance(value, Mapping):
-        return {str(key): inner(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [inner(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted(map(repr, map(inner, value)))
-    if isinstance(value, functools.partial):
-        return [inner(value.func), inner(value.args), inner(value.keywords)]
-    if inspect.ismethod(value):
-        return [inner(value.__func__), inner(value.__self__)]
-    if callable(getattr(value, "tolist", None)):
-        return hashlib.sha256(repr(value.tolist()).encode()).hexdigest()  # type: ignore[attr-defined]
-    values = digest(value.state_dict()) if isinstance(value, nn.Module) else None
-    state = {name: item for name, item in getattr(value, "__dict__", {}).items() if values is None or name[0] != "_"}
-    name = called(value) if callable(value) else kind
-    return [name, _source(value), inner(state), *([] if values is None else [values])]
-
-
-def _source(criterion: object) -> str | None:
-    """SHA-256 of the source of a function (not of what it wraps) or of an object's class, where there is one."""
-    try:
-        code = getattr(criterion, "__code__", criterion)
-        source = inspect.getsource(code if inspect.isroutine(criterion) else type(criterion))  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        return None
-    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def _check_identity(directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -200,7 +200,7 @@ def _new_values(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
     try:
         made = func(*tree_map(_on_meta, args), **tree_map(_on_meta, there))
     except (NotImplementedError, RuntimeError):
-        return 0  # its size depends on values (and is that of its input at most), or it fails in any case
+        return 0  # its size depends on values, or it fails in any case
     return sum(tensor.numel() for tensor in tree_leaves(made) if isinstance(tensor, Tensor))
 
 
