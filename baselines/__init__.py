@@ -33,8 +33,8 @@ from baselines import (
     whc,
 )
 from baselines import torch_pruning_shipped as shipped
-from jbrprune import variants
-from jbrprune.engine import Criterion
+from jbrprune.criteria import presets as variants
+from jbrprune.pruning.loop import Criterion
 
 CRITERIA: dict[str, Criterion] = {
     **variants.CHANNELS,

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from baselines.common import made, parts, summed
-from jbrprune.core.batches import Batch
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.scores import Scores
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
 from jbrprune.errors import ModelError
+from jbrprune.structure.groups import Group
 
 
 def bn_scale(

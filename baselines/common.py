@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
-from jbrprune.core import guest
-from jbrprune.core.batches import Batch
-from jbrprune.core.measure import logits_of
-from jbrprune.core.objectives import Target, label
-from jbrprune.criterion import layers
-from jbrprune.criterion.groups import Group, Member
-from jbrprune.criterion.passes import own
-from jbrprune.criterion.scores import Scores, Settings
+from jbrprune.criteria.objectives import Target, label
+from jbrprune.criteria.passes import own
+from jbrprune.criteria.scores import Scores, Settings
+from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, NonFiniteError
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models import layers, preserve
 from jbrprune.structure.channels import channels
+from jbrprune.structure.groups import Group, Member
 
 Values = dict[str, Tensor]
 """Group name -> ``[units]`` float64."""
@@ -179,7 +178,7 @@ def check_labels(name: str, batches: Sequence[Batch]) -> None:
 
 def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     """``[B]`` cross-entropy with the label, with its graph."""
-    batch = batch.to(guest.device_of(model)).map(own)
+    batch = batch.to(preserve.device_of(model)).map(own)
     logits = logits_of(model(batch.images.clone()))
     return label(logits, Target(logits.detach(), batch.labels, torch.Generator()))
 
@@ -192,7 +191,7 @@ def mean_gradients(model: nn.Module, batches: Sequence[Batch], name: str, progre
     check_labels(name, batches)
     count = sum(map(len, batches))
     found: dict[Tensor, Tensor] = {}
-    with guest.visiting(model, gradients=True):
+    with preserve.visiting(model, gradients=True):
         leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for batch in shown(batches, name, progress):
             gradients = torch.autograd.grad(label_losses(model, batch).sum(), leaves, allow_unused=True)
@@ -212,16 +211,16 @@ def read_inputs(
 ) -> None:
     """Call ``note(name, x)`` with what every consumer of the groups reads, channels first: ``[B, C, ...]``."""
 
-    def reader(name: str, dim: int) -> guest.Hook:
+    def reader(name: str, dim: int) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            note(name, guest.input_of(args, kwargs).movedim(dim, 1))
+            note(name, preserve.input_of(args, kwargs).movedim(dim, 1))
 
         return hook
 
     names = {member.axis[0] for group in groups for member in group.side("in")}
     hooks = {name: reader(name, layers.channel_dim(model.get_submodule(name)) or 1) for name in names}
-    device = guest.device_of(model)
-    with guest.visiting(model), guest.hooked(model, forward_pre=hooks):
+    device = preserve.device_of(model)
+    with preserve.visiting(model), preserve.hooked(model, forward_pre=hooks):
         for batch in shown(batches, "activations", progress):
             model(batch.to(device).map(own).images.clone())
 

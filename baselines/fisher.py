@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from baselines.common import Part, check_labels, made, unit_sums
-from jbrprune.core.batches import Batch
-from jbrprune.criterion import layers
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.scores import Scores
-from jbrprune.criterion.weights import weight_scores
+from jbrprune.criteria.scores import Scores
+from jbrprune.criteria.weight_relevance import weight_scores
+from jbrprune.data.batches import Batch
+from jbrprune.models import layers
+from jbrprune.structure.groups import Group
 
 
 def fisher(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from baselines.common import filter_sums, made
-from jbrprune.core.batches import Batch
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.scores import Scores
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
+from jbrprune.structure.groups import Group
 
 
 def fpgm(

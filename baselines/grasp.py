@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from baselines.common import label_losses, made, mean_gradients, products, shown, unit_sums
-from jbrprune.core import guest
-from jbrprune.core.batches import Batch
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.scores import Scores
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
 from jbrprune.errors import ModelError
+from jbrprune.models import preserve
+from jbrprune.structure.groups import Group
 
 
 def grasp(
@@ -48,7 +48,7 @@ def _hessian_times(
     weights = [direction[leaf].to(leaf) for leaf in leaves]
     found = {leaf: torch.zeros_like(direction[leaf]) for leaf in leaves}
     # Fused attention has no second derivative.
-    with guest.visiting(model, gradients=True), sdpa_kernel(SDPBackend.MATH):
+    with preserve.visiting(model, gradients=True), sdpa_kernel(SDPBackend.MATH):
         for batch in shown(batches, "grasp", progress):
             loss = label_losses(model, batch).sum()
             first = torch.autograd.grad(loss, leaves, create_graph=True)

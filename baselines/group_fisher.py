@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from baselines.common import check_labels
-from jbrprune.core.batches import Batch
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.relevance import relevance_scores
-from jbrprune.criterion.scores import Scores
-from jbrprune.variants import named
+from jbrprune.criteria.presets import named
+from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
+from jbrprune.structure.groups import Group
 
 
 def group_fisher(

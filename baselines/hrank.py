@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from baselines.common import Values, made, read_inputs, summed
-from jbrprune.core.batches import Batch
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.scores import Scores
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError
+from jbrprune.structure.groups import Group
 
 IMAGES = 8
 """Feature maps of so many images are decomposed."""

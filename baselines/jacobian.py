@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from baselines.common import check_labels
-from jbrprune.core.batches import Batch
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.scores import Scores
-from jbrprune.variants import PUBLISHED, layerwise, named
+from jbrprune.criteria.presets import PUBLISHED, layerwise, named
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
+from jbrprune.structure.groups import Group
 
 
 def jacobian(

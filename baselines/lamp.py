@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from baselines.common import made
 from baselines.magnitude import powers
-from jbrprune.core.batches import Batch
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.scores import Scores
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
+from jbrprune.structure.groups import Group
 
 
 def lamp(

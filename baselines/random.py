@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from baselines.common import made
-from jbrprune.core.batches import Batch
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.scores import Scores
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
+from jbrprune.structure.groups import Group
 
 
 def random(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from baselines.common import made, mean_gradients, products, unit_sums
-from jbrprune.core.batches import Batch
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.scores import Scores
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
+from jbrprune.structure.groups import Group
 
 
 def snip(

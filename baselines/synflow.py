@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from baselines.common import made, products, unit_sums
-from jbrprune.core import guest
-from jbrprune.core.batches import Batch
-from jbrprune.core.measure import logits_of
-from jbrprune.criterion import layers
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.scores import Scores
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError
-from jbrprune.structure.units import copied
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models import layers, preserve
+from jbrprune.structure.discovery import copied
+from jbrprune.structure.groups import Group
 
 
 def synflow(
@@ -38,7 +37,7 @@ def synflow(
                 module.running_mean.zero_()  # type: ignore[union-attr, operator]
     leaves = list(work.parameters())
     ones = torch.ones_like(batches[0].images[:1], dtype=torch.float64, device="cpu")
-    with guest.visiting(work, gradients=True):
+    with preserve.visiting(work, gradients=True):
         found = torch.autograd.grad(logits_of(work(ones)).sum(), leaves, allow_unused=True)
     gradients = {leaf: gradient for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None}
     values = unit_sums(work, groups, lambda part: products(part, gradients).abs().sum(1))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from baselines.common import Values, check_labels, made, shown
-from jbrprune.core.batches import Batch
-from jbrprune.core.objectives import label
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.relevance import per_sample_relevances
-from jbrprune.criterion.scores import Scores
+from jbrprune.criteria.objectives import label
+from jbrprune.criteria.relevance import per_sample_relevances
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
+from jbrprune.structure.groups import Group
 
 
 def taylor(

@@ -13,14 +13,13 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from baselines.common import check_labels, label_losses, made, shown, summed
-from jbrprune.core import guest
-from jbrprune.core.batches import Batch
-from jbrprune.core.measure import logits_of
-from jbrprune.criterion import layers
-from jbrprune.criterion.groups import Group, Member
-from jbrprune.criterion.scores import Scores
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, UnsupportedModelError
-from jbrprune.structure.units import copied
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models import layers, preserve
+from jbrprune.structure.discovery import copied
+from jbrprune.structure.groups import Group, Member
 
 KNOWN_FAULTS: dict[str, str] = {
     "tp_magnitude": (
@@ -81,7 +80,7 @@ def tp_random(
     model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], *, seed: int = 0, progress: bool = False
 ) -> Scores:
     """``RandomImportance()``; as shipped, from a seeded global generator that is put back."""
-    with guest.same_randomness(torch.device("cpu")):
+    with preserve.same_randomness(torch.device("cpu")):
         torch.manual_seed(seed)
         return _shipped("tp_random", tp.importance.RandomImportance(), model, batches, groups)
 
@@ -140,9 +139,9 @@ def _shipped(
         raise DataError(f"Criterion {name!r} traces the model with images, but there is no batch.")
     work = copied(model)
     values = {}
-    with guest.visiting(work, gradients=True), warnings.catch_warnings():
+    with preserve.visiting(work, gradients=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        images = batches[0].images[:1].to(guest.device_of(work)).repeat(2, 1, 1, 1)  # a batch of one is taken apart
+        images = batches[0].images[:1].to(preserve.device_of(work)).repeat(2, 1, 1, 1)  # a batch of one is taken apart
         graph = tp.DependencyGraph().build_dependency(
             work, example_inputs=(images,), forward_fn=lambda model, inputs: logits_of(model(*inputs)), verbose=False
         )

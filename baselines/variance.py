@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from baselines.common import made, squared_inputs, summed
-from jbrprune.core.batches import Batch
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.relevance import channel_means
-from jbrprune.criterion.scores import Scores
+from jbrprune.criteria.relevance import channel_means
+from jbrprune.criteria.scores import Scores
+from jbrprune.data.batches import Batch
+from jbrprune.structure.groups import Group
 
 
 def variance(

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from jbrprune.core.batches import Batch
-from jbrprune.criterion.parameters import weights_of
-from jbrprune.criterion.scores import Settings
-from jbrprune.criterion.weights import WeightScores, weight_scores
+from jbrprune.criteria.scores import Settings
+from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
+from jbrprune.data.batches import Batch
+from jbrprune.sparsity.masks import weights_of
 
 
 def magnitude(

@@ -2,19 +2,19 @@
 
 from importlib.metadata import version
 
-from jbrprune.core import distributed
-from jbrprune.criterion.parameters import make_permanent
-from jbrprune.criterion.scores import Scores
-from jbrprune.criterion.weights import WeightScores
-from jbrprune.degradation import Degradation, degradation
-from jbrprune.files.checkpoint import load
-from jbrprune.prediction import predict
-from jbrprune.pruning import PruneResult, prune, sweep
-from jbrprune.reporting.report import Report
-from jbrprune.scoring import score
-from jbrprune.sparse.semi_structured import to_semi_structured
-from jbrprune.sparse.unstructured import JBRUnstructured, jbr_global_unstructured, jbr_unstructured
-from jbrprune.structure.structured import JBRImportance
+from jbrprune.checkpoint.checkpoint import load
+from jbrprune.criteria.scores import Scores
+from jbrprune.criteria.weight_relevance import WeightScores
+from jbrprune.data import distributed
+from jbrprune.integrations.semi_structured import to_semi_structured
+from jbrprune.integrations.torch_prune import JBRUnstructured, jbr_global_unstructured, jbr_unstructured
+from jbrprune.integrations.torch_pruning import JBRImportance
+from jbrprune.prediction.degradation import Degradation, degradation
+from jbrprune.prediction.predict import predict
+from jbrprune.pruning.api import PruneResult, prune, sweep
+from jbrprune.pruning.scoring import score
+from jbrprune.report.report import Report
+from jbrprune.sparsity.masks import make_permanent
 
 __version__ = version("jbrprune")
 

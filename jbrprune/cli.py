@@ -18,7 +18,7 @@ from jbrprune.commands.predict import predict_command
 from jbrprune.commands.prune import prune_command
 from jbrprune.commands.score import score_command
 from jbrprune.commands.tpv import tpv_command
-from jbrprune.core import distributed
+from jbrprune.data import distributed
 from jbrprune.errors import ArgumentError, JBRError
 
 app = typer.Typer(

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jbrprune import demo_data
-from jbrprune.pruning import PruneResult, sweep
-from jbrprune.reporting.figures import ratio_plot
-from jbrprune.reporting.tables import ratio_table
+from jbrprune.pruning.api import PruneResult, sweep
+from jbrprune.report.figures import ratio_plot
+from jbrprune.report.text import ratio_table
 
 log = logging.getLogger(__name__)
 

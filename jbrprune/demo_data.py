@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from jbrprune.core.guest import evaluating, same_randomness
 from jbrprune.errors import ArgumentError, CheckpointError, DataError
-from jbrprune.zoo import create
+from jbrprune.models.preserve import evaluating, same_randomness
+from jbrprune.models.timm_models import create
 
 logger = logging.getLogger(__name__)
 

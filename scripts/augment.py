@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from jbrprune.data import fashion_mnist, idx_file, label_of, picture_of, pictures, unpacked
+from jbrprune.data.images import fashion_mnist, idx_file, label_of, picture_of, pictures, unpacked
 from jbrprune.demo_data import digits
 from jbrprune.errors import DataError
-from jbrprune.zoo import data_config
+from jbrprune.models.timm_models import data_config
 
 FASHION_SHA256: Mapping[str, str] = MappingProxyType(
     {

@@ -22,9 +22,9 @@ from common import append, commit, keywords, lines, net_parser
 from plan import weights_named
 
 import jbrprune
-from jbrprune import zoo
-from jbrprune.data import fashion_mnist
-from jbrprune.reporting.records import plain
+from jbrprune.data.images import fashion_mnist
+from jbrprune.models import timm_models
+from jbrprune.report.records import plain
 
 COLUMNS = (
     *("macs", "predicted_flips_repaired", "predicted_flips", "masked_flips", "measured_flips_repaired"),
@@ -79,7 +79,7 @@ def main() -> None:
         return
     train, _ = fashion_mnist(args.fashion_mnist, train=True)
     own = keywords(args.model_arg)
-    model = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **own).eval()
+    model = timm_models.create(args.model, checkpoint=args.checkpoint, pretrained=False, **own).eval()
     for seed in args.seeds:
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: args.images]
         for points in args.points:

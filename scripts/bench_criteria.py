@@ -31,22 +31,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from baselines import CRITERIA, LABELS
-from jbrprune.core import guest
-from jbrprune.core.batches import Batch
-from jbrprune.core.measure import logits_of
-from jbrprune.criterion.groups import Group
+from jbrprune.criteria.presets import variant
+from jbrprune.data.batches import Batch
 from jbrprune.errors import JBRError
-from jbrprune.files.runs import provenance
-from jbrprune.scoring import example_of
-from jbrprune.structure.units import copied, find_groups
-from jbrprune.variants import variant
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models import preserve
+from jbrprune.pruning.runs import provenance
+from jbrprune.pruning.scoring import example_of
+from jbrprune.structure.discovery import copied, find_groups
+from jbrprune.structure.groups import Group
 
 
 def training(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Forward and backward to all parameters over all images."""
-    with guest.visiting(model, gradients=True):
+    with preserve.visiting(model, gradients=True):
         leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for batch in (batch.to(guest.device_of(model)) for batch in batches):
+        for batch in (batch.to(preserve.device_of(model)) for batch in batches):
             loss = F.cross_entropy(logits_of(model(batch.images)), batch.labels)  # type: ignore[arg-type]
             torch.autograd.grad(loss, leaves, allow_unused=True)
 

@@ -29,7 +29,7 @@ from baselines.magnitude import l1
 from jbrprune import prune
 from jbrprune.budgets import timing
 from jbrprune.budgets.timing_cache import machine
-from jbrprune.core import guest
+from jbrprune.models import preserve
 
 MODELS = ("resnet50", "vit_small_patch16_224", "efficientnet_lite0", "mobilenetv2_100")
 SETTINGS: dict[str, dict[str, object]] = {
@@ -62,7 +62,7 @@ def measured(
     """Both models in turns, in eager mode or compiled."""
     if mode == "compile":
         dense, model = (torch.compile(m, dynamic=False) for m in (dense, model))  # type: ignore[assignment]
-    with guest.visiting(dense), guest.visiting(model):
+    with preserve.visiting(dense), preserve.visiting(model):
         before, after = timing.race(
             [functools.partial(m, images) for m in (dense, model)], images.device, rounds=rounds
         )

@@ -16,9 +16,10 @@ import torch
 from common import append, commit, keywords, lines, net_parser
 from plan import weights_named
 
-from jbrprune import prune, zoo
-from jbrprune.data import fashion_mnist
-from jbrprune.reporting.records import plain
+from jbrprune import prune
+from jbrprune.data.images import fashion_mnist
+from jbrprune.models import timm_models
+from jbrprune.report.records import plain
 
 KEY = ("model", "weights", "model_args", "max_drop", "seed", "images", "labels", "eval_images")
 """A run that agrees in these has been made."""
@@ -50,7 +51,7 @@ def described(args: argparse.Namespace, drop: float, seed: int) -> dict:
 def run(args: argparse.Namespace, drop: float, seed: int, train: tuple, test: tuple) -> dict:
     """One search; its record."""
     chosen = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))[: args.images]
-    model = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **keywords(args.model_arg))
+    model = timm_models.create(args.model, checkpoint=args.checkpoint, pretrained=False, **keywords(args.model_arg))
     data = [(train[0][chosen], train[1][chosen])] if args.labels else train[0][chosen]
     began = time.process_time()
     result = prune(

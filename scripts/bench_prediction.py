@@ -27,20 +27,21 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from baselines import CRITERIA
-from jbrprune import engine, zoo
-from jbrprune.arguments import channel_settings
 from jbrprune.budgets.budget import Budget
-from jbrprune.core.batches import Batch, rebatched, with_reference
-from jbrprune.core.measure import predict
-from jbrprune.data import fashion_mnist
-from jbrprune.defaults import CHANNELS
-from jbrprune.forecasting.checking import check
-from jbrprune.forecasting.correction import corrected
-from jbrprune.forecasting.damage import measured_damage
-from jbrprune.forecasting.forecast import forecast
-from jbrprune.plan import Cut, planned_cuts
-from jbrprune.prediction import CALIBRATED_AT, masked_logits
-from jbrprune.reporting.records import plain
+from jbrprune.data.batches import Batch, rebatched, with_reference
+from jbrprune.data.images import fashion_mnist
+from jbrprune.evaluation.agreement import predict
+from jbrprune.models import timm_models
+from jbrprune.prediction.checking import check
+from jbrprune.prediction.correction import corrected
+from jbrprune.prediction.damage import measured_damage
+from jbrprune.prediction.forecast import forecast
+from jbrprune.prediction.predict import CALIBRATED_AT, masked_logits
+from jbrprune.pruning import loop as engine
+from jbrprune.pruning.arguments import channel_settings
+from jbrprune.pruning.defaults import CHANNELS
+from jbrprune.pruning.plan import Cut, planned_cuts
+from jbrprune.report.records import plain
 
 KEY = ("model", "weights", "model_args", "criterion", "ratio", "seed", "images", "eval_images")
 """A line that agrees in these has been made."""
@@ -220,7 +221,7 @@ def main() -> None:
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))[: args.images]
     tests = fashion_mnist(args.fashion_mnist, train=False)[0][: args.eval_images]
     own = keywords(args.model_arg)
-    model = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **own).eval()
+    model = timm_models.create(args.model, checkpoint=args.checkpoint, pretrained=False, **own).eval()
     calibration = rebatched([Batch(train[chosen], labels[chosen])], 64)
     calibration = with_reference(calibration, predict(model, calibration))
     shared = {"model": args.model, "weights": weights_named(str(args.checkpoint)), "model_args": own}

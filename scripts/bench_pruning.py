@@ -20,8 +20,9 @@ from statistics import mean
 import torch
 from common import commit, keywords, lines, net_parser, parsed
 
-from jbrprune import sweep, zoo
-from jbrprune.data import fashion_mnist
+from jbrprune import sweep
+from jbrprune.data.images import fashion_mnist
+from jbrprune.models import timm_models
 
 KEY = ("model", "setting", "seed", "images", "eval_images", "shares")
 """A run that agrees in these has been made."""
@@ -51,7 +52,7 @@ def run(
 ) -> list[dict]:
     """One sweep; one record per share."""
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: args.images]
-    model = zoo.create(
+    model = timm_models.create(
         args.model,
         checkpoint=args.checkpoint,
         pretrained=False,

@@ -4,7 +4,7 @@
 
 Four methods see the same batch, in eval mode, with random weights:
 
-* ``consumer``, ``all``: one batch through `jbrprune.criterion.relevance`, at that site, added to the sums; what is done
+* ``consumer``, ``all``: one batch through `jbrprune.criteria.relevance`, at that site, added to the sums; what is done
   once per call (the check on the first batch) is not in it.
 * ``training``: forward, and a backward that makes the gradient of every parameter: the yardstick of cost.
 * ``published``: the method of the published code (arXiv 2512.11089): gradient of the mean cross-entropy over the batch
@@ -40,11 +40,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jbrprune.core.batches import Batch
-from jbrprune.core.objectives import pseudo_label
-from jbrprune.criterion.relevance import per_sample_relevances
-from jbrprune.criterion.scores import Accumulator
-from jbrprune.structure.units import find_groups
+from jbrprune.criteria.objectives import pseudo_label
+from jbrprune.criteria.relevance import per_sample_relevances
+from jbrprune.criteria.scores import Accumulator
+from jbrprune.data.batches import Batch
+from jbrprune.structure.discovery import find_groups
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 METHODS = ("training", "published", "consumer", "all")

@@ -26,12 +26,13 @@ from common import commit, keywords, lines, net_parser
 from torch import Tensor, nn
 
 from baselines.weights import WEIGHT_CRITERIA
-from jbrprune import prune, score, zoo
-from jbrprune.core.batches import Batch, with_reference
-from jbrprune.core.measure import predict
-from jbrprune.core.objectives import OBJECTIVES
-from jbrprune.criterion.weights import WeightScores
-from jbrprune.data import fashion_mnist
+from jbrprune import prune, score
+from jbrprune.criteria.objectives import OBJECTIVES
+from jbrprune.criteria.weight_relevance import WeightScores
+from jbrprune.data.batches import Batch, with_reference
+from jbrprune.data.images import fashion_mnist
+from jbrprune.evaluation.agreement import predict
+from jbrprune.models import timm_models
 
 KEY = ("model", "criterion", "draws", "scope", "goal", "repair", "steps", "images", "eval_images", "seed")
 """A cell that agrees in these has been made."""
@@ -180,7 +181,7 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     options = keywords(args.model_arg)
-    model = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **options).eval()
+    model = timm_models.create(args.model, checkpoint=args.checkpoint, pretrained=False, **options).eval()
     model = model.to(memory_format=torch.channels_last)
     train, test = (fashion_mnist(args.fashion_mnist, train=part) for part in (True, False))
     pairs = zip(*(values[: args.eval_images].split(250) for values in test), strict=True)

@@ -4,7 +4,7 @@
 
 Four methods see the same batch, in eval mode (batch norms with stored statistics), with random weights:
 
-* ``second_moment``: one batch through `jbrprune.criterion.weights.weight_scores`, added to the sums; what is done once
+* ``second_moment``: one batch through `weight_scores`, added to the sums; what is done once
   per call (the comparison with autograd on two images) is not in its time, but in a field of its own,
   ``check_to_training``.
 * ``batched``: the same call with ``statistic="batched"``, which needs no gradient per sample.
@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from jbrprune.criterion import squares
-from jbrprune.criterion.weights import weight_scores
+from jbrprune.criteria import squares
+from jbrprune.criteria.weight_relevance import weight_scores
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 Seconds = dict[str, float]

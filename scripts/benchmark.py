@@ -31,13 +31,14 @@ from protocols import PROTOCOLS
 from sources import Source, open_source
 from torch import nn
 
-from jbrprune import prune, sweep, zoo
-from jbrprune.core.batches import Batch, with_reference
-from jbrprune.core.measure import predict
+from jbrprune import prune, sweep
+from jbrprune.data.batches import Batch, with_reference
 from jbrprune.demo_data import lite0, train_digits
 from jbrprune.errors import JBRError, NonFiniteError
-from jbrprune.reporting.records import plain
-from jbrprune.reporting.report import Report
+from jbrprune.evaluation.agreement import predict
+from jbrprune.models import timm_models
+from jbrprune.report.records import plain
+from jbrprune.report.report import Report
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +101,16 @@ def created(setup: Setup) -> nn.Module:
     """
     arguments = dict(setup.model_args)
     if setup.weights == "pretrained":
-        return zoo.create(setup.model, **arguments)
+        return timm_models.create(setup.model, **arguments)
     if setup.weights == "random":
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return zoo.create(setup.model, pretrained=False, **arguments)
+            return timm_models.create(setup.model, pretrained=False, **arguments)
     if setup.weights == "packaged":
         return lite0()
     if setup.weights == "trained":
         return train_digits(name=setup.model, **arguments)
-    return zoo.create(setup.model, checkpoint=setup.weights, **arguments)
+    return timm_models.create(setup.model, checkpoint=setup.weights, **arguments)
 
 
 def reports(run: Run) -> Iterator[Report]:
@@ -230,7 +231,7 @@ def check(wanted: Sequence[Run]) -> None:
     for run in wanted:
         images[run.setup] = max(run.protocol.images, images.get(run.setup, 0))
     for setup, most in images.items():
-        untrained = zoo.create(setup.model, pretrained=False, **dict(setup.model_args))
+        untrained = timm_models.create(setup.model, pretrained=False, **dict(setup.model_args))
         open_source(setup.data, setup.root, untrained).check_counts(most, setup.eval_images)
 
 

@@ -15,8 +15,8 @@ import torch
 from network import Message
 from workload import Workload
 
-from jbrprune.core.batches import Batch
-from jbrprune.repair import MOST_VALUES, ROWS
+from jbrprune.data.batches import Batch
+from jbrprune.repair.base import MOST_VALUES, ROWS
 
 Form = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype."""

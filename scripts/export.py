@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jbrprune import load, zoo
+from jbrprune import load
 from jbrprune.commands.options import check_file
-from jbrprune.core.measure import logits_of
-from jbrprune.criterion.parameters import make_permanent
 from jbrprune.errors import ArgumentError, JBRError, ModelError
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models import timm_models
+from jbrprune.sparsity.masks import make_permanent
 
 BATCHES = (1, 3, 7)
 """Verified with so many images; none is the number that is traced."""
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         wanted = targets(args.onnx, args.program)
         model = make_permanent(load(args.pruned))
-        size = args.size or zoo.image_size(model)
+        size = args.size or timm_models.image_size(model)
         if size is None:
             raise ArgumentError("The model does not say what images it takes: pass --size C H W.")
         for path, write in wanted.items():

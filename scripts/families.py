@@ -18,15 +18,15 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 import jbrprune
-from jbrprune import zoo
 from jbrprune.budgets.cost import Account, axis_widths, count_macs, mac_terms
 from jbrprune.budgets.selection import Floors, select
-from jbrprune.core.measure import logits_of
-from jbrprune.criterion.groups import Group, Selection
 from jbrprune.errors import JBRError
-from jbrprune.inventory import Inventory, inventory
-from jbrprune.structure.removal import TOLERANCE, masked_units, remove_units
-from jbrprune.structure.units import copied
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models import timm_models
+from jbrprune.pruning.info import Inventory, inventory
+from jbrprune.structure.discovery import copied
+from jbrprune.structure.groups import Group, Selection
+from jbrprune.structure.verification import TOLERANCE, masked_units, remove_units
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 CLASSES = 10
@@ -62,7 +62,7 @@ def made(name: str) -> tuple[nn.Module, int]:
             arguments: dict[str, Any] = {"pretrained": False, "num_classes": CLASSES, **options}
             try:
                 torch.manual_seed(0)
-                model = zoo.create(name, **arguments).eval()
+                model = timm_models.create(name, **arguments).eval()
                 with torch.no_grad():
                     model(torch.zeros(2, 3, size, size))
             except Exception as error:  # whatever a foreign constructor or forward raises: not this size

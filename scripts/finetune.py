@@ -40,15 +40,15 @@ from baselines import CRITERIA, LABELS
 from jbrprune import load, prune
 from jbrprune.budgets.budget import Budget
 from jbrprune.budgets.cost import count_macs
-from jbrprune.core import guest
-from jbrprune.core.batches import Batch
-from jbrprune.core.measure import agreement_on, parameters_of
-from jbrprune.criterion.parameters import masks_of
+from jbrprune.checkpoint import checkpoint as files
+from jbrprune.criteria.presets import variant
+from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, BudgetError, JBRError
-from jbrprune.files import checkpoint as files
-from jbrprune.files.runs import provenance
-from jbrprune.reporting.records import plain
-from jbrprune.variants import variant
+from jbrprune.evaluation.agreement import agreement_on, parameters_of
+from jbrprune.models import preserve
+from jbrprune.pruning.runs import provenance
+from jbrprune.report.records import plain
+from jbrprune.sparsity.masks import masks_of
 
 HOW = ("plain", "distil")
 
@@ -110,7 +110,7 @@ def finetuned(
     after = agreement_on(model, dense.test)
     described = files.describe(path)
     files.save(args.work / f"{key}", model, recipe=described.recipe, config=described.data_config, overwrite=True)
-    example = dense.test[0].images[:1].to(guest.device_of(model))
+    example = dense.test[0].images[:1].to(preserve.device_of(model))
     return plain(
         {
             **{"key": key, **setup_named(setup), **what, **settings, "recipe": asdict(recipe), "history": history},
@@ -119,7 +119,7 @@ def finetuned(
             **{"dense_accuracy": after.dense_accuracy, "accuracy_before": before.accuracy, "accuracy": after.accuracy},
             **{"agreement_before": before.top1, "agreement": after.top1, "kl": after.kl, "eval_images": after.images},
             **{"saved": key, "seconds": time.perf_counter() - began, "data_sha256": data_digest, **described_here()},
-            **provenance(recipe.seed, guest.device_of(model)),
+            **provenance(recipe.seed, preserve.device_of(model)),
         }
     )
 

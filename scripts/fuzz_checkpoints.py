@@ -31,9 +31,9 @@ from common import append, commit
 from safetensors.torch import load as load_bytes
 
 import jbrprune
-from jbrprune.core.portions import is_out_of_memory
+from jbrprune.checkpoint.checkpoint import DESCRIPTION, WEIGHTS, load, save
 from jbrprune.errors import CheckpointError
-from jbrprune.files.checkpoint import DESCRIPTION, WEIGHTS, load, save
+from jbrprune.evaluation.portions import is_out_of_memory
 
 MEMORY, SECONDS = 1 << 30, 60
 SMALL_SWIN: dict[str, Any] = {"window_size": 4, "embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4]}

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 
-from jbrprune.files.checkpoint import DESCRIPTION, WEIGHTS
-from jbrprune.files.description import checksum
+from jbrprune.checkpoint.checkpoint import DESCRIPTION, WEIGHTS
+from jbrprune.checkpoint.description import checksum
 
 WILD: list[Any] = [
     *(

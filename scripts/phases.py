@@ -42,7 +42,7 @@ class Job:
 
     @property
     def parts(self) -> tuple[int, int, int]:
-        """Images that score, that repair, and that gate (as many are held out), as `jbrprune.calibration` divides."""
+        """Images that score, that repair, and that gate (as many are held out), as calibration divides."""
         fifth = self.images // 5
         return self.images - fifth, self.images - 2 * fifth, fifth
 
@@ -189,7 +189,7 @@ def _writing(setting: Setting) -> float:
 
 
 def _prediction(setting: Setting) -> Phase:
-    """Changes of the logits (`jbrprune.forecasting.changes`): all of it on every rank; in the plan its part."""
+    """Changes of the logits (`jbrprune.prediction.changes`): all of it on every rank; in the plan its part."""
     images, batch = setting.job.images, setting.job.batch
     if not setting.sharded:
         spent = passes(setting, images, math.ceil(images / batch), PREDICTED_ROWS)

@@ -16,13 +16,13 @@ from protocols import BY_WEIGHT, PROTOCOLS, Protocol
 from sources import IMAGENET, SMALL, check_source, data_digest, folder_of
 
 from baselines import CRITERIA
-from jbrprune.arguments import sparsity_of
 from jbrprune.budgets.budget import Budget
 from jbrprune.commands.options import device_named
 from jbrprune.errors import ArgumentError, unknown
-from jbrprune.repair import METHODS
-from jbrprune.reporting.records import plain
-from jbrprune.zoo import check_name
+from jbrprune.models.timm_models import check_name
+from jbrprune.pruning.arguments import sparsity_of
+from jbrprune.repair.base import METHODS
+from jbrprune.report.records import plain
 
 DEFAULTS: dict[str, Any] = {
     "model": None,

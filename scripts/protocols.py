@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from baselines import CRITERIA, LABELS
 from baselines.weights import WEIGHT_CRITERIA
-from jbrprune import variants
+from jbrprune.criteria import presets as variants
 
 BY_WEIGHT: Mapping[str, Callable] = {**WEIGHT_CRITERIA, **variants.WEIGHTS}
 """Criteria for single weights."""

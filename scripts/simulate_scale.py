@@ -27,14 +27,14 @@ from traffic import counting, on_ranks
 from workload import Workload, workload
 
 from jbrprune.budgets.cost import axis_widths
-from jbrprune.core import distributed
-from jbrprune.core.batches import Batch
-from jbrprune.core.measure import predict
-from jbrprune.criterion.groups import removed_channels
-from jbrprune.criterion.relevance import relevance_scores
-from jbrprune.repair import dense_targets, repaired
-from jbrprune.structure.removal import remove_units
-from jbrprune.structure.units import copied, find_groups
+from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.data import distributed
+from jbrprune.data.batches import Batch
+from jbrprune.evaluation.agreement import predict
+from jbrprune.repair.base import dense_targets, repaired
+from jbrprune.structure.discovery import copied, find_groups
+from jbrprune.structure.groups import removed_channels
+from jbrprune.structure.verification import remove_units
 from jbrprune.tpv import Isotropic, trace_form
 
 RANKS = (1, 2, 8, 16, 64, 128, 512, 2048)

@@ -15,8 +15,8 @@ from timm.data import resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from jbrprune.core.batches import Batch, materialise
-from jbrprune.data import (
+from jbrprune.data.batches import Batch, materialise
+from jbrprune.data.images import (
     FASHION_MEAN,
     FASHION_STD,
     PREFIXES,
@@ -136,7 +136,7 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
 
     Args:
         name: ``digits``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``imagenet``, ``photographs``, a folder, or
-            what `jbrprune.data.open_data` takes.
+            what `jbrprune.data.images.open_data` takes.
         root: Where the files are; of ``fashion_mnist`` the folder with the IDX files, of ``imagenet`` the folder with
             ``train`` and ``val``.
         model: Pictures are prepared for it.

@@ -18,9 +18,9 @@ from common import append, commit, keywords, lines
 from plan import weights_named
 from torch import Tensor, nn
 
-from jbrprune import zoo
-from jbrprune.data import fashion_mnist
-from jbrprune.reporting.records import plain
+from jbrprune.data.images import fashion_mnist
+from jbrprune.models import timm_models
+from jbrprune.report.records import plain
 from jbrprune.tpv import Estimate, Quantization, empirical, trace_form, train_test_ratio
 from jbrprune.tpv.estimate import Moments, Sums
 
@@ -82,7 +82,7 @@ def main() -> None:
         print(table(args.out))
         return
     extra = keywords(args.model_arg)
-    net = zoo.create(args.model, checkpoint=args.checkpoint, pretrained=False, **extra).float().eval()
+    net = timm_models.create(args.model, checkpoint=args.checkpoint, pretrained=False, **extra).float().eval()
     shared = {"model": args.model, "weights": weights_named(str(args.checkpoint)), "model_args": extra}
     shared |= {name: getattr(args, name) for name in ("seed", "images", "rtol")}
     done = lines(args.out)

@@ -17,7 +17,7 @@ import torch.multiprocessing
 from network import Message
 from torch.distributed import distributed_c10d
 
-from jbrprune.core import distributed
+from jbrprune.data import distributed
 
 
 @contextlib.contextmanager

@@ -29,21 +29,21 @@ from sources import open_source
 from torch import nn
 from training import Recipe, cross_entropy, train
 
-from jbrprune import zoo
 from jbrprune.commands.options import device_named
-from jbrprune.core.atomic import replacing
-from jbrprune.core.batches import with_reference
-from jbrprune.core.measure import agreement_on, predict
+from jbrprune.data.atomic import replacing
+from jbrprune.data.batches import with_reference
 from jbrprune.errors import JBRError
-from jbrprune.files.runs import provenance
+from jbrprune.evaluation.agreement import agreement_on, predict
+from jbrprune.models import timm_models
+from jbrprune.pruning.runs import provenance
 
 
 def created(args: argparse.Namespace, arguments: Mapping[str, object]) -> nn.Module:
     """The model with initial weights, the same for the same seed."""
     torch.manual_seed(args.seed)
     if args.weights in ("random", "pretrained"):
-        return zoo.create(args.model, pretrained=args.weights == "pretrained", **arguments)
-    return zoo.create(args.model, checkpoint=args.weights, **arguments)
+        return timm_models.create(args.model, pretrained=args.weights == "pretrained", **arguments)
+    return timm_models.create(args.model, checkpoint=args.weights, **arguments)
 
 
 def trained(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from jbrprune.core import guest
-from jbrprune.core.atomic import replacing
-from jbrprune.core.measure import logits_of
+from jbrprune.data.atomic import replacing
 from jbrprune.errors import ArgumentError, CheckpointError, NonFiniteError
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models import preserve
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def _resume(
     if not checkpoint.exists():
         return []
     try:
-        found = torch.load(checkpoint, map_location=guest.device_of(model), weights_only=True)
+        found = torch.load(checkpoint, map_location=preserve.device_of(model), weights_only=True)
         other = sorted(key for key in described if found["identity"].get(key) != described[key])
     except Exception as error:  # whatever a damaged zip file or a foreign pickle raises
         raise CheckpointError(
@@ -201,7 +201,7 @@ def _epoch(
 ) -> float:
     """One pass over the data; its mean loss."""
     model.train()
-    device = guest.device_of(model)
+    device = preserve.device_of(model)
     total = 0.0
     for number, (images, labels) in enumerate(loader, 1):
         images, labels = images.to(device), labels.to(device)

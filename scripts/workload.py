@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from jbrprune.core import guest
-from jbrprune.criterion import layers
-from jbrprune.criterion.groups import Group
-from jbrprune.criterion.members import scored_members
-from jbrprune.repair import can_refit
-from jbrprune.structure.removal import remove_units
-from jbrprune.structure.units import copied, find_groups
+from jbrprune.criteria.members import scored_members
+from jbrprune.models import layers, preserve
+from jbrprune.repair.base import can_refit
+from jbrprune.structure.discovery import copied, find_groups
+from jbrprune.structure.groups import Group
+from jbrprune.structure.verification import remove_units
 
 VIT_10B = {"img_size": 224, "patch_size": 14, "embed_dim": 4096, "depth": 50, "num_heads": 32, "mlp_ratio": 4.0}
 """A plain ViT of 10.08 billion parameters: 50 blocks of width 4096, 257 tokens."""
@@ -183,7 +182,7 @@ def one_pass(model: nn.Module, groups: tuple[Group, ...], image: tuple[int, int,
         record = _Kept({p.untyped_storage()._cdata for p in fake.parameters()})
         before = {name: record.entering(name) for name in blocks} | {name: record.reading() for name in consumers}
         after = {name: record.leaving() for name in blocks}
-        with guest.visiting(fake), guest.hooked(fake, after, before), torch.enable_grad():
+        with preserve.visiting(fake), preserve.hooked(fake, after, before), torch.enable_grad():
             with FlopCounterMode(display=False, custom_mapping=FUSED) as forward, record.saving():
                 logits = fake(torch.zeros(1, *image))
             with FlopCounterMode(display=False, custom_mapping=FUSED) as backward:
@@ -216,24 +215,24 @@ class _Kept:
     def saving(self) -> contextlib.AbstractContextManager[None]:
         return torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor)
 
-    def reading(self) -> guest.Hook:
-        """Of a scored consumer: its input is kept, and differentiated from here on (`jbrprune.criterion.relevance`)."""
+    def reading(self) -> preserve.Hook:
+        """Of a scored consumer: its input is kept, and differentiated from here on (`jbrprune.criteria.relevance`)."""
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            x = guest.input_of(args, kwargs)
+            x = preserve.input_of(args, kwargs)
             self.note(x)
             seen = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             return (seen, *args[1:]), kwargs
 
         return hook
 
-    def entering(self, name: str) -> guest.Hook:
+    def entering(self, name: str) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self.block = name
 
         return hook
 
-    def leaving(self) -> guest.Hook:
+    def leaving(self) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             self.block = REST
             self.passed += output.untyped_storage().nbytes()
@@ -276,7 +275,7 @@ def _norm_widths(model: nn.Module) -> dict[str, int]:
 
 
 def _classes(model: nn.Module, example: Tensor) -> int:
-    with guest.visiting(model):
+    with preserve.visiting(model):
         return model(example).shape[1]
 
 
@@ -284,14 +283,14 @@ def _consumers(pruned: nn.Module, full: Mapping[str, int], example: Tensor) -> I
     """The layers that have lost inputs, with what they read."""
     places: dict[str, list[int]] = defaultdict(list)
 
-    def seen(name: str) -> guest.Hook:
+    def seen(name: str) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             places[name].append(output.numel() // (len(example) * len(module.get_parameter("weight"))))
 
         return hook
 
     thinner = [name for name, width in full.items() if _fan_in(pruned.get_submodule(name)) < width]
-    with guest.visiting(pruned), guest.hooked(pruned, {name: seen(name) for name in thinner}):
+    with preserve.visiting(pruned), preserve.hooked(pruned, {name: seen(name) for name in thinner}):
         pruned(example)
     for name, found in places.items():
         if len(found) == 1:  # one correction cannot serve several inputs

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from jbrprune.core.guest import HOOK_TABLES
+from jbrprune.models.preserve import HOOK_TABLES
 
 
 @pytest.fixture(autouse=True)

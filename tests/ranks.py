@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from jbrprune.core import distributed
+from jbrprune.data import distributed
 
 PATIENCE = 120.0
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from jbrprune.criterion.groups import Group, Member
+from jbrprune.structure.groups import Group, Member
 
 
 def outputs_by_unit(model: nn.Module, images: Tensor, groups: Sequence[Group], site: str) -> dict[str, Tensor]:

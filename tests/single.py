@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from jbrprune.criterion.weights import WeightScores, weight_scores
+from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
 
 # --- slow twins ------------------------------------------------------------------------------------------------------
 

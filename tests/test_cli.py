@@ -24,11 +24,11 @@ import jbrprune
 from jbrprune import cli
 from jbrprune.budgets import timing
 from jbrprune.commands.options import model_arguments
-from jbrprune.core import measure
-from jbrprune.criterion.scores import Scores
-from jbrprune.criterion.weights import WeightScores
+from jbrprune.criteria.scores import Scores
+from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.errors import ArgumentError, JBRError
-from jbrprune.reporting.report import Report
+from jbrprune.evaluation import agreement as measure
+from jbrprune.report.report import Report
 
 COMMANDS = ("prune", "score", "eval", "info", "tpv", "demo")
 ARGUMENTS = {"num_classes": 4, "img_size": 32, "depth": 2}
@@ -64,7 +64,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["jbrprune", *map(str, arguments)])
         monkeypatch.setattr("jbrprune.commands.evaluate.latency", quick(measure.latency))
-        monkeypatch.setattr("jbrprune.files.runs.latencies", functools.partial(timing.latencies, rounds=1))
+        monkeypatch.setattr("jbrprune.pruning.runs.latencies", functools.partial(timing.latencies, rounds=1))
         capsys.readouterr()
         try:
             cli.main()
@@ -89,10 +89,10 @@ def no_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: object, **__: object) -> None:
         raise AssertionError("scored before the arguments were checked")
 
-    monkeypatch.setattr("jbrprune.engine.relevance_scores", reached)
-    monkeypatch.setattr("jbrprune.scoring.relevance_scores", reached)
-    monkeypatch.setattr("jbrprune.arguments.weight_scores", reached)
-    monkeypatch.setattr("jbrprune.scoring.weight_scores", reached)
+    monkeypatch.setattr("jbrprune.pruning.loop.relevance_scores", reached)
+    monkeypatch.setattr("jbrprune.pruning.scoring.relevance_scores", reached)
+    monkeypatch.setattr("jbrprune.pruning.arguments.weight_scores", reached)
+    monkeypatch.setattr("jbrprune.pruning.scoring.weight_scores", reached)
 
 
 # --- help ----------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def test_an_interrupt_ends_with_130(run: Run, pictures: Path, tmp_path: Path, mo
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jbrprune.engine._step", interrupted)
+    monkeypatch.setattr("jbrprune.pruning.loop._step", interrupted)
     out = ["--data", pictures, "--macs", 0.5, "--out", tmp_path / "out"]
     assert run("prune", *RANDOM, *out)[0] == 130
     assert not (tmp_path / "out").exists()
@@ -502,7 +502,7 @@ def test_out_is_checked_before_the_model_is_made(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        "jbrprune.files.checkpoint.check_target", lambda path, *, overwrite: asked.append((path, overwrite))
+        "jbrprune.checkpoint.checkpoint.check_target", lambda path, *, overwrite: asked.append((path, overwrite))
     )
     monkeypatch.setattr(
         "jbrprune.commands.prune.prune",
@@ -520,7 +520,7 @@ def test_exit_codes(error: Exception, code: int, run: Run, monkeypatch: pytest.M
     def failing(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("jbrprune.zoo.create", failing)
+    monkeypatch.setattr("jbrprune.models.timm_models.create", failing)
     assert run("info", "test_vit") == (code, "", f"jbrprune: {error}\n")
 
 

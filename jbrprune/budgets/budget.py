@@ -10,8 +10,8 @@ from numbers import Integral, Real
 from torch import Tensor, nn
 
 from jbrprune.budgets.cost import Account, Term, axis_widths, channel_terms, mac_terms, parameter_terms
-from jbrprune.criterion.groups import Group
 from jbrprune.errors import BudgetError
+from jbrprune.structure.groups import Group
 
 KINDS = ("macs", "params", "channels")
 """What is counted."""

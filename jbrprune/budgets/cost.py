@@ -19,10 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jbrprune.core import guest
-from jbrprune.criterion import layers
-from jbrprune.criterion.groups import Axis, Group
-from jbrprune.structure import architectures
+from jbrprune.models import architectures, layers, preserve
+from jbrprune.structure.groups import Axis, Group
 
 
 def count_macs(model: nn.Module, images: Tensor) -> dict[str, int]:
@@ -52,7 +50,7 @@ def count_macs(model: nn.Module, images: Tensor) -> dict[str, int]:
             own[running[-1]] += total - counted
         counted = total
 
-    def entering(name: str) -> guest.Hook:
+    def entering(name: str) -> preserve.Hook:
         def hook(*_: object) -> None:
             settle()
             running.append(name)
@@ -64,7 +62,12 @@ def count_macs(model: nn.Module, images: Tensor) -> dict[str, int]:
         running.pop()
 
     before = {name: entering(name) for name in own}
-    with guest.visiting(model), guest.hooked(model, dict.fromkeys(own, leaving), before), _plain_attention(), counter:
+    with (
+        preserve.visiting(model),
+        preserve.hooked(model, dict.fromkeys(own, leaving), before),
+        _plain_attention(),
+        counter,
+    ):
         model(images[:1])
     return {name: macs for name, macs in own.items() if macs or not name}
 

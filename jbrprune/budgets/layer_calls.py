@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.budgets.cost import mixing_axes
-from jbrprune.core import guest
-from jbrprune.criterion import layers
-from jbrprune.criterion.groups import Axis
-from jbrprune.structure import architectures, slicing
+from jbrprune.models import architectures, layers, preserve
+from jbrprune.structure import slicing
+from jbrprune.structure.groups import Axis
 
 _PART = "part"
 
@@ -60,7 +59,7 @@ def calls(model: nn.Module, images: Tensor) -> list[Call]:
     alive: list[object] = []  # or the id of a tensor could be that of an earlier one
     origin: dict[int, Call] = {}
 
-    def entering(name: str, module: nn.Module) -> guest.Hook:
+    def entering(name: str, module: nn.Module) -> preserve.Hook:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
             call = _call(name, module, args, kwargs, origin)
             if call is not None:
@@ -75,8 +74,8 @@ def calls(model: nn.Module, images: Tensor) -> list[Call]:
 
     parts = dict(_parts(model))
     before = {name: entering(name, module) for name, module in parts.items()}
-    with guest.visiting(model), guest.hooked(model, dict.fromkeys(parts, leaving), before):
-        model(images[:1].to(guest.device_of(model)))
+    with preserve.visiting(model), preserve.hooked(model, dict.fromkeys(parts, leaving), before):
+        model(images[:1].to(preserve.device_of(model)))
     return found
 
 
@@ -97,7 +96,7 @@ def _call(name: str, module: nn.Module, args: tuple, kwargs: dict, origin: Mappi
         return Call(name, module, axes, args, kwargs, None)
     if axes or layers.channel_dim(module) is not None:
         return Call(name, module, axes or ((name, "out", 0),), args, kwargs, layers.channel_dim(module))
-    source = origin.get(id(guest.input_of(args, kwargs))) if args or kwargs else None
+    source = origin.get(id(preserve.input_of(args, kwargs))) if args or kwargs else None
     if source is None or source.dim is None or type(module) is nn.Identity:
         return None
     passed_on = tuple(axis for axis in source.axes if axis[1] == "out")
@@ -117,7 +116,7 @@ def _full_width(call: Call, side: str) -> int:
         return architectures.heads_of(call.module)
     if layers.channel_dim(call.module) is None:
         assert call.dim is not None, call.name
-        return guest.input_of(call.args, call.kwargs).shape[call.dim]
+        return preserve.input_of(call.args, call.kwargs).shape[call.dim]
     width = layers.in_channels(call.module) if side == "in" else layers.out_channels(call.module)
     assert width is not None, call.name
     return width
@@ -166,7 +165,7 @@ def _head_axes(holder: nn.Module, gone: Tensor) -> dict[Axis, Tensor]:
 
 def _cut(call: Call, width: int) -> tuple[Any, ...]:
     """The arguments of a call with fewer channels in the first, in the same memory layout."""
-    tensor: Tensor = guest.input_of(call.args, call.kwargs)
+    tensor: Tensor = preserve.input_of(call.args, call.kwargs)
     last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     assert call.dim is not None

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from jbrprune.budgets import timing_cache
 from jbrprune.budgets.layer_calls import Call, calls, full_widths, narrowed, quantum
 from jbrprune.budgets.timing import Laps, race
-from jbrprune.core import guest
-from jbrprune.core.measure import bytes_of
-from jbrprune.criterion import layers
-from jbrprune.criterion.groups import Axis
 from jbrprune.errors import ModelError
+from jbrprune.evaluation.agreement import bytes_of
+from jbrprune.models import layers, preserve
+from jbrprune.structure.groups import Axis
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +49,10 @@ Timer = Callable[..., list[Laps]]
 
 def _key(call: Call, widths: Sequence[int]) -> str:
     """What the time of a run depends on, beside the machine."""
-    tensor: Tensor = guest.input_of(call.args, call.kwargs)
+    tensor: Tensor = preserve.input_of(call.args, call.kwargs)
     kind = f"{type(call.module).__module__}.{type(call.module).__qualname__}"
     shape = f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
-    weight = guest.first_tensor(call.module)
+    weight = preserve.first_tensor(call.module)
     own = None if weight is None else (weight.dtype, weight.stride())
     # what the text of a module leaves out: its number of heads, whether its attention is fused
     flags = {name: value for name, value in sorted(vars(call.module).items()) if isinstance(value, bool | int | float)}
@@ -143,7 +142,7 @@ def tables(model: nn.Module, images: Tensor, axes: Sequence[Axis], watch: Stopwa
         round_to: Widths are timed as pruning leaves them: at multiples of this and of no larger power of two.
     """
     wanted, found = set(axes), []
-    with guest.visiting(model):
+    with preserve.visiting(model):
         for call in calls(model, images):
             own = tuple(number for number, axis in enumerate(call.axes) if axis in wanted)
             if not own:
@@ -244,7 +243,7 @@ def best_multiple(model: nn.Module, images: Tensor, watch: Stopwatch) -> int:
         watch: Times the layers.
     """
     costs = collections.Counter[int]()
-    with guest.visiting(model):
+    with preserve.visiting(model):
         for call, uses in _heaviest(calls(model, images), watch):
             full = full_widths(call)
             for number in range(len(full)):

@@ -20,11 +20,12 @@ from jbrprune.budgets.cost import Account, Priced, Term, axis_widths
 from jbrprune.budgets.layer_times import Stopwatch, Table, best_multiple, tables
 from jbrprune.budgets.selection import Floors, reachable, select
 from jbrprune.budgets.timing import Ratio, latencies, relative_latency
-from jbrprune.core import distributed, guest
-from jbrprune.criterion.groups import Axis, Group, Selection
+from jbrprune.data import distributed
 from jbrprune.errors import BudgetError
-from jbrprune.structure.removal import remove_units
-from jbrprune.structure.units import copied
+from jbrprune.models import preserve
+from jbrprune.structure.discovery import copied
+from jbrprune.structure.groups import Axis, Group, Selection
+from jbrprune.structure.verification import remove_units
 
 ATTEMPTS = 8
 """Plans that are tried for one step until the measured cost is low enough."""
@@ -62,7 +63,7 @@ def settled(budget: Budget, floors: Floors, choose: bool, dense: nn.Module, exam
         BudgetError: As many milliseconds as the dense model takes, or more.
     """
     if choose:
-        watch = Stopwatch.of(guest.device_of(dense))
+        watch = Stopwatch.of(preserve.device_of(dense))
         floors = replace(floors, round_to=best_multiple(dense, example, watch))
     if budget.kind == "latency_ms":
         budget = budget.of_dense(latencies([dense], example[:1])[0].median_ms)
@@ -148,7 +149,7 @@ class _Scaled:
 def _latency_pricer(dense: nn.Module, image: Tensor, groups: tuple[Group, ...], floors: Floors) -> Pricer:
     full = axis_widths(dense, groups)
     sizes = {group.name: group.size for group in groups}
-    watch = Stopwatch.of(guest.device_of(dense))
+    watch = Stopwatch.of(preserve.device_of(dense))
     found = distributed.same(tables(dense, image, list(full), watch, round_to=floors.round_to))
 
     def timed(model: nn.Module) -> Ratio:

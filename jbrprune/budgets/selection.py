@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from jbrprune.budgets.cost import Account
-from jbrprune.criterion.groups import Group, Selection
 from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.structure.groups import Group, Selection
 
 
 @dataclass(frozen=True)

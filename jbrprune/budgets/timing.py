@@ -19,9 +19,9 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor, nn
 
-from jbrprune.core import guest
-from jbrprune.core.measure import Latency, benchmark
 from jbrprune.errors import ArgumentError
+from jbrprune.evaluation.agreement import Latency, benchmark
+from jbrprune.models import preserve
 
 BLOCK_SECONDS = 0.02
 """Passes are timed in blocks of at least this long, so that the clock's own cost does not count."""
@@ -135,7 +135,7 @@ def latencies(models: Sequence[nn.Module], images: Tensor, *, rounds: int = 15) 
         images: ``[B, C, H, W]`` as all of them take them.
         rounds: See `race`.
     """
-    device = guest.device_of(models[0])
+    device = preserve.device_of(models[0])
     return [
         Latency(
             median_ms=1e3 * median(laps.seconds),
@@ -151,10 +151,10 @@ def latencies(models: Sequence[nn.Module], images: Tensor, *, rounds: int = 15) 
 
 
 def _laps(models: Sequence[nn.Module], images: Tensor, rounds: int) -> list[Laps]:
-    images = images.to(guest.device_of(models[0]))
+    images = images.to(preserve.device_of(models[0]))
     with contextlib.ExitStack() as visits:
         for model in models:
-            visits.enter_context(guest.visiting(model))
+            visits.enter_context(preserve.visiting(model))
         return race([functools.partial(model, images) for model in models], images.device, rounds=rounds)
 
 

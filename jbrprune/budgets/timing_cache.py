@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from jbrprune.core.atomic import replacing
+from jbrprune.data.atomic import replacing
 
 log = logging.getLogger(__name__)
 

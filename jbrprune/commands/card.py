@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jbrprune.files import checkpoint as files
+from jbrprune.checkpoint import checkpoint as files
 
 
 def card_command(

@@ -16,6 +16,6 @@ def demo_command(
 
     Example: `jbrprune demo --out demo`
     """
-    from jbrprune.demo import run_demo  # needs the extra `demo`
+    from jbrprune.demo import run_demo
 
     run_demo(out, seed=seed, say=typer.echo)

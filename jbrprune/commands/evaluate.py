@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from jbrprune import data as loading
 from jbrprune.budgets.cost import count_macs
 from jbrprune.commands.options import (
     AsJson,
@@ -23,11 +22,13 @@ from jbrprune.commands.options import (
     loaded_model,
 )
 from jbrprune.commands.output import say, shown
-from jbrprune.core import distributed, guest
-from jbrprune.core.batches import Batch
-from jbrprune.core.measure import Agreement, agreement, bytes_of, combined, latency, parameters_of, predict
+from jbrprune.data import distributed
+from jbrprune.data import images as loading
+from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError
-from jbrprune.scoring import peeked
+from jbrprune.evaluation.agreement import Agreement, agreement, bytes_of, combined, latency, parameters_of, predict
+from jbrprune.models import preserve
+from jbrprune.pruning.scoring import peeked
 
 
 def eval_command(
@@ -59,7 +60,7 @@ def eval_command(
     agreed = measured(module, other, opened, images=images, batch_size=batch_size)
     if distributed.rank() > 0:
         return  # the others' work would disturb the timing
-    example = first.images[:1].to(guest.device_of(module))
+    example = first.images[:1].to(preserve.device_of(module))
     timed = latency(module, example)
     facts: dict[str, Any] = {
         "model": model,

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from jbrprune import zoo
 from jbrprune.commands.options import AsJson, ModelArguments, TimmName, model_arguments
 from jbrprune.commands.output import say, table_of
-from jbrprune.inventory import Inventory, inventory
+from jbrprune.models import timm_models
+from jbrprune.pruning.info import Inventory, inventory
 
 
 def info_command(
@@ -26,7 +26,7 @@ def info_command(
 
     Example: `jbrprune info vit_small_patch16_224`
     """
-    module = zoo.create(model, pretrained=False, **model_arguments(model_arg))
+    module = timm_models.create(model, pretrained=False, **model_arguments(model_arg))
     found = inventory(module, ignore=ignore or (), width=width, min_channels=min_channels)
     say(as_json, {"model": model} | found.to_dict(), _inventory_text(model, found))
 

@@ -13,11 +13,11 @@ import torch
 import typer
 from torch import nn
 
-from jbrprune import zoo
-from jbrprune.criterion.members import Site
+from jbrprune.checkpoint import checkpoint as files
+from jbrprune.criteria.members import Site
 from jbrprune.errors import ArgumentError, CheckpointError
-from jbrprune.files import checkpoint as files
-from jbrprune.pruning import prune
+from jbrprune.models import timm_models
+from jbrprune.pruning.api import prune
 
 Objective = Annotated[
     Literal["pseudo_label", "predicted_logit", "margin", "label", "projection"] | None,
@@ -56,7 +56,7 @@ def loaded_model(name: str, checkpoint: Path | None, pretrained: bool, model_arg
     """A model that was saved to a directory, or a timm model in eval mode."""
     if Path(name).is_dir():
         return files.load(name)
-    return zoo.create(name, checkpoint=checkpoint, pretrained=pretrained, **model_arguments(model_arg)).eval()
+    return timm_models.create(name, checkpoint=checkpoint, pretrained=pretrained, **model_arguments(model_arg)).eval()
 
 
 _OWN_ARGUMENTS = frozenset(("name", "pretrained", *inspect.signature(prune).parameters))

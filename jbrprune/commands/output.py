@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jbrprune.core import distributed
+from jbrprune.data import distributed
 
 
 def interactive(as_json: bool) -> bool:

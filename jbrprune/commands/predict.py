@@ -25,9 +25,9 @@ from jbrprune.commands.options import (
     model_arguments,
 )
 from jbrprune.commands.output import interactive, say, table_of
-from jbrprune.core.atomic import replacing
-from jbrprune.prediction import predict
-from jbrprune.reporting.records import plain
+from jbrprune.data.atomic import replacing
+from jbrprune.prediction.predict import predict
+from jbrprune.report.records import plain
 
 Shares = list[float] | None
 SHOWN = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from jbrprune.budgets.budget import KINDS
+from jbrprune.checkpoint import checkpoint as files
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -32,12 +33,11 @@ from jbrprune.commands.options import (
     multiple,
 )
 from jbrprune.commands.output import interactive, say
-from jbrprune.core import distributed
+from jbrprune.data import distributed
 from jbrprune.errors import JBRError
-from jbrprune.files import checkpoint as files
-from jbrprune.prediction import predict
-from jbrprune.pruning import prune
-from jbrprune.reporting.report import Report
+from jbrprune.prediction.predict import predict
+from jbrprune.pruning.api import prune
+from jbrprune.report.report import Report
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from jbrprune import zoo
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -26,8 +25,9 @@ from jbrprune.commands.options import (
     model_arguments,
 )
 from jbrprune.commands.output import interactive, say, table_of
-from jbrprune.core import distributed
-from jbrprune.scoring import score
+from jbrprune.data import distributed
+from jbrprune.models import timm_models
+from jbrprune.pruning.scoring import score
 
 
 def score_command(
@@ -54,7 +54,7 @@ def score_command(
     Example: `jbrprune score resnet50 --data photos/ --out scores.safetensors`
     """
     check_file(out)
-    module = zoo.create(model, checkpoint=checkpoint, pretrained=pretrained, **model_arguments(model_arg)).to(
+    module = timm_models.create(model, checkpoint=checkpoint, pretrained=pretrained, **model_arguments(model_arg)).to(
         device_named(device)
     )
     scores = score(

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from jbrprune import data as loading
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -20,6 +19,7 @@ from jbrprune.commands.options import (
     loaded_model,
 )
 from jbrprune.commands.output import interactive, say
+from jbrprune.data import images as loading
 from jbrprune.errors import ArgumentError
 from jbrprune.tpv import Isotropic, Quantization, empirical, trace_form
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from jbrprune.criterion.groups import Side
 from jbrprune.errors import ModelError
+from jbrprune.structure.groups import Side
 
 Sides = Mapping[Side, Tensor]
 """Side -> channels that go, ascending."""

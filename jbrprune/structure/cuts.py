@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from jbrprune.criterion.groups import Axis, Side
 from jbrprune.errors import ModelError
 from jbrprune.structure.channels import channels, is_generic, own_tensors, tensor_cuts
+from jbrprune.structure.groups import Axis, Side
 
 
 @dataclass

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from jbrprune.core.guest import Hook, hooked
-from jbrprune.criterion import layers
-from jbrprune.criterion.groups import Axis
+from jbrprune.models import layers
+from jbrprune.models.preserve import Hook, hooked
 from jbrprune.structure.channels import Sides, refresh, tensor_cuts, width_after
 from jbrprune.structure.cuts import kept, planned, shrunk
+from jbrprune.structure.groups import Axis
 
 
 @contextlib.contextmanager

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from jbrprune.criterion.groups import Axis
 from jbrprune.structure.channels import is_generic, refresh, width_after
 from jbrprune.structure.cuts import planned, shrunk
+from jbrprune.structure.groups import Axis
 from jbrprune.structure.masking import masked
 
 __all__ = ["masked", "refresh", "remove_channels"]

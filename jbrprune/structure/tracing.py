@@ -16,11 +16,10 @@ from torch_pruning._helpers import _HybridIndex
 from torch_pruning.dependency import index_mapping
 from torch_pruning.ops import OPTYPE, _OutputOp
 
-from jbrprune.core import guest
-from jbrprune.core.measure import logits_of
-from jbrprune.criterion import layers
-from jbrprune.criterion.groups import Axis
 from jbrprune.errors import UnsupportedModelError
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models import layers, preserve
+from jbrprune.structure.groups import Axis
 
 MOST_VISITS = 64
 """So often may a walk find new channels at one node of the dependency graph: a concatenation has fewer parts."""
@@ -52,7 +51,7 @@ def traced(model: nn.Module, images: Tensor) -> Atlas:
         return logits
 
     graph = tp.DependencyGraph()
-    with guest.visiting(model, gradients=True):
+    with preserve.visiting(model, gradients=True):
         try:
             graph.build_dependency(model, example_inputs=(images.detach().clone(),), forward_fn=forward, verbose=False)
         except Exception as error:  # whatever a foreign forward, or torch-pruning about it, raises

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from jbrprune.criterion.recording import Recorder, Use
+from jbrprune.criteria.recording import Recorder, Use
 
 BROADCASTING = {
     function

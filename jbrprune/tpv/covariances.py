@@ -26,7 +26,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from jbrprune.criterion.passes import check_known
+from jbrprune.criteria.passes import check_known
 from jbrprune.errors import ArgumentError
 from jbrprune.tpv.gradients import Gradients
 

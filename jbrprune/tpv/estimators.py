@@ -16,11 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from jbrprune.core import distributed, guest
-from jbrprune.core.measure import logits_of, raise_nonfinite
-from jbrprune.criterion.passes import check_known
+from jbrprune.criteria.passes import check_known
+from jbrprune.data import distributed
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
-from jbrprune.tpv.covariances import Change, Covariance, Isotropic, Perturbation  # noqa: F401  (Isotropic: the examples)
+from jbrprune.evaluation.agreement import logits_of, raise_nonfinite
+from jbrprune.models import preserve
+from jbrprune.tpv.covariances import Change, Covariance, Perturbation
 from jbrprune.tpv.estimate import Estimate, Sums, reached, warn_of_sums
 from jbrprune.tpv.gradients import checked_direction
 from jbrprune.tpv.problem import Bound, Settings, Stream, bound_to
@@ -77,7 +78,7 @@ def trace_form(
     Args:
         model: Any module that maps images to logits ``[B, K]``; left as it was. All its parameters are perturbed,
             also frozen ones.
-        data: Anything that yields images (`jbrprune.core.batches.iterate`); read once, streaming (``jvp`` with
+        data: Anything that yields images (`jbrprune.data.batches.iterate`); read once, streaming (``jvp`` with
             draws: once per draw, in the same order). Where not all of them are read (``rtol``, ``samples``) the first
             ones stand for the rest: images that are sorted, by class for example, must be shuffled once before.
         covariance: What the perturbation is (`jbrprune.tpv.covariances`).
@@ -123,7 +124,7 @@ def trace_form(
     settings = Settings.checked(rtol, samples, draws, signs, first, seed, progress)
     began = time.perf_counter()
     bound = bound_to(model, covariance, ignore, output)
-    stream = Stream(data, batch_size, guest.device_of(model), samples, progress)
+    stream = Stream(data, batch_size, preserve.device_of(model), samples, progress)
     ranked = getattr(bound.covariance, "directions", None) is not None
     if method == "jvp" or (method == "auto" and (ranked or getattr(bound.covariance, "by_draws", False))):
         sums, taken, stopped, change = _by_jvp(bound, stream, settings)
@@ -185,7 +186,7 @@ def empirical(
     settings = Settings.checked(rtol, samples, draws, 1, 0, seed, progress)
     began = time.perf_counter()
     bound = bound_to(model, covariance, ignore, output)
-    stream = Stream(data, batch_size, guest.device_of(model), samples, progress)
+    stream = Stream(data, batch_size, preserve.device_of(model), samples, progress)
     unchanged = _Unchanged(bound)
 
     def squared(number: int, images: Tensor, change: Change) -> Tensor:
@@ -257,7 +258,7 @@ class _Quadratic:
 
     def __call__(self, number: int, start: int, images: Tensor) -> Tensor:
         model, names = self.bound.model, list(self.bound.shapes)
-        with guest.visiting(model):
+        with preserve.visiting(model):
             if number == 0:
                 check_recording(model, images, names, self.bound.output)
             run = recorded(model, images, names, self.bound.output, self.autocast)
@@ -341,7 +342,7 @@ def _by_draws(
         parts: list[Tensor] = []
 
         def one(number: int, start: int, images: Tensor, change: Change = change, draw: int = draw) -> Tensor:
-            with guest.visiting(bound.model):
+            with preserve.visiting(bound.model):
                 found = squared(number, images, change)
             if not torch.isfinite(found).all():
                 raise NonFiniteError(f"Draw {draw + 1}, batch {number}: the changed outputs contain NaN or Inf.")

@@ -11,12 +11,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from jbrprune.core import guest
-from jbrprune.core.batches import concatenated, materialise
-from jbrprune.core.measure import logits_of
-from jbrprune.criterion.passes import own
+from jbrprune.criteria.passes import own
+from jbrprune.data.batches import concatenated, materialise
 from jbrprune.errors import ArgumentError, NonFiniteError
-from jbrprune.structure.units import copied
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models import preserve
+from jbrprune.structure.discovery import copied
 from jbrprune.tpv.covariances import Change
 from jbrprune.tpv.gradients import Gradients
 from jbrprune.tpv.recorded import recorded
@@ -132,8 +132,8 @@ class Relabelled:
     @cached_property
     def _solved(self) -> tuple[Tensor, Tensor]:
         """J ``[N K, P]`` and (J J^T + N proximity I)^+, in float64."""
-        images = self.images.to(guest.device_of(self.model))
-        with guest.visiting(self.model):
+        images = self.images.to(preserve.device_of(self.model))
+        with preserve.visiting(self.model):
             run = recorded(self.model, images, list(self.weights), logits_of)
             n, outputs = run.outputs.shape
             size = sum(w.numel() for w in self.weights.values())
@@ -158,8 +158,8 @@ class Relabelled:
         copy = copied(self.model).eval()
         for name, p in copy.named_parameters():
             p.requires_grad_(name in self.weights)
-        images = own(self.images.to(guest.device_of(copy)))
-        with guest.visiting(self.model):
+        images = own(self.images.to(preserve.device_of(copy)))
+        with preserve.visiting(self.model):
             targets = outputs_of(self.model, images)
         targets = targets + self._noise(targets.shape, generator).to(targets)
         before, buffers = self._loss(copy, images, targets), {n: b.clone() for n, b in copy.named_buffers()}
@@ -167,7 +167,7 @@ class Relabelled:
             self._train(copy, images, targets, retrain)
         else:
             seed = int(torch.randint(1 << 62, (), generator=generator))
-            with guest.same_randomness(guest.device_of(copy)), torch.enable_grad():
+            with preserve.same_randomness(preserve.device_of(copy)), torch.enable_grad():
                 torch.manual_seed(seed)
                 retrain(copy, images, targets)
         self._check_buffers(copy, buffers)
@@ -178,7 +178,7 @@ class Relabelled:
         return change
 
     def _loss(self, copy: nn.Module, images: Tensor, targets: Tensor) -> float:
-        with guest.visiting(copy):
+        with preserve.visiting(copy):
             return float((outputs_of(copy, images) - targets).square().sum(1).mean())
 
     def _train(self, copy: nn.Module, images: Tensor, targets: Tensor, how: Retraining) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune.core import distributed
-from jbrprune.core.measure import check_weights
-from jbrprune.criterion.parameters import covered, masks_of
-from jbrprune.criterion.passes import own
+from jbrprune.criteria.passes import own
+from jbrprune.data import distributed
 from jbrprune.errors import ArgumentError, DataError, ModelError
+from jbrprune.evaluation.agreement import check_weights
+from jbrprune.sparsity.masks import covered, masks_of
 from jbrprune.tpv.covariances import Covariance, Perturbation
 from jbrprune.tpv.responses import Output
 

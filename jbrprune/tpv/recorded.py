@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jbrprune.core import guest
-from jbrprune.criterion.factors import wide
-from jbrprune.criterion.norms import Used, per_sample, square_norms
-from jbrprune.criterion.passes import two_images
-from jbrprune.criterion.recording import Use
+from jbrprune.criteria.factors import wide
+from jbrprune.criteria.norms import Used, per_sample, square_norms
+from jbrprune.criteria.passes import two_images
+from jbrprune.criteria.recording import Use
 from jbrprune.errors import ModelError, NonFiniteError
+from jbrprune.models import preserve
 from jbrprune.tpv.bare import BareRecorder, BareUse
 from jbrprune.tpv.gradients import Gradients, checked_direction
 from jbrprune.tpv.responses import Output, linear_outputs, outputs_of
@@ -50,7 +50,7 @@ def recorded(
     """Run the model on a batch and record where the named parameters are used; frozen parameters, eval mode.
 
     Args:
-        model: The model, as `jbrprune.core.guest.visiting` leaves it.
+        model: The model, as `jbrprune.models.preserve.visiting` leaves it.
         images: ``[B, C, H, W]`` on the model's device.
         names: Parameters that are perturbed.
         output: What the model returns -> ``[B, K]``.
@@ -98,7 +98,7 @@ def _norms_of_autograd(
     parameters = dict(model.named_parameters())
     leaves = [parameters[name] for name in names]
     norms = {name: torch.zeros(2, dtype=wide(pair.device), device=pair.device) for name in names}
-    with guest.requiring_grad(model, True), torch.enable_grad():
+    with preserve.requiring_grad(model, True), torch.enable_grad():
         products = (outputs_of(model, pair, output) * directions).sum(1)
         for sample in range(2):
             try:

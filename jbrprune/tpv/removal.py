@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jbrprune.criterion.groups import Group, Selection, removed_channels
 from jbrprune.errors import ArgumentError
-from jbrprune.structure.removal import masked_units
+from jbrprune.structure.groups import Group, Selection, removed_channels
+from jbrprune.structure.verification import masked_units
 from jbrprune.tpv.covariances import Change, FiniteRank
 
 
@@ -43,7 +43,7 @@ class Removal:
     Args:
         what: Parameter name -> mask of its shape (False: removed); or, with ``groups``, group name -> units that go;
             or a report (or result) of `jbrprune.prune` that removed units.
-        groups: The units of the dense model, from `jbrprune.structure.units.find_groups`.
+        groups: The units of the dense model, from `jbrprune.structure.discovery.find_groups`.
 
     Raises:
         ArgumentError: Nothing is removed; units without ``groups``; when it meets a model: masks or units that are not
@@ -72,7 +72,7 @@ class Removal:
             )
         if self.groups is None and not all(isinstance(m, Tensor) and m.dim() for m in removed.values()):
             raise ArgumentError(
-                "Units need `groups=`, the units of the dense model (jbrprune.structure.units.find_groups)."
+                "Units need `groups=`, the units of the dense model (jbrprune.structure.discovery.find_groups)."
             )
 
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Removed:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jbrprune.core.measure import logits_of
 from jbrprune.errors import ModelError
+from jbrprune.evaluation.agreement import logits_of
 
 Output = Callable[[object], Tensor]
 """What a model returns -> ``[B, K]``."""

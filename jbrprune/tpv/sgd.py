@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jbrprune.core import guest
-from jbrprune.core.batches import Batch, concatenated, materialise
-from jbrprune.core.measure import logits_of
-from jbrprune.criterion.passes import check_known
+from jbrprune.criteria.passes import check_known
+from jbrprune.data.batches import Batch, concatenated, materialise
 from jbrprune.errors import ArgumentError, NonFiniteError
-from jbrprune.structure.units import copied
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models import preserve
+from jbrprune.structure.discovery import copied
 from jbrprune.tpv.covariances import Change
 from jbrprune.tpv.gradients import Gradients
 from jbrprune.tpv.responses import linear_outputs, outputs_of
@@ -135,7 +135,7 @@ class StationarySGD:
         """sqrt(scale / N) sum_i J(x_i)^T H_i^(1/2) e_i with standard normal e_i: one backward over the images."""
         total = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         for images in self._images():
-            with guest.visiting(self.model, gradients=True):
+            with preserve.visiting(self.model, gradients=True):
                 leaves = dict(self.model.named_parameters())
                 outputs = outputs_of(self.model, images)
                 noise = torch.randn(outputs.shape, generator=generator).to(outputs)
@@ -151,13 +151,13 @@ class StationarySGD:
         """d^T G d."""
         total = torch.zeros((), dtype=torch.float64)
         for images in self._images():
-            with guest.visiting(self.model):
+            with preserve.visiting(self.model):
                 outputs, product = linear_outputs(self.model, images, direction, logits_of)
             total += _root_transposed(outputs, product, self.loss).double().square().sum().cpu()
         return total / sum(map(len, self.batches))
 
     def _images(self) -> list[Tensor]:
-        device = guest.device_of(self.model)
+        device = preserve.device_of(self.model)
         return [batch.images.to(device) for batch in self.batches]
 
 
@@ -211,13 +211,13 @@ class _Walk(StationarySGD):
     def _walk(self, steps: int, generator: torch.Generator) -> None:
         walker: nn.Module = self.walker  # type: ignore[assignment]
         whole = concatenated(self.batches)
-        device = guest.device_of(walker)
+        device = preserve.device_of(walker)
         leaves = {name: p for name, p in walker.named_parameters() if name in self.weights}
         for _ in range(steps):
             picked = torch.randperm(len(whole), generator=generator)[: self.how.batch_size]
             images = whole.images[picked].to(device)
             labels = None if whole.labels is None else whole.labels[picked].to(device)
-            with guest.visiting(walker, gradients=True):
+            with preserve.visiting(walker, gradients=True):
                 loss = self._loss(outputs_of(walker, images), images, labels, generator)
                 found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             if not torch.isfinite(loss):
@@ -236,7 +236,7 @@ class _Walk(StationarySGD):
                 leaf -= self.how.lr * self.velocity[name]
 
     def _loss(self, outputs: Tensor, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        with guest.visiting(self.model):
+        with preserve.visiting(self.model):
             dense = outputs_of(self.model, images)
         if self.loss == "mse":
             target = dense + torch.randn(dense.shape, generator=generator).to(dense)

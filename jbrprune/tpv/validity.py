@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune.core import guest
-from jbrprune.core.batches import iterate
-from jbrprune.core.measure import check_weights, logits_of
-from jbrprune.criterion.passes import own
+from jbrprune.criteria.passes import own
+from jbrprune.data.batches import iterate
 from jbrprune.errors import ArgumentError, NonFiniteError
+from jbrprune.evaluation.agreement import check_weights, logits_of
+from jbrprune.models import preserve
 from jbrprune.tpv.gradients import checked_direction
 from jbrprune.tpv.responses import Output, changed_outputs, linear_outputs
 
@@ -83,7 +83,7 @@ def taylor_error(
 
     Args:
         model: Any module; left as it was.
-        data: Anything that yields images (`jbrprune.core.batches.iterate`); read once, streaming.
+        data: Anything that yields images (`jbrprune.data.batches.iterate`); read once, streaming.
         direction: Parameter name -> d of the parameter's shape.
         scales: Multiples t of the direction.
         tolerance: Error up to which first order is called valid.
@@ -108,12 +108,12 @@ def taylor_error(
     check_weights(model)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     change = checked_direction(direction, shapes)
-    device = guest.device_of(model)
+    device = preserve.device_of(model)
     wrong, real, seen = [0.0] * len(ordered), [0.0] * len(ordered), 0
     batches = iterate(data, batch_size=batch_size)
     for batch in tqdm(batches, "first order", unit="batch", disable=not progress, leave=False):
         images = own(batch.images.to(device))[: None if samples is None else samples - seen]
-        with guest.visiting(model):
+        with preserve.visiting(model):
             outputs, product = linear_outputs(model, images, change, output)
             for i, scale in enumerate(ordered):
                 scaled = {name: scale * d for name, d in change.items()}

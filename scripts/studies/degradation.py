@@ -2,7 +2,7 @@
 
 A ResNet and a ViT that have learnt the digits are pruned in one step, without repair, by five criteria to shares of
 their channels. What each cut does to the logits of 300 images is predicted from one pass over the dense model
-(`jbrprune.degradation`: TPV, and the share of images whose top-1 class changes), and measured with the units masked.
+(`degradation`: TPV, and the share of images whose top-1 class changes), and measured with the units masked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from baselines import CRITERIA
 from jbrprune import degradation, prune
-from jbrprune.core.batches import Batch
+from jbrprune.data.batches import Batch
 
 COMPARED = ("jbr", "l1", "l2_grouped", "taylor", "random")
 SHARES = (0.95, 0.85, 0.7, 0.5)

@@ -24,7 +24,7 @@ from relearning import change, relearn, wander
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from jbrprune.structure.units import find_groups
+from jbrprune.structure.discovery import find_groups
 from jbrprune.tpv import Isotropic, Quantization, Removal, taylor_error, trace_form
 
 Change = Mapping[str, Tensor]

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jbrprune import zoo
-from jbrprune.core.guest import evaluating, same_randomness
-from jbrprune.data import fashion_mnist
+from jbrprune.data.images import fashion_mnist
 from jbrprune.demo_data import digits
 from jbrprune.errors import ArgumentError
+from jbrprune.models import timm_models
+from jbrprune.models.preserve import evaluating, same_randomness
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 TIMM: dict[str, tuple[str, dict[str, Any]]] = {"resnet": ("test_resnet", {}), "vit": ("test_vit", {"img_size": 32})}
@@ -194,7 +194,7 @@ def on_digits(net: str, seed: int, steps: int, train: int, test: int) -> tuple[n
     else:
         name, more = TIMM[net]
         with _seeded(seed):
-            model = zoo.create(name, pretrained=False, in_chans=1, num_classes=10, **more)
+            model = timm_models.create(name, pretrained=False, in_chans=1, num_classes=10, **more)
     fit(model, data.images, data.targets, nn.functional.cross_entropy, steps=steps, rate=2e-3, batch_size=64, seed=seed)
     return model, data
 

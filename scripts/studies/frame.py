@@ -31,11 +31,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from jbrprune.core.atomic import replacing
-from jbrprune.core.guest import same_randomness
+from jbrprune.data.atomic import replacing
 from jbrprune.errors import JBRError
-from jbrprune.files.runs import provenance
-from jbrprune.reporting.records import plain
+from jbrprune.models.preserve import same_randomness
+from jbrprune.pruning.runs import provenance
+from jbrprune.report.records import plain
 
 sys.path.append(str(Path(__file__).parents[1]))
 

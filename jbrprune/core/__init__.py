@@ -1,1 +1,0 @@
-"""What every pass stands on: the model as a guest, batches, ranks, portions, objectives, agreement, whole files."""

@@ -1,0 +1,1 @@
+"""Relevance of channels, heads and single weights."""

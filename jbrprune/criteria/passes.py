@@ -1,0 +1,203 @@
+"""What every pass over the data has in common: the question put to a batch, its answer, and the checks around it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from jbrprune.criteria.objectives import Objective, Target, confident
+from jbrprune.data import distributed
+from jbrprune.data.batches import Batch
+from jbrprune.errors import ArgumentError, DataError, ModelError
+from jbrprune.evaluation.agreement import logits_of, raise_nonfinite
+from jbrprune.models import preserve
+
+
+class Draws:
+    """Random numbers that depend on a seed and the position of a sample in the data, whoever works on it, and when.
+
+    They are those that one generator draws sample by sample. To go back means to begin anew, to go on to let pass
+    what lies between, which is cheap beside a forward pass.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._position = 0
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def at(self, start: int, count: int, each: int) -> torch.Generator:
+        """A generator for ``each`` numbers of each of ``count`` samples from ``start`` on; all of them are drawn."""
+        if start < self._position:
+            self._generator.manual_seed(self._seed)
+            self._position = 0
+        for first in range(self._position, start, _PASSING):
+            torch.randint(0, 2, (min(_PASSING, start - first), each), generator=self._generator, dtype=torch.int8)
+        self._position = start + count
+        return self._generator
+
+
+_PASSING = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What is asked of every batch."""
+
+    objective: Objective
+    confidence: float
+    autocast: torch.dtype | None
+    draws: Draws
+
+
+def losses_of(batch: Batch, logits: Tensor, question: Question, start: int) -> tuple[Tensor, Tensor | None]:
+    """``[kept]`` the objective on every sample that the dense model is confident about, with its graph.
+
+    Args:
+        batch: The samples.
+        logits: ``[B, K]`` of the model on them.
+        question: What is asked.
+        start: Position of the first of them in the data.
+
+    Returns:
+        The objective, and ``[B]`` which samples are kept (None: all).
+
+    Raises:
+        ModelError: Nothing that is scored takes part in the logits.
+    """
+    with torch.enable_grad():
+        # A sample's scalar is formed in float32 at least: a cross-entropy of half precision loses confident samples.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        reference = logits.detach() if batch.reference is None else batch.reference
+        generator = question.draws.at(start, len(logits), logits.shape[1])
+        losses = question.objective(logits, Target(reference, batch.labels, generator))
+        keep = confident(reference, question.confidence) if question.confidence > 0 else None
+        losses = losses if keep is None else losses[keep]
+    if not losses.requires_grad:
+        raise ModelError("No scored layer takes part in the logits: there is nothing to differentiate.")
+    return losses, keep
+
+
+def check_logits(model: nn.Module, batch: Batch, number: int, logits: Tensor, autocast: torch.dtype | None) -> None:
+    """Refuse logits that do not belong to the images, or are not finite."""
+    if len(logits) != len(batch):
+        raise ModelError(f"Batch {number}: {len(batch)} images went in, {len(logits)} rows of logits came out.")
+    if batch.reference is not None and batch.reference.shape != logits.shape:
+        raise DataError(
+            f"Batch {number}: the reference logits are {list(batch.reference.shape)}, the model's are "
+            f"{list(logits.shape)}. Attach the logits of the dense model on the same images."
+        )
+    if not torch.isfinite(logits).all():
+        raise_nonfinite(model, batch.images, f"Batch {number}: the logits", autocast_dtype=autocast)
+
+
+def own(tensor: Tensor) -> Tensor:
+    """Apart from any graph of the user's; a tensor of inference mode cannot enter a graph at all."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def two_images(images: Tensor) -> Tensor:
+    """The first image, and one made from it that is different everywhere."""
+    one = images[:1]
+    ramp = torch.linspace(-1, 1, one.shape[-1], device=one.device, dtype=one.dtype)
+    return torch.cat([one, one.flip(-1) + one.std(correction=0).clamp_min(1e-3) * ramp])
+
+
+def check_samples_apart(model: nn.Module, images: Tensor, names: Sequence[str]) -> set[str]:
+    """Refuse a model in which a layer's rows do not belong to the samples, in order.
+
+    Returns:
+        The names of the modules that were called.
+
+    Raises:
+        ModelError: Names the first such layer, or the logits.
+    """
+    called, mixed = mixing(model, images, names)
+    for why in mixed.values():
+        raise ModelError(why)
+    return called
+
+
+def mixing(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[set[str], dict[str, str]]:
+    """Change one of three samples: only its rows may change, in the middle third of every activation.
+
+    Returns:
+        The names of the modules that were called; and those (and ``the logits``) where other rows change, with why.
+    """
+    one = images[:1]
+    other = one.flip(-1) + one.std().clamp_min(1e-3) * torch.linspace(-1, 1, one.shape[-1]).to(one)
+    first, second = (_row_sums(model, torch.cat([one, middle, one]), names) for middle in (one, other))
+    calls = {name: list(zip(rows, second.get(name, ()), strict=True)) for name, rows in first.items()}
+    still = [name for name, pairs in calls.items() if any(len(b) and torch.equal(b, a) for b, a in pairs)]
+    alone = _row_sums(model, images[:1], [name for name in still if name != "the logits"]) if still else {}
+    mixed = {}
+    for name, pairs in calls.items():
+        # Where nothing changes there need not be samples at all: then the rows are as many for one image.
+        fixed = name in alone and any(3 * len(a) != len(b) for (b, _), a in zip(pairs, alone[name], strict=True))
+        if fixed or not all(_rows_apart(before, after) for before, after in pairs):
+            mixed[name] = (
+                f"{name}: the first dimension ({len(pairs[0][0])} rows for 3 images) is not the batch, or samples "
+                "influence each other (a batch norm without stored statistics?), or the forward pass is random in "
+                "eval mode. Per-sample relevances are not defined there. Put this layer into `ignore`, or make the "
+                "model treat samples apart."
+            )
+    return set(first), mixed
+
+
+def _row_sums(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Name -> per call, the sum of absolute values of each row of the module's input; and of the logits."""
+    sums: dict[str, list[Tensor]] = defaultdict(list)
+
+    def note(name: str, x: Tensor) -> None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        sums[name].append(x.detach().reshape(len(x), -1).abs().sum(1, dtype=wide).cpu())
+
+    def record(name: str) -> preserve.Hook:
+        return lambda module, args, kwargs: note(name, preserve.input_of(args, kwargs))
+
+    with torch.no_grad(), preserve.hooked(model, forward_pre={name: record(name) for name in names}):
+        note("the logits", logits_of(model(images)))
+    return sums
+
+
+def _rows_apart(first: Tensor, second: Tensor) -> bool:
+    third = len(first) // 3
+    if len(first) != len(second) or len(first) % 3:
+        return False
+    changed = (first - second).abs() > 1e-3 * first.abs().clamp_min(1e-12)
+    return not (changed[:third].any() or changed[2 * third :].any())
+
+
+def check_known(what: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a choice that does not exist."""
+    if value not in known:
+        raise ArgumentError(f"{what} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def check_sampling(statistic: str, batch: int, confidence: float) -> None:
+    """Refuse a batch, where it counts, or a threshold of confidence that have no meaning."""
+    if statistic == "batched" and confidence > 0 and distributed.size() > 1:
+        raise ArgumentError(
+            "statistic='batched' with confidence > 0 forms its batches from the samples that are left, which no rank "
+            "knows of the others. Use confidence=0, or one process."
+        )
+    if statistic == "batched" and batch < 1:
+        raise ArgumentError(f"batch must be at least 1, got {batch}.")
+    if not 0 <= confidence < 1:
+        raise ArgumentError(f"confidence must satisfy 0 <= confidence < 1, got {confidence}.")
+
+
+def check_samples(samples: int, skipped: int, confidence: float) -> None:
+    """Refuse to average over nothing.
+
+    Raises:
+        DataError: No sample was left.
+    """
+    if samples == 0:
+        raise DataError(
+            f"No sample was left: the dense model's largest probability exceeds confidence={confidence} on none "
+            f"of {skipped} images. Lower the threshold."
+        )

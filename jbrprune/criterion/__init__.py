@@ -1,1 +1,0 @@
-"""Relevance: passes over a model that give scores of channels, heads and single weights."""

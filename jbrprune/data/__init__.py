@@ -1,0 +1,1 @@
+"""Images, batches, and the processes that share them."""

@@ -1,0 +1,1 @@
+"""What a model does: its agreement with a reference, its latency."""

@@ -1,1 +1,0 @@
-"""Saved models and interrupted runs."""

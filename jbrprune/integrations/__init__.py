@@ -1,0 +1,1 @@
+"""The seams to torch-pruning and torch.nn.utils.prune."""

@@ -1,0 +1,1 @@
+"""What is known about layer classes and timm models."""

@@ -1,0 +1,1 @@
+"""What a pruning would cost: predicted and measured damage."""

@@ -1,0 +1,233 @@
+"""The smallest model that loses no more than allowed: the prediction proposes, measurement decides.
+
+The engine walks down step by step; a generator tells it where to. At the shares that the prediction proposes, and at
+the latest every `FARTHEST` steps, the model is measured on images that neither score nor repair nor gate. If it lost
+too much, the walk goes back: to the models in between by bisection, then from the last good one with smaller steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from jbrprune.budgets.budget import STEP
+from jbrprune.data import distributed
+from jbrprune.data.batches import Batch, count
+from jbrprune.errors import DataError
+from jbrprune.evaluation.agreement import predict
+from jbrprune.evaluation.drop import Drop, measured_drop
+from jbrprune.prediction.damage import Damage, measured_damage
+from jbrprune.prediction.forecast import Forecast, forecast
+from jbrprune.pruning import loop as engine
+from jbrprune.pruning.calibration import Calibration
+from jbrprune.pruning.loop import Settings, State
+from jbrprune.pruning.plan import planned_cuts
+from jbrprune.report.records import Search, Trial
+from jbrprune.report.report import Report
+
+log = logging.getLogger(__name__)
+
+FARTHEST = 4
+"""Steps between two measurements; models in between are kept to go back to."""
+RESOLUTION = 0.0125
+"""The walk ends when a model that is smaller by this share of the dense cost loses too much."""
+ROWS = 4
+"""Logits of every sample that the proposals look at."""
+
+
+@dataclass(eq=False)
+class Outlook:
+    """Predicted flips at the shares of the walk; corrected by what is measured on the way."""
+
+    shares: Sequence[float]
+    forecast: Forecast
+    repaired: bool
+    scale: float = 1.0
+    known: dict[float, float] = field(default_factory=dict)
+
+    def flips(self, share: float) -> float:
+        """Predicted share of samples whose top-1 changes; between planned shares, and up to the dense model, linear."""
+        flips = [self._damage(number).flips for number in range(len(self.shares))]
+        return float(np.interp(share, [*reversed(self.shares), 1.0], [*reversed(flips), 0.0]))
+
+    def proposed(self, allowed: float, below: float) -> float:
+        """The smallest planned share below a share up to which all are predicted to be allowed; inf if none is."""
+        last = math.inf
+        for number, share in enumerate(self.shares):
+            if share < below - 1e-9:
+                if self._damage(number).flips > allowed:
+                    break
+                last = share
+        return last
+
+    def correct(self, share: float, tpv: float) -> None:
+        """Scale all predictions so that the one at a share has the TPV that was measured there."""
+        number = next((i for i, planned in enumerate(self.shares) if abs(planned - share) < 1e-9), None)
+        if number is not None:
+            predicted = self.forecast.damage(number, repaired=self.repaired).tpv
+            if predicted > 0 and tpv > 0:
+                self.scale = math.sqrt(tpv / predicted)
+
+    def _damage(self, number: int) -> Damage:
+        return self.forecast.damage(number, repaired=self.repaired, scale=self.scale)
+
+
+def run(
+    dense: nn.Module, state: State, images: Calibration, settings: Settings, name: str, allowed: float
+) -> tuple[nn.Module, Report]:
+    """Prune a copy of the dense model as far as no more than ``allowed`` is lost on the images that decide.
+
+    Args:
+        dense: The dense model, in eval mode; left as it was.
+        state: From `jbrprune.pruning.loop.start`.
+        images: Read with ``judged=True``.
+        settings: How to prune; the share of its budget is the least to keep.
+        name: What to call the model in reports.
+        allowed: Largest fall of the accuracy, or of the agreement where there are no labels.
+
+    Returns:
+        The model, which is the dense one if no smaller one is allowed, and the report.
+
+    Raises:
+        DataError: Too few images to set some aside, or so few of them that one is more than ``allowed``.
+        NonFiniteError: NaN or Inf on the way.
+    """
+    if not images.judge:
+        raise DataError(f"max_drop needs images that decide, but there are only {count(images.score)}: pass more.")
+    check_resolution(images, allowed)
+    outlook = _outlook(state, images, settings, _grid(state, settings))
+    walk = _Walk(state, images.judge, allowed, outlook)
+    model, report = next(engine.run(dense, state, images, settings, name, shares=walk.shares()))
+    search = Search(allowed, images.judged, tuple(walk.trials), walk.chosen(), walk.limit)
+    return model, replace(report, search=search, notes=(*report.notes, *_notes(search)))
+
+
+def check_resolution(images: Calibration, allowed: float) -> None:
+    """Refuse a drop that the images that decide cannot show: one of them is a larger share.
+
+    Raises:
+        DataError: It is. A drop of 0 can always be seen.
+    """
+    deciding = count(images.judge)
+    if 0 < allowed * deciding < 1 - 1e-9:
+        needed = math.ceil(math.ceil(1 / allowed - 1e-9) / 2) * 5
+        raise DataError(
+            f"max_drop={allowed:g} cannot be seen on the {deciding} images that decide, two fifths of all: one of them "
+            f"is {1 / deciding:.1%}. Pass at least {needed} images (`images=` limits how many are read), or allow more."
+        )
+
+
+def _grid(state: State, settings: Settings) -> list[float]:
+    """Shares in steps, falling; the last is the least that the floors, or the user, allow."""
+    least = settings.budget.share if settings.stops else min(1.0, state.least + 0.001)
+    steps = math.ceil((1 - least) / STEP - 1e-9)
+    return [1 - STEP * number for number in range(1, steps)] + [least] * (least < 1)
+
+
+def _outlook(state: State, images: Calibration, settings: Settings, shares: Sequence[float]) -> Outlook:
+    scores = engine.scored(state, images.score, settings, 1).values()
+    cuts = planned_cuts(state, scores, settings, shares)
+    refits = "auto" in settings.repair or "least_squares" in settings.repair
+    predicted = forecast(
+        state.model,
+        images.score,
+        state.groups,
+        [cut.units for cut in cuts],
+        refits=refits,
+        ridge=settings.ridge,
+        rows=ROWS,
+        seed=settings.seed,
+        progress=settings.progress,
+    )
+    return Outlook(shares, predicted, repaired=bool(settings.repair) and bool(images.gate))
+
+
+@dataclass(eq=False)
+class _Walk:
+    """Where to go next, and what was found on the way."""
+
+    state: State
+    judge: Sequence[Batch]
+    allowed: float
+    outlook: Outlook
+    trials: list[Trial] = field(default_factory=list)
+    limit: str = "the floors or the share asked for were reached"
+
+    def __post_init__(self) -> None:
+        self.reference = torch.cat([batch.reference for batch in self.judge if batch.reference is not None])
+        labels = [batch.labels for batch in self.judge if batch.labels is not None]
+        self.labels = torch.cat(labels) if len(labels) == len(self.judge) else None
+        self.logits = self.reference
+
+    def chosen(self) -> Drop:
+        """What the model at hand lost, knowing how many were measured to choose it."""
+        return measured_drop(self.logits, self.reference, self.labels, models=max(1, len(self.trials)))
+
+    def shares(self) -> Iterator[float]:
+        """Shares for the engine, which has carried out each when the next is asked for."""
+        at, good, failed = 1.0, self.state.copy(), None
+        while failed is None and (ahead := self._ahead(at)):
+            passed: list[tuple[float, State]] = []
+            for share in ahead:
+                yield share
+                passed.append((share, self.state.copy()))
+            if self._allowed(ahead[-1]):
+                at, good = passed[-1]
+                continue
+            best, failed = self._bisected(passed)
+            at, good = best or (at, good)
+        while failed is not None and at - failed > RESOLUTION + 1e-9:
+            self.state.restore(good)
+            middle = (at + failed) / 2
+            yield middle
+            if self._allowed(middle):
+                at, good = middle, self.state.copy()
+            else:
+                failed = middle
+        self.state.restore(good)
+
+    def _ahead(self, at: float) -> list[float]:
+        """The next steps, up to the one that is measured."""
+        below = [share for share in self.outlook.shares if share < at - 1e-9][:FARTHEST]
+        wanted = distributed.same(self.outlook.proposed(self.allowed, at))  # another processor predicts other bits
+        return [share for share in below if share >= wanted - 1e-9] or below[:1]
+
+    def _bisected(self, passed: Sequence[tuple[float, State]]) -> tuple[tuple[float, State] | None, float]:
+        """The smallest model that is allowed of those on the way to one that is not, and the share that failed."""
+        low, high = -1, len(passed) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            self.state.restore(passed[middle][1])
+            if self._allowed(passed[middle][0]):
+                low = middle
+            else:
+                high = middle
+        return passed[low] if low >= 0 else None, passed[high][0]
+
+    def _allowed(self, share: float) -> bool:
+        """Measure the model as it is."""
+        predicted = self.outlook.flips(share)
+        with self.state.clock.timed("judging"):
+            logits = torch.cat(predict(self.state.model, self.judge))
+        drop = measured_drop(logits, self.reference, self.labels)
+        accepted = drop.within(self.allowed)
+        self.trials.append(Trial(share, self.state.rows[-1].macs, drop, accepted, predicted))
+        log.info("Share %.4f: %s falls by %.4f, %s", share, drop.of, drop.lost, "kept" if accepted else "too much")
+        if accepted:
+            self.logits = logits
+            self.outlook.correct(share, measured_damage(self.reference, logits).tpv)
+        else:
+            self.limit = f"at a share of {share:.4f} the {drop.of} fell by {drop.lost:.2%}"
+        return accepted
+
+
+def _notes(search: Search) -> list[str]:
+    if any(trial.accepted for trial in search.trials):
+        return []
+    return ["Nothing was removed: the smallest step already lost more than max_drop allows."]

@@ -1,0 +1,1 @@
+"""One call, one loop: score, select, remove, repair, measure."""

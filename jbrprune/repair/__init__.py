@@ -1,0 +1,1 @@
+"""Repairs without training and without labels."""

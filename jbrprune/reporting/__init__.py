@@ -1,1 +1,0 @@
-"""Reports: records, tables, figures, pages, model cards."""

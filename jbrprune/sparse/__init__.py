@@ -1,1 +1,0 @@
-"""Single weights: how many, which, and the seam to `torch.nn.utils.prune`."""

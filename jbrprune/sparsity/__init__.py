@@ -1,0 +1,1 @@
+"""Single weights: masks, patterns, and channels that contribute nothing."""

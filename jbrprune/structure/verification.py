@@ -1,0 +1,173 @@
+"""Removing units by explicit indices: physically, or as a mask that computes the same."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from jbrprune.criteria.members import unscorable
+from jbrprune.errors import UnsupportedModelError
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models import architectures, preserve
+from jbrprune.structure import slicing
+from jbrprune.structure.discovery import Found, copied
+from jbrprune.structure.groups import Axis, Group, Selection, after_removal, removed_channels
+
+TOLERANCE = 1e-8
+"""Largest difference between mask and removal in float64, relative to the largest logit."""
+
+
+def remove_units(model: nn.Module, groups: Sequence[Group], selection: Selection) -> tuple[Group, ...]:
+    """Remove the selected units in place; return the groups of the smaller model."""
+    tensors, heads = _split(removed_channels(groups, selection))
+    before = architectures.classifier_width(model)
+    slicing.remove_channels(model, tensors)
+    for (name, _, _), gone in heads.items():
+        module = model.get_submodule(name)
+        architectures.set_heads(module, architectures.heads_of(module) - len(gone))
+    left = after_removal(groups, selection)
+    architectures.update_widths(model, before, _token_widths(groups, left))
+    return left
+
+
+@contextlib.contextmanager
+def masked_units(model: nn.Module, groups: Sequence[Group], selection: Selection) -> Iterator[None]:
+    """Let the un-shrunk model compute what it would without the selected units."""
+    with slicing.masked(model, _split(removed_channels(groups, selection))[0]):
+        yield
+
+
+def tried(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> Found:
+    """Remove random units from a copy and keep the groups for which removal equals the mask.
+
+    The copy is in float64; its norms, scales and biases are perturbed, and weights that are all but zero, so that
+    a tiny factor cannot hide a wrong coupling. Every group loses another share of its units, so that widths which are
+    tied without the graph knowing it do not fit by chance.
+
+    Args:
+        model: The model; left as it was.
+        images: ``[B, C, H, W]`` example input; noise is added to it.
+        found: What `find_groups` found.
+        seed: Seeds the choice of units, the perturbation and the noise.
+
+    Returns:
+        The groups that passed, and whose relevance can be computed; the others are kept, with what went wrong.
+
+    Raises:
+        ModelError: The model cannot be copied.
+        UnsupportedModelError: There was nothing to try, nothing passed, or what passed one by one fails together.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    trial = _perturbed(model, generator)
+    images = images.to(preserve.device_of(trial), torch.float64)
+    images = images + torch.randn(images.shape, generator=generator, dtype=torch.float64).to(images.device)
+
+    def failure(groups: Sequence[Group]) -> str | None:
+        return _failure(trial, images, groups, generator)
+
+    failed = _culprits(found.groups, failure)
+    kept = dict(found.kept)
+    for name, why in failed.items():
+        kept[name] = f"removal does not equal the mask here: {why}"
+    passed = tuple(group for group in found.groups if group.name not in failed)
+    why = failure(passed) if passed and failed else None
+    if passed and not why:
+        unknown = unscorable(trial, images, passed)
+        kept |= unknown
+        passed = tuple(group for group in passed if group.name not in unknown)
+    if why or not passed:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: nothing can be removed safely: "
+            + (f"what can go one by one fails together: {why}" if why else "no group of channels passed the trial")
+            + f". {_reasons(kept)}"
+        )
+    return Found(passed, kept)
+
+
+def _reasons(kept: Mapping[str, str]) -> str:
+    if not kept:
+        return "It has no channels that one layer makes and another reads."
+    return f"Why layers are kept: {'; '.join(f'{name}: {reason}' for name, reason in list(kept.items())[:5])}."
+
+
+def _culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]], str | None]) -> dict[str, str]:
+    """The groups that fail, and why, by halving the set as long as it fails."""
+    why = failure(groups) if groups else None
+    if why is None:
+        return {}
+    if len(groups) == 1:
+        return {groups[0].name: why}
+    middle = len(groups) // 2
+    return _culprits(groups[:middle], failure) | _culprits(groups[middle:], failure)
+
+
+def _split(gone: Mapping[Axis, Tensor]) -> tuple[dict[Axis, Tensor], dict[Axis, Tensor]]:
+    """Axes that hold tensors, and axes that count heads."""
+    tensors = {axis: channels for axis, channels in gone.items() if axis[1] != "heads"}
+    return tensors, {axis: channels for axis, channels in gone.items() if axis[1] == "heads"}
+
+
+def _token_widths(groups: Sequence[Group], left: Sequence[Group]) -> dict[int, int]:
+    return {before.size: after.size for before, after in zip(groups, left, strict=True) if before.kind == "width"}
+
+
+def _perturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    trial = copied(model)
+    if preserve.device_of(trial).type == "mps":  # no float64 there
+        trial = trial.cpu()
+    trial = trial.double().eval()
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+
+    with torch.no_grad():
+        for parameter in trial.parameters():
+            fan_in = max(1, parameter[:1].numel()) if parameter.dim() > 1 else 1
+            if parameter.dim() <= 1 or parameter.abs().max() < 0.01 / math.sqrt(fan_in):
+                parameter.add_((0.6 * noise(parameter) - 0.3) / math.sqrt(fan_in))
+        for name, buffer in trial.named_buffers():
+            if name.endswith("running_var"):
+                buffer.mul_(0.5 + noise(buffer))
+            elif name.endswith("running_mean"):
+                buffer.add_(0.2 * noise(buffer) - 0.1)
+    return trial
+
+
+def _failure(trial: nn.Module, images: Tensor, groups: Sequence[Group], generator: torch.Generator) -> str | None:
+    """What goes wrong when units of these groups go, or None."""
+    for count in (_some_units, _one_or_all_but_one):
+        selection = {g.name: _drawn(g, count(g, i, generator), generator) for i, g in enumerate(groups) if g.size > 1}
+        try:
+            difference = _difference(trial, images, groups, selection)
+        except Exception as error:  # whatever a foreign forward raises is the answer
+            return f"{type(error).__name__}: {error}"
+        if not difference <= TOLERANCE:
+            return f"the logits differ by {difference:.1e}"
+    return None
+
+
+def _some_units(group: Group, number: int, generator: torch.Generator) -> int:
+    return int(torch.randint(1, group.size, (), generator=generator))
+
+
+def _one_or_all_but_one(group: Group, number: int, generator: torch.Generator) -> int:
+    return 1 if number % 2 else group.size - 1
+
+
+def _drawn(group: Group, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(group.size, generator=generator)[:count].sort().values
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, images: Tensor, groups: Sequence[Group], selection: Selection) -> float:
+    """Largest difference between the logits of mask and removal, relative to the largest logit."""
+    smaller = copied(model, share=True)  # removal replaces tensors, it does not change them
+    remove_units(smaller, groups, selection)
+    got = logits_of(smaller(images))
+    with masked_units(model, groups, selection):
+        expected = logits_of(model(images))
+    return float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))

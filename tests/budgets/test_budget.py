@@ -1,0 +1,96 @@
+"""Budgets: one share of one kind, a schedule of steps, a price that is the measured one."""
+
+from __future__ import annotations
+
+import math
+
+import cases
+import numpy as np
+import pytest
+import timm
+import torch
+
+from jbrprune.budgets.budget import KINDS, STEP, Budget
+from jbrprune.budgets.cost import count_macs
+from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.evaluation.agreement import parameters_of
+from jbrprune.structure.discovery import find_groups
+from jbrprune.structure.verification import remove_units
+
+BAD_SHARES = [0, 1, -0.5, 1.5, 50, math.nan, math.inf, -math.inf, "half", "0.5", True, False, [0.5], 1 + 2j]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.5, 1e-6, 0.999, np.float64(0.3), np.float32(0.5)])
+def test_one_share_is_a_budget(kind: str, share: float) -> None:
+    budget = Budget.of(**{**dict.fromkeys(KINDS), kind: share})
+    assert budget == Budget(kind, float(share))
+    assert type(budget.share) is float
+    assert budget.per_cost == (kind != "channels")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", BAD_SHARES, ids=repr)
+def test_what_is_not_a_share_is_refused(kind: str, share: object) -> None:
+    with pytest.raises(BudgetError, match=f"{kind} must satisfy 0 < {kind} < 1 .*share.* to keep.*got ") as caught:
+        Budget.of(**{kind: share})  # type: ignore[arg-type]
+    assert repr(share) in str(caught.value)
+    assert isinstance(caught.value, ArgumentError)
+
+
+def test_exactly_one_budget() -> None:
+    with pytest.raises(BudgetError, match=r"exactly one budget of macs=, params=, channels=.*got none"):
+        Budget.of(macs=None, params=None, channels=None)
+    with pytest.raises(BudgetError, match=r"exactly one budget.*got macs=0\.5 and channels=0\.3"):
+        Budget.of(macs=0.5, params=None, channels=0.3)
+
+
+@pytest.mark.parametrize("start", [1.0, 0.83])
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.333, 0.05])
+@pytest.mark.parametrize("steps", [None, 1, 2, 7])
+def test_a_schedule_falls_evenly_to_the_share(share: float, steps: int | None, start: float) -> None:
+    schedule = Budget("macs", share).schedule(steps, start=start)
+    assert schedule[-1] == share
+    heights = np.array([start, *schedule])
+    np.testing.assert_allclose(-np.diff(heights), (start - share) / len(schedule))
+    if steps is None:
+        assert (start - share) / len(schedule) <= STEP + 1e-9
+        assert len(schedule) == 1 or (start - share) / (len(schedule) - 1) > STEP - 1e-9
+    else:
+        assert len(schedule) == steps
+
+
+def test_a_share_on_a_multiple_of_the_step_needs_no_step_more() -> None:
+    assert len(Budget("macs", 0.9).schedule()) == 2
+    assert len(Budget("macs", 0.8).schedule(start=0.9)) == 2
+    assert len(Budget("macs", 0.99).schedule()) == 1
+
+
+@pytest.mark.parametrize("steps", [0, -1, True, 2.5, "3"])
+def test_steps_are_counted(steps: object) -> None:
+    with pytest.raises(BudgetError, match=r"steps must be .*at least 1, got"):
+        Budget("macs", 0.5).schedule(steps)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_the_price_of_a_plan_is_what_is_measured_once_it_is_carried_out(name: str, kind: str) -> None:
+    model = timm.create_model(name, num_classes=5, **({"img_size": 32, "depth": 2} if name == "test_vit" else {}))
+    images = cases.images(2, 32).float()
+    groups = find_groups(model, images).groups
+
+    def measured() -> float:
+        if kind == "macs":
+            return sum(count_macs(model, images).values())
+        if kind == "params":
+            return parameters_of(model)
+        return sum(g.size * g.channels_per_unit()[g.members[0].axis] for g in groups)
+
+    account = Budget(kind, 0.5).account(model, images, groups)
+    assert account.total == pytest.approx(measured(), rel=1e-12)
+    gone = {g.name: torch.arange(0, g.size - 1, 2 + i % 3) for i, g in enumerate(groups)}
+    for group, units in gone.items():
+        account.strike(group, len(units))
+    groups = remove_units(model, groups, gone)
+    assert account.total == pytest.approx(measured(), rel=1e-12)
+    assert Budget(kind, 0.5).account(model, images, groups).total == pytest.approx(measured(), rel=1e-12)

@@ -1,0 +1,712 @@
+"""Saving and loading: the same outputs, nothing but the two files, every damage refused, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm.data
+import torch
+from torch import Tensor, nn
+
+from jbrprune.checkpoint import checkpoint
+from jbrprune.checkpoint.checkpoint import DESCRIPTION, WEIGHTS, describe, load, save
+from jbrprune.checkpoint.description import checksum
+from jbrprune.errors import CheckpointError
+from jbrprune.models import timm_models
+from jbrprune.structure.slicing import remove_channels
+
+CONFIG = {
+    "input_size": (3, 40, 48),
+    "interpolation": "bilinear",
+    "mean": (0.1, 0.2, 0.3),
+    "std": (0.5, 0.6, 0.7),
+    "crop_pct": 0.9,
+    "crop_mode": "squash",
+}
+TINY = timm_models.Recipe("test_vit", {"img_size": [32, 32], "num_classes": 3})
+
+
+def _made(name: str, **arguments: Any) -> tuple[nn.Module, timm_models.Recipe]:
+    """A timm model without any value that initialisation would give it again."""
+    recipe = timm_models.Recipe(name, {"num_classes": 7, **arguments})
+    model = timm_models.build(recipe).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.2 + 0.01)
+    return model, recipe
+
+
+def _cut(model: nn.Module, gone: Tensor, out: tuple[str, ...], into: tuple[str, ...]) -> None:
+    outs = {(name, "out", 0): gone for name in out}
+    remove_channels(model, outs | {(name, "in", 0): gone for name in into})  # type: ignore[arg-type]
+
+
+def _resnet() -> tuple[nn.Module, timm_models.Recipe]:
+    model, recipe = _made("resnet18")
+    _cut(model, torch.arange(0, 64, 3), ("layer1.0.conv1", "layer1.0.bn1"), ("layer1.0.conv2",))
+    _cut(model, torch.arange(500), ("layer4.1.conv1", "layer4.1.bn1"), ("layer4.1.conv2",))
+    return model, recipe
+
+
+def _vit() -> tuple[nn.Module, timm_models.Recipe]:
+    """The middle of three heads goes in the first block, hidden channels in the second."""
+    model, recipe = _made("vit_tiny_patch16_224", img_size=[32, 32], depth=2)
+    rows = (torch.arange(3)[:, None] * 192 + torch.arange(64, 128)).flatten()
+    remove_channels(
+        model,
+        {("blocks.0.attn.qkv", "out", 0): rows, ("blocks.0.attn.proj", "in", 0): torch.arange(64, 128)},
+    )
+    attention = model.get_submodule("blocks.0.attn")
+    attention.num_heads, attention.attn_dim = 2, 128  # type: ignore[assignment]
+    _cut(model, torch.arange(700), ("blocks.1.mlp.fc1",), ("blocks.1.mlp.fc2",))
+    return model, recipe
+
+
+def _mobilenet() -> tuple[nn.Module, timm_models.Recipe]:
+    """Hidden channels of an inverted residual: pointwise, depthwise, squeeze-excite, pointwise."""
+    model, recipe = _made("mobilenetv3_small_050")
+    block = "blocks.2.1."
+    out = ("conv_pw", "bn1", "conv_dw", "bn2", "se.conv_expand")
+    into = ("se.conv_reduce", "conv_pwl")
+    gone = torch.tensor([0, 5, 17])
+    _cut(model, gone, tuple(block + name for name in out), tuple(block + name for name in into))
+    return model, recipe
+
+
+def _convnext() -> tuple[nn.Module, timm_models.Recipe]:
+    model, recipe = _made("convnext_atto", depths=[1, 1, 1, 1])
+    _cut(model, torch.arange(100), ("stages.1.blocks.0.mlp.fc1",), ("stages.1.blocks.0.mlp.fc2",))
+    return model, recipe
+
+
+def _blur() -> tuple[nn.Module, timm_models.Recipe]:
+    """A non-persistent buffer shrinks."""
+    model, recipe = _made("resnetblur18")
+    _cut(model, torch.arange(9), ("layer2.0.conv1", "layer2.0.bn1", "layer2.0.aa"), ("layer2.0.conv2",))
+    return model, recipe
+
+
+@pytest.mark.parametrize("make", [_resnet, _vit, _mobilenet, _convnext, _blur])
+@torch.no_grad()
+def test_outputs_are_bit_equal(make: Callable[[], tuple[nn.Module, timm_models.Recipe]], tmp_path: Path) -> None:
+    model, recipe = make()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    save(tmp_path / "new" / "pruned", model, recipe=recipe)
+    assert sorted(os.listdir(tmp_path / "new")) == ["pruned"]
+    assert sorted(os.listdir(tmp_path / "new" / "pruned")) == [DESCRIPTION, WEIGHTS]
+    loaded = load(tmp_path / "new" / "pruned")
+    assert not any(module.training for module in loaded.modules())
+    assert torch.isfinite(expected).all()
+    assert expected.std() > 0
+    assert torch.equal(loaded(x), expected)
+    assert [str(m) for m in loaded.modules()] == [str(m) for m in model.modules()]
+
+
+def _tiny() -> nn.Module:
+    model = timm_models.build(TINY).eval()
+    _cut(model, torch.arange(100), ("blocks.1.mlp.fc1",), ("blocks.1.mlp.fc2",))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    return _tiny()
+
+
+@pytest.fixture
+def saved(tiny: nn.Module, tmp_path: Path) -> Path:
+    save(tmp_path / "saved", tiny, recipe=TINY, config=CONFIG, provenance={"seed": 1}, report={"macs": [1, 2.5]})
+    return tmp_path / "saved"
+
+
+def _same(left: nn.Module, right: nn.Module) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_what_timm_and_the_next_save_need(saved: Path, tiny: nn.Module, tmp_path: Path) -> None:
+    model = load(saved)
+    assert timm.data.resolve_data_config(model=model) == CONFIG
+    assert timm.data.resolve_data_config(model=model, use_test_size=True) == CONFIG
+    assert model.jbrprune_recipe == TINY
+    save(tmp_path / "again", model, recipe=model.jbrprune_recipe, config=CONFIG)  # type: ignore[arg-type]
+    assert _same(load(tmp_path / "again"), tiny)
+
+
+def test_describe(saved: Path) -> None:
+    description = describe(saved)
+    assert description.recipe == TINY
+    assert (description.provenance, description.report) == ({"seed": 1}, {"macs": [1, 2.5]})
+    assert description.data_config == CONFIG
+    assert description.tensors["blocks.1.mlp.fc2.weight"].shape[1] == 92
+    assert description.attributes["blocks.1.mlp.fc1"] == {"in_features": 64, "out_features": 92}
+    assert description.size == (saved / WEIGHTS).stat().st_size
+    assert description.versions.keys() >= {"torch", "timm"}
+
+
+def test_loading_leaves_the_random_state(saved: Path) -> None:
+    before = torch.get_rng_state()
+    load(saved)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_both_files_obey_the_umask(saved: Path) -> None:
+    modes = {(saved / name).stat().st_mode & 0o777 for name in (WEIGHTS, DESCRIPTION)}
+    assert len(modes) == 1
+
+
+def test_dtype_layout_and_sharing_come_back(tmp_path: Path) -> None:
+    model = _Own().to(torch.float64)
+    model.conv.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.b.weight = model.a.weight
+    save(tmp_path / "m", model, recipe=None)
+    loaded = load(tmp_path / "m", model=_Own())
+    assert isinstance(loaded, _Own)
+    assert loaded.a.weight is loaded.b.weight
+    assert loaded.conv.weight.dtype == torch.bfloat16
+    assert loaded.a.weight.dtype == torch.float64
+    assert loaded.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not loaded.conv.weight.is_contiguous()
+    assert torch.equal(loaded.table, model.table)
+    assert "table" not in loaded.state_dict()
+    assert _same(loaded, model)
+
+
+def test_tensors_that_were_tied_only_before_pruning_come_back_apart(tmp_path: Path) -> None:
+    model = _Own()
+    save(tmp_path / "m", model, recipe=None)
+    fresh = _Own()
+    fresh.b.weight = fresh.a.weight
+    loaded = load(tmp_path / "m", model=fresh)
+    assert not torch.equal(model.a.weight, model.b.weight)
+    assert _same(loaded, model)
+    assert fresh.a.weight is fresh.b.weight, "the given model is not changed"
+    assert fresh.training
+
+
+def test_overlapping_views_of_one_storage_are_saved(tmp_path: Path) -> None:
+    model = _Own()
+    both = torch.randn(6, 4)
+    model.a.weight, model.b.weight = nn.Parameter(both[:4]), nn.Parameter(both[2:6])
+    save(tmp_path / "m", model, recipe=None)
+    assert _same(load(tmp_path / "m", model=_Own()), model)
+
+
+class _Own(nn.Module):
+    """No timm model."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+        self.register_buffer("table", torch.rand(3), persistent=False)
+
+
+class _Extra(nn.Linear):
+    def get_extra_state(self) -> int:
+        return 1
+
+    def set_extra_state(self, state: int) -> None:
+        pass
+
+
+# --- refusals of save -----------------------------------------------------------------------------
+
+
+def _with_another_head() -> nn.Module:
+    model = _tiny()
+    model.head = nn.Sequential(nn.Linear(64, 5))
+    return model
+
+
+UNSAVABLE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "meta": (lambda: nn.Linear(2, 2, device="meta"), {}, r"weight: cannot save a tensor .* on device meta"),
+    "extra": (lambda: _Extra(2, 2), {}, r"_extra_state: this entry of state_dict\(\)"),
+    "changed": (_with_another_head, {"recipe": TINY}, r"would not load again: .*head\.weight.*recipe=None"),
+    "larger": (
+        lambda: timm_models.build(timm_models.Recipe("test_vit", {"img_size": 32, "num_classes": 4})),
+        {"recipe": TINY},
+        r"head\.weight: stored as float32 of shape \(4, 64\)",
+    ),
+    "unknown_name": (_tiny, {"recipe": timm_models.Recipe("test_vot", {})}, "'test_vot' with {} could not be created"),
+    "hub": (_tiny, {"recipe": timm_models.Recipe("hf-hub:timm/test_vit", {})}, "recipe.name makes no sense"),
+    "reads_files": (
+        _tiny,
+        {"recipe": timm_models.Recipe("test_vit", {"checkpoint_path": "x"})},
+        "recipe.arguments makes no",
+    ),
+    "not_json": (
+        _tiny,
+        {"recipe": timm_models.Recipe("test_vit", {"act_layer": nn.ReLU})},
+        "recipe: JSON cannot hold this",
+    ),
+    "report": (_Own, {"report": {"x": float("nan")}}, "report: JSON cannot hold this"),
+    "provenance": (_Own, {"provenance": {"x": {1, 2}}}, "provenance: JSON cannot hold this"),
+    "config": (_Own, {"config": {"input_size": (3, 0, 0)}}, "data_config.input_size makes no sense"),
+}
+
+
+@pytest.mark.parametrize("case", UNSAVABLE)
+def test_save_refuses(case: str, tmp_path: Path) -> None:
+    make, arguments, message = UNSAVABLE[case]
+    with pytest.raises(CheckpointError, match=message):
+        save(tmp_path / "m", make(), **{"recipe": None, **arguments})
+    assert os.listdir(tmp_path) == []
+
+
+def test_existing_target(saved: Path) -> None:
+    before = load(saved)
+    with pytest.raises(CheckpointError, match=r"saved exists already\. .*overwrite=True"):
+        save(saved, _Own(), recipe=None)
+    assert _same(load(saved), before)
+    save(saved, _Own(), recipe=None, overwrite=True)
+    assert describe(saved).recipe is None
+    assert os.listdir(saved.parent) == ["saved"]
+
+
+def test_an_empty_directory_may_be_the_target(tmp_path: Path) -> None:
+    save(tmp_path, _Own(), recipe=None)
+    assert sorted(os.listdir(tmp_path)) == [DESCRIPTION, WEIGHTS]
+
+
+def test_other_files_are_never_replaced(saved: Path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds other files, such as 'notes\.txt'"):
+        save(saved, _Own(), recipe=None, overwrite=True)
+    assert (saved / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_to_a_directory_stays_a_link(saved: Path) -> None:
+    link = saved.with_name("link")
+    link.symlink_to(saved, target_is_directory=True)
+    save(link, _Own(), recipe=None, overwrite=True)
+    assert link.is_symlink()
+    assert describe(saved).recipe is None
+
+
+@pytest.mark.parametrize("target", ["file", "file/sub"])
+def test_a_file_in_the_way(target: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"this is a file|could not be written: .*Choose another path"):
+        save(tmp_path / target, _Own(), recipe=None, overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+ERRORS = [
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "The disk is full"),
+    (safetensors.SafetensorError("I/O error: No space left on device (os error 28)"), "The disk is full"),
+    (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "that you may write to"),
+    (OSError(errno.EIO, os.strerror(errno.EIO)), "Choose another path"),
+]
+
+
+@pytest.mark.parametrize(("error", "advice"), ERRORS)
+def test_failed_writes_leave_the_old_model(
+    error: Exception, advice: str, saved: Path, tiny: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(CheckpointError, match=rf"saved: could not be written: .*{advice}"):
+        save(saved, _Own(), recipe=None, overwrite=True)
+    assert os.listdir(saved.parent) == ["saved"]
+    assert _same(load(saved), tiny)
+
+
+def test_a_file_system_that_takes_no_more(saved: Path, tiny: nn.Module) -> None:
+    """A real failing write, by the limit of the size of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written"):
+            save(saved, tiny, recipe=TINY, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(saved.parent) == ["saved"]
+    assert _same(load(saved), tiny)
+
+
+class _Crash(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [OSError("crash"), _Crash()])
+@pytest.mark.parametrize("failing", [{1}, {2}, {2, 3}])
+def test_a_crash_leaves_the_old_model(
+    failing: set[int], error: BaseException, saved: Path, tiny: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renames 1 and 2 put old and new in place, 3 would undo the first; a dead process does not undo anything."""
+    calls = 0
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in failing:
+            raise error
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises((CheckpointError, _Crash)):
+            save(saved, _Own(), recipe=None, overwrite=True)
+    assert calls == max(failing) + (failing == {2})
+    assert not [name for name in os.listdir(saved.parent) if name.endswith(".tmp")]
+    assert _same(load(saved), tiny)
+    save(saved, _Own(), recipe=None, overwrite=True)
+    assert describe(saved).recipe is None
+    assert os.listdir(saved.parent) == ["saved"]
+
+
+def test_a_crash_before_the_old_model_is_deleted_leaves_the_new_one(saved: Path, tiny: nn.Module) -> None:
+    aside = checkpoint._aside(saved)
+    save(aside, _Own(), recipe=None)
+    assert _same(load(saved), tiny)
+    save(saved, tiny, recipe=TINY, overwrite=True)
+    assert os.listdir(saved.parent) == ["saved"]
+
+
+def test_a_crash_after_the_old_model_stepped_aside_still_counts_as_existing(saved: Path) -> None:
+    os.replace(saved, checkpoint._aside(saved))
+    with pytest.raises(CheckpointError, match="exists already"):
+        save(saved, _Own(), recipe=None)
+
+
+# --- refusals of load -----------------------------------------------------------------------------
+
+
+def _rewritten(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit the JSON as somebody would who knows how to compute the sum anew."""
+    body = json.loads((directory / DESCRIPTION).read_text())
+    change(body)
+    body.pop("sha256")
+    (directory / DESCRIPTION).write_text(json.dumps({**body, "sha256": checksum(body)}))
+
+
+def _set(*keys: str, to: Any) -> Callable[[Mapping[str, Any]], None]:
+    def change(body: Any) -> None:
+        for key in keys[:-1]:
+            body = body[key]
+        body[keys[-1]] = to
+
+    return change
+
+
+def _resized(*shape: int) -> Callable[[dict[str, Any]], None]:
+    """Another shape of the same number of elements is not noticed by a sum that was computed anew."""
+    return _set("tensors", "head.weight", "shape", to=list(shape))
+
+
+WILD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "newer": (_set("format_version", to=3), "format_version is 3, this version of jbrprune knows 1, 2. Upgrade"),
+    "version_type": (_set("format_version", to="1"), "format_version is '1'"),
+    "version_bool": (_set("format_version", to=True), "format_version is True"),
+    "format": (_set("format", to="zip"), "not the description of a model"),
+    "negative": (_resized(-3, -64), "tensors.head.weight.shape makes no sense"),
+    "huge": (_resized(2**40, 4), "names, shapes or dtypes are not those"),
+    "huger": (_resized(2**62, 4), "tensors.head.weight.shape makes no sense"),
+    "huge_but_empty": (_resized(0, 2**63), "tensors.head.weight.shape makes no sense"),
+    "deep": (_resized(*[1] * 9, 192), "tensors.head.weight.shape makes no sense"),
+    "shape_type": (_set("tensors", "head.weight", "shape", to="3,64"), "shape makes no sense"),
+    "shape_float": (_set("tensors", "head.weight", "shape", to=[3.0, 64]), "shape makes no sense"),
+    "shape_bool": (_set("tensors", "head.bias", "shape", to=[True]), "shape makes no sense"),
+    "transposed": (_resized(64, 3), "names, shapes or dtypes are not those"),
+    "dtype": (_set("tensors", "head.weight", "dtype", to="object"), "dtype makes no sense"),
+    "other_dtype": (_set("tensors", "head.weight", "dtype", to="int32"), "names, shapes or dtypes are not those"),
+    "flag": (_set("tensors", "head.weight", "persistent", to=1), "persistent makes no sense"),
+    "layout": (_set("tensors", "head.weight", "channels_last", to=True), "channels_last makes no sense"),
+    "not_persistent": (_set("tensors", "head.weight", "persistent", to=False), "this is not the model"),
+    "tensor": (_set("tensors", "head.weight", to=None), "tensors.head.weight makes no sense"),
+    "tensors": (_set("tensors", to=[]), "tensors makes no sense"),
+    "unknown_tensor": (
+        lambda body: body["tensors"].__setitem__("x.weight", body["tensors"]["head.weight"]),
+        "names, shapes or dtypes are not those",
+    ),
+    "alias": (_set("aliases", to={"head.weight2": "nothing"}), "aliases.head.weight2 makes no sense"),
+    "alias_type": (_set("aliases", to={"x": ["head.weight"]}), "aliases.x makes no sense"),
+    "alias_unknown": (_set("aliases", to={"x": "head.weight"}), r"lacks x \(1 in all\)"),
+    "module": (_set("attributes", "nowhere", to={"groups": 1}), "the dense model has no module 'nowhere'"),
+    "attribute": (_set("attributes", "head", "forward", to=1), "attributes.head makes no sense: 'forward'"),
+    "dunder": (_set("attributes", "head", "__class__", to=1), "attributes.head makes no sense: '__class__'"),
+    "attribute_none": (_set("attributes", "head", "groups", to=1), "head.groups: stored as 1, but .* has None"),
+    "attribute_value": (_set("attributes", "head", "in_features", to=-1), "in_features makes no sense"),
+    "attribute_huge": (_set("attributes", "head", "in_features", to=2**40), "Pruning only makes layers smaller"),
+    "attribute_type": (_set("attributes", "head", "in_features", to="64"), "in_features makes no sense"),
+    "attribute_tuple": (_set("attributes", "head", "in_features", to=[64]), "stored as .64,., but the dense model"),
+    "recipe": (_set("recipe", to="test_vit"), "recipe makes no sense"),
+    "path": (_set("recipe", "name", to="local-dir:/etc"), "recipe.name makes no sense"),
+    "hub": (_set("recipe", "name", to="hf-hub:a/b"), "recipe.name makes no sense"),
+    "dots": (_set("recipe", "name", to="../test_vit"), "recipe.name makes no sense"),
+    "other_model": (_set("recipe", "name", to="vit_tiny_patch16_224"), r"not the architecture .* blocks\.10\..* \("),
+    "no_model": (_set("recipe", "name", to="test_vot"), "'test_vot' .*could not be created: .*Installed"),
+    "larger_model": (
+        _set("recipe", "arguments", "num_classes", to=2),
+        r"head\.bias: stored as float32 of shape \(3,\)",
+    ),
+    "huge_model": (_set("recipe", "arguments", "num_classes", to=10**12), "num_classes makes no sense"),
+    "nested_huge": (_set("recipe", "arguments", "img_size", to=[32, 10**9]), "img_size makes no sense"),
+    "bad_argument": (_set("recipe", "arguments", "nonsense", to=1), "could not be created"),
+    "checkpoint": (_set("recipe", "arguments", "checkpoint", to="/x.pth"), "recipe.arguments makes no sense"),
+    "checkpoint_path": (_set("recipe", "arguments", "checkpoint_path", to="/x"), "recipe.arguments makes no sense"),
+    "pretrained": (_set("recipe", "arguments", "pretrained", to=True), "recipe.arguments makes no sense"),
+    "overlay": (
+        _set("recipe", "arguments", "pretrained_cfg_overlay", to={"file": "/x.pth"}),
+        "recipe.arguments.file makes no sense",
+    ),
+    "config_key": (_set("data_config", "url", to="x"), "data_config.url makes no sense"),
+    "config_size": (_set("data_config", "input_size", to=[3, -1, 5]), "data_config.input_size makes no sense"),
+    "config_mean": (_set("data_config", "mean", to=["a"]), "data_config.mean makes no sense"),
+    "config_word": (_set("data_config", "crop_mode", to="../x"), "data_config.crop_mode makes no sense"),
+    "config_huge": (_set("data_config", "mean", to=[10**400]), "data_config.mean makes no sense"),
+    "config_share": (_set("data_config", "crop_pct", to=0), "data_config.crop_pct makes no sense"),
+    "weights": (_set("weights", to=None), "weights makes no sense"),
+    "size": (_set("weights", "bytes", to=-1), "weights.bytes makes no sense"),
+    "size_less": (_set("weights", "bytes", to=7), "truncated or tampered with: .* expected at most 7"),
+    "size_more": (_set("weights", "bytes", to=2**40), "truncated or tampered with: .* instead of 1099511627776"),
+    "sum": (_set("weights", "sha256", to="0" * 64), "truncated or tampered with: its SHA-256"),
+    "provenance": (_set("provenance", to=3), "provenance makes no sense"),
+    "report": (lambda body: body.pop("report"), "report makes no sense"),
+}
+
+
+@pytest.mark.parametrize("case", WILD)
+def test_load_refuses_wild_values(case: str, saved: Path) -> None:
+    change, message = WILD[case]
+    _rewritten(saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        load(saved)
+
+
+TEXTS = {
+    "edited": (lambda text: text.replace('"seed": 1', '"seed": 2'), "do not match its own SHA-256"),
+    "cut": (lambda text: text[: len(text) // 2], "truncated or tampered with: not valid JSON"),
+    "empty": (lambda text: "", "truncated or tampered with: not valid JSON"),
+    "list": (lambda text: "[]", "not the description of a model"),
+    "deep": (lambda text: "[" * 200_000, "truncated or tampered with: not valid JSON"),
+    "constant": (lambda text: text.replace('"seed": 1', '"seed": NaN'), "NaN is not JSON"),
+    "twice": (lambda text: text.replace('"seed": 1', '"seed": 1, "seed": 1'), "a key occurs twice"),
+    "digits": (lambda text: text.replace('"seed": 1', '"seed": ' + "1" * 5000), "truncated or tampered with"),
+    "pickle": (lambda text: "\x80\x04" + text, "truncated or tampered with|looks like a pickle"),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_load_refuses_broken_json(case: str, saved: Path) -> None:
+    change, message = TEXTS[case]
+    path = saved / DESCRIPTION
+    path.write_bytes(change(path.read_text()).encode("latin-1"))
+    with pytest.raises(CheckpointError, match=message):
+        load(saved)
+
+
+def test_load_refuses_damaged_weights(saved: Path) -> None:
+    whole = (saved / WEIGHTS).read_bytes()
+    for data, message in (
+        (whole[:-1], "truncated or tampered with: .* bytes instead of"),
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "its SHA-256 is not the one"),
+        (whole + b"x", "truncated or tampered with: .* expected at most"),
+        (b"PK\x03\x04" + whole[4:], "looks like a pickle"),
+    ):
+        (saved / WEIGHTS).write_bytes(data)
+        with pytest.raises(CheckpointError, match=message):
+            load(saved)
+
+
+def test_load_refuses_other_weights_with_the_right_sum(saved: Path) -> None:
+    (saved / WEIGHTS).write_bytes(b"not safetensors")
+    sums = {"bytes": 15, "sha256": checkpoint._sha256_of_file(saved / WEIGHTS)}
+    _rewritten(saved, _set("weights", to=sums))
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        load(saved)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, DESCRIPTION])
+def test_load_refuses_missing_files_links_and_directories(name: str, saved: Path) -> None:
+    path, elsewhere = saved / name, saved.with_name("elsewhere")
+    path.rename(elsewhere)
+    with pytest.raises(CheckpointError, match=f"{name}: missing"):
+        load(saved)
+    path.symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match="a link that leads out of the directory"):
+        load(saved)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load(saved)
+
+
+def test_load_refuses_a_pickle_unread(saved: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(saved / "boom"),)
+
+    for name, old in (("m.pth", True), ("m.pt", False), ("renamed", False), ("old", True)):
+        torch.save(Bomb(), saved.parent / name, _use_new_zipfile_serialization=not old)
+        with pytest.raises(CheckpointError, match=r"looks like a pickle.* convert it: .*weights_only=True"):
+            load(saved.parent / name)
+    for name in (WEIGHTS, DESCRIPTION):
+        (saved / name).write_bytes((saved.parent / "renamed").read_bytes())
+        with pytest.raises(CheckpointError, match="looks like a pickle"):
+            load(saved)
+    assert not (saved / "boom").exists()
+
+
+def test_weights_that_begin_like_a_pickle_are_none(tmp_path: Path) -> None:
+    """The first byte of the weights is that of their header's length; 0x80 is also how a pickle begins."""
+    for length in range(1, 257, 8):
+        model = nn.ModuleDict({"x" * length: nn.Linear(1, 1)})
+        path = tmp_path / str(length)
+        save(path, model, recipe=None)
+        if (path / WEIGHTS).read_bytes()[0] == 0x80:
+            assert torch.equal(load(path, model=model)["x" * length].weight, model["x" * length].weight)  # type: ignore[index]
+            return
+    raise AssertionError("no header of such a length was made")
+
+
+def test_load_refuses_files_and_what_is_not_there(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match="Pass the directory that holds it"):
+        load(saved / WEIGHTS)
+    with pytest.raises(CheckpointError, match="there is no such directory"):
+        load(saved / "nothing")
+    (saved.parent / "note").write_text("x")
+    with pytest.raises(CheckpointError, match=r"this is a file\. Pass the directory that save wrote"):
+        load(saved.parent / "note")
+
+
+def test_load_without_recipe_needs_a_model_of_the_architecture(tmp_path: Path) -> None:
+    save(tmp_path / "m", _Own(), recipe=None)
+    with pytest.raises(CheckpointError, match=r"saved without a recipe.*load\(path, model=\.\.\.\)"):
+        load(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"the dense model has bias, weight .* and lacks a\.bias"):
+        load(tmp_path / "m", model=nn.Conv2d(1, 1, 1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fuzz(seed: int, saved: Path, tiny: nn.Module) -> None:
+    """Each of 30 random damages is refused, or changes nothing (such as one space for another)."""
+    source = random.Random(seed)
+    originals = {name: (saved / name).read_bytes() for name in (WEIGHTS, DESCRIPTION)}
+    refused = 0
+    for _ in range(30):
+        name = source.choice((WEIGHTS, DESCRIPTION))
+        (saved / name).write_bytes(source.choice(DAMAGES)(originals[name], source))
+        try:
+            loaded = load(saved)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert _same(loaded, tiny)
+        (saved / name).write_bytes(originals[name])
+    assert refused > 20
+
+
+def _flipped(data: bytes, source: random.Random) -> bytes:
+    at = source.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ 1 << source.randrange(8)]) + data[at + 1 :]
+
+
+def _early_flipped(data: bytes, source: random.Random) -> bytes:
+    return _flipped(data[:200], source) + data[200:]
+
+
+def _truncated(data: bytes, source: random.Random) -> bytes:
+    return data[: source.randrange(len(data))]
+
+
+def _doubled(data: bytes, source: random.Random) -> bytes:
+    start, stop = sorted(source.sample(range(len(data)), 2))
+    return data[:stop] + data[start:]
+
+
+def _digit(data: bytes, source: random.Random) -> bytes:
+    """Another digit somewhere: valid JSON with another value."""
+    places = [at for at, byte in enumerate(data) if 48 <= byte <= 57]
+    at = source.choice(places)
+    return data[:at] + bytes([48 + (data[at] - 48 + source.randrange(1, 10)) % 10]) + data[at + 1 :]
+
+
+DAMAGES = (_flipped, _early_flipped, _truncated, _doubled, _digit)
+
+
+class _Positions(nn.Module):
+    """Makes a table for the size of the images, as ConViT does, and keeps it in a buffer that is not stored."""
+
+    table: Tensor
+
+    def __init__(self, *, persistent: bool = False, size: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("table", torch.zeros(size, size), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[0] != x.shape[2]:
+            self.table = torch.arange(float(x.shape[2] * x.shape[3])).view(x.shape[2], x.shape[3])
+        return (self.conv(x + self.table)).mean((2, 3))
+
+
+@torch.no_grad()
+def test_a_table_that_a_forward_has_made(tmp_path: Path) -> None:
+    model, x = _Positions().eval(), torch.randn(2, 3, 9, 9)
+    expected = model(x)
+    save(tmp_path / "model", model, recipe=None)
+    loaded = load(tmp_path / "model", model=_Positions())
+    assert torch.equal(loaded.table, model.table)
+    assert torch.equal(loaded(x), expected)
+    stored = _Positions(persistent=True).eval()
+    stored(x)
+    save(tmp_path / "stored", stored, recipe=None)
+    with pytest.raises(CheckpointError, match=r"table: stored as float32 of shape \(9, 9\)"):
+        load(tmp_path / "stored", model=_Positions(persistent=True))
+
+
+def test_a_table_of_another_size_is_not_put_in_the_place_of_one(tmp_path: Path) -> None:
+    """Made for another size of images when the model was created, as Swin's masks are: another architecture."""
+    save(tmp_path / "model", _Positions(size=9), recipe=None)
+    with pytest.raises(CheckpointError, match=r"table: stored as float32 of shape \(9, 9\)"):
+        load(tmp_path / "model", model=_Positions(size=4))
+
+
+def test_a_model_that_is_replaced_while_it_is_read(
+    saved: Path, tiny: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its description and its weights: the new one is loaded, and the mixture of both is not damage."""
+    real, readings = checkpoint._read_description, 0
+
+    def read(directory: Path) -> object:
+        nonlocal readings
+        found = real(directory)
+        readings += 1
+        if readings == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "_read_description", real)
+                save(saved, _Own(), recipe=None, overwrite=True)
+        return found
+
+    monkeypatch.setattr(checkpoint, "_read_description", read)
+    assert isinstance(load(saved, model=_Own()), _Own)
+    assert readings == 2
+
+
+def test_a_model_that_stepped_aside_is_seen_before_anything_expensive(saved: Path) -> None:
+    os.replace(saved, checkpoint._aside(saved))
+    with pytest.raises(CheckpointError, match=r"saved exists already"):
+        checkpoint.check_target(saved)
+    checkpoint.check_target(saved, overwrite=True)

@@ -1,0 +1,385 @@
+"""Runs that were interrupted go on behind the last finished step, to the same weights and numbers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune as torch_prune
+
+from jbrprune import PruneResult, Scores, prune, score, sweep
+from jbrprune.checkpoint.fingerprint import described, digest
+from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.errors import CheckpointError
+from jbrprune.pruning import loop as engine
+from jbrprune.pruning import weights as thinning
+
+IMAGES = cases.images(40, 16).float()
+QUICK: dict[str, Any] = {"progress": False, "measure_latency": False}
+
+
+class Own(nn.Module):
+    """A residual block with batch norms, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 24, 3, stride=2, bias=False), nn.BatchNorm2d(24)
+        self.a, self.bn1 = nn.Conv2d(24, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.b = nn.Conv2d(32, 24, 1)
+        self.fc = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(x)))
+        x = x + self.b(F.relu(self.bn1(self.a(x))))
+        return self.fc(F.relu(x).mean((2, 3)))
+
+
+def own() -> nn.Module:
+    torch.manual_seed(0)
+    return cases.randomised(Own()).float()
+
+
+class _Killed(BaseException):
+    """Nothing catches it."""
+
+
+KINDS: dict[str, Any] = {
+    "channels": (engine, {"macs": 0.6, "steps": 4, "min_channels": 2}),
+    "random signs": (engine, {"macs": 0.6, "steps": 4, "min_channels": 2, "objective": "projection"}),
+    "weights": (thinning, {"sparsity": 0.8, "steps": 4}),
+    "pattern": (thinning, {"structure": "1:4", "steps": 3}),
+    "masks": (thinning, {"sparsity": 0.8, "steps": 4, "permanent": False}),
+}
+
+
+def interrupted(module: Any, after: int, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Die in the middle of the step behind ``after`` finished ones."""
+    real, calls = module._step, 0
+
+    def step(*arguments: Any) -> object:
+        nonlocal calls
+        calls += 1
+        row = real(*arguments)
+        if calls > after:
+            raise _Killed
+        return row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_step", step)
+        with pytest.raises(_Killed):
+            call()
+
+
+def assert_same(one: PruneResult, other: PruneResult) -> None:
+    first, second = one.model.state_dict(), other.model.state_dict()
+    assert list(first) == list(second)
+    assert digest(first) == digest(second)
+    for kept in ("layers", "unrepaired", "repaired", "budget", "settings", "notes"):
+        assert getattr(one.report, kept) == getattr(other.report, kept), kept
+    rows = [[replace(row, seconds=0.0) for row in result.report.steps] for result in (one, other)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_run_ends_as_an_undisturbed_one(
+    kind: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, options = KINDS[kind]
+    whole = prune(own(), IMAGES, **options, **QUICK)
+    interrupted(module, after, lambda: prune(own(), IMAGES, **options, **QUICK, resume=tmp_path / "run"), monkeypatch)
+    assert sum(name.startswith("step") for name in os.listdir(tmp_path / "run")) == after
+    steps = counted(module, monkeypatch)
+    resumed = prune(own(), IMAGES, **options, **QUICK, resume=tmp_path / "run")
+    assert_same(resumed, whole)
+    assert len(steps) == len(whole.report.steps) - after
+
+
+def counted(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that are really made from now on."""
+    made: list[int] = []
+    real = module._step
+
+    def step(*arguments: Any) -> object:
+        made.append(arguments[3])
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "_step", step)
+    return made
+
+
+@pytest.mark.parametrize(("budget", "shares"), [("macs", [0.85, 0.7, 0.6]), ("sparsity", [0.5, 0.7, 0.9])])
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_sweeps_hand_over_every_model_again(
+    budget: str, shares: list[float], after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"budget": budget, "steps": 2, **QUICK} | ({"min_channels": 2} if budget == "macs" else {})
+    module = engine if budget == "macs" else thinning
+    whole = sweep(own(), IMAGES, shares, **options)
+    interrupted(module, after, lambda: sweep(own(), IMAGES, shares, **options, resume=tmp_path), monkeypatch)
+    for again, result in zip(sweep(own(), IMAGES, shares, **options, resume=tmp_path), whole, strict=True):
+        assert_same(again, result)
+    kept = sorted(name for name in os.listdir(tmp_path) if name.startswith("model"))
+    assert kept == [f"model-{number:04}.safetensors" for number in (2, 4, 6)]
+
+
+def test_a_finished_run_is_handed_over_without_another_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+    steps = counted(engine, monkeypatch)
+    assert_same(prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path), first)
+    assert not steps
+    assert sorted(os.listdir(tmp_path)) == [
+        "model-0002.safetensors",
+        "step-0001.safetensors",
+        "step-0002.safetensors",
+    ]
+
+
+def _other_weights() -> nn.Module:
+    model = own()
+    with torch.no_grad():
+        model.get_parameter("fc.bias")[0] += 1e-3
+    return model
+
+
+OTHERS: dict[str, tuple[Any, str]] = {
+    "model": ({"model": _other_weights()}, "other weights of the model"),
+    "images": ({"data": IMAGES.flip(0)}, r"other images \(or labels"),
+    "seed": ({"seed": 1}, r"settings\.seed was 0 there and is 1 now"),
+    "objective": ({"objective": "margin"}, r"settings\.objective was 'pseudo_label' there and is 'margin' now"),
+    "budget": ({"macs": 0.69}, r"settings\.budget was .*0\.7.* there and is .*0\.69.* now"),
+    "steps": ({"steps": 3}, r"settings\.steps was 2 there and is 3 now"),
+    "repair": ({"repair": None}, r"settings\.repair was \['auto'\] there and is \[\] now"),
+    "criterion": ({"criterion": "scores", "steps": 1}, r"settings\.(criterion|steps) was"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_runs_are_refused_with_words(case: str, tmp_path: Path) -> None:
+    prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    changed, message = OTHERS[case]
+    options = {"model": own(), "data": IMAGES, "macs": 0.7, "steps": 2, **QUICK, **changed}
+    if "criterion" in options:
+        options["criterion"] = score(own(), IMAGES, progress=False)
+    with pytest.raises(CheckpointError, match=message):
+        prune(**options, resume=tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Relevance times a number, which changes nothing but is another criterion."""
+
+    by: float
+
+    def __call__(self, model: nn.Module, batches: Any, groups: Any, **options: Any) -> Scores:
+        return _scaled(self.by, model, batches, groups, **options)
+
+
+def _scaled(by: float, model: nn.Module, batches: Any, groups: Any, **options: Any) -> Scores:
+    found = relevance_scores(model, batches, groups, **options)
+    return replace(found, sums={name: by * values for name, values in found.sums.items()})
+
+
+def _sources() -> list[Callable[..., Scores]]:
+    """Of the same name, with another source."""
+
+    def one() -> Callable[..., Scores]:
+        def criterion(*args: Any, **options: Any) -> Scores:
+            return _scaled(1.0, *args, **options)
+
+        return criterion
+
+    def other() -> Callable[..., Scores]:
+        def criterion(*args: Any, **options: Any) -> Scores:
+            return _scaled(2.0, *args, **options)
+
+        return criterion
+
+    return [one(), other()]
+
+
+CRITERIA: dict[str, list[Callable[..., Scores]]] = {
+    "arguments": [partial(_scaled, 1.0), partial(_scaled, 2.0)],
+    "attributes": [_Scaled(1.0), _Scaled(2.0)],
+    "sources": _sources(),
+}
+
+
+def _wrapped(by: float) -> Callable[..., Scores]:
+    @functools.wraps(_scaled)
+    def criterion(*args: Any, **options: Any) -> Scores:
+        return _scaled(by, *args, **options)
+
+    return criterion
+
+
+class _Kept:
+    """With what has an address: functions, objects, sets, modules."""
+
+    def __init__(self, by: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.by, self.function, self.inner, self.names = by, _wrapped(by), _Scaled(by), {"a", "b", "c"}
+        self.net, self.values, self.own = torch.nn.Linear(2, 2), torch.ones(3) * by, self
+
+    def __call__(self, *args: Any, **options: Any) -> Scores:
+        return _scaled(self.by, *args, **options)
+
+    def method(self, *args: Any, **options: Any) -> Scores:
+        return self(*args, **options)
+
+
+def _kept(by: float = 1.0, seed: int = 0) -> list[Any]:
+    kept = _Kept(by, seed)
+    return [kept, kept.method, partial(_scaled, kept), _wrapped(by)]
+
+
+def _identities() -> str:
+    return json.dumps([described(value) for value in _kept()])
+
+
+def test_an_identity_is_the_same_in_every_process() -> None:
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import test_journal; print(test_journal._identities())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.strip() == _identities()
+    assert " at 0x" not in found.stdout
+
+
+def test_what_a_criterion_keeps_counts() -> None:
+    first, by, seed = _kept(), _kept(by=2.0), _kept(seed=1)
+    for number in range(3):
+        assert described(first[number]) != described(by[number])
+        assert described(first[number]) != described(seed[number])
+
+
+@pytest.mark.parametrize("name", ["by", "function", "inner", "names", "net", "values"])
+def test_every_attribute_counts(name: str) -> None:
+    first, second = _Kept(1.0, 0), _Kept(1.0, 0)
+    assert described(first) == described(second)
+    setattr(second, name, {**vars(_Kept(2.0, 1)), "function": _kept, "names": {"a", "d"}}[name])
+    assert described(first) != described(second)
+
+
+@pytest.mark.parametrize("kind", CRITERIA)
+def test_other_criteria_of_the_same_name_are_refused(kind: str, tmp_path: Path) -> None:
+    first, second = CRITERIA[kind]
+    options: dict[str, Any] = {"macs": 0.7, "steps": 2, **QUICK, "resume": tmp_path}
+    whole = prune(own(), IMAGES, criterion=first, **options)
+    assert_same(prune(own(), IMAGES, criterion=first, **options), whole)
+    with pytest.raises(CheckpointError, match=r"settings\.criterion was"):
+        prune(own(), IMAGES, criterion=second, **options)
+
+
+def test_a_directory_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run is refused at once; the first goes on, and gives the directory back."""
+    real = engine._step
+
+    def step(*arguments: Any) -> object:
+        with pytest.raises(CheckpointError, match="is in use by another process"):
+            prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_step", step)
+        first = prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+    assert_same(prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path), first)
+
+
+def test_masks_of_the_given_model_count(tmp_path: Path) -> None:
+    model = own()
+    torch_prune.random_unstructured(model.get_submodule("a"), "weight", 0.2)
+    prune(model, IMAGES, sparsity=0.6, **QUICK, resume=tmp_path)
+    with pytest.raises(CheckpointError, match="other weights of the model"):
+        prune(own(), IMAGES, sparsity=0.6, **QUICK, resume=tmp_path)
+
+
+def test_other_versions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+    monkeypatch.setattr("jbrprune.checkpoint.resume.version", lambda package: "0")
+    with pytest.raises(CheckpointError, match=r"versions\.jbrprune was '\d+\.\d.*' there and is '0' now"):
+        prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+
+
+def _flip(path: Path) -> None:
+    """One bit of the last tensor."""
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(bytes(data))
+
+
+def _renamed(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file({f"{name}x": tensor for name, tensor in tensors.items()}, path, metadata)
+
+
+def _other_kind(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["jbrprune"])
+    save_file(load_file(path), path, {"jbrprune": json.dumps(header | {"kind": "units"})})
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "flipped": _flip,
+    "renamed": _renamed,
+    "another kind": _other_kind,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: path.write_bytes(b""),
+    "pickle": lambda path: torch.save({"x": torch.zeros(1)}, path),
+}
+
+
+@pytest.mark.parametrize("file", ["step-0001", "step-0002", "model-0002"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_refused(damage: str, file: str, tmp_path: Path) -> None:
+    prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+    DAMAGES[damage](tmp_path / f"{file}.safetensors")
+    with pytest.raises(CheckpointError, match=f"{file}.*(damaged|expected a)"):
+        prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+
+
+def test_directories_are_looked_at_first(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be used as a directory"):
+        prune(own(), IMAGES, macs=0.7, **QUICK, resume=tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"holds other files, such as 'file'. Choose a directory for this run"):
+        prune(own(), IMAGES, macs=0.7, **QUICK, resume=tmp_path)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_finished_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"macs": 0.6, "steps": 4, "min_channels": 2, **QUICK}
+    real, written = save_file, []
+
+    def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        written.append(path)
+        if len(written) == 5:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jbrprune.criteria.sumfiles.save_file", full)
+        with pytest.raises(CheckpointError, match=r"model-0003.*could not be written.*The disk is full"):
+            prune(own(), IMAGES, **options, resume=tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["model-0002.safetensors", "step-0001.safetensors", "step-0002.safetensors"]
+    assert_same(prune(own(), IMAGES, **options, resume=tmp_path), prune(own(), IMAGES, **options))

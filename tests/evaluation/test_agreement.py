@@ -1,0 +1,384 @@
+"""Logits, agreement, latency, size: against values worked out by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jbrprune.data.batches import Batch
+from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from jbrprune.evaluation import agreement as measure
+from jbrprune.evaluation.agreement import Agreement
+
+
+class Apply(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class WithLogits:
+    """What many libraries return."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+def net(third: nn.Module | None = None, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        third or nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(4, 6),
+    ).to(dtype)
+
+
+def images(number: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(number, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def state_of(model: nn.Module) -> dict[str, object]:
+    """Everything that measuring must leave as it was."""
+    return {
+        "training": [module.training for module in model.modules()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        "values": [value.tolist() for value in model.state_dict().values()],
+        "gradients": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
+        "random": torch.get_rng_state().tolist(),
+        "grad mode": torch.is_grad_enabled(),
+    }
+
+
+def unusual(model: nn.Module) -> nn.Module:
+    """A state that a careless restore would flatten."""
+    model.train()
+    model[1].eval()
+    model[0].weight.requires_grad_(False)
+    model[5].bias.grad = torch.ones_like(model[5].bias)
+    return model
+
+
+# --- logits_of ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, WithLogits, lambda x: {"logits": x, "loss": 1}, lambda x: (x,)])
+def test_logits_of_accepts_what_models_return(wrap):
+    logits = torch.randn(2, 5)
+    assert measure.logits_of(wrap(logits)) is logits
+    assert measure.logits_of((wrap(logits),) if not isinstance(wrap(logits), tuple) else [logits]) is logits
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ((torch.zeros(2, 5), torch.zeros(2, 7)), r"2 outputs \(float32 \[2, 5\], float32 \[2, 7\]\).*Wrap it"),
+        ((), "0 outputs"),
+        ({"out": torch.zeros(2, 5)}, r"dict with the keys \['out'\]"),
+        (None, "a NoneType without logits"),
+        (WithLogits(None), "a WithLogits without logits"),
+        (torch.zeros(2, 5, 7), r"\[B, K\].*float32 \[2, 5, 7\]"),
+        (torch.zeros(5), r"float32 \[5\]"),
+        (torch.zeros(2, 5, dtype=torch.int64), r"int64 \[2, 5\]"),
+    ],
+)
+def test_logits_of_says_what_came(output, message):
+    with pytest.raises(ModelError, match=message):
+        measure.logits_of(output)
+
+
+# --- predict ------------------------------------------------------------------------------------
+
+
+def test_predict_is_the_eval_forward_batch_by_batch():
+    model, x = net(), images(5)
+    out = measure.predict(model, [Batch(x[:2]), Batch(x[2:])])
+    assert [tuple(part.shape) for part in out] == [(2, 6), (3, 6)]
+    assert all(part.dtype == torch.float64 and not part.requires_grad for part in out)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(out), copy.deepcopy(model).eval()(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predict_widens_to_float32(dtype):
+    (out,) = measure.predict(net(dtype=dtype), [Batch(images(dtype=dtype))])
+    assert out.dtype == torch.float32
+
+
+def test_predict_under_autocast_rounds_but_returns_float32():
+    model, batches = net(dtype=torch.float32), [Batch(images(dtype=torch.float32))]
+    (full,), (half,) = measure.predict(model, batches), measure.predict(model, batches, autocast_dtype=torch.bfloat16)
+    assert half.dtype == torch.float32
+    assert 0 < (half - full).abs().max() < 0.05
+    torch.testing.assert_close(half, half.bfloat16().float(), rtol=0, atol=0)
+
+
+def test_predict_leaves_the_model_as_it_was():
+    model = unusual(net())
+    before = state_of(model)
+    measure.predict(model, [Batch(images())])
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_predict_restores_also_after_an_exception(error):
+    def fail(x):
+        torch.rand(1)
+        raise error
+
+    model = unusual(net(Apply(fail)))
+    before = state_of(model)
+    with pytest.raises(type(error)):
+        measure.predict(model, [Batch(images())])
+    assert state_of(model) == before
+
+
+def test_predict_refuses_another_number_of_rows():
+    model = nn.Sequential(nn.Flatten(), Apply(lambda x: x.reshape(-1, 4)))
+    with pytest.raises(ModelError, match="Batch 0: 3 images went in, 81 rows"):
+        measure.predict(model, [Batch(images())])
+
+
+def test_predict_shows_progress_only_when_asked_and_on_a_terminal(capsys, monkeypatch):
+    measure.predict(net(), [Batch(images())], progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    measure.predict(net(), [Batch(images())])
+    assert capsys.readouterr().err == ""
+    measure.predict(net(), [Batch(images())], progress=True)
+    assert "predict" in capsys.readouterr().err
+
+
+# --- NaN and Inf --------------------------------------------------------------------------------
+
+
+def divide_by_zero(x: Tensor) -> Tensor:
+    return x / torch.zeros_like(x)
+
+
+def test_predict_names_batch_and_module_that_divides_by_zero():
+    model = unusual(net(Apply(lambda x: divide_by_zero(x) if len(x) == 2 else x)))
+    before = state_of(model)
+    with pytest.raises(NonFiniteError, match=r"Batch 1: the logits contain NaN.*module '2' \(Apply\)"):
+        measure.predict(model, [Batch(images(3)), Batch(images(2))])
+    assert state_of(model) == before
+
+
+def test_first_nonfinite_names_the_culprit_not_its_parent():
+    nested = nn.Sequential(nn.Identity(), nn.Sequential(nn.ReLU(), Apply(divide_by_zero)), nn.Flatten())
+    assert measure.first_nonfinite(nested, images()) == "1.1"
+
+
+def test_first_nonfinite_names_a_parent_that_divides_itself():
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.child = nn.ReLU()
+
+        def forward(self, x):
+            return {"logits": [divide_by_zero(self.child(x))]}
+
+    assert measure.first_nonfinite(nn.Sequential(Parent()), images()) == "0"
+    assert measure.first_nonfinite(Parent(), images()) == ""
+
+
+def test_first_nonfinite_of_a_healthy_model_is_none_and_leaves_no_hook():
+    model = unusual(net())
+    before = state_of(model)
+    assert measure.first_nonfinite(model, images()) is None
+    assert state_of(model) == before
+
+
+def test_first_nonfinite_leaves_no_hook_after_an_exception():
+    def fail(x):
+        raise RuntimeError("boom")
+
+    model = unusual(net(Apply(fail)))
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="boom"):
+        measure.first_nonfinite(model, images())
+    assert state_of(model) == before
+
+
+def test_predict_blames_the_weight_before_the_module():
+    model = net()
+    model[5].weight.data[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"Parameter '5\.weight'"):
+        measure.predict(model, [Batch(images())])
+
+
+def test_predict_blames_the_images_before_the_weights():
+    with pytest.raises(NonFiniteError, match="so do the images"):
+        measure.predict(net(), [Batch(images() * math.nan)])
+
+
+def test_raise_nonfinite_when_nothing_is_found_the_second_time():
+    with pytest.raises(NonFiniteError, match="The scores contain NaN or Inf, though"):
+        measure.raise_nonfinite(net(), images(), "The scores")
+
+
+def test_check_weights():
+    model = net()
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    model.register_buffer("index", torch.arange(3))
+    measure.check_weights(model)
+    model[1].running_var[2] = math.inf
+    with pytest.raises(NonFiniteError, match=r"Buffer '1\.running_var'"):
+        measure.check_weights(model)
+    model[0].bias.data[1] = -math.inf
+    with pytest.raises(NonFiniteError, match=r"Parameter '0\.bias'"):
+        measure.check_weights(model)
+
+
+# --- agreement ----------------------------------------------------------------------------------
+
+
+def test_agreement_by_hand():
+    log = math.log
+    reference = torch.tensor([[log(0.5), log(0.25), log(0.25)], [0.0, 0.0, log(2.0)]], dtype=torch.float64)
+    logits = torch.tensor([[log(0.25), log(0.5), log(0.25)], [0.0, 0.0, log(2.0)]], dtype=torch.float64) + 7.0
+    row = measure.agreement(logits, reference, torch.tensor([1, 0]))
+    # sample 0: .5 log(.5/.25) + .25 log(.25/.5) + 0 = .25 log 2; sample 1: equal up to a constant
+    assert row.kl == pytest.approx(0.25 * log(2) / 2, abs=1e-15)
+    assert (row.images, row.top1, row.top5, row.accuracy, row.dense_accuracy) == (2, 0.5, 1.0, 0.5, 0.0)
+
+
+def test_kl_is_not_symmetric_and_has_this_direction():
+    p, q = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.5, 0.5]])
+    forward = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    assert measure.agreement(q.log(), p.log()).kl == pytest.approx(forward, abs=1e-6)
+
+
+def test_kl_of_confident_logits_is_finite():
+    reference, logits = torch.tensor([[2000.0, 0.0]]), torch.tensor([[0.0, 2000.0]])
+    assert measure.agreement(logits, reference).kl == pytest.approx(2000.0)
+    assert measure.agreement(reference, reference).kl == 0.0
+
+
+def slow_top5(logits: Tensor, reference: Tensor) -> float:
+    hits = 0
+    for row, dense in zip(logits.tolist(), reference.tolist(), strict=True):
+        best = sorted(range(len(row)), key=lambda k: -row[k])[:5]
+        hits += dense.index(max(dense)) in best
+    return hits / len(logits)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4, 5, 6, 40])
+def test_top5_against_sorting(classes):
+    generator = torch.Generator().manual_seed(classes)
+    logits, reference = torch.randn(2, 50, classes, generator=generator).unbind()
+    row = measure.agreement(logits, reference)
+    assert row.top5 == slow_top5(logits, reference)
+    assert row.top1 <= row.top5
+    assert (row.top5 == 1.0) == (classes <= 5)
+
+
+def test_a_dead_model_does_not_count_as_agreeing():
+    reference = torch.eye(20)
+    row = measure.agreement(torch.zeros(20, 20), reference)
+    assert (row.top1, row.top5) == (1 / 20, 5 / 20)
+
+
+def test_accuracy_is_none_without_labels():
+    row = measure.agreement(torch.eye(3), torch.eye(3))
+    assert (row.accuracy, row.dense_accuracy) == (None, None)
+
+
+@pytest.mark.parametrize(("hits", "number"), [(0, 10), (10, 10), (7, 10), (401, 500), (1, 1)])
+def test_interval_is_wilsons(hits, number):
+    p, n, z = hits / number, number, 1.959963984540054
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    low, high = Agreement(number, p, 1.0, 0.0).top1_interval
+    assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("logits", "reference", "labels", "error", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 4), None, DataError, r"\[2, 3\] and \[2, 4\]"),
+        (torch.zeros(0, 3), torch.zeros(0, 3), None, DataError, "at least 1"),
+        (torch.zeros(3), torch.zeros(3), None, DataError, r"\[N, K\]"),
+        (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3, dtype=torch.long), DataError, r"shape \[3\]"),
+        (torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 3]), DataError, r"\[0, 3\).*0 to 3"),
+        (torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([-1, 0]), DataError, "-1 to 0"),
+        (torch.full((2, 3), math.nan), torch.zeros(2, 3), None, NonFiniteError, "The logits .* 2 samples"),
+        (torch.zeros(2, 3), torch.full((2, 3), math.inf), None, NonFiniteError, "The reference"),
+    ],
+)
+def test_agreement_refuses(logits, reference, labels, error, message):
+    with pytest.raises(error, match=message):
+        measure.agreement(logits, reference, labels)
+
+
+def test_agreement_on_equals_predict_and_compare():
+    model, x = net(), images(6)
+    reference, labels = torch.randn(6, 6, dtype=torch.float64), torch.arange(6)
+    batches = [Batch(x[i : i + 2], labels[i : i + 2], reference[i : i + 2]) for i in (0, 2, 4)]
+    expected = measure.agreement(torch.cat(measure.predict(model, batches)), reference, labels)
+    assert measure.agreement_on(model, batches) == expected
+    unlabelled = [Batch(batch.images, None, batch.reference) for batch in batches[:1]] + batches[1:]
+    assert measure.agreement_on(model, iter(unlabelled)).accuracy is None
+
+
+@pytest.mark.parametrize(("batches", "message"), [([], "0 of 0"), ([Batch(images())], "1 of 1 batches have no ref")])
+def test_agreement_on_needs_references(batches, message):
+    with pytest.raises(DataError, match=message):
+        measure.agreement_on(net(), batches)
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+def test_latency_counts_milliseconds_per_pass():
+    model = unusual(net(Apply(lambda x: (time.sleep(0.005), x)[1])))
+    before = state_of(model)
+    timed = measure.latency(model, images(2), min_seconds=0.08)
+    assert 5.0 <= timed.median_ms < 50.0
+    assert timed.iqr_ms >= 0.0
+    assert timed.runs * timed.median_ms >= 40.0
+    assert (timed.batch, timed.threads, timed.device) == (2, torch.get_num_threads(), "cpu")
+    assert state_of(model) == before
+
+
+def test_latency_runs_in_eval_without_gradients():
+    seen = []
+    model = net(Apply(lambda x: (seen.append((torch.is_grad_enabled(), x.requires_grad)), x)[1])).train()
+    model[3] = Apply(lambda x: (seen.append((model.training, False)), x)[1])
+    measure.latency(model, images(2), min_seconds=1e-3)
+    assert set(seen) == {(False, False)}
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan])
+def test_latency_refuses_no_time(seconds):
+    with pytest.raises(ArgumentError, match="0 < min_seconds"):
+        measure.latency(net(), images(), min_seconds=seconds)
+
+
+def test_size_by_hand():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    assert measure.parameters_of(model) == 6 + 2 + 2 + 2
+    # running mean and variance in float32, one int64 counter
+    assert measure.bytes_of(model) == 4 * 12 + 4 * 4 + 8
+    assert measure.bytes_of(model.half()) == 2 * 12 + 2 * 4 + 8
+
+
+def test_shared_weights_count_once():
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    assert (measure.parameters_of(model), measure.bytes_of(model)) == (9, 36)

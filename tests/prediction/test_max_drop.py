@@ -1,0 +1,170 @@
+"""max_drop: the smallest model that loses no more than allowed on images that nothing else looks at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import pytest
+import torch
+from scipy.stats import binomtest
+from test_api import own, resnet, vit
+from torch import Tensor, nn
+
+import jbrprune
+from jbrprune.data.batches import Batch, concatenated
+from jbrprune.errors import ArgumentError, BudgetError, DataError
+from jbrprune.evaluation.agreement import predict
+from jbrprune.evaluation.drop import measured_drop
+from jbrprune.prediction import max_drop as search_module
+from jbrprune.pruning import calibration as reading
+from jbrprune.report.records import Search
+
+IMAGES = cases.images(60, 32).float()
+QUICK: dict[str, Any] = {"progress": False, "measure_latency": False, "min_channels": 1}
+
+
+def judges(model: nn.Module, labels: Tensor | None = None, seed: int = 0) -> Batch:
+    """The images that decide, found by an own reading of the same split."""
+    data = IMAGES if labels is None else [(IMAGES, labels)]
+    return concatenated(reading.calibration(model.eval(), data, images=512, seed=seed, judged=True).judge)
+
+
+def lost(pruned: nn.Module, images: Batch) -> int:
+    """Images on which the top-1 is another one, counted one by one."""
+    assert images.reference is not None
+    with torch.no_grad():
+        return sum(
+            int(pruned(image[None])[0].argmax() != dense.argmax())
+            for image, dense in zip(images.images, images.reference, strict=True)
+        )
+
+
+def found(result: jbrprune.PruneResult) -> Search:
+    assert result.report.search is not None
+    return result.report.search
+
+
+@pytest.mark.parametrize(("seed", "allowed"), [(0, 0.05), (1, 0.1), (3, 0.0)])
+def test_never_more_than_allowed_on_the_images_that_decide(seed: int, allowed: float) -> None:
+    model = own()
+    result = jbrprune.prune(model, IMAGES, max_drop=allowed, seed=seed, **QUICK)
+    images, search = judges(model, seed=seed), found(result)
+    assert search.drop.images == len(images) == 24
+    assert lost(result.model, images) == round(search.drop.lost * 24) <= allowed * 24
+    flips, models = round(search.drop.lost * 24), max(1, len(search.trials))
+    assert search.drop.models == models
+    level = 1 - 0.05 / models  # Bonferroni: chosen among so many on the same images
+    expected = binomtest(flips, 24).proportion_ci(level, method="wilson")
+    assert (search.drop.low, search.drop.high) == pytest.approx((expected.low, expected.high))
+    accepted = [trial for trial in search.trials if trial.accepted]
+    assert all((trial.drop.lost <= allowed + 1e-9) == trial.accepted for trial in search.trials)
+    if accepted:
+        assert result.report.pruned.macs == accepted[-1].macs == min(trial.macs for trial in accepted)
+    else:
+        assert result.report.kept == 1.0
+        assert any("Nothing was removed" in note for note in result.report.notes)
+
+
+def test_no_smaller_model_was_found_to_be_allowed_and_few_were_measured() -> None:
+    result = jbrprune.prune(resnet(), IMAGES, max_drop=0.1, macs=0.6, **QUICK)
+    search = found(result)
+    refused = [trial.macs for trial in search.trials if not trial.accepted]
+    assert not refused or max(refused) < result.report.pruned.macs
+    assert 1 <= len(search.trials) < len(result.report.steps) + 8
+    text = " ".join(str(result.report).split())
+    assert f"{len(search.trials)} models were measured on them" in text
+    assert "also decided how far to prune" in text
+    assert len(search.trials) == 1 or f"corrected for choosing among {len(search.trials)} models" in text
+
+
+def test_all_is_allowed_then_the_share_asked_for_is_the_end() -> None:
+    result = jbrprune.prune(own(), IMAGES, max_drop=0.99, macs=0.6, **QUICK)
+    assert 0.5 < result.report.kept <= 0.6
+    assert found(result).limit == "the floors or the share asked for were reached"
+
+
+def test_with_labels_the_accuracy_decides() -> None:
+    model = own()
+    labels = torch.arange(60) % 4
+    result = jbrprune.prune(model, [(IMAGES, labels)], max_drop=0.05, **QUICK)
+    images = judges(model, labels)
+    assert images.reference is not None
+    assert images.labels is not None
+    dense = int((images.reference.argmax(1) == images.labels).sum())
+    pruned = int((torch.cat(predict(result.model, [images])).argmax(1) == images.labels).sum())
+    assert found(result).drop.of == "accuracy"
+    assert round(found(result).drop.lost * 24) == dense - pruned <= 1
+
+
+def test_images_that_decide_are_used_for_nothing_else() -> None:
+    parts = reading.calibration(own(), IMAGES, images=None, judged=True)
+    sizes = [sum(map(len, part)) for part in (parts.score, parts.repair, parts.gate, parts.judge, parts.heldout)]
+    assert sizes == [36, 24, 12, 24, 24]
+    scored = {image.sum().item() for batch in parts.score for image in batch.images}
+    assert not scored & {image.sum().item() for batch in parts.judge for image in batch.images}
+    assert parts.described == "24 calibration images that also decided how far to prune"
+    other = reading.calibration(own(), IMAGES, images=None, eval_data=IMAGES[:7] + 1, judged=True)
+    assert [sum(map(len, part)) for part in (other.score, other.judge, other.heldout)] == [36, 24, 7]
+
+
+def test_the_report_survives_json_and_the_model_is_a_guest() -> None:
+    model = vit()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = jbrprune.prune(model, IMAGES, max_drop=0.1, macs=0.8, **QUICK).report
+    assert jbrprune.Report.from_dict(report.to_dict()).search == report.search
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("drop", [-0.01, 1.0, float("nan"), True, "0.01"])
+def test_refuses_what_is_no_share(drop: Any) -> None:
+    with pytest.raises(BudgetError, match="max_drop must satisfy 0 <= max_drop < 1"):
+        jbrprune.prune(own(), IMAGES, max_drop=drop)
+
+
+@pytest.mark.parametrize(
+    ("extra", "error", "match"),
+    [
+        ({"sparsity": 0.5}, BudgetError, "how many channels"),
+        ({"structure": "2:4"}, BudgetError, "how many channels"),
+        ({"steps": 3}, ArgumentError, "steps= has no meaning beside max_drop="),
+        ({"macs": 0.5, "params": 0.5}, BudgetError, "exactly one budget"),
+        ({"macs": 0.001, "min_channels": 8}, BudgetError, "cannot be reached"),
+    ],
+)
+def test_refuses_what_has_no_meaning_beside_it(extra: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        jbrprune.prune(own(), IMAGES, max_drop=0.1, progress=False, **extra)
+
+
+def test_refuses_too_few_images() -> None:
+    with pytest.raises(DataError, match="max_drop needs images that decide"):
+        jbrprune.prune(own(), IMAGES[:9], max_drop=0.1, **QUICK)
+
+
+def test_refuses_a_drop_that_the_images_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 24 images that decide, one is 4.2 %."""
+    monkeypatch.setattr(search_module, "_outlook", lambda *_: pytest.fail("the expensive pass"))
+    with pytest.raises(DataError, match=r"max_drop=0\.04 cannot be seen on the 24 images.*4\.2%.*at least 65 images"):
+        jbrprune.prune(own(), IMAGES, max_drop=0.04, **QUICK)
+    assert 2 * (65 // 5) * 0.04 >= 1 > 2 * (64 // 5) * 0.04
+
+
+def test_the_drop_of_an_accuracy_by_hand() -> None:
+    reference = torch.eye(2)[[0, 0, 0, 1, 1]]
+    logits = torch.eye(2)[[1, 1, 0, 1, 0]]
+    drop = measured_drop(logits, reference, torch.tensor([0, 0, 0, 1, 0]))
+    assert (drop.of, drop.lost) == ("accuracy", pytest.approx(0.2))  # two lost, one won, of five
+    difference = (2.5 - 1.5) / 7
+    error = ((2.5 + 1.5 - (2.5 - 1.5) ** 2 / 7) / 49) ** 0.5
+    assert drop.high == pytest.approx(difference + 1.959963984540054 * error)
+    assert drop.low == pytest.approx(difference - 1.959963984540054 * error)
+    chosen = measured_drop(logits, reference, torch.tensor([0, 0, 0, 1, 0]), models=5)
+    assert chosen.high == pytest.approx(difference + 2.5758293035489004 * error)  # 99 %
+
+
+@pytest.mark.parametrize(("flips", "allowed", "within"), [(1, 0.01, True), (2, 0.01, False), (3, 0.03, True)])
+def test_counts_decide_not_rounded_shares(flips: int, allowed: float, within: bool) -> None:
+    reference = torch.eye(2)[[0] * 100]
+    logits = torch.eye(2)[[1] * flips + [0] * (100 - flips)]
+    assert measured_drop(logits, reference).within(allowed) is within

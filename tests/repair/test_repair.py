@@ -1,0 +1,637 @@
+"""Repairs against slow twins: layer by layer, every position, statistics by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jbrprune.data.batches import Batch, with_reference
+from jbrprune.evaluation.agreement import agreement_on, predict
+from jbrprune.repair import base as repair
+from jbrprune.repair.base import Targets, dense_targets, repaired
+from jbrprune.sparsity.masks import weights_of
+from jbrprune.structure.groups import Axis
+from jbrprune.structure.slicing import remove_channels
+
+METHODS = (("batch_norm",), ("mean_shift",), ("least_squares",), ("batch_norm", "least_squares"), ("auto",))
+RIDGE = 0.03
+
+Cut = dict[Axis, list[int]]
+
+
+def plain() -> nn.Sequential:
+    """No norm; a strided, a dilated and a plain convolution, then linear layers; activations work in place."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=(2, 1)),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 5, (3, 2), dilation=(1, 2), padding=1),
+        nn.LeakyReLU(inplace=True),
+        nn.Conv2d(5, 7, 1),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(28, 9),
+        nn.GELU(),
+        nn.Linear(9, 4),
+    )
+
+
+PLAIN: Cut = {
+    ("0", "out", 0): [1, 4],
+    ("2", "in", 0): [1, 4],
+    ("2", "out", 0): [0],
+    ("4", "in", 0): [0],
+    ("4", "out", 0): [2, 3, 6],
+    ("8", "in", 0): [i for c in (2, 3, 6) for i in range(4 * c, 4 * c + 4)],
+    ("8", "out", 0): [8],
+    ("10", "in", 0): [8],
+}
+
+
+def normed() -> nn.Sequential:
+    """Batch norms behind a plain, a depthwise and a pointwise convolution."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 6, 3, stride=2, groups=6, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(72, 4),
+    )
+
+
+NORMED: Cut = {
+    **{(name, "out", 0): [0, 3] for name in ("0", "1", "3", "4")},
+    ("6", "in", 0): [0, 3],
+    ("6", "out", 0): [1, 2, 7],
+    ("7", "out", 0): [1, 2, 7],
+    ("9", "in", 0): [i for c in (1, 2, 7) for i in range(9 * c, 9 * c + 9)],
+}
+
+
+def pruned(dense: nn.Module, cut: Cut) -> tuple[nn.Module, dict[Axis, Tensor]]:
+    """A smaller copy, and which channels of the dense model are left."""
+    smaller = copy.deepcopy(dense)
+    remove_channels(smaller, {axis: torch.tensor(gone) for axis, gone in cut.items()})
+    return smaller, {axis: kept_of(dense, axis, gone) for axis, gone in cut.items()}
+
+
+def kept_of(dense: nn.Module, axis: Axis, gone: list[int]) -> Tensor:
+    module = dense.get_submodule(axis[0])
+    side = 1 if axis[1] == "in" else 0
+    return torch.tensor([c for c in range(module.weight.shape[side]) if c not in gone])  # type: ignore[union-attr, index, arg-type]
+
+
+def batches(model: nn.Module, n: int = 12, seed: int = 1, size: int = 8) -> list[Batch]:
+    """Images with the model's logits as reference, in batches of 5."""
+    images = [Batch(part) for part in cases.images(n, size, seed).split(5)]
+    return with_reference(images, predict(model, images))
+
+
+def consumers(cut: Cut) -> list[str]:
+    return [axis[0] for axis in cut if axis[1] == "in"]
+
+
+def applied(
+    dense: nn.Module, smaller: nn.Module, kept: dict[Axis, Tensor], cut: Cut, *methods: str, n: int = 12
+) -> tuple[nn.Module, Targets]:
+    """The smaller model repaired without being asked whether it helps."""
+    images = batches(dense, n)
+    targets = dense_targets(dense, images, consumers(cut))
+    repair._apply(smaller, torch.cat([b.images for b in images]), targets, kept, methods, RIDGE)
+    return smaller, targets
+
+
+# --- identity ------------------------------------------------------------------------------------
+
+
+def timm_resnet() -> nn.Module:
+    return cases.randomised(timm.create_model("test_resnet", num_classes=5))
+
+
+def timm_vit() -> nn.Module:
+    return cases.randomised(timm.create_model("test_vit", num_classes=5, img_size=32, depth=2))
+
+
+@pytest.mark.parametrize("methods", METHODS)
+@pytest.mark.parametrize("make", [plain, normed, cases.Twice, timm_resnet, timm_vit])
+def test_nothing_changes_when_nothing_was_removed(make: Callable[[], nn.Module], methods: Sequence[str]) -> None:
+    model = cases.randomised(make())
+    same = copy.deepcopy(model)
+    images = batches(model, size=32 if make in (timm_resnet, timm_vit) else 8)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    targets = dense_targets(model, images[:2], linear)
+    assert repaired(same, images[:2], images[2:], targets, {}, methods, ridge=RIDGE).kept == "none"
+    assert_same_bits(same, model)
+
+
+@pytest.mark.parametrize("methods", [("batch_norm",), ("mean_shift",), ("least_squares",)])
+@pytest.mark.parametrize("make", [plain, normed, cases.Twice, timm_resnet])
+def test_it_is_the_identity_even_before_the_gate(make: Callable[[], nn.Module], methods: Sequence[str]) -> None:
+    model = cases.randomised(make())
+    same = copy.deepcopy(model)
+    images = cases.images(6, 32 if make is timm_resnet else 8)
+    targets = dense_targets(model, [Batch(images)], dict(model.named_modules()))
+    repair._apply(same, images, targets, {}, methods, RIDGE)
+    assert_same_bits(same, model)
+
+
+def assert_same_bits(one: nn.Module, other: nn.Module) -> None:
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(one.state_dict()[name], tensor), name
+
+
+# --- batch norm ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def batch_norm_twin(dense: nn.Sequential, smaller: nn.Sequential, images: Tensor, kept: dict[Axis, Tensor]) -> None:
+    """Move the stored statistics of each norm in turn, by loops over channels."""
+    whole = part = images
+    for name, layer in smaller.named_children():
+        wide = dense.get_submodule(name)
+        if isinstance(layer, nn.BatchNorm2d):
+            for new, old in enumerate(kept[name, "out", 0].tolist()):
+                before, after = whole[:, old].flatten(), part[:, new].flatten()
+                ratio = (variance(after) + 1e-300) / (variance(before) + 1e-300)  # a dead channel stays as it is
+                layer.running_mean[new] = wide.running_mean[old] + after.sum() / len(after) - before.sum() / len(before)
+                layer.running_var[new] = wide.running_var[old] * min(16.0, max(1 / 16, ratio))
+        whole, part = wide(whole.clone()), layer(part.clone())
+
+
+def variance(values: Tensor) -> float:
+    mean = float(values.sum()) / len(values)
+    return sum((float(v) - mean) ** 2 for v in values) / len(values)
+
+
+def test_batch_norm_against_its_twin() -> None:
+    dense = cases.randomised(normed())
+    smaller, kept = pruned(dense, NORMED)
+    expected = copy.deepcopy(smaller)
+    batch_norm_twin(dense, expected, cases.images(12), kept)  # type: ignore[arg-type]
+    got, _ = applied(dense, smaller, kept, NORMED, "batch_norm")
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(got.state_dict()[name], tensor, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(got[7].running_mean, dense[7].running_mean[kept["7", "out", 0]])  # type: ignore[index, union-attr]
+
+
+def test_every_norm_of_a_residual_net_follows_the_change_of_its_input() -> None:
+    """Stored mean - mean of the input is as it was in the dense model, for the inputs that the repaired model makes."""
+    dense = timm_resnet()
+    gone = [0, 5, 6, 20]
+    cut: Cut = {(f"layer1.0.{name}", "out", 0): gone for name in ("conv1", "bn1")}
+    cut["layer1.0.conv2", "in", 0] = gone
+    smaller, kept = pruned(dense, cut)
+    images = cases.images(8, 32)
+    targets = dense_targets(dense, [Batch(images)], [])
+    repair._apply(smaller, images, targets, kept, ("batch_norm",), RIDGE)
+    before, after = offsets(dense, images), offsets(smaller, images)
+    before["layer1.0.bn1"] = before["layer1.0.bn1"][kept["layer1.0.bn1", "out", 0]]
+    for name, expected in before.items():
+        torch.testing.assert_close(after[name], expected, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@torch.no_grad()
+def offsets(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    norms = {m: name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+
+    def hook(module: nn.Module, args: tuple) -> None:
+        found[norms[module]] = module.running_mean - args[0].mean((0, 2, 3))  # type: ignore[operator, index]
+
+    handles = [module.register_forward_pre_hook(hook) for module in norms]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_a_channel_that_became_constant_keeps_a_sixteenth_of_its_variance() -> None:
+    dense = cases.randomised(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Flatten()))
+    with torch.no_grad():
+        dense[1].weight[0, 1] = 0  # type: ignore[union-attr, index]
+    cut: Cut = {("0", "out", 0): [0], ("1", "in", 0): [0]}
+    smaller, kept = pruned(dense, cut)
+    applied(dense, smaller, kept, cut, "batch_norm")
+    assert torch.isclose(smaller[2].running_var[0], dense[2].running_var[0] / 16)  # type: ignore[index, union-attr]
+
+
+# --- mean shift and least squares ----------------------------------------------------------------
+
+
+@torch.no_grad()
+def refit_twin(
+    dense: nn.Sequential, smaller: nn.Sequential, images: Tensor, kept: dict[Axis, Tensor], ridge: float | None
+) -> None:
+    """Refit each consumer that lost inputs, in order, on all positions; everything before it is repaired by then."""
+    whole = part = images
+    for name, layer in smaller.named_children():
+        wide = dense.get_submodule(name)
+        wanted = wide(whole.clone())
+        if (name, "in", 0) in kept:
+            a, y = unfolded(layer, part), by_position(wanted)
+            if (name, "out", 0) in kept:
+                y = y[:, kept[name, "out", 0].numpy()]
+            w = layer.weight.flatten(1).T.numpy()
+            shifted, target = a - a.mean(0), y - y.mean(0)
+            if ridge is not None:
+                penalty = ridge * np.trace(shifted.T @ shifted) / shifted.shape[1]
+                w = w + augmented_lstsq(shifted, target - shifted @ w, penalty)
+            layer.weight.copy_(torch.from_numpy(w.T.copy()).view_as(layer.weight))
+            layer.bias.copy_(torch.from_numpy(y.mean(0) - a.mean(0) @ w))
+        whole, part = wanted, layer(part.clone())
+
+
+def augmented_lstsq(a: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
+    """argmin ||y - a d||^2 + penalty ||d||^2, by a plain least-squares problem with more rows."""
+    width = a.shape[1]
+    rows = np.concatenate([a, np.sqrt(penalty) * np.eye(width)])
+    return np.linalg.lstsq(rows, np.concatenate([y, np.zeros((width, y.shape[1]))]), rcond=None)[0]
+
+
+def unfolded(layer: nn.Module, x: Tensor) -> np.ndarray:
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, x.shape[-1]).numpy()
+    patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1]).numpy()
+
+
+def by_position(y: Tensor) -> np.ndarray:
+    return (y.flatten(2).transpose(1, 2).reshape(-1, y.shape[1]) if y.dim() == 4 else y).numpy()
+
+
+@pytest.mark.parametrize(("method", "ridge"), [("mean_shift", None), ("least_squares", RIDGE)])
+def test_refits_against_their_twin(method: str, ridge: float | None) -> None:
+    dense = cases.randomised(plain())
+    smaller, kept = pruned(dense, PLAIN)
+    expected = copy.deepcopy(smaller)
+    refit_twin(dense, expected, cases.images(12), kept, ridge)  # type: ignore[arg-type]
+    got, _ = applied(dense, smaller, kept, PLAIN, method)
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(got.state_dict()[name], tensor, rtol=1e-8, atol=1e-9, msg=f"{name}")
+
+
+@pytest.mark.parametrize("method", ["mean_shift", "least_squares"])
+def test_after_a_refit_every_consumer_has_the_dense_mean(method: str) -> None:
+    """True only if each layer was fitted to inputs that were repaired already, as the final model makes them."""
+    dense = cases.randomised(plain())
+    smaller, kept = pruned(dense, PLAIN)
+    unrepaired = copy.deepcopy(smaller)
+    applied(dense, smaller, kept, PLAIN, method)
+    images = cases.images(12)
+    for name in consumers(PLAIN):
+        expected = mean_at(dense, name, images)
+        if (name, "out", 0) in kept:
+            expected = expected[kept[name, "out", 0]]
+        torch.testing.assert_close(mean_at(smaller, name, images), expected, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(mean_at(unrepaired, name, images), expected, atol=1e-3)
+
+
+@torch.no_grad()
+def mean_at(model: nn.Module, name: str, images: Tensor) -> Tensor:
+    out = model[: int(name) + 1](images.clone())  # type: ignore[index]
+    return out.mean((0, 2, 3)) if out.dim() == 4 else out.mean(0)
+
+
+def test_least_squares_leaves_less_error_than_a_mean_shift_and_that_less_than_nothing() -> None:
+    dense = cases.randomised(plain())
+    logits = predict(dense, batches(dense))
+    errors = []
+    for methods in ((), ("mean_shift",), ("least_squares",)):
+        smaller, kept = pruned(dense, PLAIN)
+        applied(dense, smaller, kept, PLAIN, *methods)
+        got = predict(smaller, batches(dense))
+        errors.append(float((torch.cat(got) - torch.cat(logits)).square().mean()))
+    assert errors[0] > 1.5 * errors[1] > 1.5 * errors[2]
+
+
+def test_a_refit_of_a_transformer_block_reproduces_the_mean_of_every_token() -> None:
+    dense = timm_vit()
+    gone = list(range(0, 192, 3))
+    cut: Cut = {("blocks.0.mlp.fc1", "out", 0): gone, ("blocks.0.mlp.fc2", "in", 0): gone}
+    smaller, kept = pruned(dense, cut)
+    images = cases.images(6, 32)
+    targets = dense_targets(dense, [Batch(images)], ["blocks.0.mlp.fc2"])
+    repair._apply(smaller, images, targets, kept, ("mean_shift",), RIDGE)
+    outputs = []
+    for model in (dense, smaller):
+        with torch.no_grad():
+            handle = model.get_submodule("blocks.0.mlp.fc2").register_forward_hook(
+                lambda module, args, out: outputs.append(out.mean((0, 1)))
+            )
+            model(images)
+            handle.remove()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-10, atol=1e-10)
+
+
+def test_fewer_positions_are_drawn_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "ROWS", 60)
+    dense = cases.randomised(plain())
+    smaller, kept = pruned(dense, PLAIN)
+    expected = copy.deepcopy(smaller)
+    _, targets = applied(dense, smaller, kept, PLAIN, "mean_shift")
+    drawn = targets.positions["2"]
+    assert len(drawn) == 5
+    assert len(drawn.unique()) == 5
+    assert targets.outputs["2"].shape == (60, 5)
+    with torch.no_grad():
+        whole = dense[:3](cases.images(12)).flatten(2)[..., drawn].mean((0, 2))
+        rows = unfolded(expected[2], expected[:2](cases.images(12)))  # type: ignore[index, arg-type]
+    rows = rows.reshape(12, -1, rows.shape[1])[:, drawn.numpy()].reshape(60, -1)
+    bias = whole[kept["2", "out", 0]].numpy() - rows.mean(0) @ expected[2].weight.detach().flatten(1).T.numpy()  # type: ignore[index, union-attr]
+    np.testing.assert_allclose(smaller[2].bias.detach().numpy(), bias, rtol=1e-9)  # type: ignore[index, union-attr]
+
+
+def test_more_images_than_fit_into_one_batch_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "MOST_VALUES", 4 * 3 * 8 * 8)
+    dense = cases.randomised(plain())
+    assert dense_targets(dense, batches(dense), ["10"]).outputs["10"].shape == (4, 4)
+
+
+# --- the parts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 7), (7, 40), (9, 9)])
+def test_primal_and_dual_agree_with_plain_least_squares(rows: int, columns: int) -> None:
+    a = torch.randn(rows, columns, dtype=torch.float64)
+    y = torch.randn(rows, 3, dtype=torch.float64)
+    penalty = RIDGE * float(a.square().sum()) / columns
+    expected = augmented_lstsq(a.numpy(), y.numpy(), penalty)
+    np.testing.assert_allclose(repair._ridge_solution(a, y, RIDGE).numpy(), expected, rtol=1e-9, atol=1e-12)
+    primal = torch.linalg.solve(a.T @ a + penalty * torch.eye(columns).double(), a.T @ y)
+    dual = a.T @ torch.linalg.solve(a @ a.T + penalty * torch.eye(rows).double(), y)
+    torch.testing.assert_close(primal, dual)
+
+
+def test_inputs_that_are_constant_do_not_break_the_solution() -> None:
+    assert not repair._ridge_solution(torch.zeros(8, 3), torch.randn(8, 2), RIDGE).any()
+
+
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"kernel_size": 3},
+    "pointwise": {"kernel_size": 1},
+    "padded": {"kernel_size": 3, "padding": (2, 1)},
+    "strided": {"kernel_size": (3, 2), "stride": (2, 3), "padding": 1},
+    "dilated": {"kernel_size": (2, 3), "dilation": (3, 2), "padding": (0, 2)},
+    "everything": {"kernel_size": (3, 2), "stride": (1, 2), "dilation": (2, 1), "padding": (1, 2)},
+}
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_rows_of_a_convolution_are_those_of_unfold(options: dict[str, Any]) -> None:
+    conv = nn.Conv2d(4, 3, **options).double()
+    x = torch.randn(5, 4, 9, 11, dtype=torch.float64)
+    out = conv(x).flatten(2)
+    positions = torch.randperm(out.shape[2])[:6].sort().values
+    rows = repair._rows(conv, x, positions)
+    patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)  # type: ignore[arg-type]
+    assert torch.equal(rows, patches[:, :, positions].transpose(1, 2).reshape(len(rows), -1))
+    with torch.no_grad():
+        made = rows @ conv.weight.flatten(1).T + conv.bias
+    torch.testing.assert_close(made, out[:, :, positions].transpose(1, 2).flatten(0, 1))
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 7, 4), (5, 2, 3, 4)])
+def test_rows_of_a_linear_layer_are_its_inputs(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    flat = x.reshape(5, -1, 4)
+    positions = torch.arange(0, flat.shape[1], 2)
+    assert torch.equal(repair._rows(nn.Linear(4, 3), x, positions), flat[:, ::2].reshape(-1, 4))
+
+
+def test_layers_whose_inputs_cannot_be_laid_out_are_not_refitted() -> None:
+    class Scaled(nn.Linear):
+        pass
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(6, 6, 3, padding="same"),
+        nn.Conv2d(6, 6, 3, groups=2),
+        nn.ConvTranspose2d(6, 6, 2),
+        nn.Flatten(),
+        Scaled(294, 4),
+    )
+    assert not dense_targets(model, [Batch(torch.randn(2, 3, 8, 8))], list("01235")).outputs
+
+
+# --- the gate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("methods", METHODS)
+@pytest.mark.parametrize(("make", "cut"), [(plain, PLAIN), (normed, NORMED)])
+def test_a_repair_that_harms_is_not_kept(
+    make: Callable[[], nn.Module], cut: Cut, methods: Sequence[str], fingerprint: Callable[[nn.Module], dict]
+) -> None:
+    """The images held back say that the pruned model is perfect as it is."""
+    dense = cases.randomised(make())
+    smaller, kept = pruned(dense, cut)
+    before = fingerprint(smaller)
+    targets = dense_targets(dense, batches(dense), consumers(cut))
+    outcome = repaired(smaller, batches(dense), batches(smaller, seed=2), targets, kept, methods, ridge=RIDGE)
+    assert outcome.kept == "none"
+    assert outcome.before == outcome.after
+    after = fingerprint(smaller)
+    for part in ("values", "training", "hooks", "flags", "requires_grad", "random"):
+        assert after[part] == before[part], part
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("methods", METHODS)
+@pytest.mark.parametrize(("make", "cut"), [(plain, PLAIN), (normed, NORMED)])
+def test_the_divergence_on_images_held_back_never_rises(
+    make: Callable[[], nn.Module], cut: Cut, methods: Sequence[str], seed: int
+) -> None:
+    dense = cases.randomised(make(), seed)
+    smaller, kept = pruned(dense, cut)
+    gate = batches(dense, seed=7 + seed)
+    before = agreement_on(smaller, gate)
+    targets = dense_targets(dense, batches(dense, seed=seed), consumers(cut))
+    outcome = repaired(smaller, batches(dense, seed=seed), gate, targets, kept, methods, ridge=RIDGE)
+    after = agreement_on(smaller, gate)
+    assert (outcome.before, outcome.after) == (before, after)
+    assert after == before if outcome.kept == "none" else after.kl < before.kl
+
+
+def test_auto_takes_the_best_combination() -> None:
+    dense = cases.randomised(plain())
+    gate = batches(dense, 40, seed=5)
+    targets = dense_targets(dense, batches(dense, 40), consumers(PLAIN))
+    found = {}
+    for methods in (("mean_shift",), ("least_squares",), ("auto",)):
+        smaller, kept = pruned(dense, PLAIN)
+        outcome = repaired(smaller, batches(dense, 40), gate, targets, kept, methods, ridge=RIDGE)
+        found[methods[0]] = outcome.kept, agreement_on(smaller, gate).kl
+    assert found["least_squares"][0] == "least_squares"
+    assert found["auto"] == min(found["mean_shift"], found["least_squares"], key=lambda pair: pair[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(plain, [("mean_shift",), ("least_squares",)]), (normed, [("batch_norm",), ("batch_norm", "least_squares")])],
+)
+def test_auto_tries_what_applies(
+    make: Callable[[], nn.Module], expected: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = cases.randomised(make())
+    tried = []
+    monkeypatch.setattr(repair, "_apply", lambda *arguments: tried.append(arguments[4]))
+    images = batches(dense)
+    repaired(copy.deepcopy(dense), images, images, dense_targets(dense, images, []), {}, ("auto",), ridge=RIDGE)
+    assert tried == expected
+
+
+def test_without_methods_the_agreement_is_measured_and_nothing_else() -> None:
+    dense = cases.randomised(plain())
+    smaller, kept = pruned(dense, PLAIN)
+    before = copy.deepcopy(smaller)
+    images = batches(dense)
+    outcome = repaired(smaller, images, images, dense_targets(dense, images, []), kept, (), ridge=RIDGE)
+    assert outcome == repair.Outcome("none", agreement_on(before, images), agreement_on(before, images))
+    assert_same_bits(smaller, before)
+
+
+def test_a_repair_that_breaks_the_model_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = cases.randomised(plain())
+    smaller, kept = pruned(dense, PLAIN)
+    before = copy.deepcopy(smaller)
+
+    def breaks(model: nn.Module, *_: object) -> None:
+        model[2].bias.data.fill_(torch.nan)  # type: ignore[index]
+
+    monkeypatch.setattr(repair, "_apply", breaks)
+    images = batches(dense)
+    targets = dense_targets(dense, images, consumers(PLAIN))
+    assert repaired(smaller, images, images, targets, kept, ("auto",), ridge=RIDGE).kept == "none"
+    assert_same_bits(smaller, before)
+
+
+def test_what_one_repair_breaks_does_not_reach_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = cases.randomised(plain())
+    (one, kept), (other, _) = pruned(dense, PLAIN), pruned(dense, PLAIN)
+    images = batches(dense)
+    targets = dense_targets(dense, images, consumers(PLAIN))
+    repaired(one, images, images, targets, kept, ("least_squares",), ridge=RIDGE)
+    apply = repair._apply
+
+    def breaks(model: nn.Module, *rest: Any) -> None:
+        if rest[3] == ("mean_shift",):
+            model[2].weight.data.fill_(torch.nan)  # type: ignore[index]
+            raise torch.linalg.LinAlgError("not positive definite")
+        apply(model, *rest)
+
+    monkeypatch.setattr(repair, "_apply", breaks)
+    assert repaired(other, images, images, targets, kept, ("auto",), ridge=RIDGE).kept == "least_squares"
+    assert_same_bits(other, one)
+
+
+def test_recording_leaves_the_dense_model_as_it_was(fingerprint: Callable[[nn.Module], dict]) -> None:
+    dense = cases.randomised(normed()).train()
+    before = fingerprint(dense)
+    dense_targets(dense, [Batch(cases.images(4))], consumers(NORMED))
+    assert fingerprint(dense) == before
+
+
+def test_modes_and_frozen_parameters_survive_a_repair() -> None:
+    dense = cases.randomised(normed())
+    smaller, kept = pruned(dense, NORMED)
+    smaller[9].requires_grad_(False)  # type: ignore[index]
+    smaller[1].train()  # type: ignore[index]
+    targets = dense_targets(dense, batches(dense), consumers(NORMED))
+    outcome = repaired(smaller, batches(dense), batches(dense), targets, kept, ("auto",), ridge=RIDGE)
+    assert outcome.kept != "none"
+    assert not smaller[9].weight.requires_grad  # type: ignore[index, union-attr]
+    assert smaller[0].weight.requires_grad  # type: ignore[index, union-attr]
+    assert smaller[1].training  # type: ignore[index]
+    assert not any(module._forward_pre_hooks for module in smaller.modules())
+
+
+# --- masks of single weights ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("positions", "inputs"), [(60, 12), (9, 12), (40, 40)])
+@pytest.mark.parametrize("ridge", [0.01, 0.1, 2.0])
+def test_masked_least_squares_solves_every_row_on_its_support(
+    positions: int, inputs: int, ridge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row by row: (a_S^T a_S + lambda) d_S = a_S^T r, lambda = ridge * mean square of a column's sum."""
+    monkeypatch.setattr(repair, "ITERATIONS", 500)
+    monkeypatch.setattr(repair, "CONVERGED", 1e-13)
+    a, residual = torch.randn(positions, inputs).double(), torch.randn(positions, 7).double()
+    mask = torch.rand(7, inputs) > 0.5
+    mask[0], mask[1] = False, True
+    found = repair._masked_ridge_solution(a, residual, ridge, mask.double())
+    penalty = ridge * float((a * a).sum()) / inputs
+    for row in range(7):
+        support = mask[row].nonzero().flatten()
+        part = a[:, support]
+        normal = part.t() @ part + penalty * torch.eye(len(support)).double()
+        expected = torch.zeros(inputs).double()
+        expected[support] = torch.linalg.solve(normal, part.t() @ residual[:, row])
+        torch.testing.assert_close(found[row], expected, rtol=1e-9, atol=1e-11)
+    assert (found[~mask] == 0).all()
+
+
+def test_stopping_early_never_fits_worse() -> None:
+    a, residual = torch.randn(50, 30).double(), torch.randn(50, 5).double()
+    mask = (torch.rand(5, 30) > 0.3).double()
+    penalty = 0.1 * float((a * a).sum()) / 30
+
+    def loss(d: Tensor) -> float:
+        return float((residual - a @ d.t()).square().sum() + penalty * d.square().sum())
+
+    losses = [loss(torch.zeros(5, 30).double())]
+    for iterations in range(1, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(repair, "ITERATIONS", iterations)
+            losses.append(loss(repair._masked_ridge_solution(a, residual, 0.1, mask)))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("make", [plain, normed])
+def test_masked_weights_stay_zero_and_the_rest_makes_up_for_them(make: Callable[[], nn.Module]) -> None:
+    dense = cases.randomised(make())
+    images = batches(dense)
+    slots = weights_of(dense)
+    masks = {name: torch.rand(slot.stored.shape) > 0.5 for name, slot in slots.items()}
+    targets = dense_targets(dense, images, [name.rpartition(".")[0] for name in masks])
+    thinned = copy.deepcopy(dense)
+    for name, slot in weights_of(thinned).items():
+        slot.stored.data.mul_(masks[name])
+    outcome = repaired(thinned, images, images, targets, {}, ("auto",), ridge=RIDGE, masks=masks)
+    assert "least_squares" in outcome.kept
+    assert outcome.after.kl < 0.5 * outcome.before.kl
+    for name, slot in weights_of(thinned).items():
+        assert (slot.stored[~masks[name]] == 0).all()
+        assert (slot.stored[masks[name]] != 0).all()
+
+
+def test_a_masked_bias_stays_zero() -> None:
+    dense = cases.randomised(plain())
+    images = batches(dense)
+    last = list(weights_of(dense))[-1].removesuffix(".weight")
+    masks = {f"{last}.weight": torch.rand(dense.get_submodule(last).weight.shape) > 0.5}  # type: ignore[union-attr, arg-type]
+    bias = torch.arange(len(dense.get_submodule(last).bias)) % 2 == 0  # type: ignore[arg-type]
+    targets = dense_targets(dense, images, [last])
+    for given, zeros in (({}, 0), ({f"{last}.bias": bias}, int((~bias).sum()))):
+        thinned = copy.deepcopy(dense)
+        layer = thinned.get_submodule(last)
+        layer.weight.data.mul_(masks[f"{last}.weight"])
+        repair._apply(
+            thinned, repair._images(thinned, images)[0], targets, {}, ("least_squares",), RIDGE, masks | given
+        )
+        assert int((layer.bias == 0).sum()) == zeros
+        assert not torch.equal(layer.bias, dense.get_submodule(last).bias)

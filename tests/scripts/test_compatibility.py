@@ -1,0 +1,229 @@
+"""The whole way, from `info` to an exported program, on small models of timm, torchvision and transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+
+import compatibility
+import families
+
+SMALL = ["test_convnext", "test_efficientnet", "test_vit"]
+MORE = ["test_byobnet", "test_mambaout", "test_resnet", "test_coatnet", "test_vit_relpos", "test_nfnet"]
+MORE += ["ghostnet_050", "mobilevit_xxs", "efficientformerv2_s0"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_model_of_timm_is_pruned_to_the_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "_exported", lambda dense, smaller, images: "left to the slow tests")
+    said: list[str] = []
+    outcome = families.pruned(name, said.append)
+    assert outcome["status"] == "budget", outcome["reason"]
+    assert 0 < outcome["reached"] <= families.TARGET
+    assert said == ["make", "info", "score", "prune", "mask", "backward", "load", "export", "defaults"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL + MORE)
+def test_a_model_of_timm_goes_the_whole_way(name: str) -> None:
+    outcome = families.pruned(name, lambda stage: None)
+    assert outcome["status"] in (*compatibility.WORKS, "refused"), outcome["reason"]
+    assert outcome.get("export", "equal") == "equal"
+
+
+def _torchvision(name: str) -> nn.Module:
+    models = pytest.importorskip("torchvision.models")
+    if name == "resnet":
+        return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=4)
+    if name == "vit":
+        sizes = {"hidden_dim": 16, "mlp_dim": 40, "num_classes": 4}
+        return models.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, **sizes)
+    blocks = [models.convnext.CNBlockConfig(8, 16, 1), models.convnext.CNBlockConfig(16, None, 1)]
+    return models.ConvNeXt(blocks, num_classes=4)
+
+
+def _transformers(name: str) -> nn.Module:
+    library = pytest.importorskip("transformers", reason="transformers is not installed: pip install jbrprune[dev]")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    config = library.ViTConfig(image_size=32, patch_size=8, num_labels=4, **sizes)
+    return library.ViTForImageClassification(config)
+
+
+FOREIGN = [(_torchvision, "resnet"), (_torchvision, "vit"), (_torchvision, "convnext"), (_transformers, "vit")]
+
+
+@pytest.mark.parametrize(("library", "name"), FOREIGN)
+def test_models_of_other_libraries_go_the_whole_way(library: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "_exported", lambda dense, smaller, images: "left to the slow tests")
+    model = library(name).eval()
+    families.perturb(model)
+    outcome = families.checked(model, families.images_of(32))
+    assert outcome["status"] in compatibility.WORKS, outcome["reason"]
+    assert outcome["reached"] < 0.9
+
+
+# --- the checks fail where they should --------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Linear(12, 4)
+        self.broken = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu()).relu().mean((2, 3))
+        smaller = self.first.out_channels < 8 or self.second.out_channels < 12
+        if smaller and self.broken == "crash":
+            raise RuntimeError("late")
+        if smaller and self.broken == "nan":
+            x = x / 0
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("broken", "status"), [("", "budget"), ("crash", "refused"), ("nan", "refused")])
+def test_a_model_that_cannot_be_smaller_is_refused_early(broken: str, status: str) -> None:
+    model = Plain().eval()
+    model.broken = broken
+    outcome = families.checked(model, families.images_of(16))
+    assert (outcome["status"], outcome["stage"]) == (status, "info" if broken else "defaults"), outcome["reason"]
+
+
+def test_a_result_that_is_not_the_chosen_one_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = families.jbrprune.prune
+
+    def prune(*arguments: Any, **options: Any) -> Any:
+        result = real(*arguments, **options)
+        with torch.no_grad():
+            result.model.first.weight.add_(1e-6)
+        return result
+
+    monkeypatch.setattr(families.jbrprune, "prune", prune)
+    outcome = families.checked(Plain().eval(), families.images_of(16))
+    assert (outcome["status"], outcome["stage"]) == ("wrong", "mask")
+    assert "first.weight" in outcome["reason"]
+
+
+def test_a_crash_after_scoring_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(families.jbrprune, "prune", fail)
+    outcome = families.checked(Plain().eval(), families.images_of(16))
+    assert (outcome["status"], outcome["stage"]) == ("failed", "prune")
+
+
+# --- torch-pruning's recipe -----------------------------------------------------------------------
+
+
+def test_the_recipe_runs_and_is_counted() -> None:
+    outcome = families.recipe("test_efficientnet", lambda stage: None)
+    assert outcome["status"] == "works"
+    assert 0.3 < outcome["reached"] < 0.7
+
+
+def test_permuted_norms_are_seen() -> None:
+    dense, smaller = nn.Sequential(nn.LayerNorm(5)), nn.Sequential(nn.LayerNorm(3))
+    families.perturb(dense)
+    kept = dense[0].weight.detach()[[1, 2, 4]]
+    smaller[0].weight.data, smaller[0].bias.data = kept.clone(), dense[0].bias.detach()[[1, 2, 4]].clone()
+    assert families._permuted(dense, smaller) == []
+    with torch.no_grad():  # two channels of the same weight: not permuted, whichever of them stayed
+        dense[0].weight[0] = dense[0].weight[2]
+    assert families._permuted(dense, smaller) == []
+    smaller[0].weight.data = kept[[0, 2, 1]].clone()
+    assert families._permuted(dense, smaller) == ["0.weight"]
+
+
+# --- the run and its table ------------------------------------------------------------------------
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["compatibility.py", *arguments])
+    compatibility.main()
+
+
+def test_a_module_is_run_once_and_the_table_is_made_from_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(families, "smallest", lambda module: "test_" + module)
+    monkeypatch.setattr(
+        families, "pruned", lambda model, stage: {"status": "deepest", "reason": "a | b", "reached": 0.8}
+    )
+    monkeypatch.setattr(families, "recipe", lambda model, stage: {"status": "fails", "reason": "prune: IndexError: 3"})
+    out, page = tmp_path / "lines.jsonl", tmp_path / "docs" / "page.md"
+    arguments = ["--out", str(out), "--table", str(page), "--modules", "resnet", "--memory", "64"]
+    _run(monkeypatch, *arguments)
+    assert "resnet: deepest" in capsys.readouterr().out
+    _run(monkeypatch, *arguments)
+    (line,) = [json.loads(text) for text in out.read_text().splitlines()]
+    assert (line["model"], line["recipe_status"]) == ("test_resnet", "fails")
+    assert line["versions"]["torch-pruning"]
+    text = page.read_text()
+    assert "| `resnet` | `test_resnet` |  | deepest | 0.80 | a / b | fails: prune: IndexError: 3 |  |" in text
+    assert "1 of 1 (100.0%) pruned" in text
+
+
+def _held() -> float:
+    """GiB of data that this process has, and its children begin with: more after other tests."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("the limit of memory is one of Linux")
+    return int(re.search(r"VmData:\s+(\d+) kB", status.read_text())[1]) / 2**20  # type: ignore[index]
+
+
+def test_a_process_that_takes_too_much_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(model: str, stage: families.Stage) -> dict:
+        stage("score")
+        torch.ones(2**31)
+        return {"status": "budget", "reason": ""}
+
+    def endless(model: str, stage: families.Stage) -> dict:
+        stage("prune")
+        while True:
+            pass
+
+    monkeypatch.setattr(families, "smallest", lambda module: "test_" + module)
+    monkeypatch.setattr(families, "pruned", greedy)
+    monkeypatch.setattr(families, "recipe", endless)
+    out = tmp_path / "lines.jsonl"
+    _run(monkeypatch, "--out", str(out), "--modules", "resnet", "--memory", str(_held() + 2), "--seconds", "1")
+    (line,) = [json.loads(text) for text in out.read_text().splitlines()]
+    assert (line["status"], line["stage"]) == ("failed", "score")
+    assert (line["recipe_status"], line["recipe_stage"]) == ("fails", "prune")
+    assert "1.0 s of processor time" in line["recipe_reason"]
+
+
+def test_an_unknown_module_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no module resnot"):
+        _run(monkeypatch, "--out", str(tmp_path / "x"), "--modules", "resnot")
+
+
+def test_a_module_whose_models_cannot_be_made_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def smallest(module: str) -> str:
+        if module == "vgg":
+            os._exit(3)
+        return "test_" + module
+
+    outcome = {"status": "budget", "reason": ""}
+    monkeypatch.setattr(families, "smallest", smallest)
+    monkeypatch.setattr(families, "pruned", lambda model, stage: outcome)
+    monkeypatch.setattr(families, "recipe", lambda model, stage: outcome)
+    out = tmp_path / "lines.jsonl"
+    _run(monkeypatch, "--out", str(out), "--modules", "vgg", "resnet", "--memory", "64")
+    first, second = [json.loads(text) for text in out.read_text().splitlines()]
+    assert (first["module"], first["status"], first["recipe_status"]) == ("vgg", "failed", "failed")
+    assert "ended with code 3" in first["reason"]
+    assert (second["model"], second["status"]) == ("test_resnet", "budget")

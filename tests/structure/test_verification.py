@@ -1,0 +1,331 @@
+"""Mask == removal on whole models; the trial finds every wrong coupling, names it and keeps the rest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import cases
+import nets
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.errors import UnsupportedModelError
+from jbrprune.structure import verification as removal
+from jbrprune.structure.discovery import Found, find_groups
+from jbrprune.structure.groups import Group, Selection
+from jbrprune.structure.verification import masked_units, remove_units, tried
+
+Fingerprint = Callable[[nn.Module], dict[str, Any]]
+
+# name, arguments of timm, size of the images, width=True
+MODELS: dict[str, tuple[str, dict, int, bool]] = {
+    "resnet18": ("resnet18", {}, 64, False),
+    "vit": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 3}, 64, False),
+    "vit, normalised queries, scaled": (
+        "vit_tiny_patch16_224",
+        {"img_size": 64, "depth": 2, "qk_norm": True, "init_values": 0.1},
+        64,
+        False,
+    ),
+    "vit, width": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2}, 64, True),
+    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 3}, 64, False),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 2, "embed_dim": 96}, 56, True),
+    "parallel blocks": (
+        "vit_tiny_patch16_224",
+        {"img_size": 64, "depth": 2, "block_fn": timm.models.vision_transformer.ParallelThingsBlock},
+        64,
+        False,
+    ),
+    "gated mlp": ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2}, 56, False),
+    "efficientnet": ("efficientnet_lite0", {}, 64, False),
+    "mobilenetv3": ("mobilenetv3_small_100", {}, 64, False),
+    "convnext": ("convnext_atto", {}, 64, False),
+    "convnext, width": ("convnext_atto", {}, 64, True),
+    "convnextv2": ("convnextv2_atto", {}, 64, True),
+    "seresnet": ("seresnet18", {}, 64, False),
+    "regnety": ("regnety_002", {}, 64, False),
+    "resnext": ("resnext26ts", {}, 64, False),
+    "ghostnet": ("ghostnet_050", {}, 64, False),
+    "mobilevit": ("mobilevit_xxs", {}, 64, True),
+}
+LARGE: dict[str, tuple[str, dict, int, bool]] = {
+    "resnet50": ("resnet50", {}, 64, False),
+    "vit_small": ("vit_small_patch16_224", {"img_size": 64}, 64, False),
+    "seresnet50": ("seresnet50", {}, 64, False),
+    "regnety_004": ("regnety_004", {}, 64, False),
+    "resnext50": ("resnext50_32x4d", {}, 64, False),
+    "densenet121": ("densenet121", {}, 64, False),
+    "deit_tiny_distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64}, 64, False),
+}
+
+
+def made(case: str) -> tuple[nn.Module, Tensor, bool]:
+    name, options, size, width = (MODELS | LARGE)[case]
+    model = timm.create_model(name, num_classes=cases.CLASSES, **options)
+    return cases.randomised(model), cases.images(2, size), width
+
+
+def some(groups: Sequence[Group], keep: float, seed: int = 0, least: int = 1) -> Selection:
+    """Random units to remove; a share of ``keep`` stays, ``least`` of them at least."""
+    generator = torch.Generator().manual_seed(seed)
+    stay = {group.name: max(least, round(keep * group.size)) for group in groups}
+    return {g.name: torch.randperm(g.size, generator=generator)[stay[g.name] :].sort().values for g in groups}
+
+
+@torch.no_grad()
+def difference(model: nn.Module, images: Tensor, groups: Sequence[Group], selection: Selection) -> float:
+    with masked_units(model, groups, selection):
+        expected = model(images)
+    smaller = copy.deepcopy(model)
+    remove_units(smaller, groups, selection)
+    return float((expected - smaller(images)).abs().max() / expected.abs().max())
+
+
+def check_model(case: str) -> None:
+    model, images, width = made(case)
+    groups = find_groups(model, images, width=width).groups
+    assert groups
+    for keep in (0.1, 0.3, 0.7):
+        assert difference(model, images, groups, some(groups, keep)) < 1e-8, keep
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_mask_equals_removal(case: str) -> None:
+    check_model(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGE)
+def test_mask_equals_removal_in_large_models(case: str) -> None:
+    check_model(case)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.7])
+def test_heads_go_in_both_forms_of_attention(keep: float) -> None:
+    model, images, _ = made("vit")
+    groups = [g for g in find_groups(model, images).groups if g.kind == "head"]
+    selection = some(groups, keep)
+    for fused in (True, False):
+        for block in model.blocks:
+            block.attn.fused_attn = fused
+        assert difference(model, images, groups, selection) < 1e-8
+
+
+def test_a_mask_changes_the_function_and_is_gone_afterwards(fingerprint: Fingerprint) -> None:
+    model, images, _ = made("vit")
+    groups = find_groups(model, images).groups
+    before = fingerprint(model)
+    with torch.no_grad():
+        whole = model(images)
+        with masked_units(model, groups, some(groups, 0.7)):
+            assert not torch.allclose(model(images), whole)
+        assert torch.equal(model(images), whole)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("case", ["resnet18", "vit, width", "regnety", "ghostnet", "convnextv2", "gated mlp"])
+def test_the_groups_that_are_left_are_those_of_the_smaller_model(case: str) -> None:
+    model, images, width = made(case)
+    groups: Sequence[Group] = find_groups(model, images, width=width).groups
+    for seed in range(2):
+        groups = remove_units(model, groups, some(groups, 0.6, seed, least=2))  # a single unit is not offered
+    for left, new in zip(groups, find_groups(model, images, width=width).groups, strict=True):
+        assert (left.name, left.size) == (new.name, new.size)
+        for member, other in zip(left.members, new.members, strict=True):
+            assert member.axis == other.axis
+            assert member.channel.equal(other.channel)
+            assert member.unit.equal(other.unit)
+
+
+def test_attributes_of_attention_after_a_removal() -> None:
+    model, images, _ = made("vit")
+    groups = find_groups(model, images).groups
+    remove_units(model, groups, {"blocks.1.attn": torch.tensor([0, 2])})
+    attn = model.blocks[1].attn
+    assert (attn.num_heads, attn.head_dim, attn.attn_dim, attn.scale) == (1, 64, 64, 64**-0.5)
+    assert (attn.qkv.out_features, attn.proj.in_features) == (192, 64)
+    assert model.blocks[0].attn.num_heads == 3
+
+
+def test_a_new_classifier_fits_the_smaller_model() -> None:
+    for case, name in (
+        ("vit, width", "patch_embed.proj"),
+        ("resnet18", "layer4.0.conv2"),
+        ("mobilenetv3", "conv_head"),
+    ):
+        model, images, width = made(case)
+        groups = find_groups(model, images, width=width).groups
+        size = next(group.size for group in groups if group.name == name)
+        remove_units(model, groups, {name: torch.arange(size // 4)})
+        model.reset_classifier(7)
+        assert model.double()(images).shape == (2, 7)
+        if case == "vit, width":
+            assert model.embed_dim == model.num_features == size - size // 4
+
+
+def test_removing_nothing_changes_nothing() -> None:
+    model = cases.randomised(nets.TwoBlocks())
+    groups = find_groups(model, nets.example().double()).groups
+    before = copy.deepcopy(model.state_dict())
+    left = remove_units(model, groups, {})
+    assert [g.size for g in left] == [g.size for g in groups]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", nets.CASES)
+def test_what_passes_the_trial_is_right_and_the_rest_is_named(name: str) -> None:
+    case = nets.CASES[name]
+    model = case.make().eval()
+    result = tried(model, nets.example(), find_groups(model, nets.example()))
+    assert {group.name: group.size for group in result.groups} == case.groups
+    assert set(case.refused) <= set(result.kept)
+    model, images = cases.randomised(model), nets.example().double()
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        gone = {g.name: int(torch.randint(0, g.size, (), generator=generator)) for g in result.groups}
+        selection = {
+            g.name: torch.randperm(g.size, generator=generator)[: gone[g.name]].sort().values for g in result.groups
+        }
+        assert difference(model, images, result.groups, selection) < 1e-8
+
+
+def wrong(found: Found, name: str) -> Found:
+    """The same couplings, but the last member of one group is off by one channel."""
+
+    def shifted(group: Group) -> Group:
+        last = group.members[-1]
+        return replace(group, members=(*group.members[:-1], replace(last, unit=last.unit.roll(1))))
+
+    return Found(tuple(shifted(group) if group.name == name else group for group in found.groups), found.kept)
+
+
+@pytest.mark.parametrize("name", ["stem", "one.conv1", "two.conv1", "two.conv2"])
+def test_a_wrong_coupling_is_found_and_the_rest_stays(name: str) -> None:
+    model, images = nets.TwoBlocks().eval(), nets.example()
+    found = find_groups(model, images)
+    result = tried(model, images, wrong(found, name))
+    assert [g.name for g in result.groups] == [g.name for g in found.groups if g.name != name]
+    assert result.kept[name].startswith("removal does not equal the mask here: the logits differ by ")
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-9])
+def test_a_small_scale_or_constant_images_do_not_hide_a_wrong_coupling(value: float) -> None:
+    model = nets.TwoBlocks().eval()
+    nn.init.constant_(model.two.bn2.weight, value)
+    nn.init.constant_(model.two.conv2.weight, value)
+    images = torch.zeros(2, 3, 12, 12)
+    result = tried(model, images, wrong(find_groups(model, images), "two.conv1"))
+    assert "two.conv1" in result.kept
+
+
+def test_widths_tied_unknown_to_the_graph_do_not_fit_by_chance() -> None:
+    case = nets.CASES["halves to two layers"]
+    model = case.make().eval()
+    found = find_groups(model, nets.example())
+    assert {"a", "a'"} <= {group.name for group in found.groups}
+    for seed in range(10):
+        assert {group.name for group in tried(model, nets.example(), found, seed=seed).groups} == {"b"}
+
+
+def test_an_error_of_the_smaller_model_is_the_reason() -> None:
+    model = nets.mapped(lambda x: x * torch.ones(16, 1, 1).to(x)).make().eval()
+    result = tried(model, nets.example(), find_groups(model, nets.example()))
+    assert "RuntimeError: The size of tensor" in result.kept["a"]
+
+
+@pytest.mark.parametrize("name", ["normalised", "products of features"])
+def test_nothing_to_remove_is_an_error_that_says_why(name: str) -> None:
+    model = nets.CASES[name].make().eval()
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"Net: nothing can be removed safely: .* Why layers are kept: .*b: ignored on request",
+    ):
+        tried(
+            model,
+            nets.example(),
+            find_groups(model, nets.example(), ignore=["b"] if name == "normalised" else ["a", "b"]),
+        )
+
+
+def test_what_fails_only_together_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(removal, "_culprits", lambda groups, failure: {groups[0].name: "for a test"})
+    monkeypatch.setattr(removal, "_failure", lambda *_: "together")
+    model = nets.TwoBlocks().eval()
+    with pytest.raises(UnsupportedModelError, match="one by one fails together: together"):
+        tried(model, nets.example(), find_groups(model, nets.example()))
+
+
+def test_culprits_by_halving() -> None:
+    groups = [replace(group, name=f"g{i}") for i, group in enumerate([Group("", "channel", 2, ())] * 11)]
+    calls = []
+
+    def failure(subset: Sequence[Group]) -> str | None:
+        calls.append(len(subset))
+        bad = [g.name for g in subset if g.name in ("g3", "g10")]
+        return "bad" if bad else None
+
+    assert removal._culprits(groups, failure) == {"g3": "bad", "g10": "bad"}
+    assert len(calls) < 17
+    assert removal._culprits([], failure) == {}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails: bool, fingerprint: Fingerprint) -> None:
+    model = nets.TwoBlocks().train()
+    model.stem.weight.requires_grad_(False)
+    model.fc(torch.randn(2, 10)).sum().backward()
+    images = nets.example()
+    found = find_groups(model, images)
+    before = fingerprint(model)
+    if fails:
+        with pytest.raises(UnsupportedModelError, match="nothing can be removed"):
+            tried(model, torch.zeros(2, 4, 12, 12), found)
+    else:
+        tried(model, images, found)
+    assert fingerprint(model) == before
+
+
+def test_the_same_trial_every_time() -> None:
+    model = nets.CASES["flipped"].make().eval()
+    found = find_groups(model, nets.example())
+    assert tried(model, nets.example(), found, seed=3).kept == tried(model, nets.example(), found, seed=3).kept
+
+
+class PositionBias(nn.Module):
+    """A network that sees no batch gives a bias to every position: its hidden width could go, but has no relevance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, 2)
+        self.hidden, self.bias = nn.Linear(2, 7), nn.Linear(7, 8)
+        self.mix, self.head = nn.Conv2d(6, 8, 1), nn.Linear(8, 4)
+        self.register_buffer("places", torch.rand(9, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias(self.hidden(self.places).relu())
+        x = self.mix(self.stem(x).relu()).flatten(2).mT + bias
+        return self.head(x.relu().mean(1))
+
+
+def test_groups_without_relevance_are_kept_before_anything_is_scored(fingerprint: Fingerprint) -> None:
+    model = PositionBias().eval()
+    images = torch.randn(2, 3, 8, 8)
+    before = fingerprint(model)
+    found = tried(model, images, find_groups(model, images))
+    assert fingerprint(model) == before
+    assert "hidden: the first dimension (9 rows for 3 images)" in found.kept["hidden"].replace("bias:", "hidden:")
+    scores = relevance_scores(model, images, found.groups, progress=False)
+    assert set(scores.sums) == {group.name for group in found.groups} == {"stem", "bias"}
+
+
+def test_a_model_without_removable_layers_says_so() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.ReLU())
+    images = torch.randn(2, 3, 2, 2)
+    with pytest.raises(UnsupportedModelError, match=r"passed the trial\. It has no channels that one layer makes"):
+        tried(model, images, find_groups(model, images))

@@ -1,0 +1,545 @@
+"""The trace form against values by hand, dense Jacobians and curvlinops; the empirical form against the trace form."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import cases
+import pytest
+import torch
+from single import OWN, made
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tpv_nets import attention, bound, estimated, flat, jacobian, linear, measured, mlp, pixels, trace
+
+from jbrprune.criteria import norms
+from jbrprune.data.batches import Batch
+from jbrprune.errors import ArgumentError, ModelError
+from jbrprune.evaluation.agreement import logits_of
+from jbrprune.tpv import (
+    Diagonal,
+    Gradients,
+    Isotropic,
+    Quantization,
+    TPVWarning,
+    empirical,
+    estimators,
+    taylor_error,
+    trace_form,
+)
+from jbrprune.tpv.estimate import Sums
+from jbrprune.tpv.problem import bound_to
+from jbrprune.tpv.responses import rounding_error
+from jbrprune.tpv.signs import Signs
+from jbrprune.tpv.validity import warn_if_invalid
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+X = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64).view(2, 1, 1, 2)
+
+
+@pytest.mark.parametrize("method", ["exact", "projection", "jvp"])
+def test_a_linear_net_by_hand(method: str) -> None:
+    """f = W x: sum over K = 3 outputs of sigma^2 |x|^2, mean over the samples of |x|^2 = 5 and 10."""
+    net = linear(torch.ones(3, 2))
+    found = estimated(net, X, Isotropic(2.0), method=method, draws=300)
+    expected = 4 * 3 * (5 + 10) / 2
+    if method == "jvp":
+        assert abs(found.value - expected) < 4 * found.standard_error
+    else:  # rows of a linear net do not share weights: signs change nothing
+        assert found.value == pytest.approx(expected, rel=1e-12)
+        assert found.standard_error == pytest.approx(4 * 3 * 2.5, rel=1e-12)  # |5 - 10| / 2
+
+
+def test_a_quadratic_net_by_hand() -> None:
+    """f = (u v x): df/du = v x, df/dv = u x; with u = 2, v = 3: x^2 (9 + 4); and E (du dv)^2 beyond first order."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u, self.v = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+            self.u.weight.data.fill_(2)
+            self.v.weight.data.fill_(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.v(self.u(x.flatten(1)))
+
+    net = Product().double()
+    x = torch.tensor([1.0, -2.0], dtype=torch.float64).view(2, 1, 1, 1)
+    assert estimated(net, x, Isotropic(0.5)).value == pytest.approx(0.25 * 13 * 2.5, rel=1e-12)
+    real = measured(net, x, Isotropic(0.5), draws=300)
+    assert real.value == pytest.approx((0.25 * 13 + 0.25**2) * 2.5, abs=4 * real.standard_error)
+    assert real.standard_error > 0.5 * real.value / 2**0.5  # two samples that differ by a factor of four
+
+
+# --- dense Jacobians -------------------------------------------------------------------------------------------------
+
+
+def nets() -> dict[str, tuple[nn.Module, Tensor]]:
+    return {
+        "mlp": (mlp(), pixels(6)),
+        "cnn": (made(cases.NETS, "concatenation, flattened"), cases.images(3)),
+        "attention": attention(),
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
+def test_dense_trace(name: str) -> None:
+    """Tr(J C J^T) with isotropic, row-wise and entry-wise variances."""
+    net, images = nets()[name]
+    dense = jacobian(net, images)
+    weights = {key: p.detach() for key, p in net.named_parameters()}
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(shape: tuple[int, ...]) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    rows = {key: drawn((w.shape[0], *(1,) * (w.dim() - 1))) for key, w in weights.items()}
+    entries = {key: drawn(tuple(w.shape)) for key, w in weights.items()}
+    for variances in ({key: torch.tensor(0.7) for key in weights}, rows, entries):
+        found = estimated(net, images, Diagonal(variances, weights), method="exact", batch_size=2)
+        assert found.value == pytest.approx(trace(dense, variances), rel=1e-8)
+        assert found.method == "exact"
+        assert found.samples == len(images)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
+def test_projection_is_the_dense_one_with_the_same_signs(name: str) -> None:
+    net, images = nets()[name]
+    dense = flat(jacobian(net, images), 2)
+    found = estimated(net, images, Isotropic(1.0), method="projection", seed=5, signs=2, batch_size=2)
+    drawn = Signs(dense.shape[1], 2, 0, 5).take(len(images)).double()
+    expected = torch.einsum("nsk,nkp->nsp", drawn, dense).square().sum(2).mean(1)
+    assert found.value == pytest.approx(float(expected.mean()), rel=1e-9)
+    assert found.standard_error == pytest.approx(float(expected.std() / len(images) ** 0.5), rel=1e-9)
+
+
+def test_curvlinops() -> None:
+    """A second opinion: the trace of the Gauss-Newton matrix of half the squared error, J^T J / N."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from curvlinops import GGNLinearOperator
+    except ImportError as error:
+        pytest.skip(f"curvlinops-for-pytorch is not installed: {error}")
+    net, images = mlp(), pixels(6)
+    parameters = list(net.parameters())
+    loss = nn.MSELoss(reduction="sum")  # its Hessian by the outputs is 2 I
+    operator = GGNLinearOperator(net, loss, parameters, [(images, torch.zeros(6, 5).double())])
+    matrix = operator @ torch.eye(operator.shape[1], dtype=torch.float64)
+    found = estimated(net, images, Isotropic(1.0), method="exact")
+    assert found.value == pytest.approx(float(matrix.trace()) / 2 / 6, rel=1e-8)
+
+
+ROUTES = {
+    "as it is": {},
+    "gram": {"GRAM_OVERHEAD": 0.0},
+    "products": {"GRAM_OVERHEAD": 1e9, "UNFOLDED_POSITIONS": 10**6},
+    "kernels": {"GRAM_OVERHEAD": 1e9, "UNFOLDED_POSITIONS": 0},
+    "small blocks": {"GRAM_OVERHEAD": 1e9, "CACHE_BYTES": 200, "COPY_BYTES": 1},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_layer_by_every_route(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ROUTES[route].items():
+        monkeypatch.setattr(norms, name, value)
+    for case in OWN:
+        net = made(OWN, case)
+        check_against_autograd(net, cases.images(2), case)
+
+
+@pytest.mark.parametrize("case", ["resnet18", "resnext", "mobilenetv3", "convnext", "vit", "deit distilled"])
+def test_models(case: str) -> None:
+    check_against_autograd(*cases.timm_model(case), case)
+
+
+def check_against_autograd(net: nn.Module, images: Tensor, what: str) -> None:
+    images = images[:2]
+    leaves = [p.requires_grad_() for p in net.parameters()]
+    outputs = net(images)
+    total = 0.0
+    for row in (outputs * (1 + torch.arange(outputs.shape[1]))).sum(1):
+        found = torch.autograd.grad(row, leaves, retain_graph=True, allow_unused=True)
+        total += sum(float(g.square().sum()) for g in found if g is not None)
+
+    def weighted(output: Tensor) -> Tensor:
+        return (output * (1 + torch.arange(output.shape[1]))).sum(1, keepdim=True)
+
+    found = estimated(net, images, Isotropic(1.0), output=weighted)
+    assert found.value == pytest.approx(total / 2, rel=1e-9), what
+    assert found.unit == "squared outputs"
+
+
+# --- the empirical form ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_empirical_tends_to_the_trace_form(name: str) -> None:
+    """The difference falls with sigma^2, and is within three standard errors when sigma is small."""
+    net, images = nets()[name]
+    dense = trace(jacobian(net, images))
+    small, large = (measured(net, images, Isotropic(sigma), draws=300, seed=2) for sigma in (1e-4, 1.0))
+    draws_only = small.sums.standard_error if len(images) < 2 else _error_over_draws(small)
+    assert abs(small.value / 1e-8 - dense) < 3 * draws_only / 1e-8
+    assert draws_only / small.value < 0.1
+    assert abs(large.value - dense) > 0.1 * dense
+
+
+def _error_over_draws(found: Any) -> float:
+    """The images are all there are here: only the draws are uncertain."""
+    means = torch.tensor(found.sums.by_draw) / found.samples
+    return float(means.std() / len(means) ** 0.5)
+
+
+def test_standard_error_is_the_spread_over_other_samples_and_other_draws() -> None:
+    """(value - truth) / standard error has a standard deviation of about 1, for every estimator."""
+    net, images = mlp(width=3), pixels(30_000)  # 200 samples: enough blocks of signs that depend on each other
+    truth = estimated(net, images, Isotropic(1e-3), method="exact", batch_size=1000).value
+    found: dict[str, list[float]] = {"projection": [], "jvp": [], "empirical": []}
+    for trial, some in enumerate(images.split(200)):
+        for name in found:
+            options: dict[str, Any] = {"draws": 8, "seed": trial, "batch_size": 200}
+            form = measured if name == "empirical" else estimated
+            if name != "empirical":
+                options["method"] = name
+            one = form(net, some, Isotropic(1e-3), **options)
+            found[name].append((one.value - truth) / one.standard_error)
+    spreads = {name: float(torch.tensor(z).std()) for name, z in found.items()}
+    assert all(0.84 < spread < 1.19 for spread in spreads.values()), spreads
+
+
+def test_standard_error_of_crossed_values_that_are_drawn() -> None:
+    """v_nr = a_n b_r c_nr: the interaction of samples and draws is a good part of it."""
+    generator = torch.Generator().manual_seed(0)
+    normal = [
+        torch.randn(shape, generator=generator).double() for shape in ((4000, 30, 1), (4000, 1, 10), (4000, 30, 10))
+    ]
+    values = (0.5 * normal[0]).exp() * (0.3 * normal[1]).exp() * (0.7 * normal[2]).exp()
+    truth = math.exp((0.5**2 + 0.3**2 + 0.7**2) / 2)
+    sums = [Sums.of(each, shared=True) for each in values]
+    errors = torch.tensor([one.mean - truth for one in sums])
+    variance = torch.tensor([one.standard_error**2 for one in sums]).mean()
+    assert float(errors.square().mean() / variance) == pytest.approx(1, abs=0.06)
+
+
+# --- running, stopping, sharding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["exact", "projection"])
+def test_batches_and_shards_do_not_matter(method: str) -> None:
+    net, images = mlp(), pixels(50)
+    whole = estimated(net, images, Isotropic(0.3), method=method, seed=3)
+    for size in (1, 7, 50):
+        other = estimated(net, images, Isotropic(0.3), method=method, seed=3, batch_size=size)
+        assert (other.value, other.standard_error) == pytest.approx((whole.value, whole.standard_error), rel=1e-12)
+    parts = [
+        estimated(net, part, Isotropic(0.3), method=method, seed=3, first=first)
+        for first, part in ((0, images[:24]), (24, images[24:]))
+    ]
+    both = parts[0] + parts[1]
+    assert (both.value, both.standard_error) == pytest.approx((whole.value, whole.standard_error), rel=1e-12)
+    assert (both.samples, both.stopped) == (50, "budget")
+
+
+def test_shards_of_the_empirical_form() -> None:
+    net, images = mlp(), pixels(50)
+    whole = measured(net, images, Isotropic(0.3), draws=5)
+    both = measured(net, images[:11], Isotropic(0.3), draws=5) + measured(net, images[11:], Isotropic(0.3), draws=5)
+    assert (both.value, both.standard_error) == pytest.approx((whole.value, whole.standard_error), rel=1e-9)
+    with pytest.raises(ArgumentError, match="draws"):
+        whole + measured(net, images, Isotropic(0.3), draws=4)
+    with pytest.raises(ArgumentError, match="exact"):
+        whole + estimated(net, images, Isotropic(0.3), method="exact")
+
+
+def test_signs_are_balanced_over_blocks_and_uniform() -> None:
+    signs = Signs(5, 1, 0, 0)
+    assert signs.block == 8
+    blocks = signs.take(8 * 500).view(500, 8, 5).double()
+    assert torch.equal(blocks.mT @ blocks, 8 * torch.eye(5).double().expand(500, 5, 5))
+    every = blocks[:, 3]  # one place of the block: the signs of five outputs are independent
+    assert (every.T @ every / 500 - torch.eye(5)).abs().max() < 0.2
+    assert (every.mean(0)).abs().max() < 0.2
+    later = Signs(5, 1, 11, 0)
+    assert torch.equal(later.take(30), Signs(5, 1, 0, 0).take(41)[11:])
+    assert (Signs(100, 1, 0, 0).block, Signs(8, 2, 0, 0).block, Signs(1, 1, 0, 0).block) == (1, 4, 1)
+
+
+def test_balanced_signs_have_less_variance_and_the_standard_error_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs that move together: off the diagonal J J^T is the same for all samples."""
+    torch.manual_seed(0)
+    net, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8)).double(), pixels(1000)
+    net[3].weight.data += 2
+    balanced = estimated(net, images, Isotropic(1.0), method="projection", batch_size=250)
+    monkeypatch.setattr("jbrprune.tpv.signs.MOST_BALANCED", 1)
+    independent = [
+        estimated(net, images, Isotropic(1.0), method="projection", batch_size=250, seed=seed) for seed in range(2)
+    ]
+    assert balanced.standard_error < 0.7 * independent[0].standard_error
+    truth = estimated(net, images, Isotropic(1.0), method="exact", batch_size=250).value
+    assert abs(balanced.value - truth) < 3 * balanced.standard_error
+
+
+def test_stops_at_the_relative_error_and_says_so() -> None:
+    net, images = mlp(), pixels(4000)
+    found = estimated(net, images, Isotropic(0.3), rtol=0.05, batch_size=50)
+    assert found.stopped == "rtol"
+    assert found.relative_error <= 0.05
+    assert found.samples < 4000
+    short = estimated(net, images, Isotropic(0.3), rtol=0.001, samples=130, batch_size=50)
+    assert (short.stopped, short.samples) == ("budget", 130)
+    assert short.relative_error > 0.001
+    assert "budget" in str(short)
+    real = measured(net, images[:2000], Isotropic(0.3), rtol=0.1, draws=500, batch_size=1000)
+    assert real.stopped == "rtol"
+    assert 2 <= real.draws < 500
+    assert real.to_dict()["validity"] is None
+
+
+def test_standard_error_of_crossed_samples_and_draws() -> None:
+    """v_nr = a_n + b_r: s_a^2/N + s_b^2/R exactly, without an interaction."""
+    a, b = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 10.0])
+    sums = Sums.of(a[:, None] + b, shared=True)
+    assert sums.mean == pytest.approx(8)
+    assert sums.standard_error**2 == pytest.approx(float(a.var() / 3 + b.var() / 2))
+    assert Sums.of(a[:, None], shared=False).standard_error ** 2 == pytest.approx(float(a.var() / 3))
+    assert math.isnan(Sums.of(a[:, None], shared=True).standard_error)
+
+
+def test_standard_error_with_an_interaction_by_hand() -> None:
+    """Means of samples 1.5, 5.5 (variance 8), of draws 2, 5 (4.5), residuals +-1 (4 / 1): 8/2 + 4.5/2 - 4/4."""
+    sums = Sums.of(torch.tensor([[1.0, 2.0], [3.0, 8.0]]), shared=True)
+    assert sums.mean == 3.5
+    assert (sums.over_samples, sums.over_draws) == pytest.approx((4, 1.25))
+    assert sums.standard_error == pytest.approx(5.25**0.5)
+
+
+@pytest.mark.parametrize("form", [estimated, measured])
+def test_where_it_stops_by_chance_does_not_make_the_error_larger(form: Any) -> None:
+    """Four outputs, one weight each: a draw is chi squared with 4 degrees of freedom, 12.5 of them give 20 %."""
+    net, images = linear(torch.ones(4, 1)), torch.ones(64, 1, 1, 1).double()
+    options: dict[str, Any] = {"method": "jvp"} if form is estimated else {}
+    found = [form(net, images, Isotropic(0.5), rtol=0.2, draws=200, seed=seed, **options) for seed in range(100)]
+    errors = torch.tensor([one.value / 1.0 - 1 for one in found])
+    assert all(one.stopped == "rtol" and 16 <= one.draws < 200 for one in found)
+    assert float(errors.square().mean().sqrt()) < 0.22  # with the fourth draw as the first at which to stop: 0.27
+    hits = sum(abs(one.value - 1) <= 1.96 * one.standard_error for one in found)
+    assert hits >= 88  # with the fourth draw as the first at which to stop: 83
+
+
+def test_all_draws_that_there_are_may_be_few() -> None:
+    net, images = linear(torch.ones(1, 40)), torch.ones(64, 1, 1, 40).double()
+    few = measured(net, images, Isotropic(0.5), rtol=0.5, draws=6)
+    assert (few.draws, few.stopped) == (6, "rtol")
+
+
+def test_outputs_that_are_not_kept_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, images = mlp(), pixels(30)
+    kept = measured(net, images, Isotropic(0.3), draws=3, batch_size=10)
+    monkeypatch.setattr(estimators, "MOST_KEPT", 10 * 5 * 8)  # of one batch
+    again = measured(net, images, Isotropic(0.3), draws=3, batch_size=10)
+    assert again.sums == kept.sums
+    unchanged = estimators._Unchanged(bound_to(net, Isotropic(0.3), (), logits_of))
+    with torch.no_grad():
+        for number in (0, 1, 0):
+            unchanged(number, images[:10])
+    assert list(unchanged.kept) == [0]
+
+
+def test_changes_that_the_dtype_rounds_away() -> None:
+    """bf16 has 8 bits: a hundred-thousandth of a weight is nothing, or far too much."""
+    net, images = mlp().bfloat16(), pixels(64).bfloat16()
+    with pytest.warns(TPVWarning, match="too small for the dtype of the weights"):
+        measured(net, images, Isotropic(3e-4), draws=2)
+    measured(net, images, Isotropic(0.1), draws=2)
+    assert rounding_error(net, {"1.bias": torch.full((7,), 1e-6)}) == pytest.approx(1, abs=0.05)
+    assert rounding_error(mlp(), {"1.bias": torch.full((7,), 1e-6).double()}) < 1e-9
+
+
+def test_a_norm_in_low_precision() -> None:
+    """The statistics of the norm have the dtype of its input, the arithmetic of gradients is wider."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
+    images = torch.randn(16, 3, 2, 2)
+    full = estimated(net, images, Isotropic(1.0), method="exact")
+    low = estimated(net.bfloat16(), images.bfloat16(), Isotropic(1.0), method="exact")
+    assert low.value == pytest.approx(full.value, rel=0.05)
+
+
+def test_a_perturbation_without_variance_is_named() -> None:
+    net = linear(torch.ones(2, 12))
+    for form in (estimated, measured):
+        with pytest.warns(TPVWarning, match="changes nothing"):
+            assert form(net, pixels(8), Quantization(8)).value == 0
+
+
+def test_the_model_is_a_guest() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(5))
+    images = cases.images(8).float()
+    net(images)
+    net.train()
+    net[0].weight.requires_grad_(False)
+    net[0].bias.grad = torch.ones(4)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    for run in (trace_form, empirical):
+        run(net, images, Isotropic(1e-3), progress=False, rtol=0)
+    with pytest.raises(ArgumentError):
+        trace_form(net, images, Diagonal({"0.weight": torch.ones(9, 9)}, {}), progress=False)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(module.training for module in net.modules())
+    assert not net[0].weight.requires_grad
+    assert net[3 + 1].weight.requires_grad
+    assert torch.equal(net[0].bias.grad, torch.ones(4))
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_frozen_parameters_and_ignored_ones() -> None:
+    net, images = mlp(), pixels(6)
+    dense = jacobian(net, images)
+    for p in net.parameters():
+        p.requires_grad_(False)
+    assert estimated(net, images, Isotropic(1.0), method="exact").value == pytest.approx(trace(dense), rel=1e-9)
+    kept = {name: j for name, j in dense.items() if name.startswith("3")}
+    found = estimated(net, images, Isotropic(1.0), method="exact", ignore=["1"])
+    assert found.value == pytest.approx(trace(kept), rel=1e-9)
+
+
+def test_labels_and_references_in_the_data_do_not_matter() -> None:
+    net, images = mlp(), pixels(6)
+    batches = [Batch(images, torch.zeros(6, dtype=torch.long))]
+    assert estimated(net, batches, Isotropic(1.0)).value == estimated(net, images, Isotropic(1.0)).value
+
+
+def test_probabilities_in_the_place_of_logits() -> None:
+    net, images = mlp(), pixels(6)
+    found = estimated(net, images, Isotropic(1.0), method="exact", output=lambda out: out.softmax(1))
+    dense = jacobian(nn.Sequential(net, nn.Softmax(1)), images)
+    assert found.value == pytest.approx(trace(dense), rel=1e-9)
+
+
+def test_autocast() -> None:
+    net, images = mlp(width=64).float(), pixels(40).float()
+    full = estimated(net, images, Isotropic(1.0))
+    low = estimated(net, images, Isotropic(1.0), autocast=torch.bfloat16)
+    assert low.value != full.value
+    assert low.value == pytest.approx(full.value, rel=0.02)
+
+
+# --- validity --------------------------------------------------------------------------------------------------------
+
+
+def test_taylor_error_by_hand() -> None:
+    """f = u^2 x at u = 1 along du = 1: real 2t + t^2, first order 2t, error t / (2 + t)."""
+
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(1, 1, bias=False)
+            self.one.weight.data.fill_(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(self.one(x.flatten(1)))
+
+    net, direction = Square().double(), {"one.weight": torch.ones(1, 1).double()}
+    x = torch.tensor([1.0, 5.0]).double().view(2, 1, 1, 1)
+    found = taylor_error(net, x, direction, [1.0, 0.1, 0.2], progress=False)
+    assert found.scales == (0.1, 0.2, 1.0)
+    assert found.errors == pytest.approx([t / (2 + t) for t in found.scales], rel=1e-9)
+    assert (found.largest_valid, found.valid, found.samples) == (0.2, False, 2)
+    assert taylor_error(net, x, direction, [0.3], progress=False).largest_valid == 0
+    assert taylor_error(net, x, direction, [0.3], tolerance=0.2, samples=1, progress=False).samples == 1
+
+
+def test_predictions_carry_their_validity_and_warn() -> None:
+    net, images = mlp(), pixels(64)
+    fine = trace_form(net, images, Isotropic(1e-3), progress=False)
+    assert fine.validity is not None
+    assert fine.validity.valid
+    with pytest.warns(TPVWarning, match="First order is not valid at this size"):
+        bad = empirical(net, images, Isotropic(2.0), draws=2, progress=False)
+    assert bad.validity is not None
+    assert not bad.validity.valid
+    assert bad.to_dict()["validity"]["largest_valid"] < 1
+
+
+def test_quantization_of_a_convolution_by_channel() -> None:
+    net, images = made(cases.NETS, "concatenation, flattened"), cases.images(3)
+    covariance = bound(Quantization(4, "channel"), net)
+    dense = jacobian(net, images)
+    found = estimated(net, images, Quantization(4, "channel"), method="exact")
+    assert found.value == pytest.approx(trace(dense, covariance.variances), rel=1e-8)  # type: ignore[attr-defined]
+
+
+def test_attention_of_timm_by_forward_mode() -> None:
+    """The fused kernel has no forward-mode derivative."""
+    net, images = cases.timm_model("vit")
+    direction = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+    found = taylor_error(net, images[:2], direction, [1e-6], tolerance=1e-3, progress=False)
+    assert found.largest_valid == 1e-6
+
+
+def test_weight_standardisation_is_refused_and_forward_mode_is_not() -> None:
+    from timm.layers.std_conv import StdConv2d
+
+    net = nn.Sequential(StdConv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(384, 5)).double().eval()
+    images = cases.images(3)
+    with pytest.raises(ModelError, match=r"0\.weight.*transformed.*method='jvp'"):
+        estimated(net, images, Isotropic(1.0))
+    assert estimated(net, images, Isotropic(1e-3), method="jvp", draws=2).value > 0
+    assert estimated(net, images, Isotropic(1.0), ignore=["0"]).value > 0
+
+
+def test_softmax_cross_entropy_is_not_what_is_measured() -> None:
+    """The sum runs over outputs: twice the same output counts twice."""
+    net, images = mlp(outputs=1), pixels(6)
+    once = estimated(net, images, Isotropic(1.0))
+    twice = estimated(net, images, Isotropic(1.0), output=lambda out: torch.cat([out, out], 1))
+    assert twice.value == pytest.approx(2 * once.value, rel=1e-12)
+    assert F.softmax(net(images), 1).shape == (6, 1)
+
+
+def test_rounding_is_not_taken_for_curvature() -> None:
+    """Changes of 1e-6 in float32: a thousandth of them is lost in rounding, the whole is not."""
+    net, images = mlp().float(), pixels(64).float()
+    direction = {name: 1e-6 * torch.ones_like(p) for name, p in net.named_parameters()}
+    found = taylor_error(net, images, direction, [1e-3, 1e-2, 1.0, 10.0], progress=False)
+    assert found.errors[0] > 1 / 2
+    assert found.errors[-1] < 0.1
+    assert found.largest_valid == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_invalid(found)
+
+
+def test_a_change_too_small_to_be_seen_is_called_so() -> None:
+    net, images = mlp().float(), pixels(4).float()
+    direction = {"1.weight": torch.full((7, 12), 1e-15)}
+    found = taylor_error(net, images, direction, progress=False)
+    assert (found.errors[-1], found.largest_valid) == (math.inf, 0)
+    assert found.to_dict()["errors"] == [None] * 4
+    with pytest.warns(TPVWarning, match="rounding.*larger"):
+        warn_if_invalid(found)
+
+
+def test_two_draws_that_are_alike_by_chance_do_not_stop() -> None:
+    """One weight, draws of its noise: two of them have nearly the same square."""
+
+    class Drawn:
+        def __init__(self) -> None:
+            self.left = iter([1.0, -1.001, 3.0, 0.1, 2.0, 0.5])
+
+        def quadratic(self, gradients: Gradients) -> Tensor:
+            return gradients.square_norms({"1.weight": 1.0})
+
+        def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
+            return {"1.weight": torch.full((1, 1), next(self.left), dtype=torch.float64)}
+
+    net, images = linear(torch.ones(1, 1)), torch.ones(100, 1, 1, 1).double()
+    found = measured(net, images, Drawn(), draws=6, rtol=0.02)
+    assert (found.draws, found.stopped) == (6, "budget")
