@@ -1,0 +1,67 @@
+"""The table of options: described, checked, and the same as the signatures made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.pruning.options import PANELS, ChannelOptions, ScoreOptions, WeightOptions
+
+TABLES = (ScoreOptions, ChannelOptions, WeightOptions)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_option_is_described(table: type) -> None:
+    for option in dataclasses.fields(table):
+        text = option.metadata["help"]
+        assert text.endswith("."), option.name
+        assert len(text) < 230, option.name
+        assert option.metadata["panel"] in (*PANELS, None), option.name
+
+
+WRONG: list[tuple[type, dict[str, Any], type[Exception], str]] = [
+    (ChannelOptions, {}, BudgetError, "Give exactly one of macs=, params=.*or max_drop=; got none"),
+    (ChannelOptions, {"macs": 0.5, "params": 0.5}, BudgetError, "got macs= and params="),
+    *[
+        (ChannelOptions, {"macs": value}, BudgetError, "macs must satisfy 0 < macs < 1, got")
+        for value in (0, 1, -0.5, float("nan"), float("inf"), "half", True)
+    ],
+    (ChannelOptions, {"latency_ms": 0.0}, BudgetError, "latency_ms must satisfy 0 < latency_ms < inf, got 0.0"),
+    (ChannelOptions, {"max_drop": 1}, ArgumentError, "max_drop must satisfy 0 <= max_drop < 1, got 1"),
+    (ChannelOptions, {"max_drop": 0.1, "latency": 0.5}, BudgetError, "max_drop= takes at most one of macs="),
+    (ChannelOptions, {"max_drop": 0.1, "macs": 0.5, "params": 0.5}, BudgetError, "got macs=, params="),
+    (ChannelOptions, {"max_drop": 0.1, "steps": 3}, ArgumentError, "steps= has no meaning"),
+    (ChannelOptions, {"latency": 0.5, "steps": 3}, ArgumentError, "steps= has no meaning"),
+    (ChannelOptions, {"max_drop": 0.1, "resume": "there"}, ArgumentError, "resume= cannot follow"),
+    (ChannelOptions, {"macs": 0.5, "steps": 0}, ArgumentError, "steps must be at least 1, got 0"),
+    (ChannelOptions, {"macs": 0.5, "steps": 2.0}, ArgumentError, "steps must be an integer, got 2.0"),
+    (ChannelOptions, {"macs": 0.5, "images": 0}, ArgumentError, "images must be at least 1, got 0"),
+    (ChannelOptions, {"macs": 0.5, "batch_size": None}, ArgumentError, "batch_size must be an integer, got None"),
+    (ChannelOptions, {"macs": 0.5, "seed": "a"}, ArgumentError, "seed must be an integer, got 'a'"),
+    (ChannelOptions, {"macs": 0.5, "repair": "batchnorm"}, ArgumentError, "repair must be 'auto', None, or some of"),
+    (ChannelOptions, {"macs": 0.5, "repair": ["auto", "batch_norm"]}, ArgumentError, "repair must be 'auto', None"),
+    (WeightOptions, {}, BudgetError, "either sparsity= or pattern=, got neither"),
+    (WeightOptions, {"sparsity": 0.5, "pattern": "2:4"}, BudgetError, "got both"),
+    (WeightOptions, {"sparsity": 1.5}, BudgetError, "0 < sparsity < 1, got 1.5"),
+    (WeightOptions, {"pattern": "4:2"}, ArgumentError, "with 0 < N < M such as '2:4', got '4:2'"),
+    (WeightOptions, {"sparsity": 0.5, "scope": "net"}, ArgumentError, "scope must be one of global, layer, got 'net'"),
+    (WeightOptions, {"pattern": "2:4", "scope": "layer"}, ArgumentError, "scope= has no meaning for pattern="),
+    (WeightOptions, {"pattern": "2:4", "floor": 0.1}, ArgumentError, "floor= has no meaning for pattern="),
+    (WeightOptions, {"sparsity": 0.5, "remainder": "pad"}, ArgumentError, "remainder= has no meaning for sparsity="),
+    (WeightOptions, {"pattern": "2:4", "remainder": "cut"}, ArgumentError, "remainder must be one of skip, pad"),
+    (WeightOptions, {"pattern": "2:4", "shrink": True}, ArgumentError, "end the 2:4 pattern"),
+    (WeightOptions, {"sparsity": 0.5, "floor": 1.0}, ArgumentError, "0 <= floor < 1, got 1.0"),
+    (ScoreOptions, {"granularity": "row"}, ArgumentError, "granularity must be one of unit, layer, weight, got 'row'"),
+    (ScoreOptions, {"parameters": "biases"}, ArgumentError, "parameters must be one of weights, all, got 'biases'"),
+]
+
+
+@pytest.mark.parametrize(("table", "options", "error", "message"), WRONG, ids=str)
+def test_what_has_no_meaning_is_refused(
+    table: type, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        table(**options)
