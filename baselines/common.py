@@ -16,8 +16,8 @@ from jbrprune.criteria.passes import own
 from jbrprune.criteria.scores import Scores, Settings
 from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, NonFiniteError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import layers, preserve
+from jbrprune.models.preserve import logits_of
 from jbrprune.structure.channels import channels
 from jbrprune.structure.groups import Group, Member
 
@@ -191,7 +191,7 @@ def mean_gradients(model: nn.Module, batches: Sequence[Batch], name: str, progre
     check_labels(name, batches)
     count = sum(map(len, batches))
     found: dict[Tensor, Tensor] = {}
-    with preserve.visiting(model, gradients=True):
+    with preserve.inference_state(model, gradients=True):
         leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for batch in shown(batches, name, progress):
             gradients = torch.autograd.grad(label_losses(model, batch).sum(), leaves, allow_unused=True)
@@ -220,7 +220,7 @@ def read_inputs(
     names = {member.axis[0] for group in groups for member in group.side("in")}
     hooks = {name: reader(name, layers.channel_dim(model.get_submodule(name)) or 1) for name in names}
     device = preserve.device_of(model)
-    with preserve.visiting(model), preserve.hooked(model, forward_pre=hooks):
+    with preserve.inference_state(model), preserve.hooked(model, forward_pre=hooks):
         for batch in shown(batches, "activations", progress):
             model(batch.to(device).map(own).images.clone())
 

@@ -48,7 +48,7 @@ def _hessian_times(
     weights = [direction[leaf].to(leaf) for leaf in leaves]
     found = {leaf: torch.zeros_like(direction[leaf]) for leaf in leaves}
     # Fused attention has no second derivative.
-    with preserve.visiting(model, gradients=True), sdpa_kernel(SDPBackend.MATH):
+    with preserve.inference_state(model, gradients=True), sdpa_kernel(SDPBackend.MATH):
         for batch in shown(batches, "grasp", progress):
             loss = label_losses(model, batch).sum()
             first = torch.autograd.grad(loss, leaves, create_graph=True)

@@ -11,9 +11,8 @@ from baselines.common import made, products, unit_sums
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import layers, preserve
-from jbrprune.structure.discovery import copied
+from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.structure.groups import Group
 
 
@@ -28,7 +27,7 @@ def synflow(
     """
     if not batches:
         raise DataError("Criterion 'synflow' reads the shape of the images, but there is no batch.")
-    work = copied(model).cpu().double().eval()
+    work = copy_model(model).cpu().double().eval()
     with torch.no_grad():
         for parameter in work.parameters():
             parameter.abs_()
@@ -37,7 +36,7 @@ def synflow(
                 module.running_mean.zero_()  # type: ignore[union-attr, operator]
     leaves = list(work.parameters())
     ones = torch.ones_like(batches[0].images[:1], dtype=torch.float64, device="cpu")
-    with preserve.visiting(work, gradients=True):
+    with preserve.inference_state(work, gradients=True):
         found = torch.autograd.grad(logits_of(work(ones)).sum(), leaves, allow_unused=True)
     gradients = {leaf: gradient for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None}
     values = unit_sums(work, groups, lambda part: products(part, gradients).abs().sum(1))

@@ -16,9 +16,8 @@ from baselines.common import check_labels, label_losses, made, shown, summed
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, UnsupportedModelError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import layers, preserve
-from jbrprune.structure.discovery import copied
+from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.structure.groups import Group, Member
 
 KNOWN_FAULTS: dict[str, str] = {
@@ -137,9 +136,9 @@ def _shipped(
     """
     if not batches:
         raise DataError(f"Criterion {name!r} traces the model with images, but there is no batch.")
-    work = copied(model)
+    work = copy_model(model)
     values = {}
-    with preserve.visiting(work, gradients=True), warnings.catch_warnings():
+    with preserve.inference_state(work, gradients=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         images = batches[0].images[:1].to(preserve.device_of(work)).repeat(2, 1, 1, 1)  # a batch of one is taken apart
         graph = tp.DependencyGraph().build_dependency(

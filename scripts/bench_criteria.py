@@ -34,17 +34,17 @@ from baselines import CRITERIA, LABELS
 from jbrprune.criteria.presets import variant
 from jbrprune.data.batches import Batch
 from jbrprune.errors import JBRError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import preserve
+from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.pruning.runs import provenance
 from jbrprune.pruning.scoring import example_of
-from jbrprune.structure.discovery import copied, find_groups
+from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group
 
 
 def training(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Forward and backward to all parameters over all images."""
-    with preserve.visiting(model, gradients=True):
+    with preserve.inference_state(model, gradients=True):
         leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for batch in (batch.to(preserve.device_of(model)) for batch in batches):
             loss = F.cross_entropy(logits_of(model(batch.images)), batch.labels)  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]:
     """One line per criterion."""
     loaded(setup)[1].check_labels("the yardstick")
     dense, batches = opened(setup), calibrated(setup, args.images, 0)
-    groups = find_groups(copied(dense.model), example_of(dense.model, batches[0])).groups
+    groups = find_groups(copy_model(dense.model), example_of(dense.model, batches[0])).groups
     result = measured(dense.model, batches, groups, args.criterion, args.rounds)
     shared = {
         **setup_named(setup),

@@ -62,7 +62,7 @@ def measured(
     """Both models in turns, in eager mode or compiled."""
     if mode == "compile":
         dense, model = (torch.compile(m, dynamic=False) for m in (dense, model))  # type: ignore[assignment]
-    with preserve.visiting(dense), preserve.visiting(model):
+    with preserve.inference_state(dense), preserve.inference_state(model):
         before, after = timing.race(
             [functools.partial(m, images) for m in (dense, model)], images.device, rounds=rounds
         )

@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from jbrprune.data.images import fashion_mnist
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import preserve
+from jbrprune.models.preserve import logits_of
 from jbrprune.tpv import Isotropic, signs, trace_form
 from jbrprune.tpv.recorded import check_recording, recorded
 
@@ -150,7 +150,7 @@ def published(net: nn.Module, images: Tensor, low: torch.dtype | None) -> float:
 def ours(net: nn.Module, images: Tensor, low: torch.dtype | None) -> float:
     """One batch as `trace_form` runs it."""
     names = [name for name, _ in net.named_parameters()]
-    with preserve.visiting(net):
+    with preserve.inference_state(net):
         run = recorded(net, images, names, logits_of, low)
         drawn = signs.Signs(run.outputs.shape[1], 1, 0, 0).take(len(images))[:, 0]
         return float(run.gradients(drawn).square_norms(dict.fromkeys(names, 1.0)).mean())
@@ -158,7 +158,7 @@ def ours(net: nn.Module, images: Tensor, low: torch.dtype | None) -> float:
 
 def check(net: nn.Module, images: Tensor) -> None:
     """What `trace_form` does once per call."""
-    with preserve.visiting(net):
+    with preserve.inference_state(net):
         check_recording(net, images, [name for name, _ in net.named_parameters()], logits_of)
 
 

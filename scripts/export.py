@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from jbrprune import load
 from jbrprune.commands.options import check_file
 from jbrprune.errors import ArgumentError, JBRError, ModelError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import timm_models
+from jbrprune.models.preserve import logits_of
 from jbrprune.sparsity.masks import make_permanent
 
 BATCHES = (1, 3, 7)

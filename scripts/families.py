@@ -21,10 +21,9 @@ import jbrprune
 from jbrprune.budgets.cost import Account, axis_widths, count_macs, mac_terms
 from jbrprune.budgets.selection import Floors, select
 from jbrprune.errors import JBRError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import timm_models
+from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.pruning.info import Inventory, inventory
-from jbrprune.structure.discovery import copied
 from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.verification import TOLERANCE, masked_units, remove_units
 
@@ -214,10 +213,10 @@ def _check_mask(
     dense: nn.Module, smaller: nn.Module, images: Tensor, groups: tuple[Group, ...], chosen: Selection
 ) -> None:
     """What came out is the dense model without the chosen units, and computes what the masked dense model computes."""
-    twin = copied(dense)
+    twin = copy_model(dense)
     remove_units(twin, groups, chosen)
     _check_same_tensors(twin, smaller, "prune() and the removal of the same units")
-    dense, twin, images = copied(dense).double(), twin.double(), images.double()
+    dense, twin, images = copy_model(dense).double(), twin.double(), images.double()
     with torch.no_grad():
         removed = logits_of(twin(images))
         with masked_units(dense, groups, chosen):
@@ -235,7 +234,7 @@ def _check_same_tensors(one: nn.Module, other: nn.Module, what: str) -> None:
 
 def _check_backward(dense: nn.Module, smaller: nn.Module, images: Tensor) -> None:
     missing = []
-    for model in (copied(dense), copied(smaller)):
+    for model in (copy_model(dense), copy_model(smaller)):
         logits_of(model(images)).square().sum().backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         _check(all(g is None or bool(g.isfinite().all()) for g in gradients.values()), "a gradient is not finite")
@@ -260,7 +259,7 @@ def _exported(dense: nn.Module, smaller: nn.Module, images: Tensor) -> str:
         program = torch.export.export(smaller, (images,))
     except Exception as error:  # if the dense model fails as well, pruning has no part in it
         try:
-            torch.export.export(copied(dense), (images,))
+            torch.export.export(copy_model(dense), (images,))
         except Exception:
             return f"the dense model cannot be exported either: {type(error).__name__}"
         raise

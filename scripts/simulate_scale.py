@@ -31,8 +31,9 @@ from jbrprune.criteria.relevance import relevance_scores
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.evaluation.agreement import predict
+from jbrprune.models.preserve import copy_model
 from jbrprune.repair.base import dense_targets, repaired
-from jbrprune.structure.discovery import copied, find_groups
+from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import removed_channels
 from jbrprune.structure.verification import remove_units
 from jbrprune.tpv import Isotropic, trace_form
@@ -169,7 +170,7 @@ def real(model: torch.nn.Module, batches: Sequence[Batch], selection: Mapping[st
         kept = {axis: torch.arange(width) for axis, width in full.items()}
         for axis, gone in removed_channels(groups, selection).items():
             kept[axis] = kept[axis][~torch.isin(kept[axis], gone)]
-        pruned = copied(model)
+        pruned = copy_model(model)
         remove_units(pruned, groups, selection)
         repaired(pruned, batches, gate, targets, kept, ("auto",), ridge=0.1)
     with counting() as found["tpv"]:

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from jbrprune.data.atomic import replacing
 from jbrprune.errors import ArgumentError, CheckpointError, NonFiniteError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import preserve
+from jbrprune.models.preserve import logits_of
 
 log = logging.getLogger(__name__)
 

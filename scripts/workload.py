@@ -23,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from jbrprune.criteria.members import scored_members
 from jbrprune.models import layers, preserve
+from jbrprune.models.preserve import copy_model
 from jbrprune.repair.base import can_refit
-from jbrprune.structure.discovery import copied, find_groups
+from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group
 from jbrprune.structure.verification import remove_units
 
@@ -148,7 +149,7 @@ def _workload(name: str, image: tuple[int, int, int], arguments: Mapping[str, ob
     dense = one_pass(model, groups, image)
     full = {name: _fan_in(module) for name, module in model.named_modules() if can_refit(module)}
     norms = _norm_widths(model)
-    pruned = copied(model)
+    pruned = copy_model(model)
     selection = {g.name: torch.arange(g.size - max(1, round(share * g.size))) for g in groups}
     selection = {name: units for name, units in selection.items() if len(units)}
     remove_units(pruned, groups, selection)
@@ -176,13 +177,13 @@ def one_pass(model: nn.Module, groups: tuple[Group, ...], image: tuple[int, int,
     """
     blocks = block_names(model)
     consumers = [name for name, _ in scored_members(model, groups, "consumer")]
-    fake = copied(model)
+    fake = copy_model(model)
     with FakeTensorMode(allow_non_fake_inputs=True):  # knows which attention kernel a device takes; meta does not
         fake.to_empty(device="cpu")
         record = _Kept({p.untyped_storage()._cdata for p in fake.parameters()})
         before = {name: record.entering(name) for name in blocks} | {name: record.reading() for name in consumers}
         after = {name: record.leaving() for name in blocks}
-        with preserve.visiting(fake), preserve.hooked(fake, after, before), torch.enable_grad():
+        with preserve.inference_state(fake), preserve.hooked(fake, after, before), torch.enable_grad():
             with FlopCounterMode(display=False, custom_mapping=FUSED) as forward, record.saving():
                 logits = fake(torch.zeros(1, *image))
             with FlopCounterMode(display=False, custom_mapping=FUSED) as backward:
@@ -275,7 +276,7 @@ def _norm_widths(model: nn.Module) -> dict[str, int]:
 
 
 def _classes(model: nn.Module, example: Tensor) -> int:
-    with preserve.visiting(model):
+    with preserve.inference_state(model):
         return model(example).shape[1]
 
 
@@ -290,7 +291,7 @@ def _consumers(pruned: nn.Module, full: Mapping[str, int], example: Tensor) -> I
         return hook
 
     thinner = [name for name, width in full.items() if _fan_in(pruned.get_submodule(name)) < width]
-    with preserve.visiting(pruned), preserve.hooked(pruned, {name: seen(name) for name in thinner}):
+    with preserve.inference_state(pruned), preserve.hooked(pruned, {name: seen(name) for name in thinner}):
         pruned(example)
     for name, found in places.items():
         if len(found) == 1:  # one correction cannot serve several inputs

@@ -63,7 +63,7 @@ def count_macs(model: nn.Module, images: Tensor) -> dict[str, int]:
 
     before = {name: entering(name) for name in own}
     with (
-        preserve.visiting(model),
+        preserve.inference_state(model),
         preserve.hooked(model, dict.fromkeys(own, leaving), before),
         _plain_attention(),
         counter,

@@ -74,7 +74,7 @@ def calls(model: nn.Module, images: Tensor) -> list[Call]:
 
     parts = dict(_parts(model))
     before = {name: entering(name, module) for name, module in parts.items()}
-    with preserve.visiting(model), preserve.hooked(model, dict.fromkeys(parts, leaving), before):
+    with preserve.inference_state(model), preserve.hooked(model, dict.fromkeys(parts, leaving), before):
         model(images[:1].to(preserve.device_of(model)))
     return found
 

@@ -142,7 +142,7 @@ def tables(model: nn.Module, images: Tensor, axes: Sequence[Axis], watch: Stopwa
         round_to: Widths are timed as pruning leaves them: at multiples of this and of no larger power of two.
     """
     wanted, found = set(axes), []
-    with preserve.visiting(model):
+    with preserve.inference_state(model):
         for call in calls(model, images):
             own = tuple(number for number, axis in enumerate(call.axes) if axis in wanted)
             if not own:
@@ -243,7 +243,7 @@ def best_multiple(model: nn.Module, images: Tensor, watch: Stopwatch) -> int:
         watch: Times the layers.
     """
     costs = collections.Counter[int]()
-    with preserve.visiting(model):
+    with preserve.inference_state(model):
         for call, uses in _heaviest(calls(model, images), watch):
             full = full_widths(call)
             for number in range(len(full)):

@@ -23,7 +23,7 @@ from jbrprune.budgets.timing import Ratio, latencies, relative_latency
 from jbrprune.data import distributed
 from jbrprune.errors import BudgetError
 from jbrprune.models import preserve
-from jbrprune.structure.discovery import copied
+from jbrprune.models.preserve import copy_model
 from jbrprune.structure.groups import Axis, Group, Selection
 from jbrprune.structure.verification import remove_units
 
@@ -115,7 +115,7 @@ def planned(
     def tried(aim: float) -> Plan:
         account = price(model, groups)
         selection = select(scores, groups, account, aim, floors=floors, dense_sizes=dense_sizes, per_cost=per_cost)
-        smaller = copied(model, share=True)  # removal replaces tensors, it does not change them
+        smaller = copy_model(model, share=True)  # removal replaces tensors, it does not change them
         return Plan(selection, account.total, price(smaller, remove_units(smaller, groups, selection)))
 
     plan, aim, least = tried(target), target, -math.inf
@@ -185,7 +185,7 @@ def _line(now: float, floor: float, measured_now: float, measured_floor: float) 
 
 def _at_floors(dense: nn.Module, groups: Sequence[Group], floors: Floors) -> tuple[nn.Module, tuple[Group, ...]]:
     """The smallest model that may come out, whatever it computes."""
-    smallest = copied(dense)
+    smallest = copy_model(dense)
     gone = {group.name: torch.arange(floors.of(group, group.size), group.size) for group in groups}
     return smallest, remove_units(smallest, groups, {name: units for name, units in gone.items() if len(units)})
 

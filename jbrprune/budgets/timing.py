@@ -154,7 +154,7 @@ def _laps(models: Sequence[nn.Module], images: Tensor, rounds: int) -> list[Laps
     images = images.to(preserve.device_of(models[0]))
     with contextlib.ExitStack() as visits:
         for model in models:
-            visits.enter_context(preserve.visiting(model))
+            visits.enter_context(preserve.inference_state(model))
         return race([functools.partial(model, images) for model in models], images.device, rounds=rounds)
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.criteria.factors import wide
-from jbrprune.criteria.passes import check_samples_apart, two_images
 from jbrprune.criteria.recording import Recorder, Use
 from jbrprune.criteria.squares import Place, add_squares
 from jbrprune.errors import ModelError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import preserve
+from jbrprune.models.preserve import logits_of
 from jbrprune.sparsity.masks import Slot, fresh
+from jbrprune.structure.verification import check_samples_apart, two_images
 
 
 class _Undone:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from jbrprune.criteria.members import Site, scored_members
 from jbrprune.errors import ModelError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import layers, preserve
+from jbrprune.models.preserve import logits_of
 from jbrprune.structure.groups import Group
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from jbrprune.criteria.passes import mixing
 from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.models import layers, preserve
+from jbrprune.models import layers
 from jbrprune.structure.groups import Group, Member, Side
 
 Site = Literal["consumer", "all"]
@@ -65,24 +64,3 @@ def _check_member(module: nn.Module | None, group: Group, member: Member) -> Non
             f"Group {group.name}: {name} has {width} channels on side {side!r}, the group names channel "
             f"{int(member.channel.max())}. Find the groups again after every change of the model."
         )
-
-
-def unscorable(model: nn.Module, images: Tensor, groups: Sequence[Group]) -> dict[str, str]:
-    """Groups whose channels could go, but whose relevance is not defined per sample.
-
-    Their consumers see no batch, as in a network that computes a position bias.
-
-    Args:
-        model: The model; left as it was.
-        images: ``[B, C, H, W]`` example input; only the first image is used.
-        groups: The groups.
-
-    Returns:
-        Name of a group -> why. Empty where not even the logits of samples are apart: then `relevance_scores` says so.
-    """
-    members = scored_members(model, groups, "consumer")
-    with preserve.visiting(model):
-        _, reasons = mixing(model, images[:1], sorted({name for name, _ in members}))
-    if "the logits" in reasons:
-        return {}
-    return {group: reasons[name] for (name, _), own in members.items() if name in reasons for group, *_ in own}

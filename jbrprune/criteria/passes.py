@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,7 @@ from jbrprune.criteria.objectives import Objective, Target, confident
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError
-from jbrprune.evaluation.agreement import logits_of, raise_nonfinite
-from jbrprune.models import preserve
+from jbrprune.evaluation.agreement import raise_nonfinite
 
 
 class Draws:
@@ -97,78 +95,6 @@ def check_logits(model: nn.Module, batch: Batch, number: int, logits: Tensor, au
 def own(tensor: Tensor) -> Tensor:
     """Apart from any graph of the user's; a tensor of inference mode cannot enter a graph at all."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def two_images(images: Tensor) -> Tensor:
-    """The first image, and one made from it that is different everywhere."""
-    one = images[:1]
-    ramp = torch.linspace(-1, 1, one.shape[-1], device=one.device, dtype=one.dtype)
-    return torch.cat([one, one.flip(-1) + one.std(correction=0).clamp_min(1e-3) * ramp])
-
-
-def check_samples_apart(model: nn.Module, images: Tensor, names: Sequence[str]) -> set[str]:
-    """Refuse a model in which a layer's rows do not belong to the samples, in order.
-
-    Returns:
-        The names of the modules that were called.
-
-    Raises:
-        ModelError: Names the first such layer, or the logits.
-    """
-    called, mixed = mixing(model, images, names)
-    for why in mixed.values():
-        raise ModelError(why)
-    return called
-
-
-def mixing(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[set[str], dict[str, str]]:
-    """Change one of three samples: only its rows may change, in the middle third of every activation.
-
-    Returns:
-        The names of the modules that were called; and those (and ``the logits``) where other rows change, with why.
-    """
-    one = images[:1]
-    other = one.flip(-1) + one.std().clamp_min(1e-3) * torch.linspace(-1, 1, one.shape[-1]).to(one)
-    first, second = (_row_sums(model, torch.cat([one, middle, one]), names) for middle in (one, other))
-    calls = {name: list(zip(rows, second.get(name, ()), strict=True)) for name, rows in first.items()}
-    still = [name for name, pairs in calls.items() if any(len(b) and torch.equal(b, a) for b, a in pairs)]
-    alone = _row_sums(model, images[:1], [name for name in still if name != "the logits"]) if still else {}
-    mixed = {}
-    for name, pairs in calls.items():
-        # Where nothing changes there need not be samples at all: then the rows are as many for one image.
-        fixed = name in alone and any(3 * len(a) != len(b) for (b, _), a in zip(pairs, alone[name], strict=True))
-        if fixed or not all(_rows_apart(before, after) for before, after in pairs):
-            mixed[name] = (
-                f"{name}: the first dimension ({len(pairs[0][0])} rows for 3 images) is not the batch, or samples "
-                "influence each other (a batch norm without stored statistics?), or the forward pass is random in "
-                "eval mode. Per-sample relevances are not defined there. Put this layer into `ignore`, or make the "
-                "model treat samples apart."
-            )
-    return set(first), mixed
-
-
-def _row_sums(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
-    """Name -> per call, the sum of absolute values of each row of the module's input; and of the logits."""
-    sums: dict[str, list[Tensor]] = defaultdict(list)
-
-    def note(name: str, x: Tensor) -> None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        sums[name].append(x.detach().reshape(len(x), -1).abs().sum(1, dtype=wide).cpu())
-
-    def record(name: str) -> preserve.Hook:
-        return lambda module, args, kwargs: note(name, preserve.input_of(args, kwargs))
-
-    with torch.no_grad(), preserve.hooked(model, forward_pre={name: record(name) for name in names}):
-        note("the logits", logits_of(model(images)))
-    return sums
-
-
-def _rows_apart(first: Tensor, second: Tensor) -> bool:
-    third = len(first) // 3
-    if len(first) != len(second) or len(first) % 3:
-        return False
-    changed = (first - second).abs() > 1e-3 * first.abs().clamp_min(1e-12)
-    return not (changed[:third].any() or changed[2 * third :].any())
 
 
 def check_known(what: str, value: str, known: Iterable[str]) -> None:

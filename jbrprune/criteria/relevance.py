@@ -30,7 +30,6 @@ from jbrprune.criteria.passes import (
     check_known,
     check_logits,
     check_samples,
-    check_samples_apart,
     check_sampling,
     losses_of,
     own,
@@ -39,10 +38,12 @@ from jbrprune.criteria.scores import Accumulator, Scores, Settings
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
-from jbrprune.evaluation.agreement import check_weights, logits_of
+from jbrprune.evaluation.agreement import check_weights
 from jbrprune.evaluation.portions import Portions
 from jbrprune.models import layers, preserve
+from jbrprune.models.preserve import logits_of
 from jbrprune.structure.groups import Group
+from jbrprune.structure.verification import check_samples_apart
 
 Statistic = Literal["second_moment", "batched", "mean_replaced"]
 _Relevances = tuple[dict[str, Tensor], int]
@@ -159,7 +160,7 @@ def _visited(
     with ExitStack() as visit:
         # Everything is undone between two batches as well, because a generator may be left unfinished.
         for number, (start, batch) in enumerate(numbered):
-            visit.enter_context(preserve.visiting(model))
+            visit.enter_context(preserve.inference_state(model))
             batch = batch.to(device).map(own)
             if number == 0:
                 called = check_samples_apart(model, batch.images, tape.names)
@@ -207,7 +208,7 @@ def channel_means(
     def looked() -> None:
         with ExitStack() as visit:
             for _, batch in parts:
-                visit.enter_context(preserve.visiting(model))
+                visit.enter_context(preserve.inference_state(model))
                 visit.enter_context(preserve.hooked(model, forward_pre={name: record(name) for name in names}))
                 model(batch.to(device).map(own).images.clone())
                 visit.close()

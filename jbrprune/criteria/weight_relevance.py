@@ -36,9 +36,10 @@ from jbrprune.criteria.scores import Settings
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
-from jbrprune.evaluation.agreement import check_weights, logits_of
+from jbrprune.evaluation.agreement import check_weights
 from jbrprune.evaluation.portions import Portions
 from jbrprune.models import layers, preserve
+from jbrprune.models.preserve import logits_of
 from jbrprune.sparsity.masks import Slot, fresh, ignored, is_weight_layer, slots
 
 Statistic = Literal["second_moment", "batched", "signed"]
@@ -260,7 +261,7 @@ def _collect(
     portions = Portions()
     scored = seen = 0
     for number, (start, batch) in enumerate(numbered):
-        with preserve.visiting(model, gradients=collector.gradients), fresh(model):
+        with preserve.inference_state(model, gradients=collector.gradients), fresh(model):
             batch = batch.to(device).map(own)
             if number == 0:
                 collector.check(batch.images)

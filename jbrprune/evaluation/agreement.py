@@ -22,6 +22,7 @@ from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from jbrprune.evaluation.portions import Portions
 from jbrprune.models import preserve
+from jbrprune.models.preserve import logits_of
 
 
 @dataclass(frozen=True)
@@ -76,35 +77,6 @@ class Latency:
     clock: str = "wall"
 
 
-def logits_of(output: object) -> Tensor:
-    """The logits in whatever a model returned.
-
-    Args:
-        output: A tensor, an object with ``.logits``, a mapping with the key ``logits``, or one of
-            these alone in a tuple or list.
-
-    Returns:
-        ``[B, K]`` floating point.
-
-    Raises:
-        ModelError: Several outputs, none that is known to be the logits, or another rank or dtype.
-
-    Example:
-        >>> logits_of({"logits": torch.zeros(2, 10)}).shape
-        torch.Size([2, 10])
-    """
-    alone = isinstance(output, tuple | list) and len(output) == 1
-    value = _named_logits(output[0] if alone else output)  # type: ignore[index]
-    if not isinstance(value, Tensor):
-        raise ModelError(_not_logits(output))
-    if value.dim() != 2 or not value.is_floating_point():
-        raise ModelError(
-            f"Logits must be floating point [B, K], the model returned {_described(value)}. Give the model a "
-            "classifier that pools over positions, or wrap it in a module that returns one row of logits per image."
-        )
-    return value
-
-
 def predict(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -134,7 +106,7 @@ def predict(
     def own_part() -> tuple[list[int], dict[int, Tensor]]:
         sizes: list[int] = []
         found: dict[int, Tensor] = {}
-        with preserve.visiting(model), _autocast(preserve.device_of(model), autocast_dtype):
+        with preserve.inference_state(model), _autocast(preserve.device_of(model), autocast_dtype):
             for number, batch in enumerate(
                 tqdm(batches, desc="predict", unit="batch", leave=False, disable=None if progress else True)
             ):
@@ -277,7 +249,7 @@ def latency(model: nn.Module, images: Tensor, *, min_seconds: float = 1.0) -> La
     images = images.to(preserve.device_of(model))
     threads = torch.get_num_threads()
     timer = benchmark().Timer("model(images)", globals={"model": model, "images": images}, num_threads=threads)
-    with preserve.visiting(model):
+    with preserve.inference_state(model):
         model(images)  # lazy initialisation and the choice of kernels are not part of a forward pass
         timed = timer.blocked_autorange(min_run_time=min_seconds)
     return Latency(
@@ -350,7 +322,11 @@ def first_nonfinite(model: nn.Module, images: Tensor, *, autocast_dtype: torch.d
         return hook
 
     hooks = {name: watch(name) for name, _ in model.named_modules()}
-    with preserve.visiting(model), preserve.hooked(model, hooks), _autocast(preserve.device_of(model), autocast_dtype):
+    with (
+        preserve.inference_state(model),
+        preserve.hooked(model, hooks),
+        _autocast(preserve.device_of(model), autocast_dtype),
+    ):
         model(images)
     return found[0] if found else None
 
@@ -381,30 +357,6 @@ def raise_nonfinite(
         f"{where} ({type(model.get_submodule(name)).__name__}). If it is half precision that overflows, use bfloat16 "
         "or float32."
     )
-
-
-def _named_logits(output: object) -> object:
-    """The tensor itself, or what is called logits."""
-    if isinstance(output, Mapping):
-        return output.get("logits")
-    return output if isinstance(output, Tensor) else getattr(output, "logits", None)
-
-
-def _not_logits(output: object) -> str:
-    if isinstance(output, tuple | list):
-        parts = ", ".join(_described(part) for part in output)
-        received = f"{len(output)} outputs ({parts}); which of them are the logits cannot be known"
-    elif isinstance(output, Mapping):
-        received = f"a {type(output).__name__} with the keys {list(output)}, none of which holds logits"
-    else:
-        received = f"a {type(output).__name__} without logits"
-    return f"The model returned {received}. Wrap it in a module whose forward returns the logits [B, K] alone."
-
-
-def _described(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:

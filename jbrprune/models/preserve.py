@@ -6,10 +6,13 @@ The only file of the project that switches modes or registers hooks on a model.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from jbrprune.errors import ModelError
 
 Hook = Callable[..., object]
 
@@ -112,7 +115,7 @@ def same_randomness(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def visiting(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+def inference_state(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     """Eval mode, frozen (or all trainable) parameters, untouched ``.grad`` and random state, no autocast from outside.
 
     Activation checkpointing (``grad_checkpointing`` of timm) is off: it would run modules and their hooks twice.
@@ -154,3 +157,67 @@ def first_tensor(model: nn.Module) -> Tensor | None:
 def input_of(args: tuple, kwargs: Mapping[str, Tensor]) -> Tensor:
     """What a hook sees as a layer's one input, by position or by whatever name its forward gives it."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
+    """A deep copy of a model; ``share`` parameters and buffers, and it costs next to no memory.
+
+    Raises:
+        ModelError: The model holds something that cannot be copied.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} if share else {}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception as error:  # whatever a foreign __deepcopy__ raises
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. If a module caches what it "
+            "computed with gradients, make the model anew and run it under torch.no_grad() only."
+        ) from error
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits in whatever a model returned.
+
+    Args:
+        output: A tensor, an object with ``.logits``, a mapping with the key ``logits``, or one of
+            these alone in a tuple or list.
+
+    Returns:
+        ``[B, K]`` floating point.
+
+    Raises:
+        ModelError: Several outputs, none that is known to be the logits, or another rank or dtype.
+
+    Example:
+        >>> logits_of({"logits": torch.zeros(2, 10)}).shape
+        torch.Size([2, 10])
+    """
+    alone = isinstance(output, tuple | list) and len(output) == 1
+    value = output[0] if alone else output  # type: ignore[index]
+    if isinstance(value, Mapping):
+        value = value.get("logits")
+    elif not isinstance(value, Tensor):
+        value = getattr(value, "logits", None)
+    if not isinstance(value, Tensor):
+        if isinstance(output, tuple | list):
+            parts = ", ".join(_describe(part) for part in output)
+            received = f"{len(output)} outputs ({parts}); which of them are the logits cannot be known"
+        elif isinstance(output, Mapping):
+            received = f"a {type(output).__name__} with the keys {list(output)}, none of which holds logits"
+        else:
+            received = f"a {type(output).__name__} without logits"
+        raise ModelError(
+            f"The model returned {received}. Wrap it in a module whose forward returns the logits [B, K] alone."
+        )
+    if value.dim() != 2 or not value.is_floating_point():
+        raise ModelError(
+            f"Logits must be floating point [B, K], the model returned {_describe(value)}. Give the model a "
+            "classifier that pools over positions, or wrap it in a module that returns one row of logits per image."
+        )
+    return value
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"

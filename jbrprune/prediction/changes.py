@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jbrprune.criteria.members import scored_members
-from jbrprune.criteria.passes import check_samples_apart, own
+from jbrprune.criteria.passes import own
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import layers, preserve
+from jbrprune.models.preserve import logits_of
 from jbrprune.structure.groups import Group, Selection
+from jbrprune.structure.verification import check_samples_apart
 
 ROWS = 10
 """Logits that are followed one by one, the largest of every sample; all others together through random signs."""
@@ -107,7 +108,7 @@ def logit_changes(
     with ExitStack() as visit:
         shown = tqdm(batches, "predicting", unit="batch", disable=None if progress else True, leave=False)
         for number, batch in enumerate(shown):
-            visit.enter_context(preserve.visiting(model))
+            visit.enter_context(preserve.inference_state(model))
             images = batch.to(device).map(own).images
             if number == 0:
                 check_samples_apart(model, images, list(masks))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jbrprune.data.batches import Batch, count
 from jbrprune.errors import ArgumentError, DataError
 from jbrprune.evaluation.agreement import predict as logits_on
+from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.checking import TOLERANCE, check
 from jbrprune.prediction.damage import Damage, measured_damage
 from jbrprune.prediction.forecast import forecast
@@ -21,9 +22,9 @@ from jbrprune.pruning.calibration import calibration
 from jbrprune.pruning.prepare import opened_with
 from jbrprune.pruning.scoring import check_model
 from jbrprune.report.report import Report
-from jbrprune.structure.discovery import copied, find_groups
+from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group
-from jbrprune.structure.verification import tried
+from jbrprune.structure.verification import verify_groups
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,10 @@ def degradation(
     units, how = (removed.removed, removed.settings) if isinstance(removed, Report) else (removed, {})
     left_out: Any = how.get("ignore", ()) if ignore is None else ignore
     widths = bool(how.get("width", False) if width is None else width)
-    opened = opened_with(copied(model), data, arguments)
+    opened = opened_with(copy_model(model), data, arguments)
     opened.check_classes("degradation")
-    work = copied(opened.dense)
-    found = tried(work, opened.example, find_groups(work, opened.example, ignore=left_out, width=widths))
+    work = copy_model(opened.dense)
+    found = verify_groups(work, opened.example, find_groups(work, opened.example, ignore=left_out, width=widths))
     cut = checked_units(units, found.groups)
     batches = _read(opened.dense, opened.images, images, batch_size, seed, progress)
     predicted = forecast(

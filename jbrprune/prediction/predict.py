@@ -19,6 +19,7 @@ from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch, concatenated, count, rebatched
 from jbrprune.errors import ArgumentError, BudgetError, DataError
 from jbrprune.evaluation.agreement import predict as logits_on
+from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.checking import FLIPS, TOLERANCE, Check, check, constant, tpvs_agree
 from jbrprune.prediction.correction import Correction, corrected
 from jbrprune.prediction.damage import Damage, measured_damage
@@ -30,7 +31,6 @@ from jbrprune.pruning.plan import planned_cuts
 from jbrprune.pruning.prepare import Opened, opened_with
 from jbrprune.pruning.scoring import check_model, resolved
 from jbrprune.report.figures import extra
-from jbrprune.structure.discovery import copied
 from jbrprune.structure.groups import Group
 from jbrprune.structure.verification import masked_units
 from jbrprune.tpv.validity import TPVWarning
@@ -174,7 +174,7 @@ def predict(
     settings = channel_settings(Budget(kind, least), (least,), arguments | {"steps": steps})
     given = resolved(model, checkpoint, model_arguments)
     check_model(given)
-    opened = opened_with(copied(given), data, arguments)
+    opened = opened_with(copy_model(given), data, arguments)
     opened.check_classes("predict")
     settings = engine.settled(settings, opened.dense, opened.example)
     state = engine.start(opened.dense, opened.example, settings)

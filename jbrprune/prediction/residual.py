@@ -48,7 +48,7 @@ def input_moments(model: nn.Module, batches: Iterable[Batch], names: Iterable[st
     device = preserve.device_of(model)
     with ExitStack() as visit:
         for batch in batches:
-            visit.enter_context(preserve.visiting(model))
+            visit.enter_context(preserve.inference_state(model))
             visit.enter_context(preserve.hooked(model, forward_pre={name: record(name) for name in names}))
             model(batch.to(device).map(own).images.clone())
             visit.close()

@@ -20,6 +20,7 @@ from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.models import preserve, timm_models
+from jbrprune.models.preserve import copy_model
 from jbrprune.prediction import max_drop as search
 from jbrprune.pruning import loop as engine
 from jbrprune.pruning import weights as thinning
@@ -30,7 +31,6 @@ from jbrprune.pruning.weights import Thinned
 from jbrprune.report.report import Report
 from jbrprune.sparsity.masks import fresh, make_permanent, masks_of, put_masks, refuse_hidden_sharing, slots
 from jbrprune.sparsity.patterns import Pattern
-from jbrprune.structure.discovery import copied
 
 log = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ def _pruned(
     directory = journal.check_directory(arguments["resume"])
     given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
     check_model(given)
-    opened = opened_with(copied(given), data, arguments)
+    opened = opened_with(copy_model(given), data, arguments)
     asked, settings = settings, engine.settled(settings, opened.dense, opened.example)
     state = engine.start(opened.dense, opened.example, settings)
     images = opened.read(arguments)
@@ -316,7 +316,7 @@ def _searched(
     settings = channel_settings(budget, (budget.share,) * bounded, arguments)
     given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
     check_model(given)
-    opened = opened_with(copied(given), data, arguments)
+    opened = opened_with(copy_model(given), data, arguments)
     opened.check_classes("max_drop=")
     settings = engine.settled(settings, opened.dense, opened.example)
     state = engine.start(opened.dense, opened.example, settings)
@@ -342,7 +342,7 @@ def _thinned(
     if arguments["permanent"] is False:
         originals = {slot.name: slot.stored.detach().clone() for slot in slots(given)}
     opened = opened_with(_plain(given), data, arguments)
-    state = thinning.start(copied(opened.dense), opened.example, masks, settings)
+    state = thinning.start(copy_model(opened.dense), opened.example, masks, settings)
     if originals is not None:
         refuse_hidden_sharing(given, state.masks)
     images = opened.read(arguments)
@@ -357,7 +357,7 @@ def _thinned(
 def _plain(model: nn.Module) -> nn.Module:
     """A copy with zeros in the place of masks."""
     with torch.no_grad(), fresh(model):  # deepcopy refuses a tensor with a graph, which a masked weight is
-        return make_permanent(copied(model))
+        return make_permanent(copy_model(model))
 
 
 def _finished(thinned: Thinned, originals: Mapping[str, Tensor] | None, target: nn.Module | None) -> nn.Module:

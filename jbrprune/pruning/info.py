@@ -12,8 +12,9 @@ from jbrprune.budgets.cost import Account, axis_widths, mac_terms, parameter_ter
 from jbrprune.budgets.selection import Floors, reachable
 from jbrprune.errors import ArgumentError
 from jbrprune.models import preserve, timm_models
-from jbrprune.structure.discovery import copied, find_groups
-from jbrprune.structure.verification import tried
+from jbrprune.models.preserve import copy_model
+from jbrprune.structure.discovery import find_groups
+from jbrprune.structure.verification import verify_groups
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ def inventory(
         if size is None:
             raise ArgumentError(f"{type(model).__name__} does not say which images it wants: pass images=.")
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    work = copied(model).eval()
+    work = copy_model(model).eval()
     images = images.to(preserve.device_of(work))
-    found = tried(work, images, find_groups(work, images, ignore=ignore, width=width))
+    found = verify_groups(work, images, find_groups(work, images, ignore=ignore, width=width))
     full = axis_widths(work, found.groups)
     macs, params = (Account(terms, found.groups, full) for terms in (mac_terms(work, images), parameter_terms(work)))
     rows = tuple(
@@ -114,7 +115,7 @@ def inventory(
         least_macs=reachable(found.groups, macs, floors, dense) / totals[0],
         least_params=reachable(found.groups, params, floors, dense) / totals[1],
         rows=rows,
-        kept=found.kept,
+        kept=found.skipped,
     )
 
 

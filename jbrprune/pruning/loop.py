@@ -25,6 +25,7 @@ from jbrprune.data.batches import Batch, count
 from jbrprune.errors import ArgumentError, NonFiniteError
 from jbrprune.evaluation.agreement import Agreement, parameters_of
 from jbrprune.models import layers, preserve
+from jbrprune.models.preserve import copy_model
 from jbrprune.pruning.calibration import Calibration
 from jbrprune.pruning.runs import (
     Clock,
@@ -38,9 +39,9 @@ from jbrprune.pruning.runs import (
 )
 from jbrprune.repair.base import Targets, dense_targets
 from jbrprune.report.report import LayerRow, Report, Size, StepRow
-from jbrprune.structure.discovery import Found, copied, find_groups
+from jbrprune.structure.discovery import Found, find_groups
 from jbrprune.structure.groups import Axis, Group, Selection, removed_channels
-from jbrprune.structure.verification import remove_units, tried
+from jbrprune.structure.verification import remove_units, verify_groups
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class State:
 
     def copy(self) -> State:
         """The same on a model of its own, for `restore`; the clock is shared."""
-        return replace(self, model=copied(self.model), kept=dict(self.kept), rows=list(self.rows))
+        return replace(self, model=copy_model(self.model), kept=dict(self.kept), rows=list(self.rows))
 
     def restore(self, saved: State) -> None:
         """Go back to a copy, which stays as it is."""
@@ -254,9 +255,9 @@ def start(dense: nn.Module, example: Tensor, settings: Settings) -> State:
         BudgetError: The budget lies below what the floors allow.
         UnsupportedModelError: Nothing can be removed safely.
     """
-    work = copied(dense)
+    work = copy_model(dense)
     clock = time.perf_counter()
-    found = tried(
+    found = verify_groups(
         work, example, find_groups(work, example, ignore=settings.ignore, width=settings.width), seed=settings.seed
     )
     dense_sizes = {group.name: group.size for group in found.groups}
@@ -431,7 +432,7 @@ def _layer_rows(state: State) -> tuple[LayerRow, ...]:
 
 def _notes(state: State, images: Calibration, settings: Settings) -> tuple[str, ...]:
     notes = [
-        f"{name} keeps its width: {reason}." for name, reason in state.found.kept.items() if reason not in _EXPECTED
+        f"{name} keeps its width: {reason}." for name, reason in state.found.skipped.items() if reason not in _EXPECTED
     ]
     notes += notes_on_images(images, bool(settings.repair))
     if any(group.kind == "width" for group in state.groups):

@@ -17,12 +17,13 @@ from jbrprune.data.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.evaluation.agreement import check_weights
 from jbrprune.models import architectures, preserve, timm_models
+from jbrprune.models.preserve import copy_model
 from jbrprune.pruning.calibration import check_runs
 from jbrprune.pruning.defaults import CHANNELS, WEIGHTS, complete
 from jbrprune.sparsity.masks import fresh
-from jbrprune.structure.discovery import copied, find_groups, layer_groups
+from jbrprune.structure.discovery import find_groups, layer_groups
 from jbrprune.structure.groups import Group
-from jbrprune.structure.verification import tried
+from jbrprune.structure.verification import verify_groups
 
 GRANULARITIES = ("unit", "layer", "weight")
 
@@ -186,5 +187,5 @@ def _groups(
     if granularity == "layer":
         return tuple(group for group in layer_groups(model, ignore=ignore) if site == "all" or group.side("in"))
     example = example_of(model, first)
-    work = copied(model)
-    return tried(work, example, find_groups(work, example, ignore=ignore, width=width)).groups
+    work = copy_model(model)
+    return verify_groups(work, example, find_groups(work, example, ignore=ignore, width=width)).groups

@@ -122,7 +122,7 @@ def dense_targets(model: nn.Module, batches: Sequence[Batch], consumers: Iterabl
 
     able = {name for name in consumers if can_refit(model.get_submodule(name))}
     with (
-        preserve.visiting(model),
+        preserve.inference_state(model),
         preserve.hooked(model, {name: consumer(name) for name in able}, {name: norm(name) for name in _norms(model)}),
     ):
         model(images)
@@ -209,7 +209,7 @@ def _apply(
     if "batch_norm" in methods:
         for name, dense in targets.norms.items():
             before[name] = _following(dense, kept.get((name, "out", 0)))
-    with preserve.visiting(model), preserve.hooked(model, forward_pre=before):
+    with preserve.inference_state(model), preserve.hooked(model, forward_pre=before):
         model(images)
 
 

@@ -15,7 +15,7 @@ from jbrprune.structure.channels import channels
 from jbrprune.structure.cuts import planned, shrunk
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Selection, removed_channels
-from jbrprune.structure.verification import remove_units, tried
+from jbrprune.structure.verification import remove_units, verify_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ def shrink(
         ignore: Globs of module names that stay as wide as they are (a name covers its submodules).
         masks: Name of a parameter -> boolean mask of its shape, to be cut as the parameter is. They do not decide
             what is dead: a weight of 0.0 is one, masked or not.
-        seed: Seeds the trial of `jbrprune.structure.verification.tried` and the noise.
+        seed: Seeds the trial of `jbrprune.structure.verification.verify_groups` and the noise.
 
     Returns:
         `Shrunk`. Where nothing can be removed safely (the graph cannot be traced, say), its notes tell why.
@@ -101,7 +101,7 @@ def shrink(
     left_masks = _checked(model, masks or {})
     images = _two(model, example)
     try:
-        found = tried(model, images, find_groups(model, images, ignore=ignore), seed=seed)
+        found = verify_groups(model, images, find_groups(model, images, ignore=ignore), seed=seed)
     except UnsupportedModelError as error:
         return Shrunk(masks=left_masks, notes=(str(error),))
     mixed = {group.name: why for group in found.groups if (why := _mixed(model, group))}
@@ -121,7 +121,7 @@ def shrink(
         removed={g.name: sizes[g.name] - g.size for g in groups if g.size < sizes[g.name]},
         constant={g.name: count for g in groups if (count := _constant(model, g, observed))},
         widths={name: (old, new) for name, new in _widths(model).items() if (old := before[name]) != new},
-        kept=found.kept | mixed,
+        kept=found.skipped | mixed,
         masks=left_masks,
         notes=tuple(
             f"{g.name}: the unit that is left contributes nothing; a layer keeps one."
@@ -284,7 +284,7 @@ def _largest(model: nn.Module, images: Tensor, mark: _Mark) -> dict[str, Tensor]
         return mark(layer, into, output)
 
     with (
-        preserve.visiting(model),
+        preserve.inference_state(model),
         preserve.hooked(model, {name: partial(hook, name=name) for name in _weighted(model)}),
     ):
         model(images)

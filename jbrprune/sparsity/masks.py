@@ -6,7 +6,6 @@ and, as a plain attribute, their product, made anew by a hook in every forward p
 
 from __future__ import annotations
 
-import fnmatch
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from jbrprune.errors import ArgumentError, ModelError
+from jbrprune.errors import ModelError
+from jbrprune.structure.groups import match_names
 
 KINDS = ("weight", "bias")
 
@@ -107,27 +107,7 @@ def ignored(model: nn.Module, patterns: Sequence[str]) -> set[str]:
         ArgumentError: A string instead of a list, or a glob that matches nothing.
     """
     names = [name for name, _ in model.named_modules() if name]
-    return covered(names + [slot.name for slot in slots(model)], patterns, "module and no parameter")
-
-
-def covered(names: Sequence[str], patterns: Sequence[str], what: str) -> set[str]:
-    """Names that a glob matches, with everything inside of them; ``what`` they are is said in the error.
-
-    Raises:
-        ArgumentError: A string instead of a list, or a glob that matches nothing.
-    """
-    if isinstance(patterns, str):
-        raise ArgumentError(f"ignore must be a list of globs, got the string {patterns!r}: write [{patterns!r}].")
-    found: set[str] = set()
-    for pattern in patterns:
-        hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
-        if not hits:
-            raise ArgumentError(
-                f"ignore: {pattern!r} matches no {what}. Names look like {', '.join(names[:3])}; list them with "
-                "`[name for name, _ in model.named_modules()]`."
-            )
-        found |= hits | {name for name in names if any(name.startswith(hit + ".") for hit in hits)}
-    return found
+    return match_names(names + [slot.name for slot in slots(model)], patterns, "module and no parameter")
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:

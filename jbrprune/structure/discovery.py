@@ -2,12 +2,11 @@
 
 torch-pruning's dependency graph says which channels are coupled. Its answers become edges between
 *atoms* (one channel of one axis); heads and grouped convolutions add theirs; the connected components are
-the units. Whether a unit can really go is not believed but tried: see `jbrprune.structure.verification.tried`.
+the units. Whether a unit can really go is not believed but tried: see `jbrprune.structure.verification.verify_groups`.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from jbrprune.errors import ModelError
 from jbrprune.models import architectures, layers
-from jbrprune.sparsity.masks import covered
-from jbrprune.structure.groups import Axis, Group, Member
-from jbrprune.structure.tracing import Atlas, places, traced
+from jbrprune.models.preserve import copy_model
+from jbrprune.structure.groups import Axis, Group, Member, match_names
+from jbrprune.structure.tracing import CouplingGraph, coupled_axes, trace_model
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,11 @@ class Found:
 
     Attributes:
         groups: What can be removed.
-        kept: Name of a layer -> why it stays as wide as it is.
+        skipped: Name of a layer -> why it stays as wide as it is.
     """
 
     groups: tuple[Group, ...]
-    kept: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def find_groups(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (), width: bool = False) -> Found:
@@ -57,16 +55,16 @@ def find_groups(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (),
         ModelError: The model cannot be copied.
         UnsupportedModelError: The graph cannot be traced.
     """
-    ignored = covered([name for name, _ in model.named_modules() if name], ignore, "module")
-    model = copied(
+    ignored = match_names([name for name, _ in model.named_modules() if name], ignore, "module")
+    model = copy_model(
         model, share=True
     )  # a forward with gradients may leave tensors with a graph in caches of the modules
     atoms = _Atoms()
-    atlas = traced(model, images)
+    graph = trace_model(model, images)
     heads = tuple(architectures.attention_heads(model))
     owned: set[Axis] = {(name, "out", 0) for h in heads for name, _ in h.producers}
     owned |= {(h.consumer, "in", 0) for h in heads}
-    fixed = _add_graph(atoms, atlas, owned)
+    fixed = _add_graph(atoms, graph, owned)
     _add_heads(atoms, model, heads)
     _add_joint_channels(atoms, model)
     fixed |= {(name, "out", 0): "the classifier" for name in architectures.classifiers(model)}
@@ -89,7 +87,7 @@ def layer_groups(model: nn.Module, *, ignore: Sequence[str] = ()) -> tuple[Group
     Raises:
         ArgumentError: A glob in ``ignore`` matches no module.
     """
-    ignored = covered([name for name, _ in model.named_modules() if name], ignore, "module")
+    ignored = match_names([name for name, _ in model.named_modules() if name], ignore, "module")
     groups = []
     for name, module in model.named_modules():
         if name in ignored or layers.channel_dim(module) is None or not layers.has_parameters(module):
@@ -102,22 +100,6 @@ def layer_groups(model: nn.Module, *, ignore: Sequence[str] = ()) -> tuple[Group
                 index = torch.arange(width)
                 groups.append(Group(f"{name}:{side}", "channel", width, (Member((name, side, 0), index, index),)))  # type: ignore[arg-type]
     return tuple(groups)
-
-
-def copied(model: nn.Module, *, share: bool = False) -> nn.Module:
-    """A deep copy of a model; ``share`` parameters and buffers, and it costs next to no memory.
-
-    Raises:
-        ModelError: The model holds something that cannot be copied.
-    """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} if share else {}
-    try:
-        return copy.deepcopy(model, shared)
-    except Exception as error:  # whatever a foreign __deepcopy__ raises
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. If a module caches what it "
-            "computed with gradients, make the model anew and run it under torch.no_grad() only."
-        ) from error
 
 
 class _Atoms:
@@ -148,17 +130,17 @@ class _Atoms:
         return connected_components(matrix, directed=False)[1]
 
 
-def _add_graph(atoms: _Atoms, atlas: Atlas, owned: set[Axis]) -> dict[Axis, str]:
+def _add_graph(atoms: _Atoms, graph: CouplingGraph, owned: set[Axis]) -> dict[Axis, str]:
     """Add the couplings torch-pruning sees; return the axes that must stay, and why."""
     stays: dict[Axis, str] = {}
     covered = set(owned)
-    for root in atlas.roots():
-        axis: Axis = (atlas.names[root], "out", 0)
+    for root in graph.roots():
+        axis: Axis = (graph.names[root], "out", 0)
         width = layers.out_channels(root)
         if axis in covered or width is None:
             continue
         first = atoms.add(axis, width)
-        reached, why = places(atlas, root, width)
+        reached, why = coupled_axes(graph, root, width)
         for place in reached:
             if place.whole:  # what can be reached from there has been reached from here
                 covered.add(place.axis)

@@ -6,13 +6,16 @@ attention head, one group of a grouped convolution. Units of the same shape form
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from jbrprune.errors import ArgumentError
 
 Side = Literal["in", "out", "param", "heads"]
 Axis = tuple[str, Side, int]
@@ -103,3 +106,23 @@ def _shrunk(group: Group, units: Tensor | None, gone: Mapping[Axis, Tensor]) -> 
             channel = channel - torch.searchsorted(gone[member.axis], channel)
         members.append(Member(member.axis, channel, renumber[member.unit[stays]]))
     return Group(group.name, group.kind, int(kept.sum()), tuple(members))
+
+
+def match_names(names: Sequence[str], patterns: Sequence[str], what: str) -> set[str]:
+    """Names that a glob matches, with everything inside of them; ``what`` they are is said in the error.
+
+    Raises:
+        ArgumentError: A string instead of a list, or a glob that matches nothing.
+    """
+    if isinstance(patterns, str):
+        raise ArgumentError(f"ignore must be a list of globs, got the string {patterns!r}: write [{patterns!r}].")
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not hits:
+            raise ArgumentError(
+                f"ignore: {pattern!r} matches no {what}. Names look like {', '.join(names[:3])}; list them with "
+                "`[name for name, _ in model.named_modules()]`."
+            )
+        found |= hits | {name for name in names if any(name.startswith(hit + ".") for hit in hits)}
+    return found

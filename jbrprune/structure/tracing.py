@@ -17,8 +17,8 @@ from torch_pruning.dependency import index_mapping
 from torch_pruning.ops import OPTYPE, _OutputOp
 
 from jbrprune.errors import UnsupportedModelError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import layers, preserve
+from jbrprune.models.preserve import logits_of
 from jbrprune.structure.groups import Axis
 
 MOST_VISITS = 64
@@ -30,7 +30,7 @@ MOST_STEPS = 2
 UNSHRINKABLE = (nn.MultiheadAttention, nn.RNNBase, nn.Embedding)
 
 
-def traced(model: nn.Module, images: Tensor) -> Atlas:
+def trace_model(model: nn.Module, images: Tensor) -> CouplingGraph:
     """Trace a model.
 
     An operation that torch-pruning cannot map loses the channels that lead through it, not the graph.
@@ -51,7 +51,7 @@ def traced(model: nn.Module, images: Tensor) -> Atlas:
         return logits
 
     graph = tp.DependencyGraph()
-    with preserve.visiting(model, gradients=True):
+    with preserve.inference_state(model, gradients=True):
         try:
             graph.build_dependency(model, example_inputs=(images.detach().clone(),), forward_fn=forward, verbose=False)
         except Exception as error:  # whatever a foreign forward, or torch-pruning about it, raises
@@ -62,7 +62,7 @@ def traced(model: nn.Module, images: Tensor) -> Atlas:
                 ) from error
             _map_one_by_one(graph)
     _map_splits(graph)
-    return Atlas(graph, model)
+    return CouplingGraph(graph, model)
 
 
 _ADVICE = {
@@ -110,7 +110,7 @@ def _map_splits(graph: tp.DependencyGraph) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Reached:
+class Coupling:
     """The channels of one axis that go when channels of a root go.
 
     Attributes:
@@ -132,7 +132,7 @@ class _Lost(Exception):
     """A signal: the graph does not tell what happens to the channels of a root."""
 
 
-class Atlas:
+class CouplingGraph:
     """Names and widths of what torch-pruning's graph is made of."""
 
     def __init__(self, graph: tp.DependencyGraph, model: nn.Module) -> None:
@@ -172,29 +172,29 @@ class Atlas:
         return (name, "param", dim), width, 1
 
 
-def places(atlas: Atlas, root: nn.Module, width: int) -> tuple[list[Reached], str | None]:
+def coupled_axes(graph: CouplingGraph, root: nn.Module, width: int) -> tuple[list[Coupling], str | None]:
     """Axes that shrink with a root, and why all of them must stay as they are (if they must)."""
     if width == 1:  # it cannot go; what it is multiplied with is broadcast, not coupled
         return [], None
     places, reason = [], None
     try:
-        for dependency, channel, source in _followed(atlas, root, width):
+        for dependency, channel, source in _followed(graph, root, width):
             module = dependency.target.module
             if isinstance(module, _OutputOp):
                 reason = "reaches the model's output"
             elif isinstance(module, UNSHRINKABLE):
-                name = atlas.names[module]
+                name = graph.names[module]
                 reason = reason or f"{name} ({type(module).__name__}) is of a class that cannot be shrunk"
-            place = atlas.place(dependency)
+            place = graph.place(dependency)
             if place is None or place[1] == 1:
                 continue
             axis, full, times = place
             if channel.max() * times >= full:
                 channel, source = (side[channel * times < full] for side in (channel, source))
                 reason = reason or f"the dependency graph does not follow its channels to {axis[0]}"
-            out = times == 1 and atlas.graph.is_out_channel_pruning_fn(dependency.handler)
+            out = times == 1 and graph.graph.is_out_channel_pruning_fn(dependency.handler)
             whole = out and len(channel) == full and np.array_equal(channel, source)
-            places.append(Reached(axis, full, channel * times, source, whole))
+            places.append(Coupling(axis, full, channel * times, source, whole))
     except _Lost:
         reason = reason or "the dependency graph does not follow its channels"
     return places, reason
@@ -203,14 +203,14 @@ def places(atlas: Atlas, root: nn.Module, width: int) -> tuple[list[Reached], st
 _Step = tuple[tp.dependency.Dependency, np.ndarray, np.ndarray]
 
 
-def _followed(atlas: Atlas, root: nn.Module, width: int) -> Iterator[_Step]:
+def _followed(graph: CouplingGraph, root: nn.Module, width: int) -> Iterator[_Step]:
     """Walk the graph from all output channels of a root: dependency, channels at its target, channels at the root.
 
     Every pair of channels is followed once per node. torch-pruning's own walk compares whole lists (which need
     not end where a product of features is reshaped) and forgets all but one root of a channel.
     """
-    start, every = atlas.graph.module2node[root], np.arange(width)
-    prune = atlas.graph.get_pruner_of_module(root).prune_out_channels  # type: ignore[union-attr]
+    start, every = graph.graph.module2node[root], np.arange(width)
+    prune = graph.graph.get_pruner_of_module(root).prune_out_channels  # type: ignore[union-attr]
     seen = {(start, prune): every * width + every}
     visits: Counter[tuple] = Counter()
     steps = 0
@@ -235,9 +235,9 @@ def _followed(atlas: Atlas, root: nn.Module, width: int) -> Iterator[_Step]:
                 seen[key] = np.union1d(known, pairs)
             if len(pairs):
                 steps, visits[key] = steps + 1, visits[key] + 1
-                if there.max() >= 2 * atlas.widest or len(seen[key]) > 4 * atlas.widest:
+                if there.max() >= 2 * graph.widest or len(seen[key]) > 4 * graph.widest:
                     raise _Lost  # as in a product of features that is reshaped, there is no end to it
-                if visits[key] > MOST_VISITS or steps > 100 + MOST_STEPS * len(atlas.graph.module2node):
+                if visits[key] > MOST_VISITS or steps > 100 + MOST_STEPS * len(graph.graph.module2node):
                     raise _Lost
                 waiting.append((dependency, there, origin))
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from jbrprune.criteria.members import unscorable
-from jbrprune.errors import UnsupportedModelError
-from jbrprune.evaluation.agreement import logits_of
+from jbrprune.errors import ModelError, UnsupportedModelError
 from jbrprune.models import architectures, preserve
+from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.structure import slicing
-from jbrprune.structure.discovery import Found, copied
+from jbrprune.structure.discovery import Found
 from jbrprune.structure.groups import Axis, Group, Selection, after_removal, removed_channels
 
 TOLERANCE = 1e-8
@@ -41,7 +41,7 @@ def masked_units(model: nn.Module, groups: Sequence[Group], selection: Selection
         yield
 
 
-def tried(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> Found:
+def verify_groups(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> Found:
     """Remove random units from a copy and keep the groups for which removal equals the mask.
 
     The copy is in float64; its norms, scales and biases are perturbed, and weights that are all but zero, so that
@@ -70,7 +70,7 @@ def tried(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> F
         return _failure(trial, images, groups, generator)
 
     failed = _culprits(found.groups, failure)
-    kept = dict(found.kept)
+    kept = dict(found.skipped)
     for name, why in failed.items():
         kept[name] = f"removal does not equal the mask here: {why}"
     passed = tuple(group for group in found.groups if group.name not in failed)
@@ -116,7 +116,7 @@ def _token_widths(groups: Sequence[Group], left: Sequence[Group]) -> dict[int, i
 
 
 def _perturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    trial = copied(model)
+    trial = copy_model(model)
     if preserve.device_of(trial).type == "mps":  # no float64 there
         trial = trial.cpu()
     trial = trial.double().eval()
@@ -165,9 +165,105 @@ def _drawn(group: Group, count: int, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def _difference(model: nn.Module, images: Tensor, groups: Sequence[Group], selection: Selection) -> float:
     """Largest difference between the logits of mask and removal, relative to the largest logit."""
-    smaller = copied(model, share=True)  # removal replaces tensors, it does not change them
+    smaller = copy_model(model, share=True)  # removal replaces tensors, it does not change them
     remove_units(smaller, groups, selection)
     got = logits_of(smaller(images))
     with masked_units(model, groups, selection):
         expected = logits_of(model(images))
     return float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+# --- samples apart -----
+
+
+def unscorable(model: nn.Module, images: Tensor, groups: Sequence[Group]) -> dict[str, str]:
+    """Groups whose channels could go, but whose relevance is not defined per sample.
+
+    Their consumers see no batch, as in a network that computes a position bias.
+
+    Args:
+        model: The model; left as it was.
+        images: ``[B, C, H, W]`` example input; only the first image is used.
+        groups: The groups.
+
+    Returns:
+        Name of a group -> why. Empty where not even the logits of samples are apart: then `relevance_scores` says so.
+    """
+    readers = {group.name: [member.axis[0] for member in group.side("in")] for group in groups}
+    with preserve.inference_state(model):
+        _, reasons = mixing(model, images[:1], sorted({name for names in readers.values() for name in names}))
+    if "the logits" in reasons:
+        return {}
+    return {group: reasons[name] for group, names in readers.items() for name in names if name in reasons}
+
+
+def two_images(images: Tensor) -> Tensor:
+    """The first image, and one made from it that is different everywhere."""
+    one = images[:1]
+    ramp = torch.linspace(-1, 1, one.shape[-1], device=one.device, dtype=one.dtype)
+    return torch.cat([one, one.flip(-1) + one.std(correction=0).clamp_min(1e-3) * ramp])
+
+
+def check_samples_apart(model: nn.Module, images: Tensor, names: Sequence[str]) -> set[str]:
+    """Refuse a model in which a layer's rows do not belong to the samples, in order.
+
+    Returns:
+        The names of the modules that were called.
+
+    Raises:
+        ModelError: Names the first such layer, or the logits.
+    """
+    called, mixed = mixing(model, images, names)
+    for why in mixed.values():
+        raise ModelError(why)
+    return called
+
+
+def mixing(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[set[str], dict[str, str]]:
+    """Change one of three samples: only its rows may change, in the middle third of every activation.
+
+    Returns:
+        The names of the modules that were called; and those (and ``the logits``) where other rows change, with why.
+    """
+    one = images[:1]
+    other = one.flip(-1) + one.std().clamp_min(1e-3) * torch.linspace(-1, 1, one.shape[-1]).to(one)
+    first, second = (_row_sums(model, torch.cat([one, middle, one]), names) for middle in (one, other))
+    calls = {name: list(zip(rows, second.get(name, ()), strict=True)) for name, rows in first.items()}
+    still = [name for name, pairs in calls.items() if any(len(b) and torch.equal(b, a) for b, a in pairs)]
+    alone = _row_sums(model, images[:1], [name for name in still if name != "the logits"]) if still else {}
+    mixed = {}
+    for name, pairs in calls.items():
+        # Where nothing changes there need not be samples at all: then the rows are as many for one image.
+        fixed = name in alone and any(3 * len(a) != len(b) for (b, _), a in zip(pairs, alone[name], strict=True))
+        if fixed or not all(_rows_apart(before, after) for before, after in pairs):
+            mixed[name] = (
+                f"{name}: the first dimension ({len(pairs[0][0])} rows for 3 images) is not the batch, or samples "
+                "influence each other (a batch norm without stored statistics?), or the forward pass is random in "
+                "eval mode. Per-sample relevances are not defined there. Put this layer into `ignore`, or make the "
+                "model treat samples apart."
+            )
+    return set(first), mixed
+
+
+def _row_sums(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Name -> per call, the sum of absolute values of each row of the module's input; and of the logits."""
+    sums: dict[str, list[Tensor]] = defaultdict(list)
+
+    def note(name: str, x: Tensor) -> None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        sums[name].append(x.detach().reshape(len(x), -1).abs().sum(1, dtype=wide).cpu())
+
+    def record(name: str) -> preserve.Hook:
+        return lambda module, args, kwargs: note(name, preserve.input_of(args, kwargs))
+
+    with torch.no_grad(), preserve.hooked(model, forward_pre={name: record(name) for name in names}):
+        note("the logits", logits_of(model(images)))
+    return sums
+
+
+def _rows_apart(first: Tensor, second: Tensor) -> bool:
+    third = len(first) // 3
+    if len(first) != len(second) or len(first) % 3:
+        return False
+    changed = (first - second).abs() > 1e-3 * first.abs().clamp_min(1e-12)
+    return not (changed[:third].any() or changed[2 * third :].any())

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from jbrprune.criteria.passes import check_known
 from jbrprune.data import distributed
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
-from jbrprune.evaluation.agreement import logits_of, raise_nonfinite
+from jbrprune.evaluation.agreement import raise_nonfinite
 from jbrprune.models import preserve
+from jbrprune.models.preserve import logits_of
 from jbrprune.tpv.covariances import Change, Covariance, Perturbation
 from jbrprune.tpv.estimate import Estimate, Sums, reached, warn_of_sums
 from jbrprune.tpv.gradients import checked_direction
@@ -258,7 +259,7 @@ class _Quadratic:
 
     def __call__(self, number: int, start: int, images: Tensor) -> Tensor:
         model, names = self.bound.model, list(self.bound.shapes)
-        with preserve.visiting(model):
+        with preserve.inference_state(model):
             if number == 0:
                 check_recording(model, images, names, self.bound.output)
             run = recorded(model, images, names, self.bound.output, self.autocast)
@@ -342,7 +343,7 @@ def _by_draws(
         parts: list[Tensor] = []
 
         def one(number: int, start: int, images: Tensor, change: Change = change, draw: int = draw) -> Tensor:
-            with preserve.visiting(bound.model):
+            with preserve.inference_state(bound.model):
                 found = squared(number, images, change)
             if not torch.isfinite(found).all():
                 raise NonFiniteError(f"Draw {draw + 1}, batch {number}: the changed outputs contain NaN or Inf.")

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from jbrprune.criteria.passes import own
 from jbrprune.data.batches import concatenated, materialise
 from jbrprune.errors import ArgumentError, NonFiniteError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import preserve
-from jbrprune.structure.discovery import copied
+from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.tpv.covariances import Change
 from jbrprune.tpv.gradients import Gradients
 from jbrprune.tpv.recorded import recorded
@@ -133,7 +132,7 @@ class Relabelled:
     def _solved(self) -> tuple[Tensor, Tensor]:
         """J ``[N K, P]`` and (J J^T + N proximity I)^+, in float64."""
         images = self.images.to(preserve.device_of(self.model))
-        with preserve.visiting(self.model):
+        with preserve.inference_state(self.model):
             run = recorded(self.model, images, list(self.weights), logits_of)
             n, outputs = run.outputs.shape
             size = sum(w.numel() for w in self.weights.values())
@@ -155,11 +154,11 @@ class Relabelled:
 
     @torch.inference_mode(False)  # copies that are made in inference mode cannot be trained
     def _retrained(self, retrain: Retraining | Train, generator: torch.Generator) -> Change:
-        copy = copied(self.model).eval()
+        copy = copy_model(self.model).eval()
         for name, p in copy.named_parameters():
             p.requires_grad_(name in self.weights)
         images = own(self.images.to(preserve.device_of(copy)))
-        with preserve.visiting(self.model):
+        with preserve.inference_state(self.model):
             targets = outputs_of(self.model, images)
         targets = targets + self._noise(targets.shape, generator).to(targets)
         before, buffers = self._loss(copy, images, targets), {n: b.clone() for n, b in copy.named_buffers()}
@@ -178,7 +177,7 @@ class Relabelled:
         return change
 
     def _loss(self, copy: nn.Module, images: Tensor, targets: Tensor) -> float:
-        with preserve.visiting(copy):
+        with preserve.inference_state(copy):
             return float((outputs_of(copy, images) - targets).square().sum(1).mean())
 
     def _train(self, copy: nn.Module, images: Tensor, targets: Tensor, how: Retraining) -> None:

@@ -14,7 +14,8 @@ from jbrprune.criteria.passes import own
 from jbrprune.data import distributed
 from jbrprune.errors import ArgumentError, DataError, ModelError
 from jbrprune.evaluation.agreement import check_weights
-from jbrprune.sparsity.masks import covered, masks_of
+from jbrprune.sparsity.masks import masks_of
+from jbrprune.structure.groups import match_names
 from jbrprune.tpv.covariances import Covariance, Perturbation
 from jbrprune.tpv.responses import Output
 
@@ -80,7 +81,7 @@ def bound_to(model: nn.Module, covariance: Covariance | Perturbation, ignore: Se
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
     if ignore:
         modules = [name for name, _ in model.named_modules() if name]
-        left_out = covered(modules + names, ignore, "module and no parameter")
+        left_out = match_names(modules + names, ignore, "module and no parameter")
         names = [name for name in names if name not in left_out]
     if not names:
         raise ModelError(f"{type(model).__name__} has no parameter that can be perturbed. Is everything in `ignore`?")

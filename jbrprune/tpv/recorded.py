@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from jbrprune.criteria.factors import wide
 from jbrprune.criteria.norms import Used, per_sample, square_norms
-from jbrprune.criteria.passes import two_images
 from jbrprune.criteria.recording import Use
 from jbrprune.errors import ModelError, NonFiniteError
 from jbrprune.models import preserve
+from jbrprune.structure.verification import two_images
 from jbrprune.tpv.bare import BareRecorder, BareUse
 from jbrprune.tpv.gradients import Gradients, checked_direction
 from jbrprune.tpv.responses import Output, linear_outputs, outputs_of
@@ -50,7 +50,7 @@ def recorded(
     """Run the model on a batch and record where the named parameters are used; frozen parameters, eval mode.
 
     Args:
-        model: The model, as `jbrprune.models.preserve.visiting` leaves it.
+        model: The model, as `jbrprune.models.preserve.inference_state` leaves it.
         images: ``[B, C, H, W]`` on the model's device.
         names: Parameters that are perturbed.
         output: What the model returns -> ``[B, K]``.

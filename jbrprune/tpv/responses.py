@@ -10,7 +10,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jbrprune.errors import ModelError
-from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models.preserve import logits_of
 
 Output = Callable[[object], Tensor]
 """What a model returns -> ``[B, K]``."""

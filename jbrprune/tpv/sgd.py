@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from jbrprune.criteria.passes import check_known
 from jbrprune.data.batches import Batch, concatenated, materialise
 from jbrprune.errors import ArgumentError, NonFiniteError
-from jbrprune.evaluation.agreement import logits_of
 from jbrprune.models import preserve
-from jbrprune.structure.discovery import copied
+from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.tpv.covariances import Change
 from jbrprune.tpv.gradients import Gradients
 from jbrprune.tpv.responses import linear_outputs, outputs_of
@@ -135,7 +134,7 @@ class StationarySGD:
         """sqrt(scale / N) sum_i J(x_i)^T H_i^(1/2) e_i with standard normal e_i: one backward over the images."""
         total = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         for images in self._images():
-            with preserve.visiting(self.model, gradients=True):
+            with preserve.inference_state(self.model, gradients=True):
                 leaves = dict(self.model.named_parameters())
                 outputs = outputs_of(self.model, images)
                 noise = torch.randn(outputs.shape, generator=generator).to(outputs)
@@ -151,7 +150,7 @@ class StationarySGD:
         """d^T G d."""
         total = torch.zeros((), dtype=torch.float64)
         for images in self._images():
-            with preserve.visiting(self.model):
+            with preserve.inference_state(self.model):
                 outputs, product = linear_outputs(self.model, images, direction, logits_of)
             total += _root_transposed(outputs, product, self.loss).double().square().sum().cpu()
         return total / sum(map(len, self.batches))
@@ -202,7 +201,7 @@ class _Walk(StationarySGD):
     def sample(self, generator: torch.Generator) -> Change:
         """Where the trajectory is, relative to w*, after the burn-in, then ``every`` steps later."""
         if self.walker is None:
-            self.walker = copied(self.model).eval()
+            self.walker = copy_model(self.model).eval()
             self._walk(self.path.burn_in, generator)
         self._walk(self.path.every, generator)
         here = dict(self.walker.named_parameters())
@@ -217,7 +216,7 @@ class _Walk(StationarySGD):
             picked = torch.randperm(len(whole), generator=generator)[: self.how.batch_size]
             images = whole.images[picked].to(device)
             labels = None if whole.labels is None else whole.labels[picked].to(device)
-            with preserve.visiting(walker, gradients=True):
+            with preserve.inference_state(walker, gradients=True):
                 loss = self._loss(outputs_of(walker, images), images, labels, generator)
                 found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             if not torch.isfinite(loss):
@@ -236,7 +235,7 @@ class _Walk(StationarySGD):
                 leaf -= self.how.lr * self.velocity[name]
 
     def _loss(self, outputs: Tensor, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        with preserve.visiting(self.model):
+        with preserve.inference_state(self.model):
             dense = outputs_of(self.model, images)
         if self.loss == "mse":
             target = dense + torch.randn(dense.shape, generator=generator).to(dense)

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from jbrprune.criteria.passes import own
 from jbrprune.data.batches import iterate
 from jbrprune.errors import ArgumentError, NonFiniteError
-from jbrprune.evaluation.agreement import check_weights, logits_of
+from jbrprune.evaluation.agreement import check_weights
 from jbrprune.models import preserve
+from jbrprune.models.preserve import logits_of
 from jbrprune.tpv.gradients import checked_direction
 from jbrprune.tpv.responses import Output, changed_outputs, linear_outputs
 
@@ -113,7 +114,7 @@ def taylor_error(
     batches = iterate(data, batch_size=batch_size)
     for batch in tqdm(batches, "first order", unit="batch", disable=not progress, leave=False):
         images = own(batch.images.to(device))[: None if samples is None else samples - seen]
-        with preserve.visiting(model):
+        with preserve.inference_state(model):
             outputs, product = linear_outputs(model, images, change, output)
             for i, scale in enumerate(ordered):
                 scaled = {name: scale * d for name, d in change.items()}

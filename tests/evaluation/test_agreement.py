@@ -28,13 +28,6 @@ class Apply(nn.Module):
         return self.function(x)
 
 
-class WithLogits:
-    """What many libraries return."""
-
-    def __init__(self, logits):
-        self.logits = logits
-
-
 def net(third: nn.Module | None = None, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -71,34 +64,6 @@ def unusual(model: nn.Module) -> nn.Module:
     model[0].weight.requires_grad_(False)
     model[5].bias.grad = torch.ones_like(model[5].bias)
     return model
-
-
-# --- logits_of ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wrap", [lambda x: x, WithLogits, lambda x: {"logits": x, "loss": 1}, lambda x: (x,)])
-def test_logits_of_accepts_what_models_return(wrap):
-    logits = torch.randn(2, 5)
-    assert measure.logits_of(wrap(logits)) is logits
-    assert measure.logits_of((wrap(logits),) if not isinstance(wrap(logits), tuple) else [logits]) is logits
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        ((torch.zeros(2, 5), torch.zeros(2, 7)), r"2 outputs \(float32 \[2, 5\], float32 \[2, 7\]\).*Wrap it"),
-        ((), "0 outputs"),
-        ({"out": torch.zeros(2, 5)}, r"dict with the keys \['out'\]"),
-        (None, "a NoneType without logits"),
-        (WithLogits(None), "a WithLogits without logits"),
-        (torch.zeros(2, 5, 7), r"\[B, K\].*float32 \[2, 5, 7\]"),
-        (torch.zeros(5), r"float32 \[5\]"),
-        (torch.zeros(2, 5, dtype=torch.int64), r"int64 \[2, 5\]"),
-    ],
-)
-def test_logits_of_says_what_came(output, message):
-    with pytest.raises(ModelError, match=message):
-        measure.logits_of(output)
 
 
 # --- predict ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from jbrprune.errors import ModelError
 from jbrprune.models import preserve
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
@@ -38,8 +39,8 @@ CONTEXTS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
     "keeping_gradients": preserve.keeping_gradients,
     "switched_off": lambda net: preserve.switched_off(net, "inplace"),
     "same_randomness": lambda net: preserve.same_randomness(torch.device("cpu")),
-    "visiting": preserve.visiting,
-    "visiting with gradients": lambda net: preserve.visiting(net, gradients=True),
+    "visiting": preserve.inference_state,
+    "visiting with gradients": lambda net: preserve.inference_state(net, gradients=True),
     "hooked": lambda net: preserve.hooked(
         net, forward={"0": lambda *a: None}, forward_pre={"": lambda *a: None, "2": lambda *a: None}
     ),
@@ -80,7 +81,7 @@ def test_a_mode_that_cannot_be_switched_is_restored() -> None:
 
 def test_visiting_freezes() -> None:
     net = model()
-    with preserve.visiting(net):
+    with preserve.inference_state(net):
         assert not torch.is_grad_enabled()
         assert not any(parameter.requires_grad for parameter in net.parameters())
         assert net[0].bias.grad is not None
@@ -90,7 +91,7 @@ def test_visiting_freezes() -> None:
 def test_visiting_with_gradients_leaves_the_users_gradient() -> None:
     net = model()
     kept = net[0].bias.grad
-    with preserve.visiting(net, gradients=True):
+    with preserve.inference_state(net, gradients=True):
         net(torch.randn(2, 3, 4, 4)).sum().backward()
         assert net[0].weight.grad is not None
     assert net[0].bias.grad is kept
@@ -101,7 +102,7 @@ def test_visiting_with_gradients_leaves_the_users_gradient() -> None:
 def test_visiting_leaves_inference_mode() -> None:
     net = model()
     with torch.inference_mode():
-        with preserve.visiting(net, gradients=True):
+        with preserve.inference_state(net, gradients=True):
             assert net(torch.ones(2, 3, 4, 4)).requires_grad
         assert torch.is_inference_mode_enabled()
 
@@ -158,3 +159,38 @@ def test_device_and_first_tensor() -> None:
     assert preserve.first_tensor(nn.Identity()) is None
     assert preserve.first_tensor(nn.BatchNorm2d(3, affine=False)).shape == (3,)  # type: ignore[union-attr]
     assert preserve.first_tensor(nn.Embedding(2, 3)).shape == (2, 3)  # type: ignore[union-attr]
+
+
+# --- logits_of ----------------------------------------------------------------------------------
+
+
+class WithLogits:
+    """What many libraries return."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, WithLogits, lambda x: {"logits": x, "loss": 1}, lambda x: (x,)])
+def test_logits_of_accepts_what_models_return(wrap):
+    logits = torch.randn(2, 5)
+    assert preserve.logits_of(wrap(logits)) is logits
+    assert preserve.logits_of((wrap(logits),) if not isinstance(wrap(logits), tuple) else [logits]) is logits
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ((torch.zeros(2, 5), torch.zeros(2, 7)), r"2 outputs \(float32 \[2, 5\], float32 \[2, 7\]\).*Wrap it"),
+        ((), "0 outputs"),
+        ({"out": torch.zeros(2, 5)}, r"dict with the keys \['out'\]"),
+        (None, "a NoneType without logits"),
+        (WithLogits(None), "a WithLogits without logits"),
+        (torch.zeros(2, 5, 7), r"\[B, K\].*float32 \[2, 5, 7\]"),
+        (torch.zeros(5), r"float32 \[5\]"),
+        (torch.zeros(2, 5, dtype=torch.int64), r"int64 \[2, 5\]"),
+    ],
+)
+def test_logits_of_says_what_came(output, message):
+    with pytest.raises(ModelError, match=message):
+        preserve.logits_of(output)

@@ -15,12 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jbrprune.data.batches import Batch, rebatched
 from jbrprune.errors import ArgumentError, ModelError
+from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.changes import Changes, cut_masks, logit_changes
 from jbrprune.prediction.correction import Correction, corrected
 from jbrprune.prediction.damage import damage, measured_damage, saturation
 from jbrprune.prediction.forecast import Forecast, forecast
 from jbrprune.prediction.residual import InputMoments, input_moments, unexplained
-from jbrprune.structure.discovery import copied, find_groups
+from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.verification import masked_units
 
@@ -36,7 +37,7 @@ MODELS = {"own": own64, "resnet": lambda: resnet().double(), "vit": lambda: vit(
 
 
 def groups_of(model: nn.Module) -> tuple[Group, ...]:
-    return find_groups(copied(model), IMAGES[:2].to(next(model.parameters()).dtype)).groups
+    return find_groups(copy_model(model), IMAGES[:2].to(next(model.parameters()).dtype)).groups
 
 
 def some_cuts(groups: tuple[Group, ...]) -> list[Selection]:
@@ -108,7 +109,7 @@ def test_the_repaired_change_by_hand() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 6), nn.Linear(6, 4)).double().eval()
     images = torch.randn(7, 3, 4, 4, dtype=torch.float64)
-    groups = find_groups(copied(model), images[:2]).groups
+    groups = find_groups(copy_model(model), images[:2]).groups
     gone = torch.tensor([0, 4])
     hidden = model[1](images.flatten(1)).detach()
     found = logit_changes(
@@ -144,7 +145,7 @@ def test_other_logits_are_followed_through_signs_without_bias() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 6), nn.ReLU(), nn.Linear(6, 40)).double().eval()
     images = torch.randn(400, 3, 4, 4, dtype=torch.float64)
-    groups = find_groups(copied(model), images[:2]).groups
+    groups = find_groups(copy_model(model), images[:2]).groups
     cuts: list[Selection] = [{groups[0].name: torch.tensor([0, 4])}]
     exact = forecast(model, [Batch(images)], groups, cuts, rows=40, saturate=False).damage(0)
     some = [forecast(model, [Batch(images)], groups, cuts, rows=3, saturate=False, seed=s).damage(0) for s in range(8)]

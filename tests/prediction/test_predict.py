@@ -20,13 +20,14 @@ from jbrprune.cli import app
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, BudgetError, DataError, ModelError, NonFiniteError
 from jbrprune.evaluation.agreement import predict as logits_on
+from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.changes import Changes
 from jbrprune.prediction.damage import Damage
 from jbrprune.prediction.forecast import Forecast
 from jbrprune.prediction.predict import _supported
 from jbrprune.pruning import loop as engine
 from jbrprune.pruning.calibration import calibration
-from jbrprune.structure.discovery import copied, find_groups
+from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.verification import remove_units
 from jbrprune.tpv import TPVWarning
 
@@ -228,10 +229,10 @@ def test_errors_come_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_degradation_of_units_is_that_of_the_model_without_them() -> None:
     model = own()
-    groups = find_groups(copied(model), IMAGES[:2]).groups
+    groups = find_groups(copy_model(model), IMAGES[:2]).groups
     units = {groups[0].name: torch.tensor([2, 0]), groups[1].name: torch.tensor([1])}
     found = degradation(model, units, IMAGES, progress=False)
-    smaller = copied(model).eval()
+    smaller = copy_model(model).eval()
     with torch.no_grad():
         remove_units(smaller, groups, {name: gone.sort().values for name, gone in units.items()})
         real = smaller(IMAGES) - model.eval()(IMAGES)

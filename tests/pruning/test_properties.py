@@ -30,7 +30,7 @@ from jbrprune.data.batches import Batch
 from jbrprune.errors import BudgetError, DataError, UnsupportedModelError
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Selection
-from jbrprune.structure.verification import masked_units, remove_units, tried
+from jbrprune.structure.verification import masked_units, remove_units, verify_groups
 
 TOLERANCE = 1e-10
 """In float64, relative to the largest logit, or to the largest score of a group."""
@@ -85,11 +85,11 @@ def units(recipe: Recipe, model: nn.Module) -> tuple[Group, ...]:
     images = recipe.images(2)
     found = find_groups(model, images)
     try:
-        passed = tried(model, images, found)
+        passed = verify_groups(model, images, found)
     except UnsupportedModelError:
         assert not recipe.followed
         reject()
-    assert passed.kept == found.kept or not recipe.followed
+    assert passed.skipped == found.skipped or not recipe.followed
     return passed.groups
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.sparsity.masks import covered, fresh, ignored, make_permanent, masks_of, put_masks, slots, weights_of
+from jbrprune.sparsity.masks import fresh, ignored, make_permanent, masks_of, put_masks, slots, weights_of
+from jbrprune.structure.groups import match_names
 
 
 class Net(nn.Module):
@@ -118,11 +119,11 @@ def test_globs_that_match_nothing_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"got the string 'conv': write \['conv'\]"):
         weights_of(net(), "conv")
     with pytest.raises(ArgumentError, match=r"'x' matches no module. Names look like a, b"):
-        covered(["a", "b"], ["x"], "module")
+        match_names(["a", "b"], ["x"], "module")
 
 
 def test_a_glob_that_starts_a_name_is_not_inside_of_it() -> None:
-    assert covered(["a", "a.b", "ab"], ["a"], "module") == {"a", "a.b"}
+    assert match_names(["a", "a.b", "ab"], ["a"], "module") == {"a", "a.b"}
 
 
 def test_masks_are_read_as_they_were_put() -> None:

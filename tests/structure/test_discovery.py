@@ -16,7 +16,7 @@ from jbrprune.errors import ArgumentError, ModelError, UnsupportedModelError
 from jbrprune.structure import tracing
 from jbrprune.structure.discovery import Found, find_groups, layer_groups
 from jbrprune.structure.groups import Axis, Group
-from jbrprune.structure.verification import tried
+from jbrprune.structure.verification import verify_groups
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
 
@@ -58,7 +58,7 @@ def test_couplings_of_two_residual_blocks() -> None:
     for group in result.groups:
         for member in group.members:
             assert member.channel.tolist() == member.unit.tolist() == list(range(group.size))
-    assert result.kept == {"fc": "no layer that could shrink reads it"}
+    assert result.skipped == {"fc": "no layer that could shrink reads it"}
 
 
 def test_the_axis_that_names_a_group_comes_first() -> None:
@@ -87,12 +87,12 @@ def test_heads_and_hidden_widths_of_a_vit() -> None:
 
 
 def test_width_of_a_vit_only_on_request() -> None:
-    kept = found(vit()).kept
+    kept = found(vit()).skipped
     assert kept == {
         "patch_embed.proj": "a LayerNorm normalises over it; pass width=True to offer it",
         "head": "the classifier",
     }
-    rms = found(vit(norm_layer="rmsnorm")).kept
+    rms = found(vit(norm_layer="rmsnorm")).skipped
     assert rms["patch_embed.proj"] == "an RMSNorm normalises over it; pass width=True to offer it"
     group = by_name(found(vit(init_values=0.1), width=True))["patch_embed.proj"]
     blocks = [f"blocks.{i}" for i in range(2)]
@@ -211,14 +211,14 @@ def test_weights_of_a_prelu_and_bare_parameters_are_parameters() -> None:
 def test_a_graph_that_does_not_fit_the_widths_is_not_believed(name: str) -> None:
     case = nets.CASES[name]
     result = found(case.make(), 12)
-    assert set(case.refused) <= set(result.kept)
+    assert set(case.refused) <= set(result.skipped)
     assert not set(case.refused) & set(by_name(result))
 
 
 def test_a_walk_through_many_partial_shortcuts_ends() -> None:
     result = found(timm.create_model("rexnet_100", num_classes=4))
     assert len(result.groups) == 31
-    assert result.kept["features.14.conv_pwl.conv"].startswith("the dependency graph does not follow its channels")
+    assert result.skipped["features.14.conv_pwl.conv"].startswith("the dependency graph does not follow its channels")
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_walk_that_finds_ever_new_channels_ends(name: str, layer: str, monkeyp
 
     monkeypatch.setattr(tracing, "_mapped", counted)
     result = found(nets.CASES[name].make(), 12)
-    assert result.kept[layer].startswith("the dependency graph does not follow its channels")
+    assert result.skipped[layer].startswith("the dependency graph does not follow its channels")
     assert steps[0] < 2_000
 
 
@@ -251,18 +251,18 @@ def test_reasons_to_keep() -> None:
             z = self.fc(self.attn(z, z, z, need_weights=False)[0]).mean(1)
             return (y.mean((2, 3)) + z).relu()
 
-    kept = found(Tail(), 4).kept
+    kept = found(Tail(), 4).skipped
     assert kept["a"] == "reaches the model's output"
     assert kept["d"] == "attn (MultiheadAttention) is of a class that cannot be shrunk"
 
 
 def test_one_group_norm_over_everything_ties_all_channels() -> None:
     result = found(nets.layered(nn.GroupNorm(1, 8), 8), 12)
-    assert result.kept["a"] == "its channels can only go all together"
+    assert result.skipped["a"] == "its channels can only go all together"
 
 
 def test_the_classifier_is_kept_by_what_timm_says() -> None:
-    assert found(timm.create_model("resnet10t", num_classes=4)).kept == {"fc": "the classifier"}
+    assert found(timm.create_model("resnet10t", num_classes=4)).skipped == {"fc": "the classifier"}
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_ignored_layers_stay_on_both_sides(ignore: list[str], left: list[str]) -
     result = found(nets.TwoBlocks(), 12, ignore=ignore)
     assert [group.name for group in result.groups] == left
     gone = {"stem", "one.conv1", "two.conv1", "two.conv2"} - set(left)
-    assert all(result.kept[name] == "ignored on request" for name in gone)
+    assert all(result.skipped[name] == "ignored on request" for name in gone)
 
 
 @pytest.mark.parametrize("function", [lambda m, i: found(m, 12, ignore=i), lambda m, i: layer_groups(m, ignore=i)])
@@ -367,7 +367,7 @@ def test_the_same_units_every_time(name: str) -> None:
             assert m.axis == n.axis
             assert m.channel.equal(n.channel)
             assert m.unit.equal(n.unit)
-    assert first.kept == second.kept
+    assert first.skipped == second.skipped
 
 
 class Caching(nn.Module):
@@ -402,5 +402,5 @@ def test_what_standardised_weights_read_is_kept_with_the_reason() -> None:
     offered = find_groups(model, images)
     squeezed = [f"stages.{stage}.0.attn_last.fc1" for stage in range(4)]
     assert [group.name for group in offered.groups] == [*squeezed, "final_conv"]
-    assert "standardises its weights" in offered.kept["stages.0.0.conv2b"]
-    assert tried(model, images, offered).groups == offered.groups  # what is kept is not more than it has to be
+    assert "standardises its weights" in offered.skipped["stages.0.0.conv2b"]
+    assert verify_groups(model, images, offered).groups == offered.groups  # what is kept is not more than it has to be

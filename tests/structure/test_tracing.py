@@ -15,7 +15,7 @@ from torch_pruning.dependency import index_mapping
 from jbrprune.errors import UnsupportedModelError
 from jbrprune.structure import tracing
 from jbrprune.structure.discovery import find_groups
-from jbrprune.structure.verification import tried
+from jbrprune.structure.verification import verify_groups
 
 
 def as_listed(rule: Any, channel: list[int], source: list[int]) -> list[tuple[int, int]]:
@@ -67,15 +67,15 @@ def no_concatenations(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_operation_that_cannot_be_mapped_loses_what_leads_through_it_only() -> None:
     model = Tangled().eval()
     images = torch.randn(2, 3, 8, 8)
-    found = tried(model, images, find_groups(model, images))
+    found = verify_groups(model, images, find_groups(model, images))
     assert {group.name: group.size for group in found.groups} == {"stem": 6, "first": 9}
-    assert all("does not follow" in found.kept[name] for name in ("left", "right"))
+    assert all("does not follow" in found.skipped[name] for name in ("left", "right"))
 
 
 def test_without_the_fault_everything_is_found() -> None:
     model = Tangled().eval()
     images = torch.randn(2, 3, 8, 8)
-    found = tried(model, images, find_groups(model, images))
+    found = verify_groups(model, images, find_groups(model, images))
     assert {group.name: group.size for group in found.groups} == {"stem": 6, "left": 5, "right": 7, "first": 9}
 
 
@@ -88,4 +88,4 @@ def test_a_model_that_does_not_run_is_refused() -> None:
 def test_concatenations_of_splits_of_timm(name: str) -> None:
     model = timm.create_model(name, num_classes=4)
     images = torch.randn(2, 3, 64, 64)
-    assert len(tried(model, images, find_groups(model, images)).groups) > 10
+    assert len(verify_groups(model, images, find_groups(model, images)).groups) > 10

@@ -19,7 +19,7 @@ from jbrprune.errors import UnsupportedModelError
 from jbrprune.structure import verification as removal
 from jbrprune.structure.discovery import Found, find_groups
 from jbrprune.structure.groups import Group, Selection
-from jbrprune.structure.verification import masked_units, remove_units, tried
+from jbrprune.structure.verification import masked_units, remove_units, verify_groups
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
 
@@ -182,9 +182,9 @@ def test_removing_nothing_changes_nothing() -> None:
 def test_what_passes_the_trial_is_right_and_the_rest_is_named(name: str) -> None:
     case = nets.CASES[name]
     model = case.make().eval()
-    result = tried(model, nets.example(), find_groups(model, nets.example()))
+    result = verify_groups(model, nets.example(), find_groups(model, nets.example()))
     assert {group.name: group.size for group in result.groups} == case.groups
-    assert set(case.refused) <= set(result.kept)
+    assert set(case.refused) <= set(result.skipped)
     model, images = cases.randomised(model), nets.example().double()
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
@@ -202,16 +202,16 @@ def wrong(found: Found, name: str) -> Found:
         last = group.members[-1]
         return replace(group, members=(*group.members[:-1], replace(last, unit=last.unit.roll(1))))
 
-    return Found(tuple(shifted(group) if group.name == name else group for group in found.groups), found.kept)
+    return Found(tuple(shifted(group) if group.name == name else group for group in found.groups), found.skipped)
 
 
 @pytest.mark.parametrize("name", ["stem", "one.conv1", "two.conv1", "two.conv2"])
 def test_a_wrong_coupling_is_found_and_the_rest_stays(name: str) -> None:
     model, images = nets.TwoBlocks().eval(), nets.example()
     found = find_groups(model, images)
-    result = tried(model, images, wrong(found, name))
+    result = verify_groups(model, images, wrong(found, name))
     assert [g.name for g in result.groups] == [g.name for g in found.groups if g.name != name]
-    assert result.kept[name].startswith("removal does not equal the mask here: the logits differ by ")
+    assert result.skipped[name].startswith("removal does not equal the mask here: the logits differ by ")
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9])
@@ -220,8 +220,8 @@ def test_a_small_scale_or_constant_images_do_not_hide_a_wrong_coupling(value: fl
     nn.init.constant_(model.two.bn2.weight, value)
     nn.init.constant_(model.two.conv2.weight, value)
     images = torch.zeros(2, 3, 12, 12)
-    result = tried(model, images, wrong(find_groups(model, images), "two.conv1"))
-    assert "two.conv1" in result.kept
+    result = verify_groups(model, images, wrong(find_groups(model, images), "two.conv1"))
+    assert "two.conv1" in result.skipped
 
 
 def test_widths_tied_unknown_to_the_graph_do_not_fit_by_chance() -> None:
@@ -230,13 +230,13 @@ def test_widths_tied_unknown_to_the_graph_do_not_fit_by_chance() -> None:
     found = find_groups(model, nets.example())
     assert {"a", "a'"} <= {group.name for group in found.groups}
     for seed in range(10):
-        assert {group.name for group in tried(model, nets.example(), found, seed=seed).groups} == {"b"}
+        assert {group.name for group in verify_groups(model, nets.example(), found, seed=seed).groups} == {"b"}
 
 
 def test_an_error_of_the_smaller_model_is_the_reason() -> None:
     model = nets.mapped(lambda x: x * torch.ones(16, 1, 1).to(x)).make().eval()
-    result = tried(model, nets.example(), find_groups(model, nets.example()))
-    assert "RuntimeError: The size of tensor" in result.kept["a"]
+    result = verify_groups(model, nets.example(), find_groups(model, nets.example()))
+    assert "RuntimeError: The size of tensor" in result.skipped["a"]
 
 
 @pytest.mark.parametrize("name", ["normalised", "products of features"])
@@ -246,7 +246,7 @@ def test_nothing_to_remove_is_an_error_that_says_why(name: str) -> None:
         UnsupportedModelError,
         match=r"Net: nothing can be removed safely: .* Why layers are kept: .*b: ignored on request",
     ):
-        tried(
+        verify_groups(
             model,
             nets.example(),
             find_groups(model, nets.example(), ignore=["b"] if name == "normalised" else ["a", "b"]),
@@ -258,7 +258,7 @@ def test_what_fails_only_together_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(removal, "_failure", lambda *_: "together")
     model = nets.TwoBlocks().eval()
     with pytest.raises(UnsupportedModelError, match="one by one fails together: together"):
-        tried(model, nets.example(), find_groups(model, nets.example()))
+        verify_groups(model, nets.example(), find_groups(model, nets.example()))
 
 
 def test_culprits_by_halving() -> None:
@@ -285,16 +285,17 @@ def test_the_model_is_left_as_it_was(fails: bool, fingerprint: Fingerprint) -> N
     before = fingerprint(model)
     if fails:
         with pytest.raises(UnsupportedModelError, match="nothing can be removed"):
-            tried(model, torch.zeros(2, 4, 12, 12), found)
+            verify_groups(model, torch.zeros(2, 4, 12, 12), found)
     else:
-        tried(model, images, found)
+        verify_groups(model, images, found)
     assert fingerprint(model) == before
 
 
 def test_the_same_trial_every_time() -> None:
     model = nets.CASES["flipped"].make().eval()
     found = find_groups(model, nets.example())
-    assert tried(model, nets.example(), found, seed=3).kept == tried(model, nets.example(), found, seed=3).kept
+    first, second = (verify_groups(model, nets.example(), found, seed=3) for _ in range(2))
+    assert first.skipped == second.skipped
 
 
 class PositionBias(nn.Module):
@@ -317,9 +318,9 @@ def test_groups_without_relevance_are_kept_before_anything_is_scored(fingerprint
     model = PositionBias().eval()
     images = torch.randn(2, 3, 8, 8)
     before = fingerprint(model)
-    found = tried(model, images, find_groups(model, images))
+    found = verify_groups(model, images, find_groups(model, images))
     assert fingerprint(model) == before
-    assert "hidden: the first dimension (9 rows for 3 images)" in found.kept["hidden"].replace("bias:", "hidden:")
+    assert "hidden: the first dimension (9 rows for 3 images)" in found.skipped["hidden"].replace("bias:", "hidden:")
     scores = relevance_scores(model, images, found.groups, progress=False)
     assert set(scores.sums) == {group.name for group in found.groups} == {"stem", "bias"}
 
@@ -328,4 +329,4 @@ def test_a_model_without_removable_layers_says_so() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.ReLU())
     images = torch.randn(2, 3, 2, 2)
     with pytest.raises(UnsupportedModelError, match=r"passed the trial\. It has no channels that one layer makes"):
-        tried(model, images, find_groups(model, images))
+        verify_groups(model, images, find_groups(model, images))

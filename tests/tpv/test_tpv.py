@@ -17,7 +17,7 @@ from tpv_nets import attention, bound, estimated, flat, jacobian, linear, measur
 from jbrprune.criteria import norms
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.evaluation.agreement import logits_of
+from jbrprune.models.preserve import logits_of
 from jbrprune.tpv import (
     Diagonal,
     Gradients,
