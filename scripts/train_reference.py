@@ -30,8 +30,8 @@ from torch import nn
 from training import Recipe, cross_entropy, train
 
 from jbrprune.commands.options import device_named
-from jbrprune.data.atomic import replacing
 from jbrprune.data.batches import with_reference
+from jbrprune.data.files import replacing
 from jbrprune.errors import JBRError
 from jbrprune.evaluation.agreement import agreement_on, predict
 from jbrprune.models import timm_models

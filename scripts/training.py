@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from jbrprune.data.atomic import replacing
+from jbrprune.data.files import replacing
 from jbrprune.errors import ArgumentError, CheckpointError, NonFiniteError
 from jbrprune.models import preserve
 from jbrprune.models.preserve import logits_of

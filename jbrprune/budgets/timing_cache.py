@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from jbrprune.data.atomic import replacing
+from jbrprune.data.files import replacing
 
 log = logging.getLogger(__name__)
 

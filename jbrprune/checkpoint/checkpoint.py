@@ -36,7 +36,7 @@ from jbrprune.checkpoint.rebuilding import (
     stored_masks,
     taken_apart,
 )
-from jbrprune.data.atomic import advice_on, flush, replacing
+from jbrprune.data.files import flush, replacing
 from jbrprune.errors import ArgumentError, CheckpointError
 from jbrprune.models import timm_models
 from jbrprune.report.model_card import CARD, is_card, model_card
@@ -98,7 +98,9 @@ def save(
                 write_card(directory)
             _publish(directory, target)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: could not be written: {error}. {advice_on(error)}") from error
+        raise CheckpointError(
+            f"{target}: could not be written: {error}. Free some space, or choose another path."
+        ) from error
 
 
 def load(
@@ -171,7 +173,9 @@ def write_card(path: str | os.PathLike[str]) -> Path:
         with replacing(target) as temporary:
             temporary.write_text(model_card(description.report, base), encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"{target}: could not be written: {error}. {advice_on(error)}") from error
+        raise CheckpointError(
+            f"{target}: could not be written: {error}. Free some space, or choose another path."
+        ) from error
     return target
 
 
@@ -218,7 +222,7 @@ def _write(directory: Path, body: Mapping[str, Any], state: Mapping[str, Tensor]
     sums = {"bytes": weights.stat().st_size, "sha256": _sha256_of_file(weights)}
     (directory / DESCRIPTION).write_text(to_text({**body, "weights": sums}), encoding="utf-8")
     weights.chmod(stat.S_IMODE((directory / DESCRIPTION).stat().st_mode))  # safetensors ignores the umask
-    for path in (weights, directory / DESCRIPTION, directory):
+    for path in (weights, directory / DESCRIPTION):
         flush(path)
 
 
@@ -237,7 +241,6 @@ def _publish(directory: Path, target: Path) -> None:
         if aside.exists():
             os.replace(aside, target)
         raise
-    flush(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -1,10 +1,20 @@
-"""The journal of a run: what every finished step left, so that a run that was interrupted goes on behind it.
+"""The log of a run: what each finished step left, so that a run that was interrupted goes on behind the last of them.
 
-A directory with two kinds of files, each written atomically and never a pickle:
+A directory with two kinds of files, each written under a temporary name and renamed, never a pickle:
 
-* ``step-0003.safetensors``: what step 3 decided (which units went) and reported. The step is finished when it exists.
-* ``model-0003.safetensors``: the tensors of the model after step 3. Kept for the last step, and for every step at
-  which a model is handed over.
+* ``step-0003.safetensors``: facts and small tensors of step 3. The step is finished when this file exists.
+* ``model-0003.safetensors``: the tensors of the model after step 3. Kept for the last step, and for each step that asks
+  for it.
+
+The loop of a run uses three names::
+
+    with open_log(directory, fingerprint_run(options, model, batches)) as log:
+        for number in range(1, steps + 1):
+            if number <= log.finished:
+                facts, units, tensors = log.read(number)
+            else:
+                ...
+                log.write(number, facts, units, tensors)
 """
 
 from __future__ import annotations
@@ -13,139 +23,110 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, is_dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from jbrprune.checkpoint.fingerprint import described, digest
-from jbrprune.criteria import sumfiles
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
+from jbrprune.data.files import tensor_file, write_tensors
 from jbrprune.errors import CheckpointError
-from jbrprune.evaluation.agreement import Agreement
-from jbrprune.pruning.calibration import Calibration
-from jbrprune.pruning.runs import Clock
-from jbrprune.report.records import StepRow, plain, record
+from jbrprune.report.records import plain
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-STEP, MODEL = "step", "model"
 _NAME = re.compile(r"(step|model)-\d{4,}\.safetensors|\..*\.part")
-_UNIMPORTANT = ("progress", "measure_latency")
-"""Settings that do not change what is pruned."""
+_PACKAGES = ("jbrprune", "torch", "timm", "torch-pruning")
 
 
 @dataclass(frozen=True, eq=False)
-class Journal:
-    """The finished steps of one run.
+class ResumeLog:
+    """The finished steps of one run; `open_log` makes it.
 
     Attributes:
-        directory: Where they are; None: nothing is written or read.
-        identity: What the run depends on: settings, and digests of the model and the images.
-        finished: Number of steps that were there when the journal was opened.
+        directory: Where they are; None: nothing is written, and nothing is finished.
+        fingerprint: What the run depends on, from `fingerprint_run`.
+        finished: Number of steps that an earlier run with this fingerprint has finished.
     """
 
-    directory: Path | None
-    identity: Mapping[str, Any]
+    directory: Path | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
     finished: int = 0
+
+    def read(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor] | None]:
+        """What a finished step left.
+
+        Args:
+            number: From 1 to `finished`.
+
+        Returns:
+            Facts, units, and the tensors of the model as `write` got them; None for the last where a later step
+            follows and the step was not written with ``keep``.
+
+        Raises:
+            CheckpointError: A file is missing or damaged.
+        """
+        facts, units = self._read("step", number)
+        wanted = number == self.finished or self._path("model", number).exists()
+        return facts, units, self._read("model", number)[1] if wanted else None
 
     def write(
         self,
         number: int,
         facts: Mapping[str, Any],
-        decided: Mapping[str, Tensor],
+        units: Mapping[str, Tensor],
         tensors: Mapping[str, Tensor],
         *,
-        stays: bool,
+        keep: bool = False,
     ) -> None:
-        """Note a finished step.
+        """Note a finished step; rank 0 does so for all ranks.
 
         Args:
-            number: From 1.
+            number: From 1, one after the other.
             facts: What JSON can hold.
-            decided: Small tensors that every later run reads again.
+            units: Small tensors that `read` returns for every step, such as the units that were removed.
             tensors: The model as the step leaves it.
-            stays: Whether the model is needed after the next step as well.
+            keep: Keep the tensors after the next step as well, because this model is handed over.
 
         Raises:
-            CheckpointError: The files cannot be written.
+            CheckpointError: The files cannot be written; the steps before stay as they are.
         """
         if self.directory is None or distributed.rank() > 0:
             return
-        sumfiles.write(_path(self.directory, MODEL, number), MODEL, {"stays": stays, **_sum(tensors)}, tensors)
-        header = {"identity": self.identity, "facts": facts, **_sum(decided)}
-        sumfiles.write(_path(self.directory, STEP, number), STEP, header, decided)
-        before = _path(self.directory, MODEL, number - 1)
-        if before.exists():
-            with sumfiles.reading(before, MODEL, tensors=False) as (header, _):
-                needed = header["stays"]
-            if not needed:
-                before.unlink()
+        header = {"sha256": hash_tensors(tensors), "facts": {}}
+        write_tensors(self._path("model", number), "model", header, tensors)
+        header = {"sha256": hash_tensors(units), "facts": facts, "keep": keep, "fingerprint": self.fingerprint}
+        write_tensors(self._path("step", number), "step", header, units)
+        if number > 1:
+            with tensor_file(self._path("step", number - 1), "step") as (header, _):
+                if not header["keep"]:
+                    self._path("model", number - 1).unlink(missing_ok=True)
 
-    @contextmanager
-    def step(self, number: int) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-        """What was noted of a finished step: facts, and what was decided; both are checked as they are used.
+    def _read(self, kind: str, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        with tensor_file(self._path(kind, number), kind) as (header, tensors):
+            if header["sha256"] != hash_tensors(tensors):
+                raise ValueError("its tensors do not match their own SHA-256")
+            return header["facts"], tensors
 
-        Raises:
-            CheckpointError: The file is damaged.
-        """
+    def _path(self, kind: str, number: int) -> Path:
         assert self.directory is not None
-        with sumfiles.reading(_path(self.directory, STEP, number), STEP) as (header, tensors):
-            _check_sum(header, tensors)
-            yield header["facts"], tensors
-
-    @contextmanager
-    def model(self, number: int) -> Iterator[dict[str, Tensor]]:
-        """The tensors of the model after a finished step.
-
-        Raises:
-            CheckpointError: The file is missing or damaged.
-        """
-        assert self.directory is not None
-        with sumfiles.reading(_path(self.directory, MODEL, number), MODEL) as (header, tensors):
-            _check_sum(header, tensors)
-            yield tensors
-
-
-NOTHING = Journal(None, {})
-"""Of a run that keeps none."""
-
-
-class Progress(Protocol):
-    """What the state of every run remembers of its last step."""
-
-    unrepaired: Agreement | None
-    repaired: Agreement | None
-    clock: Clock
-
-
-def facts_of(state: Progress, row: StepRow) -> dict[str, Any]:
-    """What is noted of the last step of any run."""
-    agreed = {"unrepaired": plain(state.unrepaired), "repaired": plain(state.repaired)}
-    return {"row": plain(row), "seconds": dict(state.clock.seconds), **agreed}
-
-
-def recall(state: Progress, facts: Mapping[str, Any]) -> StepRow:
-    """Undo `facts_of`: set the state as the step left it."""
-    state.unrepaired, state.repaired = (
-        None if facts[name] is None else record(Agreement, facts[name]) for name in ("unrepaired", "repaired")
-    )
-    state.clock.seconds.update(facts["seconds"])
-    return record(StepRow, facts["row"])
+        return self.directory / f"{kind}-{number:04}.safetensors"
 
 
 def check_directory(directory: str | os.PathLike[str] | None) -> Path | None:
-    """See that a journal can be kept there, before anything expensive; make the directory.
+    """See that a log can be kept there, before anything expensive; make the directory.
 
     Raises:
         CheckpointError: A file, a directory that cannot be written, or one that holds something else.
@@ -167,115 +148,106 @@ def check_directory(directory: str | os.PathLike[str] | None) -> Path | None:
     return path
 
 
-@contextmanager
-def opened(directory: Path | None, settings: object, model: nn.Module, images: Calibration) -> Iterator[Journal]:
-    """The journal of a run, with the steps that a run of the same settings, model and images has finished.
-
-    No other process of this machine can open it meanwhile.
+def fingerprint_run(options: Mapping[str, object], model: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
+    """What a run depends on, as JSON: its options, the versions of the libraries, and hashes of model and images.
 
     Args:
-        directory: From `check_directory`.
-        settings: A dataclass, of the run.
-        model: The model as it was given.
-        images: With the dense model's logits.
+        options: Name -> value of whatever changes the result. A dataclass counts by its fields, scores by their
+            tensors, a function by its name: a warning says that its code is not compared.
+        model: The model as the user gave it.
+        batches: All images of the run, with labels and reference.
+    """
+    tensors = {
+        f"{number} {name}": tensor
+        for number, batch in enumerate(batches)
+        for name, tensor in vars(batch).items()
+        if tensor is not None
+    }
+    return {
+        **{name: _describe(name, value) for name, value in options.items()},
+        "the model (SHA-256 of its tensors)": hash_tensors(model.state_dict()),
+        "the images (SHA-256, with labels and reference)": hash_tensors(tensors),
+        **{f"the version of {package}": version(package) for package in _PACKAGES},
+    }
+
+
+@contextmanager
+def open_log(directory: Path | None, fingerprint: Mapping[str, Any]) -> Iterator[ResumeLog]:
+    """The log of a run, with the steps that a run of the same fingerprint has finished.
+
+    No other process of this machine can open it meanwhile; a process that dies gives the directory back.
+
+    Args:
+        directory: From `check_directory`; None: a log that keeps nothing.
+        fingerprint: From `fingerprint_run`.
 
     Raises:
         CheckpointError: The steps there are of another run (says in what it differs), or damaged, or another process
             is at work on them.
     """
     if directory is None:
-        yield NOTHING
+        yield ResumeLog()
         return
-    with _locked(directory):
-        yield _of(directory, _identity(settings, model, images))
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep other processes of this machine out, by rank 0; a process that dies gives the lock back."""
-    descriptor = os.open(directory, os.O_RDONLY) if fcntl is not None else None
+    descriptor = os.open(directory, os.O_RDONLY) if fcntl is not None and distributed.rank() == 0 else None
     try:
-        distributed.together(lambda: _lock(directory, descriptor))
-        yield
+        finished = distributed.together(lambda: _count_finished(directory, fingerprint, descriptor))
+        if distributed.same(finished) != finished:
+            raise CheckpointError(
+                f"resume={str(directory)!r} holds {finished} steps for rank {distributed.rank()}, and another number "
+                "for rank 0: the directory must be on a file system that all ranks see."
+            )
+        yield ResumeLog(directory, fingerprint, finished)
     finally:
         if descriptor is not None:
             os.close(descriptor)
 
 
-def _lock(directory: Path, descriptor: int | None) -> None:
-    if fcntl is None or descriptor is None or distributed.rank() > 0:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise CheckpointError(
-            f"resume={str(directory)!r} is in use by another process. Wait for its end, or choose another directory."
-        ) from error
-    except OSError:  # a file system without locks
-        log.warning("%s cannot be locked: see that no other process uses it.", directory)
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
-def _of(directory: Path, identity: Mapping[str, Any]) -> Journal:
+def _count_finished(directory: Path, fingerprint: Mapping[str, Any], descriptor: int | None) -> int:
+    """Lock the directory, and count its steps, each of which must have the fingerprint."""
+    if fcntl is not None and descriptor is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"resume={str(directory)!r} is in use by another process. Wait for its end, or choose another one."
+            ) from error
+        except OSError:
+            logger.warning("%s is on a file system without locks: no other process may use it now.", directory)
+    log = ResumeLog(directory)
     finished = 0
-    while (path := _path(directory, STEP, finished + 1)).exists():
-        with sumfiles.reading(path, STEP, tensors=False) as (header, _):
-            _check_identity(directory, header["identity"], identity)
+    while (path := log._path("step", finished + 1)).exists():
+        with tensor_file(path, "step") as (header, _):
+            before = header["fingerprint"]
+        for name in before | fingerprint:
+            if before.get(name) != fingerprint.get(name):
+                raise CheckpointError(
+                    f"resume={str(directory)!r} belongs to another run: {name} was {before.get(name)!r} there and is "
+                    f"{fingerprint.get(name)!r} now. Pass what that run was begun with, or another directory."
+                )
         finished += 1
-    if distributed.same(finished) != finished:
-        raise CheckpointError(
-            f"resume={str(directory)!r} holds {finished} steps for rank {distributed.rank()}, and another number for "
-            "rank 0: the directory must be on a file system that all ranks see."
-        )
-    return Journal(directory, identity, finished)
+    return finished
 
 
-def _path(directory: Path, kind: str, number: int) -> Path:
-    return directory / f"{kind}-{number:04}.safetensors"
-
-
-def _sum(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {"sha256": digest(tensors)}
-
-
-def _check_sum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    if header["sha256"] != digest(tensors):
-        raise ValueError("its tensors do not match their own SHA-256")
-
-
-def _identity(settings: object, model: nn.Module, images: Calibration) -> dict[str, Any]:
-    chosen = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _UNIMPORTANT}  # type: ignore[arg-type]
-    parts = {part: _of_batches(getattr(images, part)) for part in ("score", "gate", "heldout")}
-    packages = ("jbrprune", "torch", "timm", "torch-pruning")
-    return {
-        "settings": {name: described(value) for name, value in chosen.items()},
-        "model": digest(model.state_dict()),
-        "images": hashlib.sha256(repr(parts).encode()).hexdigest(),
-        "versions": {package: version(package) for package in packages},
-    }
-
-
-def _of_batches(batches: list[Batch]) -> list[str]:
-    return [digest({name: value for name, value in vars(batch).items() if value is not None}) for batch in batches]
-
-
-def _check_identity(directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if found == wanted:
-        return
-    before, now = (_flat(identity) for identity in (found, wanted))
-    name = next(name for name in before | now if before.get(name) != now.get(name))
-    advice = "Pass what the run was begun with, or another directory for a new run."
-    if name in ("model", "images"):
-        raise CheckpointError(f"resume={str(directory)!r} belongs to a run with other {_WORDS[name]}. {advice}")
-    raise CheckpointError(
-        f"resume={str(directory)!r} belongs to another run: {name} was {before.get(name)!r} there and is "
-        f"{now.get(name)!r} now. {advice}"
-    )
-
-
-_WORDS = {"model": "weights of the model", "images": "images (or labels, or logits of the dense model on them)"}
-
-
-def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    nested = {part: values for part, values in identity.items() if isinstance(values, Mapping)}
-    flat = {part: value for part, value in identity.items() if part not in nested}
-    return {f"{part}.{name}": value for part, values in nested.items() for name, value in values.items()} | flat
+def _describe(name: str, value: object) -> Any:
+    """An option as JSON that is the same in every process."""
+    if hasattr(value, "sums"):
+        return [type(value).__name__, hash_tensors(value.sums)]  # type: ignore[attr-defined]
+    if is_dataclass(value):
+        return [type(value).__name__, plain(value)]
+    if isinstance(value, partial):
+        return [_describe(name, value.func), plain(value.args), plain(value.keywords)]
+    if not callable(value):
+        return plain(value)
+    known = getattr(value, "__qualname__", type(value).__qualname__)
+    logger.warning("resume= compares %s=%s by its name alone: see that its code is the same.", name, known)
+    return known

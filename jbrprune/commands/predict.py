@@ -25,7 +25,7 @@ from jbrprune.commands.options import (
     model_arguments,
 )
 from jbrprune.commands.output import interactive, say, table_of
-from jbrprune.data.atomic import replacing
+from jbrprune.data.files import replacing
 from jbrprune.prediction.predict import predict
 from jbrprune.report.records import plain
 

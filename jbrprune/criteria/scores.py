@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jbrprune.criteria import sumfiles
+from jbrprune.data.files import tensor_file, write_tensors
 from jbrprune.errors import ArgumentError, DataError
 from jbrprune.structure.groups import Group, Member
 
@@ -93,7 +93,7 @@ class Scores:
                 for g in self.groups
             ],
         }
-        sumfiles.write(path, KIND, header, tensors)
+        write_tensors(path, KIND, header, tensors)
 
     @staticmethod
     def load(path: str | Path) -> Scores:
@@ -102,7 +102,7 @@ class Scores:
         Raises:
             CheckpointError: The file is missing, damaged, or does not hold scores of units in a known format.
         """
-        with sumfiles.reading(path, KIND) as (header, tensors):
+        with tensor_file(path, KIND) as (header, tensors):
             groups = tuple(_group(number, entry, tensors) for number, entry in enumerate(header["groups"]))
             return Scores(
                 sums={group.name: tensors[f"sums/{group.name}"] for group in groups},

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune.criteria import sumfiles
 from jbrprune.criteria.collectors import Means, Squares
 from jbrprune.criteria.factors import wide
 from jbrprune.criteria.objectives import OBJECTIVES, Objective
@@ -35,6 +34,7 @@ from jbrprune.criteria.passes import (
 from jbrprune.criteria.scores import Settings
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
+from jbrprune.data.files import tensor_file, write_tensors
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
 from jbrprune.evaluation.agreement import check_weights
 from jbrprune.evaluation.portions import Portions
@@ -153,7 +153,7 @@ class WeightScores:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (atomically)."""
         header = {"settings": vars(self.settings), "samples": self.samples, "skipped": self.skipped}
-        sumfiles.write(path, KIND, header, {f"sums/{name}": total for name, total in self.sums.items()})
+        write_tensors(path, KIND, header, {f"sums/{name}": total for name, total in self.sums.items()})
 
     @staticmethod
     def load(path: str | Path) -> WeightScores:
@@ -162,7 +162,7 @@ class WeightScores:
         Raises:
             CheckpointError: The file is missing, damaged, or does not hold scores of weights in a known format.
         """
-        with sumfiles.reading(path, KIND) as (header, tensors):
+        with tensor_file(path, KIND) as (header, tensors):
             sums = {name.removeprefix("sums/"): tensor for name, tensor in tensors.items()}
             return WeightScores(sums, header["samples"], header["skipped"], Settings(**header["settings"]))
 

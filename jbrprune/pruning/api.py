@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jbrprune.budgets.budget import BUDGETS, KINDS, Budget
 from jbrprune.checkpoint import checkpoint as files
-from jbrprune.checkpoint import resume as journal
+from jbrprune.checkpoint.resume import check_directory, fingerprint_run, open_log
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.errors import ArgumentError, BudgetError
@@ -25,6 +25,7 @@ from jbrprune.prediction import max_drop as search
 from jbrprune.pruning import loop as engine
 from jbrprune.pruning import weights as thinning
 from jbrprune.pruning.arguments import channel_settings, check_drop, sparsity_of, structure_of, weight_settings
+from jbrprune.pruning.calibration import Calibration
 from jbrprune.pruning.prepare import opened_with
 from jbrprune.pruning.scoring import check_model, resolved
 from jbrprune.pruning.weights import Thinned
@@ -292,7 +293,7 @@ def _pruned(
     model: nn.Module | str, data: object, budget: Budget, stops: tuple[float, ...], arguments: Mapping[str, Any]
 ) -> list[PruneResult]:
     settings = channel_settings(budget, stops, arguments)
-    directory = journal.check_directory(arguments["resume"])
+    directory = check_directory(arguments["resume"])
     given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
     check_model(given)
     opened = opened_with(copy_model(given), data, arguments)
@@ -300,7 +301,7 @@ def _pruned(
     state = engine.start(opened.dense, opened.example, settings)
     images = opened.read(arguments)
     several = len(stops) > 1
-    with journal.opened(directory, asked, given, images) as steps:
+    with open_log(directory, _fingerprint(asked, given, images) if directory else {}) as steps:
         return [
             PruneResult(copy.deepcopy(pruned) if several else pruned, report, opened.recipe, opened.config)
             for pruned, report in engine.run(opened.dense, state, images, settings, opened.name, steps)
@@ -334,7 +335,7 @@ def _thinned(
     target: nn.Module | None,
 ) -> list[PruneResult]:
     settings = weight_settings(goals, arguments)
-    directory = journal.check_directory(arguments["resume"])
+    directory = check_directory(arguments["resume"])
     given = resolved(model, arguments["checkpoint"], arguments["model_arguments"])
     check_model(given, masked=True)
     masks = masks_of(given)
@@ -347,11 +348,17 @@ def _thinned(
         refuse_hidden_sharing(given, state.masks)
     images = opened.read(arguments)
     results = []
-    with journal.opened(directory, settings, given, images) as steps:
+    with open_log(directory, _fingerprint(settings, given, images) if directory else {}) as steps:
         for thinned in thinning.run(state, opened.dense, images, settings, opened.name, steps):
             finished = _finished(thinned, originals, target)
             results.append(PruneResult(finished, thinned.report, opened.recipe, opened.config))
     return results
+
+
+def _fingerprint(settings: object, model: nn.Module, images: Calibration) -> dict[str, Any]:
+    """What the steps of a run depend on."""
+    options = {name: value for name, value in vars(settings).items() if name not in ("progress", "measure_latency")}
+    return fingerprint_run(options, model, [*images.score, *images.gate, *images.heldout])
 
 
 def _plain(model: nn.Module) -> nn.Module:

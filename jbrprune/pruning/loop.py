@@ -16,7 +16,7 @@ from jbrprune.budgets.budget import Budget
 from jbrprune.budgets.cost import Account, axis_widths, count_macs
 from jbrprune.budgets.pricing import Pricer
 from jbrprune.budgets.selection import Floors, reachable
-from jbrprune.checkpoint.resume import NOTHING, Journal, facts_of, recall
+from jbrprune.checkpoint.resume import ResumeLog
 from jbrprune.criteria.members import Site
 from jbrprune.criteria.relevance import Statistic, relevance_scores
 from jbrprune.criteria.scores import Scores, check_some
@@ -30,10 +30,12 @@ from jbrprune.pruning.calibration import Calibration
 from jbrprune.pruning.runs import (
     Clock,
     called,
+    facts_of,
     heldout_agreement,
     mend,
     notes_on_images,
     provenance,
+    recall,
     size_of,
     with_latency,
 )
@@ -43,7 +45,7 @@ from jbrprune.structure.discovery import Found, find_groups
 from jbrprune.structure.groups import Axis, Group, Selection, removed_channels
 from jbrprune.structure.verification import remove_units, verify_groups
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Criterion = Callable[..., Scores]
 """``criterion(model, batches, groups, *, seed, progress)`` -> scores of units."""
@@ -179,7 +181,7 @@ def run(
     images: Calibration,
     settings: Settings,
     name: str,
-    journal: Journal = NOTHING,
+    log: ResumeLog = ResumeLog(),  # noqa: B008
     shares: Iterable[float] | None = None,
 ) -> Iterator[tuple[nn.Module, Report]]:
     """Prune a copy of the dense model; yield it with a report at every stop.
@@ -192,7 +194,7 @@ def run(
         images: What to score, repair and report on.
         settings: How to prune.
         name: What to call the model in reports.
-        journal: Steps that are finished already; the others are added.
+        log: Steps that are finished already; the others are added.
         shares: Shares to reach instead of those of the settings. Each is asked for when the step before is done, and
             the state may be restored meanwhile; when there are no more, what is left is yielded.
 
@@ -217,12 +219,12 @@ def run(
     for share in tqdm(planned, "pruning", unit="step", disable=None if settings.progress else True, leave=False):
         stops = shares is None and share in settings.stops
         number = len(state.rows) + 1
-        if number <= journal.finished:
-            state.rows.append(_again(state, journal, number, whole=stops or number == journal.finished))
+        if number <= log.finished:
+            state.rows.append(_again(state, log, number))
         else:
             state.rows.append(_step(state, images, settings, number, share, stops))
             facts = {"mispriced": state.mispriced, **facts_of(state, state.rows[-1])}
-            journal.write(number, facts, state.gone, state.model.state_dict(), stays=stops)
+            log.write(number, facts, state.gone, state.model.state_dict(), keep=stops)
         if stops:
             yield state.model, report()
     if shares is not None:
@@ -304,7 +306,7 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
         selection = distributed.same(plan.selection)
     missed = settings.budget.timed and plan.after.total > share * state.whole * (1 + 1e-9)
     if stops and missed and distributed.rank() == 0:
-        log.warning(
+        logger.warning(
             "The budget of %s=%g is missed: %.3f of the dense model's time are left.",
             *(settings.budget.kind, share * settings.budget.unit, plan.after.total),
         )
@@ -326,15 +328,14 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, sh
     )
 
 
-def _again(state: State, journal: Journal, number: int, *, whole: bool) -> StepRow:
-    """Do what a finished step did; with ``whole``, the model's values are needed as well."""
-    with journal.step(number) as (facts, gone):
-        row = recall(state, facts)
-        state.remove(gone)
-        state.mispriced = facts["mispriced"]
-    if whole:
-        with journal.model(number) as tensors:
-            state.model.load_state_dict(tensors)
+def _again(state: State, log: ResumeLog, number: int) -> StepRow:
+    """Do what a finished step did."""
+    facts, gone, tensors = log.read(number)
+    row = recall(state, facts)
+    state.remove(gone)
+    state.mispriced = facts["mispriced"]
+    if tensors is not None:
+        state.model.load_state_dict(tensors)
     return row
 
 

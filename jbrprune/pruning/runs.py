@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from jbrprune.data.batches import Batch
 from jbrprune.evaluation.agreement import Agreement, agreement_on, bytes_of, parameters_of
 from jbrprune.pruning.calibration import FEWEST_TO_HOLD_BACK, Calibration
 from jbrprune.repair.base import Outcome, Targets, repaired
-from jbrprune.report.records import Run, Size
+from jbrprune.report.records import Run, Size, StepRow, plain, record
 from jbrprune.structure.groups import Axis
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -127,6 +127,21 @@ def notes_on_images(images: Calibration, wants_repair: bool) -> list[str]:
     if not images.heldout:
         notes.append(f"No agreement was measured: fewer than {FEWEST_TO_HOLD_BACK} images.")
     return notes
+
+
+def facts_of(state: Underway, row: StepRow) -> dict[str, Any]:
+    """What is noted of the last step of any run."""
+    agreed = {"unrepaired": plain(state.unrepaired), "repaired": plain(state.repaired)}
+    return {"row": plain(row), "seconds": dict(state.clock.seconds), **agreed}
+
+
+def recall(state: Underway, facts: Mapping[str, Any]) -> StepRow:
+    """Undo `facts_of`: set the state as the step left it."""
+    state.unrepaired, state.repaired = (
+        None if facts[name] is None else record(Agreement, facts[name]) for name in ("unrepaired", "repaired")
+    )
+    state.clock.seconds.update(facts["seconds"])
+    return record(StepRow, facts["row"])
 
 
 def called(criterion: object) -> str:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jbrprune.budgets.cost import count_macs
 from jbrprune.checkpoint.packing import packed_bytes
-from jbrprune.checkpoint.resume import NOTHING, Journal, facts_of, recall
+from jbrprune.checkpoint.resume import ResumeLog
 from jbrprune.criteria.scores import check_some
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.data import distributed
@@ -23,7 +23,16 @@ from jbrprune.errors import ArgumentError, BudgetError, ModelError, NonFiniteErr
 from jbrprune.evaluation.agreement import Agreement, bytes_of, parameters_of
 from jbrprune.models import preserve
 from jbrprune.pruning.calibration import Calibration
-from jbrprune.pruning.runs import Clock, mend, notes_on_images, provenance, size_of, with_latency
+from jbrprune.pruning.runs import (
+    Clock,
+    facts_of,
+    mend,
+    notes_on_images,
+    provenance,
+    recall,
+    size_of,
+    with_latency,
+)
 from jbrprune.repair.base import Targets, dense_targets
 from jbrprune.report.report import LayerRow, Report, Size, StepRow
 from jbrprune.sparsity.dead_channels import shrink
@@ -152,7 +161,12 @@ def start(plain: nn.Module, example: Tensor, given: Mapping[str, Tensor], settin
 
 
 def run(
-    state: State, dense: nn.Module, images: Calibration, settings: Settings, name: str, journal: Journal = NOTHING
+    state: State,
+    dense: nn.Module,
+    images: Calibration,
+    settings: Settings,
+    name: str,
+    log: ResumeLog = ResumeLog(),  # noqa: B008
 ) -> Iterator[Thinned]:
     """Prune step by step; hand over a copy with a report at every stop.
 
@@ -162,7 +176,7 @@ def run(
         images: What to score, repair and report on.
         settings: How to prune.
         name: What to call the model in reports.
-        journal: Steps that are finished already; the others are added.
+        log: Steps that are finished already; the others are added.
 
     Raises:
         CheckpointError: A finished step cannot be read, or a new one not be written.
@@ -182,14 +196,14 @@ def run(
     )
     for number, goal in enumerate(shown, 1):
         stops = goal in settings.stops
-        if number > journal.finished:
+        if number > log.finished:
             rows.append(_step(state, images, settings, number, goal))
             tensors = {f"model/{key}": value for key, value in state.model.state_dict().items()}
             tensors |= {f"masks/{key}": value for key, value in state.masks.items()}
             facts = {"skipped": list(state.skipped), **facts_of(state, rows[-1])}
-            journal.write(number, facts, {}, tensors, stays=stops)
+            log.write(number, facts, {}, tensors, keep=stops)
         else:
-            rows.append(_again(state, journal, number, whole=stops or number == journal.finished))
+            rows.append(_again(state, log, number))
         if stops:
             done = _handed_over(state, size, images, settings, name, rows, began)
             if settings.measure_latency:
@@ -222,16 +236,15 @@ def _step(state: State, images: Calibration, settings: Settings, number: int, go
     )
 
 
-def _again(state: State, journal: Journal, number: int, *, whole: bool) -> StepRow:
-    """What a finished step left; with ``whole``, the model and the masks are needed as well."""
-    with journal.step(number) as (facts, _):
-        row = recall(state, facts)
-        state.skipped = tuple(facts["skipped"])
-    if whole:
-        with journal.model(number) as tensors:
-            state.masks = {name: tensors[f"masks/{name}"] for name in state.masks}
-            stored = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
-            state.model.load_state_dict(stored)
+def _again(state: State, log: ResumeLog, number: int) -> StepRow:
+    """What a finished step left."""
+    facts, _, tensors = log.read(number)
+    row = recall(state, facts)
+    state.skipped = tuple(facts["skipped"])
+    if tensors is not None:
+        state.masks = {name: tensors[f"masks/{name}"] for name in state.masks}
+        stored = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+        state.model.load_state_dict(stored)
     return row
 
 

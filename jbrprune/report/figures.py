@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from jbrprune.data.atomic import replacing
+from jbrprune.data.files import replacing
 from jbrprune.evaluation.agreement import Agreement
 from jbrprune.report.records import LayerRow, Run, StepRow
 from jbrprune.report.text import check_reports, headline

@@ -9,7 +9,7 @@ from html import escape
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from jbrprune.data.atomic import replacing
+from jbrprune.data.files import replacing
 from jbrprune.errors import ArgumentError
 from jbrprune.evaluation.agreement import Agreement
 from jbrprune.report.charts import Series, line_chart

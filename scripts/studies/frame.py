@@ -31,7 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from jbrprune.data.atomic import replacing
+from jbrprune.data.files import replacing
 from jbrprune.errors import JBRError
 from jbrprune.models.preserve import same_randomness
 from jbrprune.pruning.runs import provenance

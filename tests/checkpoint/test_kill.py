@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from jbrprune import prune, sweep
 from jbrprune.checkpoint.checkpoint import describe, load, save
-from jbrprune.criteria import sumfiles
+from jbrprune.data.files import tensor_file, write_tensors
 
 FILES = (
     "open",
@@ -142,13 +142,13 @@ def test_scores_killed_at_every_operation_on_files(tmp_path: Path) -> None:
     found = []
 
     def check() -> None:
-        with sumfiles.reading(path, "units") as (header, tensors):
+        with tensor_file(path, "units") as (header, tensors):
             assert torch.equal(tensors["sums/a"], written[header["value"]]["sums/a"])
             found.append(header["value"])
-        sumfiles.write(path, "units", {"value": 0}, written[0])
+        write_tensors(path, "units", {"value": 0}, written[0])
 
-    sumfiles.write(path, "units", {"value": 0}, written[0])
-    every_operation(lambda: sumfiles.write(path, "units", {"value": 1}, written[1]), tmp_path, check)
+    write_tensors(path, "units", {"value": 0}, written[0])
+    every_operation(lambda: write_tensors(path, "units", {"value": 1}, written[1]), tmp_path, check)
     assert set(found) == {0, 1}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -23,8 +22,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
 from jbrprune import PruneResult, Scores, prune, score, sweep
-from jbrprune.checkpoint.fingerprint import described, digest
+from jbrprune.checkpoint.resume import ResumeLog, fingerprint_run, hash_tensors, open_log
 from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.data.batches import Batch
 from jbrprune.errors import CheckpointError
 from jbrprune.pruning import loop as engine
 from jbrprune.pruning import weights as thinning
@@ -88,7 +88,7 @@ def interrupted(module: Any, after: int, call: Callable[[], object], monkeypatch
 def assert_same(one: PruneResult, other: PruneResult) -> None:
     first, second = one.model.state_dict(), other.model.state_dict()
     assert list(first) == list(second)
-    assert digest(first) == digest(second)
+    assert hash_tensors(first) == hash_tensors(second)
     for kept in ("layers", "unrepaired", "repaired", "budget", "settings", "notes"):
         assert getattr(one.report, kept) == getattr(other.report, kept), kept
     rows = [[replace(row, seconds=0.0) for row in result.report.steps] for result in (one, other)]
@@ -158,14 +158,14 @@ def _other_weights() -> nn.Module:
 
 
 OTHERS: dict[str, tuple[Any, str]] = {
-    "model": ({"model": _other_weights()}, "other weights of the model"),
-    "images": ({"data": IMAGES.flip(0)}, r"other images \(or labels"),
-    "seed": ({"seed": 1}, r"settings\.seed was 0 there and is 1 now"),
-    "objective": ({"objective": "margin"}, r"settings\.objective was 'pseudo_label' there and is 'margin' now"),
-    "budget": ({"macs": 0.69}, r"settings\.budget was .*0\.7.* there and is .*0\.69.* now"),
-    "steps": ({"steps": 3}, r"settings\.steps was 2 there and is 3 now"),
-    "repair": ({"repair": None}, r"settings\.repair was \['auto'\] there and is \[\] now"),
-    "criterion": ({"criterion": "scores", "steps": 1}, r"settings\.(criterion|steps) was"),
+    "model": ({"model": _other_weights()}, r"the model \(SHA-256 of its tensors\) was"),
+    "images": ({"data": IMAGES.flip(0)}, r"the images \(SHA-256, with labels and reference\) was"),
+    "seed": ({"seed": 1}, r"seed was 0 there and is 1 now"),
+    "objective": ({"objective": "margin"}, r"objective was 'pseudo_label' there and is 'margin' now"),
+    "budget": ({"macs": 0.69}, r"budget was .*0\.7.* there and is .*0\.69.* now"),
+    "steps": ({"steps": 3}, r"steps was 2 there and is 3 now"),
+    "repair": ({"repair": None}, r"repair was \['auto'\] there and is \[\] now"),
+    "criterion": ({"criterion": "scores", "steps": 1}, r"(criterion|steps) was"),
 }
 
 
@@ -197,94 +197,46 @@ def _scaled(by: float, model: nn.Module, batches: Any, groups: Any, **options: A
     return replace(found, sums={name: by * values for name, values in found.sums.items()})
 
 
-def _sources() -> list[Callable[..., Scores]]:
-    """Of the same name, with another source."""
-
-    def one() -> Callable[..., Scores]:
-        def criterion(*args: Any, **options: Any) -> Scores:
-            return _scaled(1.0, *args, **options)
-
-        return criterion
-
-    def other() -> Callable[..., Scores]:
-        def criterion(*args: Any, **options: Any) -> Scores:
-            return _scaled(2.0, *args, **options)
-
-        return criterion
-
-    return [one(), other()]
+def _other_scaled(*args: Any, **options: Any) -> Scores:
+    return _scaled(2.0, *args, **options)
 
 
 CRITERIA: dict[str, list[Callable[..., Scores]]] = {
     "arguments": [partial(_scaled, 1.0), partial(_scaled, 2.0)],
     "attributes": [_Scaled(1.0), _Scaled(2.0)],
-    "sources": _sources(),
+    "names": [relevance_scores, _other_scaled],
 }
 
 
-def _wrapped(by: float) -> Callable[..., Scores]:
-    @functools.wraps(_scaled)
-    def criterion(*args: Any, **options: Any) -> Scores:
-        return _scaled(by, *args, **options)
-
-    return criterion
-
-
-class _Kept:
-    """With what has an address: functions, objects, sets, modules."""
-
-    def __init__(self, by: float, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.by, self.function, self.inner, self.names = by, _wrapped(by), _Scaled(by), {"a", "b", "c"}
-        self.net, self.values, self.own = torch.nn.Linear(2, 2), torch.ones(3) * by, self
-
-    def __call__(self, *args: Any, **options: Any) -> Scores:
-        return _scaled(self.by, *args, **options)
-
-    def method(self, *args: Any, **options: Any) -> Scores:
-        return self(*args, **options)
-
-
-def _kept(by: float = 1.0, seed: int = 0) -> list[Any]:
-    kept = _Kept(by, seed)
-    return [kept, kept.method, partial(_scaled, kept), _wrapped(by)]
-
-
-def _identities() -> str:
-    return json.dumps([described(value) for value in _kept()])
-
-
-def test_an_identity_is_the_same_in_every_process() -> None:
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = "import test_journal; print(test_journal._identities())"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert found.stdout.strip() == _identities()
-    assert " at 0x" not in found.stdout
-
-
-def test_what_a_criterion_keeps_counts() -> None:
-    first, by, seed = _kept(), _kept(by=2.0), _kept(seed=1)
-    for number in range(3):
-        assert described(first[number]) != described(by[number])
-        assert described(first[number]) != described(seed[number])
-
-
-@pytest.mark.parametrize("name", ["by", "function", "inner", "names", "net", "values"])
-def test_every_attribute_counts(name: str) -> None:
-    first, second = _Kept(1.0, 0), _Kept(1.0, 0)
-    assert described(first) == described(second)
-    setattr(second, name, {**vars(_Kept(2.0, 1)), "function": _kept, "names": {"a", "d"}}[name])
-    assert described(first) != described(second)
-
-
 @pytest.mark.parametrize("kind", CRITERIA)
-def test_other_criteria_of_the_same_name_are_refused(kind: str, tmp_path: Path) -> None:
+def test_other_criteria_are_refused(kind: str, tmp_path: Path) -> None:
     first, second = CRITERIA[kind]
     options: dict[str, Any] = {"macs": 0.7, "steps": 2, **QUICK, "resume": tmp_path}
     whole = prune(own(), IMAGES, criterion=first, **options)
     assert_same(prune(own(), IMAGES, criterion=first, **options), whole)
-    with pytest.raises(CheckpointError, match=r"settings\.criterion was"):
+    with pytest.raises(CheckpointError, match=r"criterion was"):
         prune(own(), IMAGES, criterion=second, **options)
+
+
+def test_the_code_of_a_function_is_not_compared_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, batches = own(), [Batch(IMAGES)]
+    assert fingerprint_run({"seed": 1, "criterion": _Scaled(1.0)}, model, batches)["seed"] == 1
+    assert not caplog.records
+    found = fingerprint_run({"criterion": partial(_scaled, 1.0)}, model, batches)
+    assert found["criterion"] == ["_scaled", [1.0], {}]
+    assert "resume= compares criterion=_scaled by its name alone" in caplog.text
+
+
+def test_a_fingerprint_is_the_same_in_every_process() -> None:
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import test_resume; print(test_resume._fingerprint())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.strip() == _fingerprint()
+
+
+def _fingerprint() -> str:
+    options = {"criterion": _Scaled(2.0), "other": partial(_scaled, 1.0), "path": Path("a"), "steps": None}
+    return json.dumps(fingerprint_run(options, own(), [Batch(IMAGES, torch.arange(len(IMAGES)))]))
 
 
 def test_a_directory_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,14 +258,14 @@ def test_masks_of_the_given_model_count(tmp_path: Path) -> None:
     model = own()
     torch_prune.random_unstructured(model.get_submodule("a"), "weight", 0.2)
     prune(model, IMAGES, sparsity=0.6, **QUICK, resume=tmp_path)
-    with pytest.raises(CheckpointError, match="other weights of the model"):
+    with pytest.raises(CheckpointError, match=r"the model \(SHA-256 of its tensors\) was"):
         prune(own(), IMAGES, sparsity=0.6, **QUICK, resume=tmp_path)
 
 
 def test_other_versions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
     monkeypatch.setattr("jbrprune.checkpoint.resume.version", lambda package: "0")
-    with pytest.raises(CheckpointError, match=r"versions\.jbrprune was '\d+\.\d.*' there and is '0' now"):
+    with pytest.raises(CheckpointError, match=r"the version of jbrprune was '\d+\.\d.*' there and is '0' now"):
         prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
 
 
@@ -356,6 +308,25 @@ def test_damaged_files_are_refused(damage: str, file: str, tmp_path: Path) -> No
         prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
 
 
+def test_the_log_alone(tmp_path: Path) -> None:
+    """What every step wrote is read again; the tensors of the last step, and of those that are kept."""
+    units, tensors = {"a": torch.tensor([1, 2])}, {"w": torch.ones(2)}
+    with open_log(tmp_path, {"seed": 1}) as log:
+        assert log.finished == 0
+        for number in (1, 2, 3):
+            log.write(number, {"n": number}, units, {"w": number * torch.ones(2)}, keep=number == 1)
+    with open_log(tmp_path, {"seed": 1}) as log:
+        read = [log.read(number) for number in range(1, 1 + log.finished)]
+    assert [facts["n"] for facts, _, _ in read] == [1, 2, 3]
+    assert all(torch.equal(found["a"], units["a"]) for _, found, _ in read)
+    assert [None if found is None else found["w"].tolist() for _, _, found in read] == [[1, 1], None, [3, 3]]
+    with pytest.raises(CheckpointError, match="seed was 1 there and is 2 now"), open_log(tmp_path, {"seed": 2}):
+        pass
+    with open_log(None, {}) as log:
+        log.write(1, {}, units, tensors)
+        assert (log.finished, log.directory) == (ResumeLog().finished, None)
+
+
 def test_directories_are_looked_at_first(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be used as a directory"):
@@ -378,8 +349,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_finished_steps(
         real(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr("jbrprune.criteria.sumfiles.save_file", full)
-        with pytest.raises(CheckpointError, match=r"model-0003.*could not be written.*The disk is full"):
+        patch.setattr("jbrprune.data.files.save_file", full)
+        with pytest.raises(CheckpointError, match=r"model-0003.*could not be written.*No space left on device"):
             prune(own(), IMAGES, **options, resume=tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["model-0002.safetensors", "step-0001.safetensors", "step-0002.safetensors"]
     assert_same(prune(own(), IMAGES, **options, resume=tmp_path), prune(own(), IMAGES, **options))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from jbrprune import Scores, prune, score, sweep
-from jbrprune.checkpoint.fingerprint import digest
+from jbrprune.checkpoint.resume import hash_tensors
 from jbrprune.commands import evaluate
 from jbrprune.criteria.passes import Draws
 from jbrprune.criteria.relevance import relevance_scores
@@ -224,7 +224,7 @@ def test_pruning_decides_as_one_process_and_alike_on_all_ranks(options: dict[str
 
     def work() -> tuple[str, dict[str, Tensor], Any]:
         result = prune(own(), images, batch_size=4, **options, **QUICK)
-        return digest(result.model.state_dict()), result.model.state_dict(), result.report.repaired
+        return hash_tensors(result.model.state_dict()), result.model.state_dict(), result.report.repaired
 
     _, expected, agreement = work()
     ranks = on_ranks(2, work)
@@ -245,7 +245,7 @@ def test_ranks_that_predict_otherwise_go_the_same_way() -> None:
             search.Outlook.proposed = lambda *_: math.inf  # type: ignore[method-assign]
         result = prune(own(), data, max_drop=0.1, macs=0.7, batch_size=4, **QUICK)
         assert result.report.search is not None
-        return [trial.share for trial in result.report.search.trials], digest(result.model.state_dict())
+        return [trial.share for trial in result.report.search.trials], hash_tensors(result.model.state_dict())
 
     alone = work()
     first, second = on_ranks(2, work)
@@ -261,15 +261,19 @@ def test_a_loader_that_shuffles_shows_all_ranks_the_same(tmp_path: Path) -> None
         net = own()  # which seeds
         torch.manual_seed(distributed.rank())
         loader = DataLoader(TensorDataset(images), batch_size=4, shuffle=True)
-        states = distributed.gathered(digest({"state": torch.get_rng_state()}))
+        states = distributed.gathered(hash_tensors({"state": torch.get_rng_state()}))
         assert len(set(states)) == len(states)
         read = calibration(net, loader, images=None)
-        orders = distributed.gathered([digest({"images": batch.images}) for batch in read.score])
+        orders = distributed.gathered([hash_tensors({"images": batch.images}) for batch in read.score])
         assert all(order == orders[0] for order in orders)
         found = score(net, loader, progress=False)
         assert isinstance(found, Scores)
         results = sweep(net, loader, [0.9, 0.8], min_channels=2, steps=1, **QUICK, resume=tmp_path)
-        return found.samples, [digest(result.model.state_dict()) for result in results], found[next(iter(found.sums))]
+        return (
+            found.samples,
+            [hash_tensors(result.model.state_dict()) for result in results],
+            found[next(iter(found.sums))],
+        )
 
     (samples, models, scores), (other_samples, other_models, _) = on_ranks(2, work)
     assert samples == other_samples == 40
@@ -294,7 +298,7 @@ def test_sums_and_repairs_have_the_same_bits_on_all_ranks() -> None:
             dist.all_reduce = other_bits  # type: ignore[assignment]
             repair._moments = lambda x: tuple(moment * (1 + 1e-4) for moment in moments(x))  # type: ignore[assignment]
         total = distributed.all_sum({"a": torch.rand(50)})["a"]
-        return total, digest(with_repair(21))
+        return total, hash_tensors(with_repair(21))
 
     (total, model), (other_total, other_model) = on_ranks(2, work)
     assert torch.equal(total, other_total)
