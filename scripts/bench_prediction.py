@@ -30,7 +30,7 @@ from baselines import CRITERIA
 from jbrprune.budgets.budget import Budget
 from jbrprune.data.batches import Batch, rebatched, with_reference
 from jbrprune.data.images import fashion_mnist
-from jbrprune.evaluation.agreement import predict
+from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models import timm_models
 from jbrprune.prediction.checking import check
 from jbrprune.prediction.correction import corrected
@@ -104,7 +104,7 @@ def run(
     predicted = forecast(model, calibration, state.groups, units, refits=False, seed=seed)
     seconds = time.process_time() - began
     plainly = replace(predicted, saturate=False)
-    dense, dense_test = (torch.cat(predict(model, batches)) for batches in (calibration, test))
+    dense, dense_test = (torch.cat(compute_logits(model, batches)) for batches in (calibration, test))
     for number, ((criterion, ratio), cut) in enumerate(cuts.items()):
         masked = masked_logits(model, calibration, state.groups, cut.units)
         seen = check(predicted, number, masked[:CHECKED], dense)
@@ -223,7 +223,7 @@ def main() -> None:
     own = keywords(args.model_arg)
     model = timm_models.create(args.model, checkpoint=args.checkpoint, pretrained=False, **own).eval()
     calibration = rebatched([Batch(train[chosen], labels[chosen])], 64)
-    calibration = with_reference(calibration, predict(model, calibration))
+    calibration = with_reference(calibration, compute_logits(model, calibration))
     shared = {"model": args.model, "weights": weights_named(str(args.checkpoint)), "model_args": own}
     shared |= {"data": "fashion_mnist", "seed": args.seed, "images": args.images}
     shared |= {"eval_images": args.eval_images, "threads": torch.get_num_threads(), "commit": commit()}

@@ -31,7 +31,7 @@ from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.data.batches import Batch, with_reference
 from jbrprune.data.images import fashion_mnist
-from jbrprune.evaluation.agreement import predict
+from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models import timm_models
 
 KEY = ("model", "criterion", "draws", "scope", "goal", "repair", "steps", "images", "eval_images", "seed")
@@ -186,7 +186,7 @@ def main() -> None:
     train, test = (fashion_mnist(args.fashion_mnist, train=part) for part in (True, False))
     pairs = zip(*(values[: args.eval_images].split(250) for values in test), strict=True)
     tests = [Batch(images, labels) for images, labels in pairs]
-    tests = with_reference(tests, predict(model, tests))
+    tests = with_reference(tests, compute_logits(model, tests))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = {tuple(line[name] for name in KEY) for line in lines(args.out)}
     for seed in args.seeds:

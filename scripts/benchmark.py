@@ -35,7 +35,7 @@ from jbrprune import prune, sweep
 from jbrprune.data.batches import Batch, with_reference
 from jbrprune.demo_data import lite0, train_digits
 from jbrprune.errors import JBRError, NonFiniteError
-from jbrprune.evaluation.agreement import predict
+from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models import timm_models
 from jbrprune.report.records import plain
 from jbrprune.report.report import Report
@@ -82,7 +82,7 @@ def opened(setup: Setup) -> Dense:
     """The dense model with the images to measure on."""
     model, source = loaded(setup)
     test = source.measured(setup.eval_images, setup.workers)
-    return Dense(model, source, with_reference(test, predict(model, test)))
+    return Dense(model, source, with_reference(test, compute_logits(model, test)))
 
 
 @kept

@@ -18,7 +18,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 import jbrprune
-from jbrprune.budgets.cost import Account, axis_widths, count_macs, mac_terms
+from jbrprune.budgets.cost import cost_model, count_macs
 from jbrprune.budgets.selection import Floors, select
 from jbrprune.errors import JBRError
 from jbrprune.models import timm_models
@@ -203,10 +203,10 @@ def _check(holds: bool, otherwise: str) -> None:
 def _chosen(model: nn.Module, images: Tensor, scores: jbrprune.Scores, share: float) -> Selection:
     """The choice that `prune` makes in one step with these scores, made again."""
     groups = scores.groups
-    account = Account(mac_terms(model, images[:2]), groups, axis_widths(model, groups))
+    cost = cost_model("macs", model, images[:2], groups)
     sizes = {group.name: group.size for group in groups}
     floors = Floors(channels=FLOOR)
-    return select(scores.values(), groups, account, share * account.total, floors=floors, dense_sizes=sizes)
+    return select(scores.values(), groups, cost, share * cost.total, floors=floors, dense_sizes=sizes)
 
 
 def _check_mask(

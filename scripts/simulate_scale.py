@@ -30,7 +30,7 @@ from jbrprune.budgets.cost import axis_widths
 from jbrprune.criteria.relevance import relevance_scores
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
-from jbrprune.evaluation.agreement import predict
+from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models.preserve import copy_model
 from jbrprune.repair.base import dense_targets, repaired
 from jbrprune.structure.discovery import find_groups
@@ -160,7 +160,7 @@ def real(model: torch.nn.Module, batches: Sequence[Batch], selection: Mapping[st
     with counting() as found["scoring"]:
         relevance_scores(model, batches, groups, progress=False)
     with counting() as found["evaluation"]:
-        reference = predict(model, batches)
+        reference = compute_logits(model, batches)
     with counting() as found["selection"]:
         distributed.same(dict(selection))
     gate = [Batch(batch.images, reference=logits) for batch, logits in zip(batches, reference, strict=True)]

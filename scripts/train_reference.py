@@ -33,7 +33,7 @@ from jbrprune.commands.options import device_named
 from jbrprune.data.batches import with_reference
 from jbrprune.data.files import replacing
 from jbrprune.errors import JBRError
-from jbrprune.evaluation.agreement import agreement_on, predict
+from jbrprune.evaluation.agreement import agreement_on, compute_logits
 from jbrprune.models import timm_models
 from jbrprune.pruning.runs import provenance
 
@@ -68,7 +68,7 @@ def trained(args: argparse.Namespace) -> dict[str, Any]:
         report=lambda line: print(line, flush=True),
     )
     test = open_source(args.data, args.root, model).measured(None, recipe.workers)
-    measured = agreement_on(model, with_reference(test, predict(model, test)))
+    measured = agreement_on(model, with_reference(test, compute_logits(model, test)))
     facts = {
         **identity,
         "recipe": asdict(recipe),

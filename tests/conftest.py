@@ -12,6 +12,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from jbrprune.evaluation import latency
+from jbrprune.evaluation.agreement import parameters_of
 from jbrprune.models.preserve import HOOK_TABLES
 
 
@@ -25,6 +27,12 @@ def _same_start() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     assert _switches() == before, "a switch that all tests share was left changed"
+
+
+@pytest.fixture(autouse=True)
+def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass takes 1 microsecond and 1 nanosecond per parameter: tests neither depend on a clock nor wait for it."""
+    monkeypatch.setattr(latency, "time_pass", lambda model, images, passes=1: 1e-6 + 1e-9 * parameters_of(model))
 
 
 def _switches() -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import pickle
@@ -22,12 +21,10 @@ from typer.testing import CliRunner
 
 import jbrprune
 from jbrprune import cli
-from jbrprune.budgets import timing
 from jbrprune.commands.options import model_arguments
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.errors import ArgumentError, JBRError
-from jbrprune.evaluation import agreement as measure
 from jbrprune.report.report import Report
 
 COMMANDS = ("prune", "score", "eval", "info", "tpv", "demo")
@@ -63,8 +60,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["jbrprune", *map(str, arguments)])
-        monkeypatch.setattr("jbrprune.commands.evaluate.latency", quick(measure.latency))
-        monkeypatch.setattr("jbrprune.pruning.runs.latencies", functools.partial(timing.latencies, rounds=1))
         capsys.readouterr()
         try:
             cli.main()
@@ -76,10 +71,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return code, out, err
 
     return run
-
-
-def quick(latency: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda model, images, **_: latency(model, images, min_seconds=1e-3)
 
 
 @pytest.fixture

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
-from torch import Tensor, nn
-
-from jbrprune.budgets.cost import Account, Term, axis_widths, channel_terms, mac_terms, parameter_terms
 from jbrprune.errors import BudgetError
-from jbrprune.structure.groups import Group
 
 KINDS = ("macs", "params", "channels")
 """What is counted."""
@@ -71,6 +66,17 @@ class Budget:
         """Whether units are ranked by score per cost; a channel budget ranks by score alone."""
         return self.kind != "channels"
 
+    def as_share(self, dense_ms: float) -> Budget:
+        """A budget of ``latency_ms`` as the share that it is of the dense model's latency.
+
+        Args:
+            dense_ms: Milliseconds that the dense model takes for one image.
+
+        Raises:
+            BudgetError: The dense model is within the budget.
+        """
+        return Budget("latency", self.of_dense(dense_ms).share)
+
     def of_dense(self, milliseconds: float) -> Budget:
         """A budget in milliseconds as a share of what the dense model takes.
 
@@ -84,18 +90,27 @@ class Budget:
             )
         return replace(self, share=self.share / milliseconds, unit=milliseconds)
 
-    def account(self, model: nn.Module, images: Tensor, groups: Sequence[Group]) -> Account:
-        """The cost of the model as it is now, in the unit of this budget; see `jbrprune.budgets.pricing`."""
-        terms: dict[str, Sequence[Term]] = {
-            "macs": mac_terms(model, images) if self.kind == "macs" else (),
-            "params": parameter_terms(model) if self.kind == "params" else (),
-            "channels": channel_terms(groups),
-        }
-        return Account(terms[self.kind], groups, axis_widths(model, groups))
-
     def schedule(self, steps: int | None = None, *, start: float = 1.0) -> list[float]:
         """Shares to reach, step by step, at equal distances from ``start``; the last one is the budget's."""
         if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1):
             raise BudgetError(f"steps must be a whole number of at least 1, got {steps!r}.")
         count = steps or math.ceil((start - self.share) / STEP - 1e-9)
         return [start - (start - self.share) * (i + 1) / count for i in range(count - 1)] + [self.share]
+
+
+def check_reachable(budget: Budget, least: float) -> None:
+    """Refuse a budget below what the floors allow.
+
+    Args:
+        budget: The budget.
+        least: Share of the dense cost with every group at its floor.
+
+    Raises:
+        BudgetError: Says how far it can go.
+    """
+    if least > budget.share:
+        raise BudgetError(
+            f"{budget.kind}={budget.asked:g} cannot be reached: with every group at its floor {least:.3f} of the dense "
+            f"model's {'latency' if budget.timed else budget.kind} are left. Ask for at least "
+            f"{budget.unit * (least + 0.001):.3f}, lower the floors, or ignore less."
+        )

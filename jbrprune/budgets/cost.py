@@ -134,8 +134,24 @@ def channel_terms(groups: Iterable[Group]) -> list[Term]:
     return [Term(g.size * g.channels_per_unit()[g.members[0].axis], (_units(g),)) for g in groups]
 
 
-class Account:
-    """The running cost of a plan: units are struck off, the total follows.
+def cost_model(kind: str, model: nn.Module, images: Tensor, groups: Sequence[Group]) -> CostModel:
+    """The cost of a model as it is now, and what each removal saves.
+
+    Args:
+        kind: ``macs``, ``params`` or ``channels``; a budget of ``latency`` or ``latency_ms`` is priced by MACs.
+        model: The model; left as it was.
+        images: ``[B, C, H, W]``; the first image counts.
+        groups: The units that may go.
+    """
+    if kind == "params":
+        terms = parameter_terms(model)
+    else:
+        terms = channel_terms(groups) if kind == "channels" else mac_terms(model, images)
+    return CostModel(terms, groups, axis_widths(model, groups))
+
+
+class CostModel:
+    """The running cost of a plan: units are removed, the total follows.
 
     Args:
         terms: The cost of the whole model.
@@ -163,8 +179,8 @@ class Account:
         self._value = [self._priced(term) for term in self._terms]
         self.total = math.fsum(self._value)
 
-    def strike(self, group: str, units: int = 1) -> None:
-        """Take off ``units`` units of a group."""
+    def remove(self, group: str, units: int = 1) -> None:
+        """Take the cost of ``units`` units of a group off the total; a negative number puts them back."""
         for axis, n in self._per_unit[group].items():
             self._gone[axis] += n * units
         for number in self._of_group[group]:
@@ -175,9 +191,9 @@ class Account:
     def saving(self, group: str) -> float:
         """What one more unit of a group would save now."""
         before = self.total
-        self.strike(group)
+        self.remove(group)
         saved = before - self.total
-        self.strike(group, -1)
+        self.remove(group, -1)
         self.total = before
         return saved
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.budgets.budget import Budget
-from jbrprune.budgets.cost import Account, Priced, Term, axis_widths
+from jbrprune.budgets.cost import CostModel, Priced, Term, axis_widths, cost_model
 from jbrprune.budgets.layer_times import Stopwatch, Table, best_multiple, tables
-from jbrprune.budgets.selection import Floors, reachable, select
+from jbrprune.budgets.selection import Floors, reduce_to_floors, select
 from jbrprune.budgets.timing import Ratio, latencies, relative_latency
 from jbrprune.data import distributed
-from jbrprune.errors import BudgetError
 from jbrprune.models import preserve
 from jbrprune.models.preserve import copy_model
 from jbrprune.structure.groups import Axis, Group, Selection
@@ -30,7 +29,7 @@ from jbrprune.structure.verification import remove_units
 ATTEMPTS = 8
 """Plans that are tried for one step until the measured cost is low enough."""
 
-Pricer = Callable[[nn.Module, Sequence[Group]], Account]
+Pricer = Callable[[nn.Module, Sequence[Group]], CostModel]
 """The account of the model as it is now."""
 
 
@@ -45,7 +44,7 @@ def pricer(budget: Budget, dense: nn.Module, example: Tensor, groups: Sequence[G
         floors: How narrow groups may become.
     """
     if not budget.timed:
-        return lambda model, left: budget.account(model, example, left)
+        return lambda model, left: cost_model(budget.kind, model, example, left)
     return _latency_pricer(dense, example[:1], tuple(groups), floors)
 
 
@@ -82,7 +81,7 @@ class Plan:
 
     selection: Selection
     foreseen: float
-    after: Account
+    after: CostModel
 
 
 def planned(
@@ -122,7 +121,7 @@ def planned(
     for _ in range(ATTEMPTS):
         if plan.after.total <= target * (1 + 1e-9) or aim <= least:
             break
-        least = reachable(groups, price(model, groups), floors, dense_sizes)
+        least = reduce_to_floors(price(model, groups), groups, floors, dense_sizes)
         aim = max(least, aim * target / plan.after.total)
         plan = tried(aim)
     return plan
@@ -159,7 +158,7 @@ def _latency_pricer(dense: nn.Module, image: Tensor, groups: tuple[Group, ...], 
     known = {tuple(sizes.values()): Ratio(1.0, 0.0, 0)}
     lowest = known.setdefault(tuple(g.size for g in least), timed(smallest))
 
-    def price(model: nn.Module, left: Sequence[Group]) -> Account:
+    def price(model: nn.Module, left: Sequence[Group]) -> CostModel:
         key = tuple(group.size for group in left)
         now = known[key] = known.get(key) or timed(model)
         widths = axis_widths(model, left)
@@ -168,9 +167,9 @@ def _latency_pricer(dense: nn.Module, image: Tensor, groups: tuple[Group, ...], 
         def terms(factor: float) -> list[Priced]:
             return [_Scaled(table, share, factor) for table, share in zip(found, shares)]
 
-        unscaled = Account(terms(1.0), left, widths)
-        slope, fixed = _line(unscaled.total, reachable(left, unscaled, floors, sizes), now.median, lowest.median)
-        return Account([Term(fixed, ()), *terms(slope)], left, widths, spread=now.spread)
+        unscaled = CostModel(terms(1.0), left, widths)
+        slope, fixed = _line(unscaled.total, reduce_to_floors(unscaled, left, floors, sizes), now.median, lowest.median)
+        return CostModel([Term(fixed, ()), *terms(slope)], left, widths, spread=now.spread)
 
     return price
 
@@ -190,25 +189,7 @@ def _at_floors(dense: nn.Module, groups: Sequence[Group], floors: Floors) -> tup
     return smallest, remove_units(smallest, groups, {name: units for name, units in gone.items() if len(units)})
 
 
-def check_reachable(budget: Budget, least: float) -> None:
-    """Refuse a budget below what the floors allow.
-
-    Args:
-        budget: The budget.
-        least: Share of the dense cost with every group at its floor.
-
-    Raises:
-        BudgetError: Says how far it can go.
-    """
-    if least > budget.share:
-        raise BudgetError(
-            f"{budget.kind}={budget.asked:g} cannot be reached: with every group at its floor {least:.3f} of the dense "
-            f"model's {'latency' if budget.timed else budget.kind} are left. Ask for at least "
-            f"{budget.unit * (least + 0.001):.3f}, lower floor= or min_channels=, or ignore less."
-        )
-
-
-def note(budget: Budget, after: Account, floors: Floors) -> str:
+def note(budget: Budget, after: CostModel, floors: Floors) -> str:
     """How far a budget of time was met, for a report."""
     text = f"Latency of one image: {after.total:.3f} ± {after.spread:.3f} of the dense model's"
     if budget.unit != 1:

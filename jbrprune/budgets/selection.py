@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from jbrprune.budgets.cost import Account
+from jbrprune.budgets.cost import CostModel
 from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.structure.groups import Group, Selection
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text, "panel": "Budget"})
 
 
 @dataclass(frozen=True)
@@ -20,20 +26,24 @@ class Floors:
 
     Attributes:
         share: Share of the dense width that stays at least.
-        channels: Channels that stay at least, where the dense group has as many.
-        round_to: Kept widths of channel groups are multiples of this (as far as the dense width allows).
+        channels: Channels that stay at least, where the dense group has as many; of heads, one stays.
+        round_to: Kept widths of channel groups are multiples of this, as far as the dense width allows.
+        width: Whether the residual width under LayerNorms is offered for removal at all.
     """
 
-    share: float = 0.0
-    channels: int = 1
-    round_to: int = 1
+    share: float = _option(0.0, "Share of every group's dense width that stays at least.")
+    channels: int = _option(8, "Channels of every group that stay, where it has as many; of heads, one stays.")
+    round_to: int = _option(1, "Keep widths at multiples of this number.")
+    width: bool = _option(False, "Also offer the residual width under LayerNorms, whose statistics then change.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
-            raise ArgumentError(f"floor must satisfy 0 <= floor < 1 (a share of the dense width), got {self.share}.")
-        for name, value in (("min_channels", self.channels), ("round_to", self.round_to)):
-            if value < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {value}.")
+            raise ArgumentError(
+                f"Floors: share must satisfy 0 <= share < 1 (a share of the dense width), got {self.share!r}."
+            )
+        for name, value in (("channels", self.channels), ("round_to", self.round_to)):
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise ArgumentError(f"Floors: {name} must be a whole number of at least 1, got {value!r}.")
 
     def of(self, group: Group, dense_size: int) -> int:
         """Units of a group that must stay."""
@@ -62,14 +72,14 @@ class _Block:
 def select(
     scores: Mapping[str, Tensor],
     groups: Sequence[Group],
-    account: Account,
+    cost: CostModel,
     target: float,
     *,
-    floors: Floors | None = None,
+    floors: Floors,
     dense_sizes: Mapping[str, int] | None = None,
     per_cost: bool = True,
 ) -> Selection:
-    """Choose the units to remove so that the account's total falls to the target.
+    """Choose the units to remove so that the total of the cost model falls to the target.
 
     Units are taken in the order of score / cost (or of score alone), lowest first, ties in the order of
     groups and units; the last one is the one that meets the target, so it is overshot by less than one
@@ -78,11 +88,11 @@ def select(
     Args:
         scores: Group name -> ``[units]``.
         groups: The units.
-        account: Prices the plan; it is left at the price of the selection.
-        target: Total to reach, in the unit of the account.
+        cost: Prices the plan; it is left at the price of the selection.
+        target: Total to reach, in the unit of the cost model.
         floors: How narrow groups may become.
         dense_sizes: Group name -> units in the dense model, for the floors; default: the groups' sizes.
-        per_cost: Divide the score by what the unit saves in the account.
+        per_cost: Divide the score by what the unit saves.
 
     Returns:
         Group name -> units to remove, ascending; groups that lose nothing are absent.
@@ -91,38 +101,37 @@ def select(
         ArgumentError: Scores are missing, of the wrong length, or not finite.
         BudgetError: The target lies below what the floors allow (says how far it can go).
     """
-    floors = floors or Floors()
     dense = {group.name: (dense_sizes or {}).get(group.name, group.size) for group in groups}
     _check(scores, groups)
-    if account.total <= target:
+    if cost.total <= target:
         return {}
     blocks = []
     for number, group in enumerate(groups):
-        cost = account.saving(group.name)
-        if cost > 0:  # what saves nothing would be lost for nothing
-            price = cost if per_cost else 1.0
+        saved = cost.saving(group.name)
+        if saved > 0:  # what saves nothing would be lost for nothing
+            price = saved if per_cost else 1.0
             blocks += _blocks(scores[group.name], number, group, price, floors, dense[group.name])
     blocks.sort(key=lambda block: (block.key, block.group))
-    before = account.total
+    before = cost.total
     taken: dict[str, list[Tensor]] = {}
     for block in blocks:
         name = groups[block.group].name
-        account.strike(name, len(block.units))
+        cost.remove(name, len(block.units))
         taken.setdefault(name, []).append(block.units)
-        if account.total <= target * (1 + 1e-12):
+        if cost.total <= target * (1 + 1e-12):
             return {name: torch.cat(units).sort().values for name, units in taken.items()}
     raise BudgetError(
-        f"The budget cannot be reached: with every group at its floor {account.total / before:.3f} of the present cost "
-        f"are left, {target / before:.3f} were asked for. Lower `floor` or `min_channels`, ignore fewer "
-        "layers, or ask for less."
+        f"The budget cannot be reached: with every group at its floor {cost.total / before:.3f} of the present cost "
+        f"are left, {target / before:.3f} were asked for. Lower the floors, ignore fewer layers, or "
+        "ask for less."
     )
 
 
-def reachable(groups: Sequence[Group], account: Account, floors: Floors, dense_sizes: Mapping[str, int]) -> float:
-    """The account's total with every group at its floor. The account is changed."""
+def reduce_to_floors(cost: CostModel, groups: Sequence[Group], floors: Floors, dense_sizes: Mapping[str, int]) -> float:
+    """Remove every unit above the floors from a cost model; return its total, the least that can be reached."""
     for group in groups:
-        account.strike(group.name, max(0, group.size - floors.of(group, dense_sizes[group.name])))
-    return account.total
+        cost.remove(group.name, max(0, group.size - floors.of(group, dense_sizes[group.name])))
+    return cost.total
 
 
 def _blocks(score: Tensor, number: int, group: Group, cost: float, floors: Floors, dense_size: int) -> list[_Block]:

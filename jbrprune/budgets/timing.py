@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from jbrprune.errors import ArgumentError
-from jbrprune.evaluation.agreement import Latency, benchmark
+from jbrprune.evaluation.latency import Latency
 from jbrprune.models import preserve
 
 BLOCK_SECONDS = 0.02
@@ -164,3 +167,14 @@ def _half_range(values: Sequence[float]) -> float:
         return 0.0
     low, _, high = quantiles(values, n=4, method="inclusive")
     return (high - low) / 2
+
+
+def benchmark() -> ModuleType:
+    """``torch.utils.benchmark``: it looks for compilers when it is imported, and would warn that it found none."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("torch.utils.benchmark")
+    finally:
+        logger.setLevel(level)

@@ -12,18 +12,17 @@ import json
 import logging
 import math
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from jbrprune.data.files import replacing
+from jbrprune.evaluation.latency import describe_hardware
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def cache_directory() -> Path:
@@ -34,25 +33,12 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jbrprune"
 
 
-def hardware(device: torch.device) -> str:
-    """The model name of the accelerator, or of the CPU as far as the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    # platform.processor() is empty or "x86_64" on Linux
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def machine(device: torch.device) -> dict[str, object]:
     """What timings depend on, beside the layer."""
     return {
         "format": FORMAT,
         "device": device.type,
-        "hardware": hardware(device),
+        "hardware": describe_hardware(device),
         "capability": torch.backends.cpu.get_cpu_capability(),  # a virtual machine may hide the model of its CPU
         "threads": torch.get_num_threads(),
         "matmul_precision": torch.get_float32_matmul_precision(),

@@ -26,7 +26,8 @@ from jbrprune.data import distributed
 from jbrprune.data import images as loading
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError
-from jbrprune.evaluation.agreement import Agreement, agreement, bytes_of, combined, latency, parameters_of, predict
+from jbrprune.evaluation.agreement import Agreement, agreement, bytes_of, combine, compute_logits, parameters_of
+from jbrprune.evaluation.latency import time_in_turns
 from jbrprune.models import preserve
 from jbrprune.pruning.scoring import peeked
 
@@ -61,7 +62,7 @@ def eval_command(
     if distributed.rank() > 0:
         return  # the others' work would disturb the timing
     example = first.images[:1].to(preserve.device_of(module))
-    timed = latency(module, example)
+    (timed,) = time_in_turns([module], example).latencies
     facts: dict[str, Any] = {
         "model": model,
         "images": agreed.images,
@@ -99,11 +100,11 @@ def measured(
     everyone = distributed.gathered(distributed.together(own))
     if images is None:  # else the ranks stop reading at different places
         parts.check()
-    return combined([part for found in everyone for part in found])
+    return combine([part for found in everyone for part in found])
 
 
 def _of_batch(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Agreement:
     with distributed.alone():
-        logits = predict(model, [batch])[0]
-        wanted = logits if reference is None else predict(reference, [batch])[0]
+        logits = compute_logits(model, [batch])[0]
+        wanted = logits if reference is None else compute_logits(reference, [batch])[0]
     return agreement(logits, wanted, batch.labels)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NoReturn
 
 import torch
@@ -19,7 +16,7 @@ from tqdm import tqdm
 
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
-from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from jbrprune.errors import DataError, ModelError, NonFiniteError
 from jbrprune.evaluation.portions import Portions
 from jbrprune.models import preserve
 from jbrprune.models.preserve import logits_of
@@ -54,30 +51,7 @@ class Agreement:
         return float(interval.low), float(interval.high)
 
 
-@dataclass(frozen=True)
-class Latency:
-    """Time of one forward pass.
-
-    Attributes:
-        median_ms: Median over timed blocks, milliseconds per forward pass.
-        iqr_ms: Interquartile range over timed blocks, milliseconds; 0 where only one block was timed.
-        runs: Number of timed forward passes.
-        batch: Images per forward pass.
-        threads: CPU threads.
-        device: Device the model was on.
-        clock: ``wall``, or ``thread`` for the time that the one CPU thread was at work.
-    """
-
-    median_ms: float
-    iqr_ms: float
-    runs: int
-    batch: int
-    threads: int
-    device: str
-    clock: str = "wall"
-
-
-def predict(
+def compute_logits(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
@@ -108,7 +82,7 @@ def predict(
         found: dict[int, Tensor] = {}
         with preserve.inference_state(model), _autocast(preserve.device_of(model), autocast_dtype):
             for number, batch in enumerate(
-                tqdm(batches, desc="predict", unit="batch", leave=False, disable=None if progress else True)
+                tqdm(batches, desc="logits", unit="batch", leave=False, disable=None if progress else True)
             ):
                 sizes.append(len(batch))
                 if number % distributed.size() == distributed.rank():
@@ -181,14 +155,14 @@ def agreement(logits: Tensor, reference: Tensor, labels: Tensor | None = None) -
     )
 
 
-def combined(parts: Sequence[Agreement]) -> Agreement:
+def combine(parts: Sequence[Agreement]) -> Agreement:
     """The agreement on all images together, of agreements on parts of them; accuracies only where every part has them.
 
     Args:
         parts: At least one.
 
     Example:
-        >>> combined([Agreement(1, 1.0, 1.0, 0.0), Agreement(3, 0.0, 1.0, 0.4)]).top1
+        >>> combine([Agreement(1, 1.0, 1.0, 0.0), Agreement(3, 0.0, 1.0, 0.4)]).top1
         0.25
     """
     images = sum(part.images for part in parts)
@@ -211,7 +185,7 @@ def agreement_on(
     autocast_dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Agreement:
-    """`predict`, then `agreement` with the references (and labels, if every batch has them) of the batches.
+    """`compute_logits`, then `agreement` with the references (and labels, if every batch has them) of the batches.
 
     Raises:
         DataError: A batch without reference, or no batch.
@@ -220,57 +194,93 @@ def agreement_on(
     if not batches or any(batch.reference is None for batch in batches):
         raise DataError(
             f"Agreement needs the dense model's logits: {sum(b.reference is None for b in batches)} of {len(batches)} "
-            "batches have no reference. Attach it: jbrprune.data.batches.with_reference(batches, predict(dense, ...))."
+            "batches have no reference. Attach it with jbrprune.data.batches.with_reference."
         )
-    logits = predict(model, batches, autocast_dtype=autocast_dtype, progress=progress)
+    logits = compute_logits(model, batches, autocast_dtype=autocast_dtype, progress=progress)
     reference = torch.cat([batch.reference for batch in batches if batch.reference is not None])
     labels = [batch.labels for batch in batches if batch.labels is not None]
     return agreement(torch.cat(logits), reference.cpu(), torch.cat(labels) if len(labels) == len(batches) else None)
 
 
-def latency(model: nn.Module, images: Tensor, *, min_seconds: float = 1.0) -> Latency:
-    """Time the forward pass with ``torch.utils.benchmark``, in eval mode, without gradients.
+@dataclass(frozen=True)
+class Drop:
+    """A measured loss.
 
-    Uses as many CPU threads as ``torch.get_num_threads()`` says; waits for CUDA. A first pass is not timed.
+    Attributes:
+        of: ``accuracy`` where there are labels, else ``agreement`` with the dense model.
+        images: Number of samples N.
+        lost: Share of samples, the fall of the accuracy or of the agreement; an accuracy may rise.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        models: Measured on the same images, to choose this one of them: the interval is that of Bonferroni, so that
+            those of all of them together are right with 95 %.
+    """
+
+    of: str
+    images: int
+    lost: float
+    low: float
+    high: float
+    models: int = 1
+
+    def within(self, allowed: float) -> bool:
+        """Whether no more than the allowed share is lost, as counts: 0.01 of 100 images is one image."""
+        return round(self.lost * self.images) <= math.floor(allowed * self.images + 1e-9)
+
+
+def measure_drop(logits: Tensor, reference: Tensor, labels: Tensor | None = None, *, models: int = 1) -> Drop:
+    r"""The fall of accuracy, or of agreement without labels, from the dense model to a pruned one.
+
+    With labels, (n10 - n01) / N, where n10 samples only the dense model gets right and n01 only the pruned one; the
+    interval is the adjusted one for paired shares (half a sample added to each of the four cells). Without,
+    1 - top-1 agreement with Wilson's interval.
 
     Args:
-        model: The model.
-        images: ``[B, C, H, W]`` as the model takes them.
-        min_seconds: Time at least this long; a few dozen passes give a stable median.
-
-    Returns:
-        Median and interquartile range per forward pass of the whole batch.
+        logits: ``[N, K]`` of the pruned model.
+        reference: ``[N, K]`` of the dense model on the same samples.
+        labels: ``[N]`` class indices, or None.
+        models: See `Drop`.
 
     Raises:
-        ArgumentError: ``min_seconds`` is not positive.
+        DataError: No samples, or shapes or labels that do not fit.
+        NonFiniteError: NaN or Inf.
+
+    Example:
+        >>> measure_drop(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])).lost
+        0.5
+
+    Source:
+        Agresti and Min, Statistics in Medicine 24 (2005), 729-740; Wilson, JASA 22 (1927).
     """
-    if not min_seconds > 0:
-        raise ArgumentError(f"min_seconds must satisfy 0 < min_seconds, got {min_seconds}.")
-    images = images.to(preserve.device_of(model))
-    threads = torch.get_num_threads()
-    timer = benchmark().Timer("model(images)", globals={"model": model, "images": images}, num_threads=threads)
-    with preserve.inference_state(model):
-        model(images)  # lazy initialisation and the choice of kernels are not part of a forward pass
-        timed = timer.blocked_autorange(min_run_time=min_seconds)
-    return Latency(
-        median_ms=1e3 * timed.median,
-        iqr_ms=1e3 * timed.iqr,
-        runs=timed.number_per_run * len(timed.times),
-        batch=len(images),
-        threads=threads,
-        device=str(images.device),
-    )
+    from scipy.stats import binomtest
+
+    found = agreement(logits, reference, labels)
+    level = 1 - 0.05 / models
+    if labels is None:
+        kept = binomtest(round(found.top1 * found.images), found.images).proportion_ci(level, method="wilson")
+        return Drop("agreement", found.images, 1 - found.top1, 1 - float(kept.high), 1 - float(kept.low), models)
+    dense, pruned = (values.argmax(1) == labels.to(values.device) for values in (reference, logits))
+    lost, won, n = int((dense & ~pruned).sum()), int((~dense & pruned).sum()), found.images
+    return Drop("accuracy", n, (lost - won) / n, *paired_interval(lost, won, n, level), models)
 
 
-def benchmark() -> ModuleType:
-    """``torch.utils.benchmark``: it looks for compilers when it is imported, and would warn that it found none."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return importlib.import_module("torch.utils.benchmark")
-    finally:
-        logger.setLevel(level)
+def paired_interval(one: int, other: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the difference of two shares of the same n samples.
+
+    Args:
+        one: Samples that count for the first share alone.
+        other: Samples that count for the second alone.
+        n: All samples.
+        level: Confidence.
+
+    Source:
+        Agresti and Min, Statistics in Medicine 24 (2005), 729-740.
+    """
+    from scipy.stats import norm
+
+    difference = (one - other) / (n + 2)
+    width = float(norm.ppf((1 + level) / 2)) * math.sqrt((one + other + 1) / (n + 2) - difference**2) / math.sqrt(n + 2)
+    return difference - width, difference + width
 
 
 def parameters_of(model: nn.Module) -> int:
@@ -307,7 +317,7 @@ def first_nonfinite(model: nn.Module, images: Tensor, *, autocast_dtype: torch.d
     Args:
         model: The model.
         images: ``[B, C, H, W]`` on the device of the model.
-        autocast_dtype: As in `predict`.
+        autocast_dtype: As in `compute_logits`.
 
     Returns:
         The name (``""`` is the model itself), or None if every output is finite.
@@ -340,7 +350,7 @@ def raise_nonfinite(
         model: The model.
         images: ``[B, C, H, W]`` on the device of the model, the batch that failed.
         what: Subject of the message, such as ``Batch 3: the logits``.
-        autocast_dtype: As in `predict`.
+        autocast_dtype: As in `compute_logits`.
 
     Raises:
         NonFiniteError: Always.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from jbrprune.evaluation.drop import paired_interval
+from jbrprune.evaluation.agreement import paired_interval
 from jbrprune.prediction.damage import Damage, damage, measured_damage
 from jbrprune.prediction.forecast import Forecast
 

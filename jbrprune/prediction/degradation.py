@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jbrprune.data.batches import Batch, count
 from jbrprune.errors import ArgumentError, DataError
-from jbrprune.evaluation.agreement import predict as logits_on
+from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.checking import TOLERANCE, check
 from jbrprune.prediction.damage import Damage, measured_damage
@@ -199,7 +199,7 @@ def _read(
 
 
 def _of(pruned: nn.Module, batches: Sequence[Batch], reference: Tensor) -> Damage:
-    logits = torch.cat(logits_on(pruned, batches))
+    logits = torch.cat(compute_logits(pruned, batches))
     if logits.shape != reference.shape:
         raise DataError(f"The pruned model gives logits {list(logits.shape)}, the dense one {list(reference.shape)}.")
     return measured_damage(reference, logits)

@@ -20,8 +20,7 @@ from jbrprune.budgets.budget import STEP
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch, count
 from jbrprune.errors import DataError
-from jbrprune.evaluation.agreement import predict
-from jbrprune.evaluation.drop import Drop, measured_drop
+from jbrprune.evaluation.agreement import Drop, compute_logits, measure_drop
 from jbrprune.prediction.damage import Damage, measured_damage
 from jbrprune.prediction.forecast import Forecast, forecast
 from jbrprune.pruning import loop as engine
@@ -167,7 +166,7 @@ class _Walk:
 
     def chosen(self) -> Drop:
         """What the model at hand lost, knowing how many were measured to choose it."""
-        return measured_drop(self.logits, self.reference, self.labels, models=max(1, len(self.trials)))
+        return measure_drop(self.logits, self.reference, self.labels, models=max(1, len(self.trials)))
 
     def shares(self) -> Iterator[float]:
         """Shares for the engine, which has carried out each when the next is asked for."""
@@ -214,8 +213,8 @@ class _Walk:
         """Measure the model as it is."""
         predicted = self.outlook.flips(share)
         with self.state.clock.timed("judging"):
-            logits = torch.cat(predict(self.state.model, self.judge))
-        drop = measured_drop(logits, self.reference, self.labels)
+            logits = torch.cat(compute_logits(self.state.model, self.judge))
+        drop = measure_drop(logits, self.reference, self.labels)
         accepted = drop.within(self.allowed)
         self.trials.append(Trial(share, self.state.rows[-1].macs, drop, accepted, predicted))
         log.info("Share %.4f: %s falls by %.4f, %s", share, drop.of, drop.lost, "kept" if accepted else "too much")

@@ -18,7 +18,7 @@ from jbrprune.budgets.budget import KINDS, Budget
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch, concatenated, count, rebatched
 from jbrprune.errors import ArgumentError, BudgetError, DataError
-from jbrprune.evaluation.agreement import predict as logits_on
+from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.checking import FLIPS, TOLERANCE, Check, check, constant, tpvs_agree
 from jbrprune.prediction.correction import Correction, corrected
@@ -227,7 +227,7 @@ def masked_logits(
 ) -> Tensor:
     """``[N, K]`` what the whole model computes without some units; nothing is cut."""
     with masked_units(model, groups, units):
-        return torch.cat(logits_on(model, batches))
+        return torch.cat(compute_logits(model, batches))
 
 
 def first(batches: Sequence[Batch], number: int | None) -> list[Batch]:
@@ -301,7 +301,7 @@ def _really_pruned(
     reference = _references(read.heldout)
     pruned = engine.run(opened.dense, state.copy(), read, chosen, opened.name)
     return {
-        number: measured_damage(reference, torch.cat(logits_on(model, read.heldout)))
+        number: measured_damage(reference, torch.cat(compute_logits(model, read.heldout)))
         for number, (model, _) in zip(targets, pruned, strict=True)
     }
 

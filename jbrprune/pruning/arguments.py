@@ -118,7 +118,7 @@ def channel_settings(budget: Budget, stops: tuple[float, ...], arguments: Mappin
         stops=stops,
         steps=steps,
         repair=_methods(known["repair"]),
-        floors=Floors(known["floor"], known["min_channels"], known["round_to"]),
+        floors=Floors(known["floor"], known["min_channels"], known["round_to"], known["width"]),
         ignore=_globs(known["ignore"]),
         criterion=criterion,
         choose_multiple=choose,

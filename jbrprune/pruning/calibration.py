@@ -11,7 +11,7 @@ from jbrprune.data import distributed
 from jbrprune.data import images as loading
 from jbrprune.data.batches import Batch, concatenated, materialise, rebatched, with_reference
 from jbrprune.errors import ArgumentError, DataError, JBRError
-from jbrprune.evaluation.agreement import agreement, predict
+from jbrprune.evaluation.agreement import agreement, compute_logits
 from jbrprune.models import preserve, timm_models
 
 FEWEST_TO_HOLD_BACK = 10
@@ -115,7 +115,7 @@ def _read(
         batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
     check_runs(model, batches[0].images)
     if any(batch.reference is None for batch in batches):
-        batches = with_reference(batches, predict(model, batches, progress=progress))
+        batches = with_reference(batches, compute_logits(model, batches, progress=progress))
     whole = concatenated(batches)
     if whole.reference is not None:
         agreement(whole.reference, whole.reference, whole.labels)  # refuses labels that are not the model's classes
@@ -136,7 +136,7 @@ def check_runs(model: nn.Module, images: Tensor) -> int:
         raise DataError(f"The images have {images.shape[1]} channels, shape {tuple(images.shape)}.{wanted}")
     try:
         with distributed.alone():
-            return predict(model, [Batch(images[:1])])[0].shape[1]
+            return compute_logits(model, [Batch(images[:1])])[0].shape[1]
     except JBRError:
         raise
     except Exception as error:  # whatever a foreign forward raises is the answer

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from jbrprune.budgets.cost import Account, axis_widths, mac_terms, parameter_terms
-from jbrprune.budgets.selection import Floors, reachable
+from jbrprune.budgets.cost import cost_model
+from jbrprune.budgets.selection import Floors, reduce_to_floors
 from jbrprune.errors import ArgumentError
 from jbrprune.models import preserve, timm_models
 from jbrprune.models.preserve import copy_model
@@ -99,8 +99,7 @@ def inventory(
     work = copy_model(model).eval()
     images = images.to(preserve.device_of(work))
     found = verify_groups(work, images, find_groups(work, images, ignore=ignore, width=width))
-    full = axis_widths(work, found.groups)
-    macs, params = (Account(terms, found.groups, full) for terms in (mac_terms(work, images), parameter_terms(work)))
+    macs, params = (cost_model(kind, work, images, found.groups) for kind in ("macs", "params"))
     rows = tuple(
         Row(g.name, g.kind, g.size, round(macs.saving(g.name)), round(params.saving(g.name)), _layers(g.members))
         for g in found.groups
@@ -112,8 +111,8 @@ def inventory(
         input_size=tuple(images.shape[1:]),
         macs=round(totals[0]),
         params=round(totals[1]),
-        least_macs=reachable(found.groups, macs, floors, dense) / totals[0],
-        least_params=reachable(found.groups, params, floors, dense) / totals[1],
+        least_macs=reduce_to_floors(macs, found.groups, floors, dense) / totals[0],
+        least_params=reduce_to_floors(params, found.groups, floors, dense) / totals[1],
         rows=rows,
         kept=found.skipped,
     )

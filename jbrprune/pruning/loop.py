@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jbrprune.budgets import pricing
-from jbrprune.budgets.budget import Budget
-from jbrprune.budgets.cost import Account, axis_widths, count_macs
+from jbrprune.budgets.budget import Budget, check_reachable
+from jbrprune.budgets.cost import CostModel, axis_widths, count_macs
 from jbrprune.budgets.pricing import Pricer
-from jbrprune.budgets.selection import Floors, reachable
+from jbrprune.budgets.selection import Floors, reduce_to_floors
 from jbrprune.checkpoint.resume import ResumeLog
 from jbrprune.criteria.members import Site
 from jbrprune.criteria.relevance import Statistic, relevance_scores
@@ -139,7 +139,7 @@ class State:
     least: float
     price: Pricer
     gone: Selection = field(default_factory=dict)
-    after: Account | None = None
+    after: CostModel | None = None
     targets: Targets | None = None
     mispriced: float = 0.0
     unrepaired: Agreement | None = None
@@ -268,8 +268,8 @@ def start(dense: nn.Module, example: Tensor, settings: Settings) -> State:
     whole = account.total
     if isinstance(settings.criterion, Scores):
         check_units(settings.criterion, found.groups)
-    least = reachable(found.groups, account, settings.floors, dense_sizes) / whole
-    pricing.check_reachable(settings.budget, least)
+    least = reduce_to_floors(account, found.groups, settings.floors, dense_sizes) / whole
+    check_reachable(settings.budget, least)
     full = axis_widths(work, found.groups)
     state = State(
         work,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from jbrprune.budgets.budget import Budget
+from jbrprune.budgets.cost import cost_model
 from jbrprune.budgets.selection import select
 from jbrprune.pruning.loop import Settings, State
 from jbrprune.structure.groups import Selection
@@ -62,8 +62,8 @@ def _cut(state: State, scores: Mapping[str, Tensor], settings: Settings, share: 
 
 
 def _kept(state: State, units: Selection, kind: str) -> float:
-    account = Budget(kind, 0.5).account(state.model, state.example, state.groups)
-    whole = account.total
+    cost = cost_model(kind, state.model, state.example, state.groups)
+    whole = cost.total
     for group, gone in units.items():
-        account.strike(group, len(gone))
-    return account.total / whole
+        cost.remove(group, len(gone))
+    return cost.total / whole

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.budgets.cost import count_macs
-from jbrprune.budgets.timing import latencies
-from jbrprune.budgets.timing_cache import hardware
 from jbrprune.data.batches import Batch
 from jbrprune.evaluation.agreement import Agreement, agreement_on, bytes_of, parameters_of
+from jbrprune.evaluation.latency import describe_hardware, time_in_turns
 from jbrprune.pruning.calibration import FEWEST_TO_HOLD_BACK, Calibration
 from jbrprune.repair.base import Outcome, Targets, repaired
 from jbrprune.report.records import Run, Size, StepRow, plain, record
@@ -100,7 +99,7 @@ def size_of(model: nn.Module, example: Tensor) -> Size:
 
 def with_latency(report: AnyRun, dense: nn.Module, pruned: nn.Module, example: Tensor) -> AnyRun:
     """The report with the time of both models on the first example image, taken in turns."""
-    before, after = latencies([dense, pruned], example[:1])
+    before, after = time_in_turns([dense, pruned], example[:1]).latencies
     return replace(report, dense=replace(report.dense, latency=before), pruned=replace(report.pruned, latency=after))
 
 
@@ -111,7 +110,7 @@ def provenance(seed: int, device: torch.device) -> dict[str, object]:
         "versions": {package: version(package) for package in packages},
         "seed": seed,
         "device": str(device),
-        "hardware": hardware(device),
+        "hardware": describe_hardware(device),
         "threads": torch.get_num_threads(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -9,8 +9,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from jbrprune.errors import ArgumentError
-from jbrprune.evaluation.agreement import Agreement, Latency
-from jbrprune.evaluation.drop import Drop
+from jbrprune.evaluation.agreement import Agreement, Drop
+from jbrprune.evaluation.latency import Latency
 
 Record = TypeVar("Record")
 

@@ -13,7 +13,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from jbrprune.errors import ArgumentError
-from jbrprune.evaluation.agreement import Agreement, Latency
+from jbrprune.evaluation.agreement import Agreement
+from jbrprune.evaluation.latency import Latency
 from jbrprune.report.records import LayerRow, Run, Search, Size, plain
 
 WIDTH = 100

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from jbrprune.budgets.budget import KINDS, STEP, Budget
-from jbrprune.budgets.cost import count_macs
+from jbrprune.budgets.cost import cost_model, count_macs
 from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.evaluation.agreement import parameters_of
 from jbrprune.structure.discovery import find_groups
@@ -86,11 +86,11 @@ def test_the_price_of_a_plan_is_what_is_measured_once_it_is_carried_out(name: st
             return parameters_of(model)
         return sum(g.size * g.channels_per_unit()[g.members[0].axis] for g in groups)
 
-    account = Budget(kind, 0.5).account(model, images, groups)
-    assert account.total == pytest.approx(measured(), rel=1e-12)
+    cost = cost_model(kind, model, images, groups)
+    assert cost.total == pytest.approx(measured(), rel=1e-12)
     gone = {g.name: torch.arange(0, g.size - 1, 2 + i % 3) for i, g in enumerate(groups)}
     for group, units in gone.items():
-        account.strike(group, len(units))
+        cost.remove(group, len(units))
     groups = remove_units(model, groups, gone)
-    assert account.total == pytest.approx(measured(), rel=1e-12)
-    assert Budget(kind, 0.5).account(model, images, groups).total == pytest.approx(measured(), rel=1e-12)
+    assert cost.total == pytest.approx(measured(), rel=1e-12)
+    assert cost_model(kind, model, images, groups).total == pytest.approx(measured(), rel=1e-12)

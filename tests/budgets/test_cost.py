@@ -13,7 +13,7 @@ import torch
 from timm.layers.std_conv import ScaledStdConv2d
 from torch import Tensor, nn
 
-from jbrprune.budgets.cost import Account, Term, axis_widths, channel_terms, count_macs, mac_terms, parameter_terms
+from jbrprune.budgets.cost import CostModel, Term, axis_widths, channel_terms, count_macs, mac_terms, parameter_terms
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Member
 from jbrprune.structure.verification import remove_units
@@ -138,14 +138,16 @@ def test_the_price_of_a_plan_is_the_cost_of_the_smaller_model(case: str) -> None
     model, images, groups = made(case)
     generator = torch.Generator().manual_seed(5)
     widths = axis_widths(model, groups)
-    macs, parameters = (Account(terms, groups, widths) for terms in (mac_terms(model, images), parameter_terms(model)))
+    macs, parameters = (
+        CostModel(terms, groups, widths) for terms in (mac_terms(model, images), parameter_terms(model))
+    )
     assert (macs.total, parameters.total) == (macs_of(model, images), parameters_of(model))
     smaller, left, struck = copy.deepcopy(model), groups, {}
     for _ in range(2):
         selection = {g.name: torch.arange(int(torch.randint(0, g.size, (), generator=generator))) for g in left}
         for name, units in selection.items():
             for account in (macs, parameters):
-                account.strike(name, len(units))
+                account.remove(name, len(units))
             struck[name] = struck.get(name, 0) + len(units)
         left = remove_units(smaller, left, selection)
         assert macs.total == pytest.approx(macs_of(smaller, images), rel=1e-12)
@@ -155,7 +157,7 @@ def test_the_price_of_a_plan_is_the_cost_of_the_smaller_model(case: str) -> None
 
 def test_savings_are_those_of_one_unit_now() -> None:
     model, images, groups = made("vit, width")
-    account = Account(mac_terms(model, images), groups, axis_widths(model, groups))
+    account = CostModel(mac_terms(model, images), groups, axis_widths(model, groups))
     for group in groups:
         before, saved = account.total, account.saving(group.name)
         assert account.total == before
@@ -163,26 +165,26 @@ def test_savings_are_those_of_one_unit_now() -> None:
         remove_units(smaller, groups, {group.name: torch.tensor([1])})
         assert saved == pytest.approx(before - macs_of(smaller, images), rel=1e-9)
     whole = account.saving("blocks.0.mlp.fc1")
-    account.strike("patch_embed.proj", 24)  # half of the width
+    account.remove("patch_embed.proj", 24)  # half of the width
     assert account.saving("blocks.0.mlp.fc1") == pytest.approx(whole / 2)
 
 
 def test_striking_off_and_back_is_the_identity() -> None:
     model, images, groups = made("resnet")
-    account = Account(mac_terms(model, images), groups, axis_widths(model, groups))
+    account = CostModel(mac_terms(model, images), groups, axis_widths(model, groups))
     before = account.total
     for step in (7, -7):
         for group in groups:
-            account.strike(group.name, step)
+            account.remove(group.name, step)
     assert account.total == pytest.approx(before, rel=1e-13)
 
 
 def test_channels_are_counted_where_a_group_has_its_name() -> None:
     model, _, groups = made("flattened")  # nine columns of the linear layer go with one channel
-    account = Account(channel_terms(groups), groups, axis_widths(model, groups))
+    account = CostModel(channel_terms(groups), groups, axis_widths(model, groups))
     assert (account.total, account.saving("a")) == (8, 1)
     model, _, groups = made("halves added")  # two channels go together
-    account = Account(channel_terms(groups), groups, axis_widths(model, groups))
+    account = CostModel(channel_terms(groups), groups, axis_widths(model, groups))
     assert (account.total, account.saving("a"), account.saving("b")) == (16 + 12, 2, 1)
 
 
@@ -192,8 +194,8 @@ def test_channels_of_a_layer_that_only_partly_belongs_to_units() -> None:
         Group(name, "channel", 4, (Member(("a", "out", 0), index + offset, index),))
         for name, offset in (("a", 0), ("a'", 8))
     ]
-    account = Account(channel_terms(groups), groups, {("a", "out", 0): 16})
-    account.strike("a", 3)
+    account = CostModel(channel_terms(groups), groups, {("a", "out", 0): 16})
+    account.remove("a", 3)
     assert account.total == 5
 
 
@@ -211,7 +213,7 @@ def test_parameters_that_are_no_weights_of_a_mixing_layer_go_with_its_outputs() 
 
 
 def test_terms_of_axes_that_nobody_owns_are_constant() -> None:
-    account = Account([Term(10.0, (("x", "out", 0), ("y", "in", 0)))], [], {})
+    account = CostModel([Term(10.0, (("x", "out", 0), ("y", "in", 0)))], [], {})
     assert account.total == 10
 
 

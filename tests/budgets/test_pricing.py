@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from jbrprune import prune, sweep
 from jbrprune.budgets import pricing
 from jbrprune.budgets.budget import Budget
-from jbrprune.budgets.cost import count_macs
+from jbrprune.budgets.cost import cost_model, count_macs
 from jbrprune.budgets.selection import Floors
 from jbrprune.budgets.timing import Laps, Ratio
 from jbrprune.errors import ArgumentError, BudgetError
-from jbrprune.evaluation.agreement import Latency
+from jbrprune.evaluation.latency import Latency
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.verification import remove_units
 
@@ -82,13 +82,13 @@ def test_a_plan_is_priced_as_the_smaller_model_is_measured() -> None:
     """Layers and whole model have the same cost here, so the two points fix the line exactly."""
     model = resnet()
     groups = find_groups(model, IMAGES[:2]).groups
-    price = pricing.pricer(Budget("latency", 0.5), model, IMAGES[:2], groups, Floors())
+    price = pricing.pricer(Budget("latency", 0.5), model, IMAGES[:2], groups, Floors(channels=1))
     smaller, left, account = copy.deepcopy(model), groups, price(model, groups)
     assert account.total == 1
     for step in (3, 2):
         gone = {g.name: torch.arange(g.size // step) for g in left}
         for name, units in gone.items():
-            account.strike(name, len(units))
+            account.remove(name, len(units))
         left = remove_units(smaller, left, gone)
         assert account.total == pytest.approx(true_share(smaller, model), abs=2e-3)
         account = price(smaller, left)
@@ -99,8 +99,8 @@ def test_a_plan_is_priced_as_the_smaller_model_is_measured() -> None:
 def test_units_are_ranked_by_score_per_time() -> None:
     model = resnet()
     groups = find_groups(model, IMAGES[:2]).groups
-    account = pricing.pricer(Budget("latency", 0.5), model, IMAGES[:2], groups, Floors())(model, groups)
-    macs = Budget("macs", 0.5).account(model, IMAGES[:2], groups)
+    account = pricing.pricer(Budget("latency", 0.5), model, IMAGES[:2], groups, Floors(channels=1))(model, groups)
+    macs = cost_model("macs", model, IMAGES[:2], groups)
     for group in groups:
         expected = (1 - OVERHEAD) * macs.saving(group.name) / macs.total
         assert account.saving(group.name) == pytest.approx(expected, rel=2e-2)

@@ -29,7 +29,7 @@ from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, CheckpointError, DataError, NonFiniteError, RankError
-from jbrprune.evaluation.agreement import Agreement, agreement, predict
+from jbrprune.evaluation.agreement import Agreement, agreement, compute_logits
 from jbrprune.prediction import max_drop as search
 from jbrprune.pruning.calibration import calibration
 from jbrprune.repair import base as repair
@@ -150,8 +150,8 @@ def test_float32_scores_agree_to_a_millionth() -> None:
 
 def test_predictions_are_those_of_one_process() -> None:
     parts = list(iterate(IMAGES, batch_size=4))
-    one = predict(model(), parts)
-    for found in on_ranks(3, lambda: predict(model(), iter(parts))):
+    one = compute_logits(model(), parts)
+    for found in on_ranks(3, lambda: compute_logits(model(), iter(parts))):
         assert all(torch.equal(a, b) for a, b in zip(found, one, strict=True))
 
 
@@ -174,12 +174,12 @@ def test_evaluation_reads_a_share_and_measures_the_whole(images: int | None) -> 
         return evaluate.measured(other, model(), data, images=images, batch_size=4), data.read
 
     one, read = work()
-    dense = predict(model(), [Batch(IMAGES[:images])])[0]
+    dense = compute_logits(model(), [Batch(IMAGES[:images])])[0]
     thin = model()
     with torch.no_grad():
         thin.get_parameter("a.weight")[:, ::2] = 0
     labels = torch.arange(len(IMAGES))[:images] % 4
-    whole = agreement(predict(thin, [Batch(IMAGES[:images])])[0], dense, labels)
+    whole = agreement(compute_logits(thin, [Batch(IMAGES[:images])])[0], dense, labels)
     ranks = on_ranks(2, work)
     for found in (one, *(found for found, _ in ranks)):
         assert vars(found) | {"kl": 0} == vars(whole) | {"kl": 0}
@@ -196,7 +196,7 @@ def with_repair(images: int) -> dict[str, Tensor]:
         thin.get_parameter("a.weight")[:, ::2] = 0
     masks = {"a.weight": thin.get_parameter("a.weight") != 0}
     targets = dense_targets(dense, parts, ["a", "b"])
-    gate = [Batch(IMAGES, reference=predict(dense, [Batch(IMAGES)])[0])]
+    gate = [Batch(IMAGES, reference=compute_logits(dense, [Batch(IMAGES)])[0])]
     outcome = repaired(thin, parts, gate, targets, {}, ("batch_norm", "least_squares"), ridge=0.1, masks=masks)
     assert images == 1 or outcome.kept == "batch_norm+least_squares"
     return {**thin.state_dict(), "kl": torch.tensor(outcome.after.kl)}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import sys
-import time
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from jbrprune.data.batches import Batch
-from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from jbrprune.errors import DataError, ModelError, NonFiniteError
 from jbrprune.evaluation import agreement as measure
 from jbrprune.evaluation.agreement import Agreement
 
@@ -66,12 +65,12 @@ def unusual(model: nn.Module) -> nn.Module:
     return model
 
 
-# --- predict ------------------------------------------------------------------------------------
+# --- compute_logits -------------------------------------------------------------------------------
 
 
-def test_predict_is_the_eval_forward_batch_by_batch():
+def test_compute_logits_is_the_eval_forward_batch_by_batch():
     model, x = net(), images(5)
-    out = measure.predict(model, [Batch(x[:2]), Batch(x[2:])])
+    out = measure.compute_logits(model, [Batch(x[:2]), Batch(x[2:])])
     assert [tuple(part.shape) for part in out] == [(2, 6), (3, 6)]
     assert all(part.dtype == torch.float64 and not part.requires_grad for part in out)
     with torch.no_grad():
@@ -79,28 +78,31 @@ def test_predict_is_the_eval_forward_batch_by_batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_predict_widens_to_float32(dtype):
-    (out,) = measure.predict(net(dtype=dtype), [Batch(images(dtype=dtype))])
+def test_compute_logits_widens_to_float32(dtype):
+    (out,) = measure.compute_logits(net(dtype=dtype), [Batch(images(dtype=dtype))])
     assert out.dtype == torch.float32
 
 
-def test_predict_under_autocast_rounds_but_returns_float32():
+def test_compute_logits_under_autocast_rounds_but_returns_float32():
     model, batches = net(dtype=torch.float32), [Batch(images(dtype=torch.float32))]
-    (full,), (half,) = measure.predict(model, batches), measure.predict(model, batches, autocast_dtype=torch.bfloat16)
+    (full,), (half,) = (
+        measure.compute_logits(model, batches),
+        measure.compute_logits(model, batches, autocast_dtype=torch.bfloat16),
+    )
     assert half.dtype == torch.float32
     assert 0 < (half - full).abs().max() < 0.05
     torch.testing.assert_close(half, half.bfloat16().float(), rtol=0, atol=0)
 
 
-def test_predict_leaves_the_model_as_it_was():
+def test_compute_logits_leaves_the_model_as_it_was():
     model = unusual(net())
     before = state_of(model)
-    measure.predict(model, [Batch(images())])
+    measure.compute_logits(model, [Batch(images())])
     assert state_of(model) == before
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
-def test_predict_restores_also_after_an_exception(error):
+def test_compute_logits_restores_also_after_an_exception(error):
     def fail(x):
         torch.rand(1)
         raise error
@@ -108,24 +110,24 @@ def test_predict_restores_also_after_an_exception(error):
     model = unusual(net(Apply(fail)))
     before = state_of(model)
     with pytest.raises(type(error)):
-        measure.predict(model, [Batch(images())])
+        measure.compute_logits(model, [Batch(images())])
     assert state_of(model) == before
 
 
-def test_predict_refuses_another_number_of_rows():
+def test_compute_logits_refuses_another_number_of_rows():
     model = nn.Sequential(nn.Flatten(), Apply(lambda x: x.reshape(-1, 4)))
     with pytest.raises(ModelError, match="Batch 0: 3 images went in, 81 rows"):
-        measure.predict(model, [Batch(images())])
+        measure.compute_logits(model, [Batch(images())])
 
 
-def test_predict_shows_progress_only_when_asked_and_on_a_terminal(capsys, monkeypatch):
-    measure.predict(net(), [Batch(images())], progress=True)
+def test_compute_logits_shows_progress_only_when_asked_and_on_a_terminal(capsys, monkeypatch):
+    measure.compute_logits(net(), [Batch(images())], progress=True)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    measure.predict(net(), [Batch(images())])
+    measure.compute_logits(net(), [Batch(images())])
     assert capsys.readouterr().err == ""
-    measure.predict(net(), [Batch(images())], progress=True)
-    assert "predict" in capsys.readouterr().err
+    measure.compute_logits(net(), [Batch(images())], progress=True)
+    assert "logits" in capsys.readouterr().err
 
 
 # --- NaN and Inf --------------------------------------------------------------------------------
@@ -135,11 +137,11 @@ def divide_by_zero(x: Tensor) -> Tensor:
     return x / torch.zeros_like(x)
 
 
-def test_predict_names_batch_and_module_that_divides_by_zero():
+def test_compute_logits_names_batch_and_module_that_divides_by_zero():
     model = unusual(net(Apply(lambda x: divide_by_zero(x) if len(x) == 2 else x)))
     before = state_of(model)
     with pytest.raises(NonFiniteError, match=r"Batch 1: the logits contain NaN.*module '2' \(Apply\)"):
-        measure.predict(model, [Batch(images(3)), Batch(images(2))])
+        measure.compute_logits(model, [Batch(images(3)), Batch(images(2))])
     assert state_of(model) == before
 
 
@@ -179,16 +181,16 @@ def test_first_nonfinite_leaves_no_hook_after_an_exception():
     assert state_of(model) == before
 
 
-def test_predict_blames_the_weight_before_the_module():
+def test_compute_logits_blames_the_weight_before_the_module():
     model = net()
     model[5].weight.data[0, 0] = math.nan
     with pytest.raises(NonFiniteError, match=r"Parameter '5\.weight'"):
-        measure.predict(model, [Batch(images())])
+        measure.compute_logits(model, [Batch(images())])
 
 
-def test_predict_blames_the_images_before_the_weights():
+def test_compute_logits_blames_the_images_before_the_weights():
     with pytest.raises(NonFiniteError, match="so do the images"):
-        measure.predict(net(), [Batch(images() * math.nan)])
+        measure.compute_logits(net(), [Batch(images() * math.nan)])
 
 
 def test_raise_nonfinite_when_nothing_is_found_the_second_time():
@@ -290,11 +292,11 @@ def test_agreement_refuses(logits, reference, labels, error, message):
         measure.agreement(logits, reference, labels)
 
 
-def test_agreement_on_equals_predict_and_compare():
+def test_agreement_on_equals_compute_logits_and_compare():
     model, x = net(), images(6)
     reference, labels = torch.randn(6, 6, dtype=torch.float64), torch.arange(6)
     batches = [Batch(x[i : i + 2], labels[i : i + 2], reference[i : i + 2]) for i in (0, 2, 4)]
-    expected = measure.agreement(torch.cat(measure.predict(model, batches)), reference, labels)
+    expected = measure.agreement(torch.cat(measure.compute_logits(model, batches)), reference, labels)
     assert measure.agreement_on(model, batches) == expected
     unlabelled = [Batch(batch.images, None, batch.reference) for batch in batches[:1]] + batches[1:]
     assert measure.agreement_on(model, iter(unlabelled)).accuracy is None
@@ -307,31 +309,6 @@ def test_agreement_on_needs_references(batches, message):
 
 
 # --- cost ---------------------------------------------------------------------------------------
-
-
-def test_latency_counts_milliseconds_per_pass():
-    model = unusual(net(Apply(lambda x: (time.sleep(0.005), x)[1])))
-    before = state_of(model)
-    timed = measure.latency(model, images(2), min_seconds=0.08)
-    assert 5.0 <= timed.median_ms < 50.0
-    assert timed.iqr_ms >= 0.0
-    assert timed.runs * timed.median_ms >= 40.0
-    assert (timed.batch, timed.threads, timed.device) == (2, torch.get_num_threads(), "cpu")
-    assert state_of(model) == before
-
-
-def test_latency_runs_in_eval_without_gradients():
-    seen = []
-    model = net(Apply(lambda x: (seen.append((torch.is_grad_enabled(), x.requires_grad)), x)[1])).train()
-    model[3] = Apply(lambda x: (seen.append((model.training, False)), x)[1])
-    measure.latency(model, images(2), min_seconds=1e-3)
-    assert set(seen) == {(False, False)}
-
-
-@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan])
-def test_latency_refuses_no_time(seconds):
-    with pytest.raises(ArgumentError, match="0 < min_seconds"):
-        measure.latency(net(), images(), min_seconds=seconds)
 
 
 def test_size_by_hand():

@@ -19,7 +19,7 @@ from jbrprune.criteria.relevance import relevance_scores
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch
 from jbrprune.errors import MemoryLimitError
-from jbrprune.evaluation.agreement import predict
+from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.evaluation.portions import Portions, is_out_of_memory
 from jbrprune.structure.discovery import layer_groups
 
@@ -91,9 +91,9 @@ def test_the_scores_are_those_of_whole_batches(case: str, late: bool, caplog: py
 @pytest.mark.parametrize("kind", ERRORS)
 def test_predictions_in_portions(kind: str) -> None:
     batches = [Batch(IMAGES[:11]), Batch(IMAGES[11:])]
-    expected = predict(Limited(100, ERRORS[kind], False), batches)
+    expected = compute_logits(Limited(100, ERRORS[kind], False), batches)
     model = Limited(4, ERRORS[kind], False)
-    for found, wanted in zip(predict(model, batches), expected, strict=True):
+    for found, wanted in zip(compute_logits(model, batches), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
     assert model.met == 2
 
@@ -102,7 +102,7 @@ def test_a_single_image_that_is_too_much() -> None:
     with pytest.raises(
         MemoryLimitError, match=r"Memory ran out with a single image: CUDA out of memory.*smaller images"
     ):
-        predict(Limited(0, ERRORS["accelerator"], False), [Batch(IMAGES)])
+        compute_logits(Limited(0, ERRORS["accelerator"], False), [Batch(IMAGES)])
 
 
 def test_sums_that_cannot_be_undone_are_not_used() -> None:
@@ -156,7 +156,7 @@ def of_weights(images: Tensor) -> dict[str, Tensor]:
 
 
 def of_predictions(images: Tensor) -> dict[str, Tensor]:
-    return dict(enumerate(predict(wide(), [Batch(images)])))  # type: ignore[arg-type]
+    return dict(enumerate(compute_logits(wide(), [Batch(images)])))  # type: ignore[arg-type]
 
 
 def with_little_memory(work: Callable[[Tensor], dict[str, Tensor]], path: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from jbrprune.budgets.cost import Account, axis_widths, channel_terms
-from jbrprune.budgets.selection import select
+from jbrprune.budgets.cost import cost_model
+from jbrprune.budgets.selection import Floors, select
 from jbrprune.criteria.relevance import relevance_scores
 from jbrprune.criteria.scores import Scores
 from jbrprune.errors import ArgumentError
@@ -85,11 +85,18 @@ def test_local_pruning_takes_the_lowest_of_each_group() -> None:
 def test_global_pruning_takes_what_our_own_ranking_takes() -> None:
     model = resnet()
     scores = scored(model)
-    account = Account(channel_terms(scores.groups), scores.groups, axis_widths(model, scores.groups))
-    whole = account.total
+    cost = cost_model("channels", model, IMAGES, scores.groups)
+    whole = cost.total
     pruner(model, JBRImportance(scores), pruning_ratio=0.3, global_pruning=True).step()
     taken = gone(model, scores)
-    own = select(scores.values(), scores.groups, account, whole - sum(map(len, taken.values())), per_cost=False)
+    own = select(
+        scores.values(),
+        scores.groups,
+        cost,
+        whole - sum(map(len, taken.values())),
+        floors=Floors(channels=1),
+        per_cost=False,
+    )
     assert taken == {g.name: own[g.name].tolist() if g.name in own else [] for g in scores.groups}
     everything = torch.cat([scores[g.name] for g in scores.groups]).sort().values
     assert sum(map(len, taken.values())) == len(everything) - int(len(everything) * 0.7)

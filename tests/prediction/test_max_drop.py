@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import jbrprune
 from jbrprune.data.batches import Batch, concatenated
 from jbrprune.errors import ArgumentError, BudgetError, DataError
-from jbrprune.evaluation.agreement import predict
-from jbrprune.evaluation.drop import measured_drop
+from jbrprune.evaluation.agreement import compute_logits, measure_drop
 from jbrprune.prediction import max_drop as search_module
 from jbrprune.pruning import calibration as reading
 from jbrprune.report.records import Search
@@ -92,7 +91,7 @@ def test_with_labels_the_accuracy_decides() -> None:
     assert images.reference is not None
     assert images.labels is not None
     dense = int((images.reference.argmax(1) == images.labels).sum())
-    pruned = int((torch.cat(predict(result.model, [images])).argmax(1) == images.labels).sum())
+    pruned = int((torch.cat(compute_logits(result.model, [images])).argmax(1) == images.labels).sum())
     assert found(result).drop.of == "accuracy"
     assert round(found(result).drop.lost * 24) == dense - pruned <= 1
 
@@ -153,13 +152,13 @@ def test_refuses_a_drop_that_the_images_cannot_show(monkeypatch: pytest.MonkeyPa
 def test_the_drop_of_an_accuracy_by_hand() -> None:
     reference = torch.eye(2)[[0, 0, 0, 1, 1]]
     logits = torch.eye(2)[[1, 1, 0, 1, 0]]
-    drop = measured_drop(logits, reference, torch.tensor([0, 0, 0, 1, 0]))
+    drop = measure_drop(logits, reference, torch.tensor([0, 0, 0, 1, 0]))
     assert (drop.of, drop.lost) == ("accuracy", pytest.approx(0.2))  # two lost, one won, of five
     difference = (2.5 - 1.5) / 7
     error = ((2.5 + 1.5 - (2.5 - 1.5) ** 2 / 7) / 49) ** 0.5
     assert drop.high == pytest.approx(difference + 1.959963984540054 * error)
     assert drop.low == pytest.approx(difference - 1.959963984540054 * error)
-    chosen = measured_drop(logits, reference, torch.tensor([0, 0, 0, 1, 0]), models=5)
+    chosen = measure_drop(logits, reference, torch.tensor([0, 0, 0, 1, 0]), models=5)
     assert chosen.high == pytest.approx(difference + 2.5758293035489004 * error)  # 99 %
 
 
@@ -167,4 +166,4 @@ def test_the_drop_of_an_accuracy_by_hand() -> None:
 def test_counts_decide_not_rounded_shares(flips: int, allowed: float, within: bool) -> None:
     reference = torch.eye(2)[[0] * 100]
     logits = torch.eye(2)[[1] * flips + [0] * (100 - flips)]
-    assert measured_drop(logits, reference).within(allowed) is within
+    assert measure_drop(logits, reference).within(allowed) is within

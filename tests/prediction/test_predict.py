@@ -19,7 +19,7 @@ from jbrprune import Scores, degradation, predict, prune, score
 from jbrprune.cli import app
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, BudgetError, DataError, ModelError, NonFiniteError
-from jbrprune.evaluation.agreement import predict as logits_on
+from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.changes import Changes
 from jbrprune.prediction.damage import Damage
@@ -67,7 +67,7 @@ def test_the_cut_is_the_one_that_one_step_of_prune_makes() -> None:
     model = own()
     row = rows(predict(model, IMAGES, macs=[0.7], checked=None, **QUICK))[0]
     result = prune(model, IMAGES, macs=0.7, steps=1, repair=None, measure_latency=False, **QUICK)
-    dense, pruned = (torch.cat(logits_on(each.eval(), [Batch(IMAGES)])) for each in (model, result.model))
+    dense, pruned = (torch.cat(compute_logits(each.eval(), [Batch(IMAGES)])) for each in (model, result.model))
     assert row["masked_tpv"] == pytest.approx(float((pruned - dense).square().sum(1).mean()), rel=1e-4)
     assert row["masked_flips"] == float((pruned.argmax(1) != dense.argmax(1)).double().mean())
     assert row["macs"] == pytest.approx(result.report.kept)
@@ -100,7 +100,7 @@ def test_calibration_really_prunes_and_bends_the_curve_through_what_it_measured(
     dense = torch.cat([batch.reference for batch in images if batch.reference is not None])
     results = jbrprune.sweep(model, IMAGES, stops, measure_latency=False, **QUICK)
     for row, result in zip(measured, results, strict=True):
-        real = torch.cat(logits_on(result.model, images))
+        real = torch.cat(compute_logits(result.model, images))
         assert row["measured_tpv_repaired"] == pytest.approx(float((real - dense).square().sum(1).mean()), rel=1e-4)
 
 
@@ -248,7 +248,9 @@ def test_degradation_of_a_result_measures_its_model(repair: str | None) -> None:
     result = prune(model, IMAGES, macs=0.8, repair=repair, measure_latency=False, **QUICK)
     found = degradation(model, result, IMAGES, progress=False)
     assert found.measured_repaired is not None
-    real = torch.cat(logits_on(result.model, [Batch(IMAGES)])) - torch.cat(logits_on(model.eval(), [Batch(IMAGES)]))
+    real = torch.cat(compute_logits(result.model, [Batch(IMAGES)])) - torch.cat(
+        compute_logits(model.eval(), [Batch(IMAGES)])
+    )
     assert found.measured_repaired.tpv == pytest.approx(float(real.square().sum(1).mean()), rel=1e-4)
     if repair is None:  # then the units of the report are all there is to the pruned model
         assert found.measured.tpv == pytest.approx(found.measured_repaired.tpv, rel=1e-4)

@@ -23,10 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jbrprune
 from jbrprune import PruneResult, prune, sweep
-from jbrprune.budgets import pricing, timing_cache
+from jbrprune.budgets import pricing
 from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint import checkpoint
 from jbrprune.errors import ArgumentError, BudgetError, CheckpointError
+from jbrprune.evaluation import latency
 from jbrprune.pruning import loop as engine
 from jbrprune.pruning import runs
 from jbrprune.structure.groups import Group
@@ -113,9 +114,9 @@ class Watch:
                 blocks.append((float(last.mean()) / costs[group.name], group.name, len(last)))
         if blocks:
             _, name, units = max(blocks)
-            account.strike(name, -units)
+            account.remove(name, -units)
             assert account.total > target
-            account.strike(name, units)
+            account.remove(name, units)
         self.calls += 1
         return chosen
 
@@ -678,8 +679,7 @@ def test_without_repair_nothing_is_recorded_for_one(monkeypatch: pytest.MonkeyPa
 def test_the_processor_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     facts = tmp_path / "cpuinfo"
     facts.write_text("processor\t: 0\nmodel\t\t: 167\nmodel name\t: Some CPU (R) 9\n\nmodel name\t: Some CPU (R) 9\n")
-    monkeypatch.setattr(timing_cache, "CPUINFO", facts)
+    monkeypatch.setattr(latency, "CPUINFO", facts)
     assert prune(own(), IMAGES, macs=0.7, **QUICK).report.provenance["hardware"] == "Some CPU (R) 9"
-    assert timing_cache.machine(torch.device("cpu"))["hardware"] == "Some CPU (R) 9"
     facts.unlink()
-    assert timing_cache.hardware(torch.device("cpu")) == (platform.processor() or platform.machine())
+    assert latency.describe_hardware(torch.device("cpu")) == (platform.processor() or platform.machine())

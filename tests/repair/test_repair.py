@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jbrprune.data.batches import Batch, with_reference
-from jbrprune.evaluation.agreement import agreement_on, predict
+from jbrprune.evaluation.agreement import agreement_on, compute_logits
 from jbrprune.repair import base as repair
 from jbrprune.repair.base import Targets, dense_targets, repaired
 from jbrprune.sparsity.masks import weights_of
@@ -98,7 +98,7 @@ def kept_of(dense: nn.Module, axis: Axis, gone: list[int]) -> Tensor:
 def batches(model: nn.Module, n: int = 12, seed: int = 1, size: int = 8) -> list[Batch]:
     """Images with the model's logits as reference, in batches of 5."""
     images = [Batch(part) for part in cases.images(n, size, seed).split(5)]
-    return with_reference(images, predict(model, images))
+    return with_reference(images, compute_logits(model, images))
 
 
 def consumers(cut: Cut) -> list[str]:
@@ -308,12 +308,12 @@ def mean_at(model: nn.Module, name: str, images: Tensor) -> Tensor:
 
 def test_least_squares_leaves_less_error_than_a_mean_shift_and_that_less_than_nothing() -> None:
     dense = cases.randomised(plain())
-    logits = predict(dense, batches(dense))
+    logits = compute_logits(dense, batches(dense))
     errors = []
     for methods in ((), ("mean_shift",), ("least_squares",)):
         smaller, kept = pruned(dense, PLAIN)
         applied(dense, smaller, kept, PLAIN, *methods)
-        got = predict(smaller, batches(dense))
+        got = compute_logits(smaller, batches(dense))
         errors.append(float((torch.cat(got) - torch.cat(logits)).square().mean()))
     assert errors[0] > 1.5 * errors[1] > 1.5 * errors[2]
 

@@ -14,7 +14,8 @@ import pytest
 
 from jbrprune import Report
 from jbrprune.errors import ArgumentError
-from jbrprune.evaluation.agreement import Agreement, Latency
+from jbrprune.evaluation.agreement import Agreement
+from jbrprune.evaluation.latency import Latency
 from jbrprune.report.charts import HEIGHT, WIDTH, Series, line_chart
 from jbrprune.report.records import LayerRow, Size, StepRow
 

@@ -15,7 +15,8 @@ import torch
 from matplotlib.patches import Rectangle
 
 from jbrprune.errors import ArgumentError
-from jbrprune.evaluation.agreement import Agreement, Latency
+from jbrprune.evaluation.agreement import Agreement
+from jbrprune.evaluation.latency import Latency
 from jbrprune.report import figures
 from jbrprune.report.figures import ratio_plot
 from jbrprune.report.report import LayerRow, Report, Size, StepRow
