@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from fashion_mnist import fashion_mnist, idx_file, unpacked
 from PIL import Image
 from sources import ALIASES, NORMALISED, check_source, idx_folder, names_digest, train_folder
 from timm.data import create_transform
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from jbrprune.data.images import fashion_mnist, idx_file, label_of, picture_of, pictures, unpacked
+from jbrprune.data.images import label_of, picture_of, pictures
 from jbrprune.demo_data import digits
 from jbrprune.errors import DataError
 from jbrprune.models.timm_models import data_config

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from common import append, commit, keywords, lines, net_parser
+from fashion_mnist import fashion_mnist
 from plan import weights_named
 
 import jbrprune
-from jbrprune.data.images import fashion_mnist
 from jbrprune.models import timm_models
 from jbrprune.report.records import plain
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from common import append, commit, keywords, lines, net_parser
+from fashion_mnist import fashion_mnist
 from plan import weights_named
 
 from jbrprune import prune
-from jbrprune.data.images import fashion_mnist
 from jbrprune.models import timm_models
 from jbrprune.report.records import plain
 

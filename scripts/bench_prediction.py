@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 from common import append, commit, keywords, lines, net_parser
+from fashion_mnist import fashion_mnist
 from plan import weights_named
 from scipy.stats import spearmanr
 from torch import nn
 
 from baselines import CRITERIA
 from jbrprune.budgets.budget import Budget
-from jbrprune.data.batches import Batch, rebatched, with_reference
-from jbrprune.data.images import fashion_mnist
+from jbrprune.data.batches import Batch, attach_reference, rebatch
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models import timm_models
 from jbrprune.prediction.checking import check
@@ -222,8 +222,8 @@ def main() -> None:
     tests = fashion_mnist(args.fashion_mnist, train=False)[0][: args.eval_images]
     own = keywords(args.model_arg)
     model = timm_models.create(args.model, checkpoint=args.checkpoint, pretrained=False, **own).eval()
-    calibration = rebatched([Batch(train[chosen], labels[chosen])], 64)
-    calibration = with_reference(calibration, compute_logits(model, calibration))
+    calibration = rebatch([Batch(train[chosen], labels[chosen])], 64)
+    calibration = attach_reference(calibration, compute_logits(model, calibration))
     shared = {"model": args.model, "weights": weights_named(str(args.checkpoint)), "model_args": own}
     shared |= {"data": "fashion_mnist", "seed": args.seed, "images": args.images}
     shared |= {"eval_images": args.eval_images, "threads": torch.get_num_threads(), "commit": commit()}
@@ -236,7 +236,7 @@ def main() -> None:
         if same | {"criterion": criterion, "ratio": ratio} not in made
     ]
     if wanted:
-        for record in run(model, calibration, rebatched([Batch(tests)], 100), wanted, args.seed):
+        for record in run(model, calibration, rebatch([Batch(tests)], 100), wanted, args.seed):
             append(args.out, [shared | record])
             print(f"{args.model} {record['criterion']} {record['ratio']} done", flush=True)
 

@@ -19,9 +19,9 @@ from statistics import mean
 
 import torch
 from common import commit, keywords, lines, net_parser, parsed
+from fashion_mnist import fashion_mnist
 
 from jbrprune import sweep
-from jbrprune.data.images import fashion_mnist
 from jbrprune.models import timm_models
 
 KEY = ("model", "setting", "seed", "images", "eval_images", "shares")

@@ -23,14 +23,14 @@ from statistics import mean
 
 import torch
 from common import commit, keywords, lines, net_parser
+from fashion_mnist import fashion_mnist
 from torch import Tensor, nn
 
 from baselines.weights import WEIGHT_CRITERIA
 from jbrprune import prune, score
 from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.weight_relevance import WeightScores
-from jbrprune.data.batches import Batch, with_reference
-from jbrprune.data.images import fashion_mnist
+from jbrprune.data.batches import Batch, attach_reference
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models import timm_models
 
@@ -186,7 +186,7 @@ def main() -> None:
     train, test = (fashion_mnist(args.fashion_mnist, train=part) for part in (True, False))
     pairs = zip(*(values[: args.eval_images].split(250) for values in test), strict=True)
     tests = [Batch(images, labels) for images, labels in pairs]
-    tests = with_reference(tests, compute_logits(model, tests))
+    tests = attach_reference(tests, compute_logits(model, tests))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = {tuple(line[name] for name in KEY) for line in lines(args.out)}
     for seed in args.seeds:

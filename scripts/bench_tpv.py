@@ -26,10 +26,10 @@ from pathlib import Path
 import timm
 import torch
 from common import append, commit
+from fashion_mnist import fashion_mnist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from jbrprune.data.images import fashion_mnist
 from jbrprune.models import preserve
 from jbrprune.models.preserve import logits_of
 from jbrprune.tpv import Isotropic, signs, trace_form

@@ -32,7 +32,7 @@ from sources import Source, open_source
 from torch import nn
 
 from jbrprune import prune, sweep
-from jbrprune.data.batches import Batch, with_reference
+from jbrprune.data.batches import Batch, attach_reference
 from jbrprune.demo_data import lite0, train_digits
 from jbrprune.errors import JBRError, NonFiniteError
 from jbrprune.evaluation.agreement import compute_logits
@@ -82,7 +82,7 @@ def opened(setup: Setup) -> Dense:
     """The dense model with the images to measure on."""
     model, source = loaded(setup)
     test = source.measured(setup.eval_images, setup.workers)
-    return Dense(model, source, with_reference(test, compute_logits(model, test)))
+    return Dense(model, source, attach_reference(test, compute_logits(model, test)))
 
 
 @kept

@@ -11,21 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from fashion_mnist import FASHION_MEAN, FASHION_STD, fashion_mnist, idx_file, unpacked
 from timm.data import resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from jbrprune.data.batches import Batch, materialise
-from jbrprune.data.images import (
-    FASHION_MEAN,
-    FASHION_STD,
-    PREFIXES,
-    fashion_mnist,
-    idx_file,
-    images_below,
-    open_data,
-    unpacked,
-)
+from jbrprune.data.images import PREFIXES, images_below, open_data
 from jbrprune.demo_data import DIGITS_MEAN, DIGITS_STD, LITE0_MEAN, LITE0_STD, crops, digits
 from jbrprune.errors import ArgumentError, DataError, unknown
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from common import append, commit, keywords, lines
+from fashion_mnist import fashion_mnist
 from plan import weights_named
 from torch import Tensor, nn
 
-from jbrprune.data.images import fashion_mnist
 from jbrprune.models import timm_models
 from jbrprune.report.records import plain
 from jbrprune.tpv import Estimate, Quantization, empirical, trace_form, train_test_ratio

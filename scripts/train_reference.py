@@ -30,7 +30,7 @@ from torch import nn
 from training import Recipe, cross_entropy, train
 
 from jbrprune.commands.options import device_named
-from jbrprune.data.batches import with_reference
+from jbrprune.data.batches import attach_reference
 from jbrprune.data.files import replacing
 from jbrprune.errors import JBRError
 from jbrprune.evaluation.agreement import agreement_on, compute_logits
@@ -68,7 +68,7 @@ def trained(args: argparse.Namespace) -> dict[str, Any]:
         report=lambda line: print(line, flush=True),
     )
     test = open_source(args.data, args.root, model).measured(None, recipe.workers)
-    measured = agreement_on(model, with_reference(test, compute_logits(model, test)))
+    measured = agreement_on(model, attach_reference(test, compute_logits(model, test)))
     facts = {
         **identity,
         "recipe": asdict(recipe),

@@ -61,7 +61,7 @@ def iterate(data: object, *, batch_size: int = 32) -> Iterator[Batch]:
         Batches; images are checked to be finite floating-point ``[B, C, H, W]``.
 
     Raises:
-        DataError: Nothing to iterate, an item of unknown form, wrong rank or dtype, a reading process that died.
+        DataError: Nothing to iterate, an item of unknown form, wrong rank or dtype.
         NonFiniteError: NaN or Inf in an image (names the batch).
 
     Example:
@@ -72,7 +72,7 @@ def iterate(data: object, *, batch_size: int = 32) -> Iterator[Batch]:
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1, got {batch_size}.")
     number = -1
-    for number, batch in enumerate(_gathered(_read(_items(data, batch_size)), batch_size)):
+    for number, batch in enumerate(_gather(_items(data, batch_size), batch_size)):
         _check(batch, number)
         yield batch
     if number < 0:
@@ -96,19 +96,19 @@ def materialise(data: object, *, images: int | None, batch_size: int = 32) -> li
         taken.append(batch)
         if missing == 0:
             break
-    return rebatched(taken, batch_size)
+    return rebatch(taken, batch_size)
 
 
-def rebatched(batches: Iterable[Batch], batch_size: int) -> list[Batch]:
+def rebatch(batches: Iterable[Batch], batch_size: int) -> list[Batch]:
     """The same images in the same order, ``batch_size`` at a time."""
-    whole = concatenated(list(batches))
+    whole = concatenate(list(batches))
     return [
         whole.map(lambda tensor, start=start: tensor[start : start + batch_size])
         for start in range(0, len(whole), batch_size)
     ]
 
 
-def concatenated(batches: list[Batch]) -> Batch:
+def concatenate(batches: list[Batch]) -> Batch:
     """All batches as one; labels and references only where every batch has them."""
     shapes = sorted({tuple(batch.images.shape[1:]) for batch in batches})
     if len(shapes) > 1:
@@ -123,7 +123,7 @@ def count(batches: Iterable[Batch]) -> int:
     return sum(len(batch) for batch in batches)
 
 
-def with_reference(batches: Iterable[Batch], logits: Iterable[Tensor]) -> list[Batch]:
+def attach_reference(batches: Iterable[Batch], logits: Iterable[Tensor]) -> list[Batch]:
     """Attach the dense model's logits."""
     return [replace(batch, reference=out) for batch, out in zip(batches, logits, strict=True)]
 
@@ -143,20 +143,7 @@ def _items(data: object, batch_size: int) -> Iterator[object]:
     return iter(data)
 
 
-def _read(items: Iterator[object]) -> Iterator[object]:
-    """The items; a loader's process that dies is the data's fault, not the model's."""
-    try:
-        yield from items
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"A process that reads images for the DataLoader died: {str(error).rstrip('. ')}. It may have run out of "
-            "memory, or have been ended. Use fewer of them, or num_workers=0 to see what happens."
-        ) from error
-
-
-def _gathered(items: Iterator[object], batch_size: int) -> Iterator[Batch]:
+def _gather(items: Iterator[object], batch_size: int) -> Iterator[Batch]:
     waiting: list[Batch] = []
     for item in items:
         batch = _as_batch(item)
@@ -165,10 +152,10 @@ def _gathered(items: Iterator[object], batch_size: int) -> Iterator[Batch]:
             continue
         waiting.append(batch.map(lambda tensor: tensor[None]))
         if len(waiting) == batch_size:
-            yield concatenated(waiting)
+            yield concatenate(waiting)
             waiting = []
     if waiting:
-        yield concatenated(waiting)
+        yield concatenate(waiting)
 
 
 def _as_batch(item: object) -> Batch:

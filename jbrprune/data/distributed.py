@@ -253,7 +253,7 @@ def total(*numbers: int) -> tuple[int, ...]:
     return tuple(all_sum({"numbers": torch.tensor(numbers, dtype=torch.int64)})["numbers"].tolist())
 
 
-def concatenated(tensor: Tensor) -> Tensor:
+def concatenate(tensor: Tensor) -> Tensor:
     """The tensors of all ranks one behind the other, along the first dimension; they may differ in length."""
     if size() == 1:
         return tensor
@@ -265,7 +265,7 @@ def concatenated(tensor: Tensor) -> Tensor:
 
 
 def own_share(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor that all ranks have, in the order of `concatenated`; all of them if too few."""
+    """This rank's rows of a tensor that all ranks have, in the order of `concatenate`; all of them if too few."""
     shared = size() > 1 and len(tensor) >= size()
     return tensor.tensor_split(size())[rank()] if shared else tensor
 

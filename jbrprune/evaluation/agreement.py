@@ -194,7 +194,7 @@ def agreement_on(
     if not batches or any(batch.reference is None for batch in batches):
         raise DataError(
             f"Agreement needs the dense model's logits: {sum(b.reference is None for b in batches)} of {len(batches)} "
-            "batches have no reference. Attach it with jbrprune.data.batches.with_reference."
+            "batches have no reference. Attach it with jbrprune.data.batches.attach_reference."
         )
     logits = compute_logits(model, batches, autocast_dtype=autocast_dtype, progress=progress)
     reference = torch.cat([batch.reference for batch in batches if batch.reference is not None])

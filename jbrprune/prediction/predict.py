@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jbrprune.budgets.budget import KINDS, Budget
 from jbrprune.criteria.scores import Scores
-from jbrprune.data.batches import Batch, concatenated, count, rebatched
+from jbrprune.data.batches import Batch, concatenate, count, rebatch
 from jbrprune.errors import ArgumentError, BudgetError, DataError
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models.preserve import copy_model
@@ -183,7 +183,7 @@ def predict(
     if calibrate and not read.gate:
         raise DataError(f"calibrate= prunes and repairs, which {count(read.score)} images are too few for.")
     cuts = planned_cuts(state, engine.scored(state, read.score, settings, 1).values(), settings, shares)
-    every = rebatched([*read.heldout, *read.score], batch_size)
+    every = rebatch([*read.heldout, *read.score], batch_size)
     predicted = forecast(
         opened.dense,
         every,
@@ -234,8 +234,8 @@ def first(batches: Sequence[Batch], number: int | None) -> list[Batch]:
     """The first so many images; None: all."""
     if number is None:
         return list(batches)
-    whole = concatenated(list(batches)).map(lambda tensor: tensor[:number])
-    return rebatched([whole], len(batches[0]))
+    whole = concatenate(list(batches)).map(lambda tensor: tensor[:number])
+    return rebatch([whole], len(batches[0]))
 
 
 def warn_if_constant(logits: Tensor) -> None:

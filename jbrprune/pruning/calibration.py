@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jbrprune.data import distributed
 from jbrprune.data import images as loading
-from jbrprune.data.batches import Batch, concatenated, materialise, rebatched, with_reference
+from jbrprune.data.batches import Batch, attach_reference, concatenate, materialise, rebatch
 from jbrprune.errors import ArgumentError, DataError, JBRError
 from jbrprune.evaluation.agreement import agreement, compute_logits
 from jbrprune.models import preserve, timm_models
@@ -93,7 +93,7 @@ def calibration(
         described = f"{len(heldout)} images of eval_data"
     cut = len(whole) - fifth
     parts = (whole, _part(whole, 0, cut), _part(whole, cut, len(whole)), heldout, _part(aside, 0, apart * judged))
-    score, repair, gate, rest, judge = (rebatched([part], batch_size) if len(part) else [] for part in parts)
+    score, repair, gate, rest, judge = (rebatch([part], batch_size) if len(part) else [] for part in parts)
     deciding = f"{apart} calibration images that neither score, repair nor gate" if judged else ""
     return Calibration(score, repair, gate, rest, described, judge, deciding)
 
@@ -115,8 +115,8 @@ def _read(
         batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
     check_runs(model, batches[0].images)
     if any(batch.reference is None for batch in batches):
-        batches = with_reference(batches, compute_logits(model, batches, progress=progress))
-    whole = concatenated(batches)
+        batches = attach_reference(batches, compute_logits(model, batches, progress=progress))
+    whole = concatenate(batches)
     if whole.reference is not None:
         agreement(whole.reference, whole.reference, whole.labels)  # refuses labels that are not the model's classes
     return whole

@@ -247,7 +247,7 @@ def _refitting(
             wanted = wanted[:, kept[name, "out", 0].to(wanted.device)]
         rows = _rows(module, inputs, targets.positions[name].to(wanted.device))
         if targets.dealt:  # all solve the same problem
-            rows, wanted = distributed.concatenated(rows), distributed.concatenated(wanted)
+            rows, wanted = distributed.concatenate(rows), distributed.concatenate(wanted)
         weight = module.weight.flatten(1)  # type: ignore[union-attr, operator]
         row_mean, wanted_mean = rows.mean(0), wanted.mean(0)
         if ridge is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.criteria.passes import own
-from jbrprune.data.batches import concatenated, materialise
+from jbrprune.data.batches import concatenate, materialise
 from jbrprune.errors import ArgumentError, NonFiniteError
 from jbrprune.models import preserve
 from jbrprune.models.preserve import copy_model, logits_of
@@ -88,7 +88,7 @@ class LabelNoise:
 
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Relabelled:
         """The covariance of these weights."""
-        images = concatenated(materialise(self.data, images=self.samples)).images
+        images = concatenate(materialise(self.data, images=self.samples)).images
         return Relabelled(model, dict(weights), images, self)
 
 

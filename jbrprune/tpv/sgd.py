@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jbrprune.criteria.passes import check_known
-from jbrprune.data.batches import Batch, concatenated, materialise
+from jbrprune.data.batches import Batch, concatenate, materialise
 from jbrprune.errors import ArgumentError, NonFiniteError
 from jbrprune.models import preserve
 from jbrprune.models.preserve import copy_model, logits_of
@@ -209,7 +209,7 @@ class _Walk(StationarySGD):
 
     def _walk(self, steps: int, generator: torch.Generator) -> None:
         walker: nn.Module = self.walker  # type: ignore[assignment]
-        whole = concatenated(self.batches)
+        whole = concatenate(self.batches)
         device = preserve.device_of(walker)
         leaves = {name: p for name, p in walker.named_parameters() if name in self.weights}
         for _ in range(steps):

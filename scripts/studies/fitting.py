@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jbrprune.data.images import fashion_mnist
 from jbrprune.demo_data import digits
 from jbrprune.errors import ArgumentError
 from jbrprune.models import timm_models
 from jbrprune.models.preserve import evaluating, same_randomness
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from fashion_mnist import fashion_mnist
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 TIMM: dict[str, tuple[str, dict[str, Any]]] = {"resnet": ("test_resnet", {}), "vit": ("test_vit", {"img_size": 32})}

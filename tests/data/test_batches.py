@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from jbrprune.data.batches import Batch, concatenated, count, iterate, materialise, rebatched, with_reference
+from jbrprune.data.batches import Batch, attach_reference, concatenate, count, iterate, materialise, rebatch
 from jbrprune.errors import DataError, NonFiniteError
 
 IMAGES = torch.arange(5 * 3 * 4 * 4, dtype=torch.float32).reshape(5, 3, 4, 4)
@@ -82,7 +82,7 @@ def test_a_short_last_batch_of_single_images_keeps_labels() -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 99])
 def test_materialise_cuts_to_the_number_of_images(batch_size: int) -> None:
     batches = materialise([(IMAGES[:2], LABELS[:2]), (IMAGES[2:], LABELS[2:])], images=3, batch_size=batch_size)
-    whole = concatenated(batches)
+    whole = concatenate(batches)
     assert torch.equal(whole.images, IMAGES[:3])
     assert torch.equal(whole.labels, LABELS[:3])  # type: ignore[arg-type]
     assert all(len(batch) == batch_size for batch in batches[:-1])
@@ -101,19 +101,19 @@ def test_materialise_takes_what_there_is() -> None:
 
 
 def test_rebatched_is_the_identity_up_to_the_cuts() -> None:
-    batches = rebatched(iter([Batch(IMAGES[:1]), Batch(IMAGES[1:])]), 2)
+    batches = rebatch(iter([Batch(IMAGES[:1]), Batch(IMAGES[1:])]), 2)
     assert [len(batch) for batch in batches] == [2, 2, 1]
-    assert torch.equal(concatenated(batches).images, IMAGES)
+    assert torch.equal(concatenate(batches).images, IMAGES)
 
 
 def test_labels_survive_only_if_every_batch_has_them() -> None:
-    assert concatenated([Batch(IMAGES, LABELS), Batch(IMAGES)]).labels is None
+    assert concatenate([Batch(IMAGES, LABELS), Batch(IMAGES)]).labels is None
 
 
 def test_references_stay_with_their_images() -> None:
     logits = [torch.randn(2, 7), torch.randn(3, 7)]
-    batches = with_reference([Batch(IMAGES[:2], LABELS[:2]), Batch(IMAGES[2:], LABELS[2:])], logits)
-    assert torch.equal(concatenated(batches).reference, torch.cat(logits))  # type: ignore[arg-type]
+    batches = attach_reference([Batch(IMAGES[:2], LABELS[:2]), Batch(IMAGES[2:], LABELS[2:])], logits)
+    assert torch.equal(concatenate(batches).reference, torch.cat(logits))  # type: ignore[arg-type]
     assert all(batch.labels is not None for batch in batches)
 
 

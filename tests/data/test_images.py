@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
-import os
 import re
-import signal
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,11 +13,11 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from jbrprune.data import images as module
-from jbrprune.data.batches import Batch, concatenated, iterate
-from jbrprune.data.images import fashion_mnist, open_data
+from jbrprune.data.batches import Batch, concatenate, iterate
+from jbrprune.data.images import open_data
 from jbrprune.errors import ArgumentError, DataError, ModelError
 from jbrprune.models.timm_models import create, data_config
 
@@ -59,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(data: object) -> Batch:
-    return concatenated(list(iterate(data)))
+    return concatenate(list(iterate(data)))
 
 
 def shades(images: Tensor, model: nn.Module) -> list[int]:
@@ -214,7 +210,7 @@ def test_unreadable_images_are_left_out_and_named_on_request(
 def test_a_folder_without_one_readable_image(tmp_path: Path, model: nn.Module) -> None:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(b"hello")
-    with pytest.raises(DataError, match="None of 3 images could be read"):
+    with pytest.raises(DataError, match="None of the images could be read"):
         read(open_data(tmp_path, model, skip_corrupt=True))
 
 
@@ -232,22 +228,6 @@ def test_an_unreadable_item_of_a_data_set_is_named(model: nn.Module) -> None:
     with pytest.raises(DataError, match=r"Item 1 of _Broken cannot be read as an image \(OSError: image file is"):
         read(open_data(_Broken(), model))
     assert shades(read(open_data(_Broken(), model, skip_corrupt=True)).images, model) == [0, 14]
-
-
-class _Dying(Dataset):
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, position: int) -> Tensor:
-        if position == 5 and get_worker_info() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return torch.zeros(3, SIDE, SIDE)
-
-
-def test_a_killed_process_of_a_loader_is_named_and_nobody_waits_for_it() -> None:
-    loader = DataLoader(_Dying(), batch_size=2, num_workers=2)
-    with pytest.raises(DataError, match=r"DataLoader died: DataLoader worker .*num_workers=0"):
-        list(iterate(loader))
 
 
 def test_sixteen_bits_are_not_guessed_at(tmp_path: Path, model: nn.Module) -> None:
@@ -399,88 +379,6 @@ def test_a_folder_goes_before_a_name(tmp_path: Path, model: nn.Module, monkeypat
     save(tmp_path / "torch" / "mine" / "a.png")
     monkeypatch.chdir(tmp_path)
     assert len(read(open_data("torch/mine", model))) == 1
-
-
-# --- Fashion-MNIST -------------------------------------------------------------------------------
-
-
-def idx(values: np.ndarray, magic: int | None = None) -> bytes:
-    head = 0x800 + values.ndim if magic is None else magic
-    return struct.pack(f">{1 + values.ndim}I", head, *values.shape) + values.tobytes()
-
-
-PIXELS = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
-CLASSES = np.array([7, 0, 9], np.uint8)
-
-
-def store(folder: Path, *, part: str = "t10k", packed: bool = True, images: bytes | None = None) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {"images-idx3": idx(PIXELS) if images is None else images, "labels-idx1": idx(CLASSES)}
-    for what, content in contents.items():
-        path = folder / f"{part}-{what}-ubyte{'.gz' if packed else ''}"
-        path.write_bytes(gzip.compress(content) if packed else content)
-    return folder
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("below", ["", "raw", "FashionMNIST/raw"])
-def test_fashion_mnist_by_hand(tmp_path: Path, below: str, packed: bool) -> None:
-    store(tmp_path / below, packed=packed)
-    images, labels = fashion_mnist(tmp_path, train=False)
-    assert images.shape == (3, 1, 32, 32)
-    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
-    assert labels.tolist() == [7, 0, 9]
-    assert images[1, 0, 2 + 5, 2 + 11].item() == pytest.approx((PIXELS[1, 5, 11] / 255 - 0.2860) / 0.3530, rel=1e-5)
-    border = torch.ones(32, 32, dtype=torch.bool)
-    border[2:30, 2:30] = False
-    assert images[:, 0, border].unique().tolist() == pytest.approx([-0.2860 / 0.3530])
-
-
-def test_fashion_mnist_reads_the_part_that_was_asked_for(tmp_path: Path) -> None:
-    store(tmp_path, part="train")
-    assert len(fashion_mnist(tmp_path, train=True)[0]) == 3
-    with pytest.raises(DataError, match=r"holds no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte\.gz"):
-        fashion_mnist(tmp_path, train=False)
-
-
-@pytest.mark.parametrize("size", [28, 31])
-def test_fashion_mnist_of_another_size(tmp_path: Path, size: int) -> None:
-    images, _ = fashion_mnist(store(tmp_path), train=False, size=size)
-    assert images.shape == (3, 1, size, size)
-    start = (size - 28) // 2
-    inner = images[:, 0, start : start + 28, start : start + 28] * 0.3530 + 0.2860
-    assert torch.allclose(inner, torch.from_numpy(PIXELS).float() / 255, atol=1e-6)
-
-
-def test_fashion_mnist_is_not_cut(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"size must be at least 28, the stored size, got 27"):
-        fashion_mnist(store(tmp_path), train=False, size=27)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (idx(PIXELS, magic=0x801), r"begins with 0x00000801, expected 0x00000803"),
-        (b"", r"begins with 0x00000000"),
-        (idx(PIXELS)[:10], r"says 3 x \d+ x 0 values|holds 0"),
-        (idx(PIXELS)[:-1], r"says 3 x 28 x 28 values and holds 2351"),
-        (idx(PIXELS) + b"x", r"and holds 2353"),
-        (idx(PIXELS[:2]), r"2 t10k images but 3 labels"),
-    ],
-    ids=["magic", "empty", "header", "short", "long", "fewer"],
-)
-def test_fashion_mnist_of_the_wrong_form(tmp_path: Path, content: bytes, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        fashion_mnist(store(tmp_path, images=content), train=False)
-
-
-@pytest.mark.parametrize("cut", [5, 60])
-def test_a_damaged_archive_is_named(tmp_path: Path, cut: int) -> None:
-    store(tmp_path)
-    path = tmp_path / "t10k-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz cannot be read \(EOFError"):
-        fashion_mnist(tmp_path, train=False)
 
 
 def test_the_module_logs_and_does_not_print(folder: Path, model: nn.Module, capsys: pytest.CaptureFixture) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jbrprune.data.batches import Batch, rebatched
+from jbrprune.data.batches import Batch, rebatch
 from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.changes import Changes, cut_masks, logit_changes
@@ -71,7 +71,7 @@ def test_changes_are_the_jacobian_times_the_weights_that_go(name: str) -> None:
     groups = groups_of(model)
     cuts = some_cuts(groups)
     masks = cut_masks(model, groups, cuts)
-    found = logit_changes(model, rebatched([Batch(IMAGES)], 4), groups, cuts, means=means_of(model, groups, cuts))
+    found = logit_changes(model, rebatch([Batch(IMAGES)], 4), groups, cuts, means=means_of(model, groups, cuts))
     for cut in range(len(cuts)):
         tangent = weights_of(model, masks, cut)
         primal = {key: model.get_parameter(key).detach() for key in tangent}
@@ -131,7 +131,7 @@ def test_batches_and_order_change_nothing(batch_size: int) -> None:
     groups = groups_of(model)
     cuts = some_cuts(groups)
     whole = forecast(model, [Batch(IMAGES)], groups, cuts)
-    other = forecast(model, rebatched([Batch(IMAGES.flip(0))], batch_size), groups, cuts)
+    other = forecast(model, rebatch([Batch(IMAGES.flip(0))], batch_size), groups, cuts)
     for repaired in (False, True):
         for cut in range(len(cuts)):
             one, two = (each.damage(cut, repaired=repaired) for each in (whole, other))
@@ -243,7 +243,7 @@ def test_moments_of_what_a_layer_reads() -> None:
     model(IMAGES)
     handle.remove()
     rows = seen[0].permute(0, 2, 3, 1).reshape(-1, seen[0].shape[1])
-    found = input_moments(model, rebatched([Batch(IMAGES)], 4), ["b"])["b"]
+    found = input_moments(model, rebatch([Batch(IMAGES)], 4), ["b"])["b"]
     torch.testing.assert_close(found.mean, rows.mean(0))
     torch.testing.assert_close(found.covariance, torch.cov(rows.t(), correction=0))
 

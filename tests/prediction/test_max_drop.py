@@ -12,7 +12,7 @@ from test_api import own, resnet, vit
 from torch import Tensor, nn
 
 import jbrprune
-from jbrprune.data.batches import Batch, concatenated
+from jbrprune.data.batches import Batch, concatenate
 from jbrprune.errors import ArgumentError, BudgetError, DataError
 from jbrprune.evaluation.agreement import compute_logits, measure_drop
 from jbrprune.prediction import max_drop as search_module
@@ -26,7 +26,7 @@ QUICK: dict[str, Any] = {"progress": False, "measure_latency": False, "min_chann
 def judges(model: nn.Module, labels: Tensor | None = None, seed: int = 0) -> Batch:
     """The images that decide, found by an own reading of the same split."""
     data = IMAGES if labels is None else [(IMAGES, labels)]
-    return concatenated(reading.calibration(model.eval(), data, images=512, seed=seed, judged=True).judge)
+    return concatenate(reading.calibration(model.eval(), data, images=512, seed=seed, judged=True).judge)
 
 
 def lost(pruned: nn.Module, images: Batch) -> int:

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from jbrprune.data.batches import Batch, concatenated, count
+from jbrprune.data.batches import Batch, concatenate, count
 from jbrprune.errors import ArgumentError, DataError, NonFiniteError
 from jbrprune.pruning import calibration as module
 from jbrprune.pruning.calibration import Calibration, calibration
@@ -66,7 +66,7 @@ def test_every_image_keeps_its_label_and_the_logits_of_the_dense_model() -> None
     data = [(images(25), torch.arange(25) % 3)]
     parts = calibration(model, data, images=None, eval_data=data, batch_size=4)
     for batches in (parts.score, parts.repair, parts.gate, parts.heldout):
-        whole = concatenated(batches)
+        whole = concatenate(batches)
         assert whole.labels is not None
         assert whole.reference is not None
         assert torch.equal(whole.labels, whole.images[:, 0, 0, 0].long() % 3)

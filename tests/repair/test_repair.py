@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jbrprune.data.batches import Batch, with_reference
+from jbrprune.data.batches import Batch, attach_reference
 from jbrprune.evaluation.agreement import agreement_on, compute_logits
 from jbrprune.repair import base as repair
 from jbrprune.repair.base import Targets, dense_targets, repaired
@@ -98,7 +98,7 @@ def kept_of(dense: nn.Module, axis: Axis, gone: list[int]) -> Tensor:
 def batches(model: nn.Module, n: int = 12, seed: int = 1, size: int = 8) -> list[Batch]:
     """Images with the model's logits as reference, in batches of 5."""
     images = [Batch(part) for part in cases.images(n, size, seed).split(5)]
-    return with_reference(images, compute_logits(model, images))
+    return attach_reference(images, compute_logits(model, images))
 
 
 def consumers(cut: Cut) -> list[str]:

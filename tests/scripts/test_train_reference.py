@@ -21,9 +21,9 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 import augment
 import train_reference
 import training
+from fashion_mnist import fashion_mnist
 from training import Recipe
 
-from jbrprune.data.images import fashion_mnist
 from jbrprune.demo_data import digits
 from jbrprune.errors import ArgumentError, CheckpointError, DataError, NonFiniteError
 from jbrprune.models import timm_models
