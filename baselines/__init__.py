@@ -33,11 +33,11 @@ from baselines import (
     whc,
 )
 from baselines import torch_pruning_shipped as shipped
-from jbrprune.criteria import presets as variants
+from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.pruning.loop import Criterion
 
-CRITERIA: dict[str, Criterion] = {
-    **variants.CHANNELS,
+CRITERIA: dict[str, Relevance | Criterion] = {
+    **{name: preset for name, preset in PRESETS.items() if name != "jbr_label"},  # that is `group_fisher`
     # weights only
     "random": random.random,
     "l1": magnitude.l1,
@@ -72,7 +72,7 @@ CRITERIA: dict[str, Criterion] = {
     "tp_taylor": shipped.tp_taylor,
     "tp_hessian": shipped.tp_hessian,
 }
-"""Name -> ``criterion(model, batches, groups, *, seed, progress)``."""
+"""Name -> relevance, or ``criterion(model, batches, groups, *, seed, progress)``."""
 
 LABELS = (
     *("taylor", "taylor_abs", "taylor_per_sample", "fisher", "group_fisher", "jacobian", "snip", "grasp"),

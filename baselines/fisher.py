@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.common import Part, check_labels, made, unit_sums
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch
@@ -30,7 +31,8 @@ def fisher(
     """
     check_labels("fisher", batches)
     transformed = [name for name, module in model.named_modules() if layers.adds_input(module)]
-    single = weight_scores(model, batches, objective="label", parameters="all", ignore=transformed, progress=progress)
+    how = {"parameters": "all", "ignore": transformed, "progress": progress}
+    single = weight_scores(model, batches, Relevance("label"), **how)  # type: ignore[arg-type]
     names = {parameter: name for name, parameter in model.named_parameters()}
 
     def quantity(part: Part) -> Tensor:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from baselines.common import check_labels
-from jbrprune.criteria.presets import named
-from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch
 from jbrprune.structure.groups import Group
@@ -26,4 +25,4 @@ def group_fisher(
         DataError: The batches have no labels.
     """
     check_labels("group_fisher", batches)
-    return named("group_fisher", relevance_scores(model, batches, groups, objective="label", progress=progress))
+    return Relevance("label")(model, batches, groups, progress=progress)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from baselines.common import check_labels
-from jbrprune.criteria.presets import PUBLISHED, layerwise, named
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch
 from jbrprune.structure.groups import Group
@@ -25,5 +25,4 @@ def jacobian(
         DataError: The batches have no labels.
     """
     check_labels("jacobian", batches)
-    how = {**PUBLISHED, "objective": "label", "progress": progress}
-    return named("jacobian", layerwise(model, batches, groups, how))
+    return Relevance("label", "layers", "batched")(model, batches, groups, progress=progress)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Settings
 from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
 from jbrprune.data.batches import Batch
@@ -41,7 +42,7 @@ def snip(
     Raises:
         DataError: The batches have no labels.
     """
-    return weight_scores(model, batches, objective="label", statistic="signed", ignore=ignore, progress=progress)
+    return weight_scores(model, batches, Relevance("label", statistic="signed"), ignore=ignore, progress=progress)
 
 
 def fisher(
@@ -55,7 +56,7 @@ def fisher(
     Raises:
         DataError: The batches have no labels.
     """
-    return weight_scores(model, batches, objective="label", ignore=ignore, progress=progress)
+    return weight_scores(model, batches, Relevance("label"), ignore=ignore, progress=progress)
 
 
 def lamp(

@@ -31,9 +31,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from baselines import CRITERIA, LABELS
-from jbrprune.criteria.presets import variant
 from jbrprune.data.batches import Batch
-from jbrprune.errors import JBRError
+from jbrprune.errors import JBRError, unknown
 from jbrprune.models import preserve
 from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.pruning.runs import provenance
@@ -77,8 +76,7 @@ def measured(
     failed: dict[str, str] = {}
     for name in names:
         shown = batches if name in LABELS else [Batch(batch.images) for batch in batches]
-        criterion = variant(name, CRITERIA)
-        step = lambda c=criterion, b=shown: c(model, b, groups, seed=0, progress=False)  # noqa: E731
+        step = lambda c=CRITERIA[name], b=shown: c(model, b, groups)  # noqa: E731
         try:
             step()
             steps[name] = step
@@ -168,7 +166,8 @@ def run(args: argparse.Namespace) -> None:
     """Measure what is not in the file yet: all of it in one run, or it would not compare."""
     given = keywords(args.model_arg)
     for name in args.criterion:
-        variant(name, CRITERIA)
+        if name not in CRITERIA:
+            raise unknown("criterion", name, CRITERIA)
     setup = Setup.of(args.model, args.data, weights=args.weights, root=args.root, device=args.device, given=given)
     there = done(args.out, "rounds")
     mend(args.out)

@@ -46,6 +46,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from jbrprune.criteria import squares
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.weight_relevance import weight_scores
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -169,8 +170,8 @@ def _squares(
             yield batch
             took.append(_since(start))
 
-    options: dict[str, Any] = {"statistic": statistic, "max_memory": arguments.max_memory << 20}
-    weight_scores(model, data(), objective="pseudo_label", progress=False, **options)
+    how = Relevance(statistic=statistic)  # type: ignore[arg-type]
+    weight_scores(model, data(), how, max_memory=arguments.max_memory << 20)
     return {statistic: took[1]} | ({"check": took[0]} if statistic == "second_moment" else {})
 
 

@@ -58,7 +58,7 @@ def concatenated(lengths: Sequence[int], width: int) -> list[Message]:
 
 
 def scoring(units: Mapping[str, int], *, seen: int | None = LARGEST_CRC) -> list[Message]:
-    """``relevance_scores`` of a list of batches, whose CRC the ranks compare; None: of a tensor, they do not."""
+    """A scoring of a list of batches, whose CRC the ranks compare; None: of a tensor, they do not."""
     found = gathered(None)
     found += gathered(seen) if seen is not None else []
     found += all_sum({"numbers": ((2,), torch.int64)})

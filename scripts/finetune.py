@@ -41,9 +41,8 @@ from jbrprune import load, prune
 from jbrprune.budgets.budget import Budget
 from jbrprune.budgets.cost import count_macs
 from jbrprune.checkpoint import checkpoint as files
-from jbrprune.criteria.presets import variant
 from jbrprune.data.batches import Batch
-from jbrprune.errors import ArgumentError, BudgetError, JBRError
+from jbrprune.errors import ArgumentError, BudgetError, JBRError, unknown
 from jbrprune.evaluation.agreement import agreement_on, parameters_of
 from jbrprune.models import preserve
 from jbrprune.pruning.runs import provenance
@@ -78,7 +77,7 @@ def make(args: argparse.Namespace, setup: Setup, path: Path, name: str) -> None:
         opened(setup).model,
         batches if name in LABELS else [Batch(batch.images) for batch in batches],
         macs=args.macs,
-        criterion=variant(name, CRITERIA),
+        criterion=CRITERIA[name],
         repair=None if args.repair == "none" else args.repair,
         images=None,
         seed=args.prune_seed,
@@ -171,7 +170,8 @@ def run(args: argparse.Namespace) -> int:
     places = {"weights": args.weights, "root": args.root, "eval_images": args.eval_images, "device": args.device}
     setup = Setup.of(args.model, args.data, given, **places, workers=args.workers)
     for name in args.criterion or ():
-        variant(name, CRITERIA)
+        if name not in CRITERIA:
+            raise unknown("criterion", name, CRITERIA)
     Budget.of(macs=args.macs)
     wanted = list(product(models(args, setup), args.how))
     args.work.mkdir(parents=True, exist_ok=True)

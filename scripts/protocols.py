@@ -8,9 +8,12 @@ from types import MappingProxyType
 
 from baselines import CRITERIA, LABELS
 from baselines.weights import WEIGHT_CRITERIA
-from jbrprune.criteria import presets as variants
+from jbrprune.criteria.relevance import PRESETS
 
-BY_WEIGHT: Mapping[str, Callable] = {**WEIGHT_CRITERIA, **variants.WEIGHTS}
+BY_WEIGHT: Mapping[str, Callable] = {
+    **WEIGHT_CRITERIA,
+    **{name: preset for name, preset in PRESETS.items() if preset.statistic == "second_moment"},
+}
 """Criteria for single weights."""
 NEED_LABELS = {"channels": frozenset(LABELS), "weights": frozenset({"snip", "fisher", "jbr_label"})}
 NEED_BATCH_NORM = ("bn_scale", "tp_bn_scale")
@@ -101,7 +104,7 @@ PROTOCOLS: dict[str, Protocol] = {
         about="single weights, ranked globally, each sparsity cut in one step from the dense model, BatchNorm repaired",
         kind="sparsity",
         budgets=(0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
-        criteria=tuple(name for name in BY_WEIGHT if name not in ("jbr", "jbr_label")),  # `jbr_projection`, `fisher`
+        criteria=tuple(name for name in BY_WEIGHT if name != "jbr_label"),  # `fisher`
         steps=1,
         repair="batch_norm",
         from_dense=True,

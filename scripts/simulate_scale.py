@@ -27,7 +27,7 @@ from traffic import counting, on_ranks
 from workload import Workload, workload
 
 from jbrprune.budgets.cost import axis_widths
-from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.evaluation.agreement import compute_logits
@@ -158,7 +158,7 @@ def real(model: torch.nn.Module, batches: Sequence[Batch], selection: Mapping[st
     groups = find_groups(model, batches[0].images[:2]).groups
     found = {}
     with counting() as found["scoring"]:
-        relevance_scores(model, batches, groups, progress=False)
+        Relevance()(model, batches, groups)
     with counting() as found["evaluation"]:
         reference = compute_logits(model, batches)
     with counting() as found["selection"]:
@@ -217,7 +217,7 @@ def timed(name: str, size: int, images: int) -> dict[str, object]:
         torch.mm(factor, factor)
 
     def scoring() -> None:
-        relevance_scores(model, data, groups, progress=False)
+        Relevance()(model, data, groups)
 
     rate = 2 * 1024**3 / min(_seconds(product) for _ in range(10))
     predicted, measured = operations / rate, min(_seconds(scoring) for _ in range(3))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
+from jbrprune.criteria.relevance import Relevance
+from jbrprune.criteria.weight_relevance import MAX_MEMORY, WeightScores, weight_scores
 
 # --- slow twins ------------------------------------------------------------------------------------------------------
 
@@ -45,8 +46,19 @@ def assert_exact(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert float((found[name] - e).abs().max()) <= tolerance * scale, name
 
 
-def scored(model: nn.Module, images: object, **options: Any) -> WeightScores:
-    return weight_scores(model, images, progress=False, **options)
+def scored(
+    model: nn.Module,
+    images: object,
+    *,
+    ignore: Sequence[str] = (),
+    parameters: str = "weights",
+    batch_size: int = 32,
+    max_memory: int = MAX_MEMORY,
+    **how: Any,
+) -> WeightScores:
+    relevance = Relevance(**{"objective": "projection"} | how)
+    options = {"ignore": ignore, "parameters": parameters, "batch_size": batch_size, "max_memory": max_memory}
+    return weight_scores(model, images, relevance, **options)  # type: ignore[arg-type]
 
 
 def compare(model: nn.Module, images: Tensor, **options: Any) -> WeightScores:

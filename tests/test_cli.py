@@ -80,9 +80,8 @@ def no_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: object, **__: object) -> None:
         raise AssertionError("scored before the arguments were checked")
 
-    monkeypatch.setattr("jbrprune.pruning.loop.relevance_scores", reached)
-    monkeypatch.setattr("jbrprune.pruning.scoring.relevance_scores", reached)
-    monkeypatch.setattr("jbrprune.pruning.arguments.weight_scores", reached)
+    monkeypatch.setattr("jbrprune.criteria.relevance.Relevance.__call__", reached)
+    monkeypatch.setattr("jbrprune.pruning.weights.weight_scores", reached)
     monkeypatch.setattr("jbrprune.pruning.scoring.weight_scores", reached)
 
 
@@ -251,7 +250,7 @@ def test_prune_a_pattern_and_shrink(run: Run, pictures: Path, tmp_path: Path) ->
     assert "channels that contributed nothing were removed from" in text
 
 
-def test_mebibytes_of_scratch_memory(run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_single_weights_reach_prune(run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def stopped(*_: object, **options: object) -> None:
@@ -259,11 +258,11 @@ def test_mebibytes_of_scratch_memory(run: Run, pictures: Path, monkeypatch: pyte
         raise ArgumentError("stop")
 
     monkeypatch.setattr("jbrprune.commands.prune.prune", stopped)
-    given = ["--shrink", "--keep-masks", "--max-memory", 3]
+    given = ["--shrink", "--keep-masks"]
     assert run("prune", *RANDOM, "--data", pictures, "--sparsity", 0.5, *given)[0] == 2
-    assert (asked["max_memory"], asked["shrink"], asked["permanent"]) == (3 << 20, True, False)
+    assert (asked["shrink"], asked["permanent"]) == (True, False)
     assert run("prune", *RANDOM, "--data", pictures, "--macs", 0.5)[0] == 2
-    said = {"max_memory", "shrink", "permanent", "scope", "remainder", "structure", "sparsity", "floor", "width"}
+    said = {"shrink", "permanent", "scope", "remainder", "structure", "sparsity", "floor", "width"}
     assert not [name for name in said if asked[name] is not None]  # an option that is not given has no meaning
 
 
@@ -422,11 +421,6 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
         ["prune", *RANDOM, "--data", "{data}", "--sparsity", "0.5", "--width"],
         2,
         "width= has no meaning for single weights",
-    ),
-    "no memory": (
-        ["prune", *RANDOM, "--data", "{data}", "--sparsity", "0.5", "--max-memory", "0"],
-        2,
-        "max_memory must be a positive number of bytes, got 0",
     ),
     "scope": (
         ["prune", *RANDOM, "--data", "{data}", "--sparsity", "0.5", "--scope", "net"],

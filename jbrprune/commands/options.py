@@ -14,7 +14,7 @@ import typer
 from torch import nn
 
 from jbrprune.checkpoint import checkpoint as files
-from jbrprune.criteria.members import Site
+from jbrprune.criteria.relevance import Site
 from jbrprune.errors import ArgumentError, CheckpointError
 from jbrprune.models import timm_models
 from jbrprune.pruning.api import prune

@@ -28,7 +28,6 @@ from jbrprune.commands.options import (
     Weights,
     check_file,
     device_named,
-    mebibytes,
     model_arguments,
     multiple,
 )
@@ -113,7 +112,6 @@ def prune_command(
     keep_masks: Annotated[
         bool, typer.Option(help="Leave the masks of torch.nn.utils.prune in place, to train on.")
     ] = False,
-    max_memory: Annotated[int | None, typer.Option(help="MiB of scratch memory to score single weights (256).")] = None,
     checkpoint: Weights = None,
     model_arg: ModelArguments = None,
     pretrained: Pretrained = True,
@@ -148,7 +146,6 @@ def prune_command(
         remainder=remainder,
         shrink=shrink or None,
         permanent=False if keep_masks else None,
-        max_memory=mebibytes(max_memory),
         steps=steps,
         repair=None if repair == "none" else repair,
         objective=objective,

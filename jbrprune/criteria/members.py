@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,7 +15,6 @@ from jbrprune.models import layers
 from jbrprune.structure.groups import Group, Member, Side
 
 Site = Literal["consumer", "all"]
-SITES = ("consumer", "all")
 
 
 def scored_members(
@@ -38,6 +38,17 @@ def scored_members(
         for member in members:
             in_order = torch.equal(member.unit.cpu(), torch.arange(group.size))
             found[member.axis[0], member.axis[1]].append((group.name, member, in_order))
+    return found
+
+
+def single_members(model: nn.Module, groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Group name -> groups of the same units with one scored member each, to square layer by layer."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        members = [m for side in ("in", "out") for m in group.side(side) if _is_scored(model.get_submodule(m.axis[0]))]
+        found[group.name] = [
+            replace(group, name=f"{group.name}: {m.axis[1]} {m.axis[0]}", members=(m,)) for m in members
+        ]
     return found
 
 

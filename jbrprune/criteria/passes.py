@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.criteria.objectives import Objective, Target, confident
-from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError
 from jbrprune.evaluation.agreement import raise_nonfinite
@@ -101,19 +100,6 @@ def check_known(what: str, value: str, known: Iterable[str]) -> None:
     """Refuse a choice that does not exist."""
     if value not in known:
         raise ArgumentError(f"{what} must be one of {', '.join(known)}, got {value!r}.")
-
-
-def check_sampling(statistic: str, batch: int, confidence: float) -> None:
-    """Refuse a batch, where it counts, or a threshold of confidence that have no meaning."""
-    if statistic == "batched" and confidence > 0 and distributed.size() > 1:
-        raise ArgumentError(
-            "statistic='batched' with confidence > 0 forms its batches from the samples that are left, which no rank "
-            "knows of the others. Use confidence=0, or one process."
-        )
-    if statistic == "batched" and batch < 1:
-        raise ArgumentError(f"batch must be at least 1, got {batch}.")
-    if not 0 <= confidence < 1:
-        raise ArgumentError(f"confidence must satisfy 0 <= confidence < 1, got {confidence}.")
 
 
 def check_samples(samples: int, skipped: int, confidence: float) -> None:

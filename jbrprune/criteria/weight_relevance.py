@@ -20,17 +20,17 @@ from tqdm import tqdm
 
 from jbrprune.criteria.collectors import Means, Squares
 from jbrprune.criteria.factors import wide
-from jbrprune.criteria.objectives import OBJECTIVES, Objective
+from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.passes import (
     Draws,
     Question,
     check_known,
     check_logits,
     check_samples,
-    check_sampling,
     losses_of,
     own,
 )
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Settings
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
@@ -42,9 +42,7 @@ from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import logits_of
 from jbrprune.sparsity.masks import Slot, fresh, ignored, is_weight_layer, slots
 
-Statistic = Literal["second_moment", "batched", "signed"]
 Parameters = Literal["weights", "all"]
-STATISTICS = ("second_moment", "batched", "signed")
 PARAMETERS = ("weights", "all")
 
 KIND = "weights"
@@ -121,7 +119,7 @@ class WeightScores:
         Example:
             >>> from torch.nn.utils import prune
             >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-            >>> scores = weight_scores(net, torch.randn(8, 3, 2, 2), progress=False)
+            >>> scores = weight_scores(net, torch.randn(8, 3, 2, 2))
             >>> prune.global_unstructured(
             ...     [(net[1], "weight")], prune.L1Unstructured, scores.importance_scores(net), amount=0.5
             ... )
@@ -169,41 +167,32 @@ class WeightScores:
 
 def weight_scores(
     model: nn.Module,
-    data: object,
+    batches: object,
+    relevance: Relevance = Relevance("projection"),  # noqa: B008
     *,
-    objective: str = "projection",
-    statistic: Statistic = "second_moment",
-    batch: int = 128,
-    parameters: Parameters = "weights",
     ignore: Sequence[str] = (),
-    confidence: float = 0.0,
-    autocast: torch.dtype | None = None,
+    parameters: Parameters = "weights",
     batch_size: int = 32,
     max_memory: int = MAX_MEMORY,
-    seed: int = 0,
-    progress: bool = True,
+    progress: bool = False,
 ) -> WeightScores:
     r"""Score every single weight: s_j = w_j^2 E_x[g_j(x)^2], g_j(x) = m(x)^T df/dw_j.
 
     Args:
         model: Any module that maps ``[B, C, H, W]`` to logits ``[B, K]``, also one that ``torch.nn.utils.prune`` has
             masked: w is then the effective weight, and masked weights score 0. Left as it was.
-        data: Anything that yields images (`jbrprune.data.batches.iterate`). Read once, streaming.
-        objective: Name in `jbrprune.criteria.objectives.OBJECTIVES`; it gives m(x).
-        statistic: ``second_moment``: E[(w g)^2] per sample. ``batched``: E[(mean over ``batch`` samples of w g)^2], as
+        batches: Anything that yields images (`jbrprune.data.batches.iterate`). Read once, streaming.
+        relevance: Objective, statistic and how samples are chosen; the site has no meaning for single weights.
+            ``second_moment``: E[(w g)^2] per sample. ``batched``: E[(mean over ``batch`` samples of w g)^2], as
             in the published code. ``signed``: \|E[w g]\|, the form of SNIP. The last two need no per-sample gradient:
             they cost one backward per batch.
-        batch: Number of samples whose mean is squared by ``batched``, whatever the data's batch size.
+        ignore: Globs of modules or parameters that are left out (a module covers its submodules).
         parameters: ``weights`` of convolutions and linear layers, or ``all``: their biases, and the scales and biases
             of norms, as well.
-        ignore: Globs of modules or parameters that are left out (a module covers its submodules).
-        confidence: Leave out samples whose largest dense probability is not above this (published code: 0.9).
-        autocast: Low-precision dtype of the forward pass, e.g. ``torch.bfloat16``.
         batch_size: Images per pass where the data do not say.
         max_memory: Bytes for per-sample gradients and copies of activations, on top of what a forward and a backward
             to the activations take, of the sums (8 bytes per weight), and of what PyTorch's own kernels take for
             one sample. It bounds memory, not the result.
-        seed: Seeds the signs of ``projection``; give every shard of the data another one.
         progress: Show a progress bar.
 
     Returns:
@@ -211,8 +200,8 @@ def weight_scores(
         added to float64 sums.
 
     Raises:
-        ArgumentError: Unknown objective or statistic, a combination without meaning, a glob that matches nothing, or
-            ``max_memory`` too small for one row of one sample.
+        ArgumentError: The statistic is of units, a glob matches nothing, or ``max_memory`` is too small for one row of
+            one sample.
         DataError: No data, or no sample above the confidence threshold; no labels where the objective needs them.
         ModelError: A weight is transformed before it is used, or used in a way that is not known; samples influence
             each other, or the first dimension of an activation is not the batch.
@@ -224,25 +213,28 @@ def weight_scores(
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-        >>> scores = weight_scores(net, torch.randn(8, 3, 2, 2), progress=False)
+        >>> scores = weight_scores(net, torch.randn(8, 3, 2, 2))
         >>> scores["1.weight"].shape
         torch.Size([4, 12])
     """
-    function = check_weight_arguments(objective, statistic, batch, parameters, confidence, max_memory)
+    check_known("parameters", parameters, PARAMETERS)
+    relevance.check("weights")
+    if max_memory < 1:
+        raise ArgumentError(f"max_memory must be a positive number of bytes, got {max_memory}.")
     check_weights(model)
     scored = _scored_slots(model, parameters, ignore)
-    if statistic == "second_moment":
-        collector = Squares(model, scored, max_memory)
-    else:
-        collector = Means(scored, batch if statistic == "batched" else None)
-    question = Question(function, confidence, autocast, Draws(seed))
-    parts = distributed.Parts(data, batch_size=batch_size, block=batch if statistic == "batched" else None)
+    batch = relevance.batch if relevance.statistic == "batched" else None
+    collector = Squares(model, scored, max_memory) if relevance.statistic == "second_moment" else Means(scored, batch)
+    question = Question(
+        OBJECTIVES[relevance.objective], relevance.confidence, relevance.autocast, Draws(relevance.seed)
+    )
+    parts = distributed.Parts(batches, batch_size=batch_size, block=batch)
     shown = tqdm(parts, "scoring", unit="batch", disable=not progress, leave=False)
     samples, skipped = distributed.together(lambda: _collect(model, shown, collector, question))
     parts.check()
     samples, skipped = distributed.total(samples, skipped)
-    check_samples(samples, skipped, confidence)
-    settings = Settings(objective, "weight", statistic, batch if statistic == "batched" else None, confidence)
+    check_samples(samples, skipped, relevance.confidence)
+    settings = relevance.settings("weight")
     sums = distributed.all_sum(collector.finish())
     for name, total in sums.items():
         if not torch.isfinite(total).all():
@@ -312,20 +304,3 @@ def _kinds(module: nn.Module, parameters: Parameters) -> tuple[str, ...]:
     if is_weight_layer(module):
         return ("weight",) if parameters == "weights" else ("weight", "bias")
     return ("weight", "bias") if parameters == "all" and layers.channel_dim(module) is not None else ()
-
-
-def check_weight_arguments(
-    objective: str, statistic: str, batch: int, parameters: str, confidence: float, max_memory: int
-) -> Objective:
-    """Refuse arguments of `weight_scores` without meaning, before anything expensive; give back the objective.
-
-    Raises:
-        ArgumentError: Unknown objective, statistic or parameters, or a number that is out of range.
-    """
-    check_known("statistic", statistic, STATISTICS)
-    check_known("parameters", parameters, PARAMETERS)
-    check_known("objective", objective, OBJECTIVES)
-    check_sampling(statistic, batch, confidence)
-    if max_memory < 1:
-        raise ArgumentError(f"max_memory must be a positive number of bytes, got {max_memory}.")
-    return OBJECTIVES[objective]

@@ -31,7 +31,7 @@ class JBRUnstructured(prune.BasePruningMethod):
     Example:
         >>> from jbrprune.criteria.weight_relevance import weight_scores
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-        >>> scores = weight_scores(net, torch.randn(8, 3, 2, 2), progress=False)
+        >>> scores = weight_scores(net, torch.randn(8, 3, 2, 2))
         >>> prune.global_unstructured([(net[1], "weight")], JBRUnstructured, scores.importance_scores(net), amount=0.5)
         >>> int((net[1].weight == 0).sum())
         24

@@ -45,11 +45,11 @@ class JBRImportance(tp.importance.Importance):
 
     Example:
         >>> import timm, torch
-        >>> from jbrprune.criteria.relevance import relevance_scores
+        >>> from jbrprune.criteria.relevance import Relevance
         >>> from jbrprune.structure.discovery import find_groups
         >>> model = timm.create_model("resnet10t").eval()
         >>> images = torch.randn(4, 3, 32, 32)
-        >>> scores = relevance_scores(model, images, find_groups(model, images).groups, progress=False)
+        >>> scores = Relevance()(model, images, find_groups(model, images).groups)
         >>> pruner = tp.pruner.BasePruner(
         ...     model, (images,), JBRImportance(scores), pruning_ratio=0.5, global_pruning=True,
         ...     in_channel_groups={}, out_channel_groups={}, num_heads={},

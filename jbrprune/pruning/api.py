@@ -95,7 +95,6 @@ def prune(
     remainder: str | None = None,
     shrink: bool | None = None,
     permanent: bool | None = None,
-    max_memory: int | None = None,
     images: int | None = 512,
     eval_data: object = None,
     eval_images: int | None = None,
@@ -147,12 +146,12 @@ def prune(
         repair: ``"auto"`` (try what applies, keep what helps on images held back), one or several of
             ``"batch_norm"``, ``"mean_shift"``, ``"least_squares"``, or None.
         criterion: Something else to rank by: the name of a variant of relevance such as ``"jbr_published"`` (in
-            `jbrprune.criteria.presets`), scores made before with `jbrprune.score` (for channels, in
+            `jbrprune.criteria.relevance.PRESETS`), scores made before with `jbrprune.score` (for channels, in
             one step), or a function ``(model, batches, groups, *, seed, progress) -> Scores`` for channels,
             ``(model, batches, *, ignore, seed, progress) -> WeightScores`` for single weights.
         objective: ``pseudo_label`` (default for channels), ``projection`` (default for single weights),
             ``predicted_logit``, ``margin`` or ``label``.
-        site: ``consumer`` (default) or ``all``, for channels; see `jbrprune.criteria.relevance.relevance_scores`.
+        site: ``consumer`` (default) or ``all``, for channels; see `jbrprune.criteria.relevance.Relevance`.
         statistic: ``second_moment`` (default), ``batched``, ``mean_replaced`` (channels) or ``signed`` (weights).
         batch: Samples per batch of ``statistic="batched"``; default 128.
         confidence: Score only on images whose largest dense probability exceeds this; default 0.
@@ -170,7 +169,6 @@ def prune(
             with N:M, whose groups would shift.
         permanent: True (default): zeros in plain parameters. False: masks of ``torch.nn.utils.prune``, with the
             values from before under the mask (zero in layers that ``shrink`` has cut), to train on.
-        max_memory: Bytes of scratch memory for scoring single weights.
         images: Calibration images to read from ``data``; None: all. They are kept in memory.
         eval_data: Images to measure the agreement on; default: a fifth of the calibration images is held out.
         eval_images: Images to read from ``eval_data``; None: all.

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from jbrprune.budgets.budget import BUDGETS, TIMED, Budget
 from jbrprune.budgets.selection import Floors
-from jbrprune.criteria import presets as variants
-from jbrprune.criteria.relevance import check_arguments
+from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.criteria.scores import Scores
-from jbrprune.criteria.weight_relevance import WeightScores, check_weight_arguments, weight_scores
-from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.criteria.weight_relevance import WeightScores
+from jbrprune.errors import ArgumentError, BudgetError, unknown
 from jbrprune.pruning import loop as engine
 from jbrprune.pruning import weights as thinning
 from jbrprune.pruning.defaults import CHANNELS, WEIGHTS, complete
@@ -101,8 +99,9 @@ def channel_settings(budget: Budget, stops: tuple[float, ...], arguments: Mappin
     choose = given is None and budget.timed if not isinstance(given, str) else _is_auto(given)
     kinds = ", ".join(f"{kind}=" for kind in BUDGETS)
     known = complete({**arguments, "round_to": None if choose else given}, CHANNELS, f"channels (a budget of {kinds})")
-    check_arguments(*(known[name] for name in ("objective", "site", "statistic", "batch", "confidence")))
-    criterion = _criterion(known["criterion"], variants.CHANNELS)
+    names = ("objective", "site", "statistic", "batch", "confidence", "autocast")
+    Relevance(**{name: known[name] for name in names}).check("units")
+    criterion = _criterion(known["criterion"])
     steps = known["steps"]
     if isinstance(criterion, Scores):
         if len(stops) > 1 or steps not in (None, 1):
@@ -148,17 +147,19 @@ def weight_settings(stops: tuple[thinning.Goal, ...], arguments: Mapping[str, An
         raise ArgumentError(f"floor must satisfy 0 <= floor < 1, got {known['floor']!r}.")
     if known["steps"] is not None and known["steps"] < 1:
         raise BudgetError(f"steps must be a whole number of at least 1, got {known['steps']!r}.")
-    names = ("objective", "statistic", "batch", "confidence", "max_memory")
-    check_weight_arguments(parameters="weights", **{name: known[name] for name in names})
+    relevance = Relevance(
+        **{name: known[name] for name in ("objective", "statistic", "batch", "confidence", "autocast")}
+    )
+    relevance.check("weights")
     shown = ["remainder", "ridge"] if pattern else ["scope", "floor", "ridge"]
     if known["shrink"] and isinstance(stops[0], Pattern):
         raise ArgumentError(
             f"shrink=True would move the inputs of layers out of their groups of {stops[0].of} and end the {stops[0]} "
             "pattern: leave one of them out."
         )
-    criterion = _criterion(known["criterion"], variants.WEIGHTS)
+    criterion = _criterion(known["criterion"])
     if criterion is None:
-        criterion, shown = _relevance(known), ["objective", "statistic", "confidence", *shown]
+        criterion, shown = relevance, ["objective", "statistic", "confidence", *shown]
     elif not isinstance(criterion, WeightScores):
         _check_criterion(criterion, "WeightScores (granularity='weight')")
     methods = _methods(known["repair"])
@@ -183,14 +184,11 @@ def _is_auto(round_to: str) -> bool:
     return True
 
 
-def _relevance(known: Mapping[str, Any]) -> Callable[..., WeightScores]:
-    names = ("objective", "statistic", "batch", "confidence", "autocast", "max_memory")
-    return functools.partial(weight_scores, **{name: known[name] for name in names})
-
-
-def _criterion(given: Any, known: Mapping[str, Callable[..., Any]]) -> Any:
+def _criterion(given: Any) -> Any:
     """What a name stands for; anything else as it is."""
-    return variants.variant(given, known) if isinstance(given, str) else given
+    if isinstance(given, str) and given not in PRESETS:
+        raise unknown("criterion", given, PRESETS)
+    return PRESETS[given] if isinstance(given, str) else given
 
 
 def _check_criterion(criterion: object, what: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from jbrprune.criteria.weight_relevance import MAX_MEMORY
 from jbrprune.errors import ArgumentError
 
 CHANNELS = {
@@ -36,12 +35,11 @@ WEIGHTS = {
     "remainder": "skip",
     "shrink": False,
     "permanent": True,
-    "max_memory": MAX_MEMORY,
 }
 """Defaults of what has a meaning for single weights."""
-CRITERION = ("objective", "site", "statistic", "batch", "confidence", "autocast", "max_memory")
+CRITERION = ("objective", "site", "statistic", "batch", "confidence", "autocast")
 """What only relevance knows; a criterion that is passed does not."""
-WHOLE = ("batch", "batch_size", "seed", "min_channels", "round_to", "max_memory", "steps")
+WHOLE = ("batch", "batch_size", "seed", "min_channels", "round_to", "steps")
 REAL = ("ridge", "floor", "confidence")
 
 

@@ -17,8 +17,7 @@ from jbrprune.budgets.cost import CostModel, axis_widths, count_macs
 from jbrprune.budgets.pricing import Pricer
 from jbrprune.budgets.selection import Floors, reduce_to_floors
 from jbrprune.checkpoint.resume import ResumeLog
-from jbrprune.criteria.members import Site
-from jbrprune.criteria.relevance import Statistic, relevance_scores
+from jbrprune.criteria.relevance import Relevance, Site, Statistic
 from jbrprune.criteria.scores import Scores, check_some
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch, count
@@ -344,24 +343,13 @@ def scored(state: State, batches: Sequence[Batch], settings: Settings, number: i
     seed, progress = settings.seed + number, settings.progress
     if isinstance(settings.criterion, Scores):
         return check_units(settings.criterion, state.groups)
-    if settings.criterion is not None:
-        return check_units(
-            settings.criterion(state.model, batches, state.groups, seed=seed, progress=progress), state.groups
-        )
-    scores = relevance_scores(
-        state.model,
-        batches,
-        state.groups,
-        objective=settings.objective,
-        site=settings.site,
-        statistic=settings.statistic,
-        batch=settings.batch,
-        confidence=settings.confidence,
-        autocast=settings.autocast,
-        seed=seed,
-        progress=progress,
+    criterion = settings.criterion or Relevance(
+        settings.objective, settings.site, settings.statistic, settings.batch, settings.confidence, settings.autocast
     )
-    return check_units(scores, state.groups)
+    if isinstance(criterion, Relevance):
+        criterion = replace(criterion, seed=seed)
+        return check_units(criterion(state.model, batches, state.groups, progress=progress), state.groups)
+    return check_units(criterion(state.model, batches, state.groups, seed=seed, progress=progress), state.groups)
 
 
 def check_units(scores: Scores, groups: Sequence[Group]) -> Scores:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.budgets.cost import count_macs
+from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.data.batches import Batch
 from jbrprune.evaluation.agreement import Agreement, agreement_on, bytes_of, parameters_of
 from jbrprune.evaluation.latency import describe_hardware, time_in_turns
@@ -145,6 +146,8 @@ def recall(state: Underway, facts: Mapping[str, Any]) -> StepRow:
 
 def called(criterion: object) -> str:
     """What a report calls a criterion: the name of a function, or the objective of scores that were made before."""
+    if isinstance(criterion, Relevance):
+        return next((name for name, preset in PRESETS.items() if preset == criterion), repr(criterion))
     settings = getattr(criterion, "settings", None)
     name = getattr(criterion, "__name__", type(criterion).__name__)
     return name if settings is None else f"scores made before ({settings.objective}, {settings.statistic})"

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jbrprune.criteria.relevance import check_arguments, relevance_scores
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
-from jbrprune.criteria.weight_relevance import WeightScores, check_weight_arguments, weight_scores
+from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
 from jbrprune.data import images as loading
 from jbrprune.data.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, ModelError
@@ -42,7 +42,6 @@ def score(
     confidence: float | None = None,
     ignore: Sequence[str] = (),
     width: bool | None = None,
-    max_memory: int | None = None,
     autocast: torch.dtype | None = None,
     batch_size: int = 32,
     skip_corrupt: bool = False,
@@ -62,7 +61,7 @@ def score(
         data: As for `jbrprune.prune`; all of it is read.
         objective: ``pseudo_label`` (default for channels), ``projection`` (default for single weights),
             ``predicted_logit``, ``margin`` or ``label``.
-        site: ``consumer`` (default) or ``all``; see `jbrprune.criteria.relevance.relevance_scores`.
+        site: ``consumer`` (default) or ``all``; see `jbrprune.criteria.relevance.Relevance`.
         statistic: ``second_moment`` (default), ``batched``, ``mean_replaced`` (channels) or ``signed`` (weights).
         granularity: ``unit``: removable units, coupled channels together. ``layer``: every channel of every known
             layer by itself, inputs and outputs (of ``site="all"``) apart; works for models whose graph cannot be
@@ -72,7 +71,6 @@ def score(
         confidence: Score only on images whose largest probability exceeds this; default 0.
         ignore: Globs of module names that are left out.
         width: Include the residual width under LayerNorms.
-        max_memory: Of ``weight``: bytes of scratch memory.
         autocast: Low-precision dtype, such as ``torch.bfloat16``.
         batch_size: Images per pass where the data do not say.
         skip_corrupt: Leave out images of a folder or data set that cannot be read, and log their names.
@@ -102,14 +100,10 @@ def score(
         raise ArgumentError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
     weights = granularity == "weight"
     known = complete(arguments, WEIGHTS if weights else CHANNELS, "single weights" if weights else "channels")
-    how = {name: known[name] for name in ("objective", "statistic", "batch", "confidence", "autocast")}
-    how |= {name: known[name] for name in ("batch_size", "seed", "progress")}
-    if weights:
-        how |= {"parameters": parameters, "max_memory": known["max_memory"], "ignore": ignore}
-        check_weight_arguments(**{name: how[name] for name in _CHECKED})
-    else:
-        how["site"] = known["site"]
-        check_arguments(*(how[name] for name in ("objective", "site", "statistic", "batch", "confidence")))
+    names = ("objective", "statistic", "batch", "confidence", "autocast", "seed")
+    relevance = Relevance(site=known.get("site", "consumer"), **{name: known[name] for name in names})
+    relevance.check("weights" if weights else "units")
+    how = {"batch_size": batch_size, "progress": progress}
     made = resolved(model, checkpoint, model_arguments)
     check_model(made, masked=weights)
     opened = loading.open_data(data, made, batch_size=batch_size, skip_corrupt=skip_corrupt)
@@ -117,13 +111,8 @@ def score(
     with fresh(made):  # running a masked model would replace its weights by others without a graph
         check_runs(made, first.images)
     if weights:
-        return weight_scores(made, batches, **how)
-    return relevance_scores(
-        made, batches, _groups(made, first, granularity, known["site"], ignore, known["width"]), **how
-    )
-
-
-_CHECKED = ("objective", "statistic", "batch", "parameters", "confidence", "max_memory")
+        return weight_scores(made, batches, relevance, parameters=parameters, ignore=ignore, **how)  # type: ignore[arg-type]
+    return relevance(made, batches, _groups(made, first, granularity, known["site"], ignore, known["width"]), **how)  # type: ignore[arg-type]
 
 
 def resolved(model: nn.Module | str, weights: str | Path | None, arguments: dict[str, object]) -> nn.Module:
@@ -185,7 +174,7 @@ def _groups(
     model: nn.Module, first: Batch, granularity: str, site: str, ignore: Sequence[str], width: bool
 ) -> tuple[Group, ...]:
     if granularity == "layer":
-        return tuple(group for group in layer_groups(model, ignore=ignore) if site == "all" or group.side("in"))
+        return tuple(group for group in layer_groups(model, ignore=ignore) if site != "consumer" or group.side("in"))
     example = example_of(model, first)
     work = copy_model(model)
     return verify_groups(work, example, find_groups(work, example, ignore=ignore, width=width)).groups

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from tqdm import tqdm
 from jbrprune.budgets.cost import count_macs
 from jbrprune.checkpoint.packing import packed_bytes
 from jbrprune.checkpoint.resume import ResumeLog
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import check_some
-from jbrprune.criteria.weight_relevance import WeightScores
+from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch, count
 from jbrprune.errors import ArgumentError, BudgetError, ModelError, NonFiniteError, UnsupportedModelError
@@ -61,7 +63,7 @@ class Settings:
     ignore: tuple[str, ...]
     repair: tuple[str, ...]
     ridge: float
-    criterion: Criterion | WeightScores
+    criterion: Criterion | Relevance | WeightScores
     shrink: bool
     seed: int
     measure_latency: bool
@@ -251,9 +253,12 @@ def _again(state: State, log: ResumeLog, number: int) -> StepRow:
 def _scores(state: State, batches: Sequence[Batch], settings: Settings, number: int) -> dict[str, Tensor]:
     scores = settings.criterion
     if not isinstance(scores, WeightScores):
-        made = scores(
-            state.model, batches, ignore=settings.ignore, seed=settings.seed + number, progress=settings.progress
-        )
+        how: dict[str, Any] = {"ignore": settings.ignore, "progress": settings.progress}
+        seed = settings.seed + number
+        if isinstance(scores, Relevance):
+            made = weight_scores(state.model, batches, replace(scores, seed=seed), **how)
+        else:
+            made = scores(state.model, batches, seed=seed, **how)
         scores = _checked(made, {name: mask.shape for name, mask in state.masks.items()})
     return {name: scores[name].cpu() for name in state.masks}
 

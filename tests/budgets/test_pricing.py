@@ -131,7 +131,7 @@ def test_what_is_never_fast_enough_says_so(monkeypatch: pytest.MonkeyPatch, capl
 
 
 def test_a_budget_below_the_floors_is_refused_before_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jbrprune.pruning.loop.relevance_scores", None)
+    monkeypatch.setattr("jbrprune.criteria.relevance.Relevance.__call__", None)
     with pytest.raises(BudgetError, match=r"latency=0\.15 cannot be reached.*0\.2\d\d of the dense model's latency"):
         prune(resnet(), IMAGES, latency=0.15, round_to=1, **QUICK)
     with pytest.raises(BudgetError, match=r"latency_ms=1\.5 cannot be reached.*Ask for at least 2\.\d"):

@@ -23,7 +23,7 @@ from torch.nn.utils import prune as torch_prune
 
 from jbrprune import PruneResult, Scores, prune, score, sweep
 from jbrprune.checkpoint.resume import ResumeLog, fingerprint_run, hash_tensors, open_log
-from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.data.batches import Batch
 from jbrprune.errors import CheckpointError
 from jbrprune.pruning import loop as engine
@@ -193,7 +193,7 @@ class _Scaled:
 
 
 def _scaled(by: float, model: nn.Module, batches: Any, groups: Any, **options: Any) -> Scores:
-    found = relevance_scores(model, batches, groups, **options)
+    found = Relevance(seed=options["seed"])(model, batches, groups, progress=options["progress"])
     return replace(found, sums={name: by * values for name, values in found.sums.items()})
 
 

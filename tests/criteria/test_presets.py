@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 import jbrprune
 from jbrprune import cli
-from jbrprune.criteria import presets as variants
-from jbrprune.criteria.relevance import relevance_scores
-from jbrprune.criteria.weight_relevance import weight_scores
+from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError
 from jbrprune.structure.discovery import find_groups
@@ -61,23 +59,16 @@ def test_a_name_is_the_sum_of_its_parts(name: str, same: dict) -> None:
 
 def test_every_name_scores_something_of_its_own() -> None:
     model = _net()
-    batches = [Batch(_images(6)), Batch(_images(18))]
     groups = find_groups(model, _images(2)).groups
-    found = {
-        name: torch.cat([*one(model, batches, groups).values().values()]) for name, one in variants.CHANNELS.items()
-    }
-    assert list(found) == [one.__name__ for one in variants.CHANNELS.values()]
+    labels = torch.arange(24) % 5
+    batches = [Batch(_images(6), labels[:6]), Batch(_images(18), labels[6:])]
+    found = {name: torch.cat([*one(model, batches, groups).values().values()]) for name, one in PRESETS.items()}
     for name, scores in found.items():
         assert not any(torch.allclose(scores, other) for key, other in found.items() if key != name), name
 
 
 def test_names_for_single_weights() -> None:
-    model, batches = _net(), [Batch(_images(6), torch.arange(6) % 3)]
-    for name, criterion in variants.WEIGHTS.items():
-        objective = "projection" if name == "jbr" else name.removeprefix("jbr_")
-        wanted = weight_scores(model, batches, objective=objective, seed=3, progress=False)
-        found = criterion(model, batches, seed=3)
-        assert all(torch.equal(found[key], value) for key, value in wanted.values().items())
+    model = _net()
     by_name = _kept(model, sparsity=0.5, criterion="jbr_margin")
     spelled = _kept(model, sparsity=0.5, objective="margin")
     assert all(torch.equal(tensor, spelled[key]) for key, tensor in by_name.items())
@@ -124,6 +115,6 @@ def test_published_is_not_ours() -> None:
     """The published form squares a mean, so opposite effects cancel in it and not in ours."""
     model, batches = _net(), [Batch(_images(12))]
     groups = find_groups(model, _images(2)).groups
-    ours = variants.CHANNELS["jbr"](model, batches, groups)
-    batched = relevance_scores(model, batches, groups, statistic="batched", progress=False)
+    ours = PRESETS["jbr"](model, batches, groups)
+    batched = Relevance(statistic="batched")(model, batches, groups)
     assert all(bool((batched[g.name] <= ours[g.name] * (1 + 1e-9)).all()) for g in groups)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jbrprune.criteria.gates import Tape
 from jbrprune.criteria.objectives import OBJECTIVES, Target
-from jbrprune.criteria.relevance import per_sample_relevances, relevance_scores
+from jbrprune.criteria.relevance import Relevance, per_sample_relevances
 from jbrprune.data.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from jbrprune.structure.discovery import find_groups, layer_groups
@@ -133,7 +133,7 @@ def test_input_given_by_keyword() -> None:
     model = built(lambda: Named(nn.BatchNorm2d(6), nn.Conv2d(3, 6, 3), 6))
     assert_exact(model, cases.images(2))
     groups = site_groups(model, "consumer")
-    assert relevance_scores(model, cases.images(2), groups, statistic="mean_replaced", progress=False).samples == 2
+    assert Relevance(statistic="mean_replaced")(model, cases.images(2), groups).samples == 2
 
 
 def test_parameterised_and_masked_weights() -> None:
@@ -281,7 +281,7 @@ HAND_GROUP = Group(
 )
 def test_by_hand(options: dict[str, Any], expected: list[float]) -> None:
     data = [Batch(HAND_IMAGES, torch.tensor([1, 0]))]
-    scores = relevance_scores(TwoUnits(), data, (HAND_GROUP,), progress=False, **options)
+    scores = Relevance(**options)(TwoUnits(), data, (HAND_GROUP,))
     torch.testing.assert_close(scores["hidden"], torch.tensor(expected).double(), rtol=1e-6, atol=1e-9)
     assert (scores.samples, scores.skipped) == ((1, 1) if "confidence" in options else (2, 0))
 
@@ -289,7 +289,7 @@ def test_by_hand(options: dict[str, Any], expected: list[float]) -> None:
 def test_projection_estimates_the_sum_over_all_outputs() -> None:
     # Sum over k of (W2[k, u] h_u)^2 on the first image: 6^2 + 2^2 and 1 + 2^2
     data = HAND_IMAGES[:1].expand(4000, -1, -1, -1)
-    scores = relevance_scores(TwoUnits(), data, (HAND_GROUP,), objective="projection", batch_size=500, progress=False)
+    scores = Relevance(objective="projection")(TwoUnits(), data, (HAND_GROUP,), batch_size=500)
     torch.testing.assert_close(scores["hidden"], torch.tensor([40.0, 5.0]).double(), rtol=0.03, atol=0)
 
 
@@ -302,18 +302,18 @@ def test_statistics_against_stored_relevances(objective: str, site: str) -> None
     model, images, labels = built(cases.Concat), cases.images(11), torch.arange(11) % cases.CLASSES
     groups = site_groups(model, site)
     data = [Batch(images[:5], labels[:5]), Batch(images[5:], labels[5:])]
-    options: dict[str, Any] = {"objective": objective, "site": site, "seed": SEED, "progress": False}
+    options: dict[str, Any] = {"objective": objective, "site": site, "seed": SEED}
     with torch.no_grad():
         logits = model(images)
     m = reference.directions(objective, logits, labels, reference.signs(11, cases.CLASSES, SEED))
     v = along(m, reference.outputs_by_unit(copy.deepcopy(model), images, groups, site))
-    scores = relevance_scores(model, data, groups, statistic="second_moment", **options)
+    scores = Relevance(statistic="second_moment", **options)(model, data, groups)
     assert_close(scores.values(), {name: sum(row * row for row in rows) / 11 for name, rows in v.items()})
     for batch in (1, 3, 11, 128):
-        scores = relevance_scores(model, data, groups, statistic="batched", batch=batch, **options)
+        scores = Relevance(statistic="batched", batch=batch, **options)(model, data, groups)
         assert_close(scores.values(), {name: reference.batched(rows, batch) for name, rows in v.items()})
     if site == "consumer":
-        scores = relevance_scores(model, data, groups, statistic="mean_replaced", **options)
+        scores = Relevance(statistic="mean_replaced", **options)(model, data, groups)
         v = reference.mean_replaced(copy.deepcopy(model), images, groups, m)
         assert_close(scores.values(), {name: sum(row * row for row in rows) / 11 for name, rows in v.items()})
 
@@ -324,9 +324,7 @@ def test_mean_replaced_on_a_transformer() -> None:
     with torch.no_grad():
         m = reference.directions("margin", model(images))
     v = reference.mean_replaced(copy.deepcopy(model), images, groups, m)
-    scores = relevance_scores(
-        model, images, groups, objective="margin", statistic="mean_replaced", batch_size=2, progress=False
-    )
+    scores = Relevance(objective="margin", statistic="mean_replaced")(model, images, groups, batch_size=2)
     assert_close(scores.values(), {name: rows.square().mean(0) for name, rows in v.items()})
 
 
@@ -338,8 +336,7 @@ def test_batch_size_and_order_do_not_matter(statistic: str, dtype: torch.dtype, 
     groups = site_groups(model, "consumer")
 
     def scores(data: object, batch_size: int) -> dict[str, Tensor]:
-        options: dict[str, Any] = {"statistic": statistic, "batch_size": batch_size, "objective": "margin"}
-        return relevance_scores(model, data, groups, progress=False, **options).values()
+        return Relevance("margin", statistic=statistic)(model, data, groups, batch_size=batch_size).values()
 
     expected = scores(images, 64)
     assert_close(scores(images, 1), expected, tolerance)
@@ -351,10 +348,10 @@ def test_batch_size_and_order_do_not_matter(statistic: str, dtype: torch.dtype, 
 def test_batched_does_not_depend_on_the_loaders_batches(objective: str) -> None:
     model, images = built(cases.Concat), cases.images(20)
     groups = site_groups(model, "consumer")
-    options: dict[str, Any] = {"statistic": "batched", "batch": 6, "objective": objective, "progress": False}
-    expected = relevance_scores(model, images, groups, batch_size=20, **options)
+    options: dict[str, Any] = {"statistic": "batched", "batch": 6, "objective": objective}
+    expected = Relevance(**options)(model, images, groups, batch_size=20)
     for size in (1, 4, 6, 7):
-        found = relevance_scores(model, images, groups, batch_size=size, **options)
+        found = Relevance(**options)(model, images, groups, batch_size=size)
         assert_close(found.values(), expected.values(), 1e-12)
 
 
@@ -362,9 +359,9 @@ def test_batched_and_second_moment_are_not_the_same_number() -> None:
     """Random signs have mean zero, so that the mean of eight keeps about an eighth."""
     model, images = built(cases.Concat), cases.images(64)
     groups = site_groups(model, "consumer")
-    options: dict[str, Any] = {"objective": "projection", "progress": False}
-    per_sample = relevance_scores(model, images, groups, **options)
-    by_batch = relevance_scores(model, images, groups, statistic="batched", batch=8, **options)
+    options: dict[str, Any] = {"objective": "projection"}
+    per_sample = Relevance(**options)(model, images, groups)
+    by_batch = Relevance(statistic="batched", batch=8, **options)(model, images, groups)
     for group in groups:
         assert 0.03 < by_batch[group.name].sum() / per_sample[group.name].sum() < 0.4
 
@@ -374,11 +371,9 @@ def test_shards_add_up_to_the_whole() -> None:
     groups = site_groups(model, "all")
     with torch.no_grad():
         middle = float(model(images).softmax(1).amax(1).median())
-    options: dict[str, Any] = {"site": "all", "confidence": middle, "progress": False}
-    whole = relevance_scores(model, images, groups, **options)
-    merged = relevance_scores(model, images[:3], groups, **options) + relevance_scores(
-        model, images[3:], groups, **options
-    )
+    options: dict[str, Any] = {"site": "all", "confidence": middle}
+    whole = Relevance(**options)(model, images, groups)
+    merged = Relevance(**options)(model, images[:3], groups) + Relevance(**options)(model, images[3:], groups)
     assert (merged.samples, merged.skipped) == (whole.samples, whole.skipped)
     assert (whole.samples, whole.skipped) == (5, 5)
     assert_close(merged.values(), whole.values(), 1e-12)
@@ -388,9 +383,9 @@ def test_a_reference_of_the_dense_model_is_used() -> None:
     model, images = built(cases.Concat), cases.images(4)
     groups = site_groups(model, "consumer")
     other = torch.tensor([[0.0, 1.0, 0.0, 9.0]]).expand(4, -1).double()
-    found = relevance_scores(model, [Batch(images, None, other)], groups, objective="pseudo_label", progress=False)
+    found = Relevance(objective="pseudo_label")(model, [Batch(images, None, other)], groups)
     labelled = [Batch(images, torch.full((4,), 3))]
-    expected = relevance_scores(model, labelled, groups, objective="label", progress=False)
+    expected = Relevance(objective="label")(model, labelled, groups)
     assert_close(found.values(), expected.values(), 1e-14)
 
 
@@ -400,9 +395,9 @@ def test_bfloat16_autocast_ranks_alike() -> None:
     images = torch.randn(8, 3, 64, 64)
     groups = find_groups(model, images[:2]).groups
     for site in ("consumer", "all"):
-        options: dict[str, Any] = {"site": site, "objective": "predicted_logit", "progress": False}
-        exact = relevance_scores(model, images, groups, **options)
-        rough = relevance_scores(model, images, groups, autocast=torch.bfloat16, **options)
+        options: dict[str, Any] = {"site": site, "objective": "predicted_logit"}
+        exact = Relevance(**options)(model, images, groups)
+        rough = Relevance(autocast=torch.bfloat16, **options)(model, images, groups)
         for group in groups:
             pair = torch.stack([exact[group.name], rough[group.name]])
             # eight bits of mantissa through eighteen layers; how products are rounded is up to the CPU's kernels
@@ -420,19 +415,19 @@ def test_an_outer_autocast_does_not_leak_in() -> None:
 def test_under_inference_mode_and_without_gradients() -> None:
     model, images = built(cases.Concat), cases.images(3)
     groups = site_groups(model, "all")
-    expected = relevance_scores(model, images, groups, site="all", progress=False).values()
+    expected = Relevance(site="all")(model, images, groups).values()
     with torch.no_grad():
-        assert_close(relevance_scores(model, images, groups, site="all", progress=False).values(), expected, 0)
+        assert_close(Relevance(site="all")(model, images, groups).values(), expected, 0)
     with torch.inference_mode():
         data = [Batch(images.clone(), torch.zeros(3, dtype=torch.int64), model(images))]
-        assert_close(relevance_scores(model, data, groups, site="all", progress=False).values(), expected, 0)
-        relevance_scores(model, data, groups, site="all", objective="label", progress=False)
+        assert_close(Relevance(site="all")(model, data, groups).values(), expected, 0)
+        Relevance(site="all", objective="label")(model, data, groups)
 
 
 def test_half_precision_model() -> None:
     model, images = built(cases.Concat).bfloat16(), cases.images(3).bfloat16()
     groups = site_groups(model, "all")
-    scores = relevance_scores(model, images, groups, site="all", progress=False)
+    scores = Relevance(site="all")(model, images, groups)
     assert all(s.dtype == torch.float64 and s.isfinite().all() for s in scores.values().values())
 
 
@@ -467,13 +462,13 @@ class Centre(nn.Module):
 def test_samples_that_influence_each_other_are_refused(middle: nn.Module) -> None:
     model = Interacting(middle)
     with pytest.raises(ModelError, match=r"out: the first dimension .* samples influence each other"):
-        relevance_scores(model, torch.randn(4, 3, 2, 2), site_groups(model, "consumer"), progress=False)
+        Relevance()(model, torch.randn(4, 3, 2, 2), site_groups(model, "consumer"))
 
 
 def test_logits_that_depend_on_other_samples_are_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6, track_running_stats=False))
     with pytest.raises(ModelError, match=r"the logits: .*samples influence each other"):
-        relevance_scores(model, torch.randn(4, 3, 2, 2), site_groups(model, "consumer"), progress=False)
+        Relevance()(model, torch.randn(4, 3, 2, 2), site_groups(model, "consumer"))
 
 
 def test_sequence_first_and_window_first_layers_are_refused_by_name() -> None:
@@ -559,34 +554,38 @@ def test_attention_of_torch_is_refused_where_it_reads_weights_directly() -> None
     ("options", "message"),
     [
         ({"objective": "loss"}, "objective must be one of pseudo_label, .* got 'loss'"),
-        ({"site": "producer"}, "site must be one of consumer, all, got 'producer'"),
+        ({"site": "producer"}, "site must be one of consumer, all, layers, got 'producer'"),
         ({"statistic": "mean"}, "statistic must be one of second_moment, .* got 'mean'"),
         ({"statistic": "mean_replaced", "site": "all"}, "'mean_replaced' is defined at site 'consumer' only"),
         ({"statistic": "batched", "batch": 0}, "batch must be at least 1, got 0"),
+        ({"statistic": "signed"}, "'signed' is not defined for units"),
+        ({"batch": 1.5}, "batch must be a whole number, got 1.5"),
+        ({"seed": "0"}, "seed must be a whole number, got '0'"),
+        ({"autocast": "bfloat16"}, "autocast must be a torch.dtype such as torch.bfloat16, got 'bfloat16'"),
         ({"confidence": 1.0}, "0 <= confidence < 1, got 1.0"),
         ({"confidence": -0.1}, "0 <= confidence < 1, got -0.1"),
     ],
 )
 def test_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        relevance_scores(TwoUnits(), HAND_IMAGES, (HAND_GROUP,), **options)
+        Relevance(**options)(TwoUnits(), HAND_IMAGES, (HAND_GROUP,))
 
 
 def test_groups_are_refused() -> None:
     model, index = TwoUnits(), torch.arange(2)
     with pytest.raises(ArgumentError, match="groups is empty"):
-        relevance_scores(model, HAND_IMAGES, ())
+        Relevance()(model, HAND_IMAGES, ())
     with pytest.raises(ArgumentError, match="the same name"):
-        relevance_scores(model, HAND_IMAGES, (HAND_GROUP, HAND_GROUP))
+        Relevance()(model, HAND_IMAGES, (HAND_GROUP, HAND_GROUP))
     elsewhere = Group("g", "channel", 2, (Member(("three", "in", 0), index, index),))
     with pytest.raises(ArgumentError, match="Group g: the model has no module 'three'"):
-        relevance_scores(model, HAND_IMAGES, (elsewhere,))
+        Relevance()(model, HAND_IMAGES, (elsewhere,))
     beyond = Group("g", "channel", 2, (Member(("two", "in", 0), index + 1, index),))
     with pytest.raises(ArgumentError, match="Group g: two has 2 channels on side 'in', the group names channel 2"):
-        relevance_scores(model, HAND_IMAGES, (beyond,))
+        Relevance()(model, HAND_IMAGES, (beyond,))
     producers = Group("g", "channel", 2, (Member(("one", "out", 0), index, index),))
     with pytest.raises(ModelError, match="Group g has no layer to score at site 'consumer'"):
-        relevance_scores(model, HAND_IMAGES, (producers,))
+        Relevance()(model, HAND_IMAGES, (producers,))
 
 
 @pytest.mark.parametrize("objective", ["pseudo_label", "margin", "label"])
@@ -594,23 +593,23 @@ def test_one_class_is_refused(objective: str) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Linear(6, 1))
     data = [Batch(torch.randn(2, 3, 2, 2), torch.zeros(2, dtype=torch.int64))]
     with pytest.raises(ArgumentError, match=f"objective '{objective}' needs at least two classes"):
-        relevance_scores(model, data, site_groups(model, "consumer"), objective=objective, progress=False)
+        Relevance(objective=objective)(model, data, site_groups(model, "consumer"))
 
 
 def test_data_are_refused() -> None:
     model, groups = TwoUnits(), (HAND_GROUP,)
     with pytest.raises(DataError, match=r"confidence=0\.99 on none of 2 images"):
-        relevance_scores(model, HAND_IMAGES, groups, confidence=0.99, progress=False)
+        Relevance(confidence=0.99)(model, HAND_IMAGES, groups)
     with pytest.raises(DataError, match="reads the data twice"):
-        relevance_scores(model, iter([HAND_IMAGES]), groups, statistic="mean_replaced", progress=False)
+        Relevance(statistic="mean_replaced")(model, iter([HAND_IMAGES]), groups)
     with pytest.raises(DataError, match="objective 'label' needs labels"):
-        relevance_scores(model, HAND_IMAGES, groups, objective="label", progress=False)
+        Relevance(objective="label")(model, HAND_IMAGES, groups)
     with pytest.raises(DataError, match=r"Labels must be .*0 <= label < 2.* from 0 to 2"):
-        relevance_scores(model, [Batch(HAND_IMAGES, torch.tensor([0, 2]))], groups, objective="label", progress=False)
+        Relevance(objective="label")(model, [Batch(HAND_IMAGES, torch.tensor([0, 2]))], groups)
     with pytest.raises(DataError, match=r"Batch 0: the reference logits are \[2, 3\], the model's are \[2, 2\]"):
-        relevance_scores(model, [Batch(HAND_IMAGES, None, torch.zeros(2, 3))], groups, progress=False)
+        Relevance()(model, [Batch(HAND_IMAGES, None, torch.zeros(2, 3))], groups)
     with pytest.raises(DataError, match="yielded no batch"):
-        relevance_scores(model, [], groups, progress=False)
+        Relevance()(model, [], groups)
 
 
 def test_gradients_that_are_not_finite_are_refused() -> None:
@@ -633,7 +632,7 @@ def test_logits_without_scored_layers_are_refused() -> None:
             return super().forward(x).detach()
 
     with pytest.raises(ModelError, match="nothing to differentiate"):
-        relevance_scores(Cut(), HAND_IMAGES, (HAND_GROUP,), progress=False)
+        Relevance()(Cut(), HAND_IMAGES, (HAND_GROUP,))
 
 
 # The user's model is a guest -----------------------------------------------------------------------------------------
@@ -735,10 +734,10 @@ def test_the_model_is_left_as_it_was(name: str, failure: str, fingerprint: Finge
     before = fingerprint(model)
     expected = FAILURES[failure]
     if expected is None:
-        relevance_scores(model, data, groups, site="all", progress=False)
+        Relevance(site="all")(model, data, groups)
     else:
         with pytest.raises(expected):
-            relevance_scores(model, data, groups, site="all", progress=False)
+            Relevance(site="all")(model, data, groups)
     assert fingerprint(model) == before
 
 
@@ -756,10 +755,10 @@ def test_the_model_is_left_as_it_was_by_mean_replaced(failure: str, fingerprint:
     expected = FAILURES[failure]
     groups = site_groups(model, "consumer")
     if expected is None:
-        relevance_scores(model, data, groups, statistic="mean_replaced", progress=False)
+        Relevance(statistic="mean_replaced")(model, data, groups)
     else:
         with pytest.raises(expected):
-            relevance_scores(model, data, groups, statistic="mean_replaced", progress=False)
+            Relevance(statistic="mean_replaced")(model, data, groups)
     if failure != "interrupted data":  # a DataLoader draws its own seed from the global generator
         assert fingerprint(model) == before
     else:
@@ -795,10 +794,10 @@ def test_the_users_images_are_left_as_they_were() -> None:
             return super().forward(x.mul_(2))
 
     images = HAND_IMAGES.clone().requires_grad_()
-    relevance_scores(TwoUnits(), [images], (HAND_GROUP,), site="all", progress=False)
+    Relevance(site="all")(TwoUnits(), [images], (HAND_GROUP,))
     assert images.grad is None
     images = HAND_IMAGES.clone()
-    relevance_scores(Scaling(), images, (HAND_GROUP,), statistic="mean_replaced", progress=False)
+    Relevance(statistic="mean_replaced")(Scaling(), images, (HAND_GROUP,))
     assert torch.equal(images, HAND_IMAGES)
 
 

@@ -361,7 +361,7 @@ def test_means_need_no_layer_that_is_known() -> None:
     "options, message",
     [
         ({"objective": "loss"}, "objective must be one of"),
-        ({"statistic": "mean_replaced"}, "statistic must be one of second_moment, batched, signed"),
+        ({"statistic": "mean_replaced"}, "'mean_replaced' is not defined for weights"),
         ({"statistic": "batched", "batch": 0}, "batch must be at least 1"),
         ({"parameters": "biases"}, "parameters must be one of weights, all"),
         ({"confidence": 1.0}, "confidence must satisfy"),

@@ -24,7 +24,7 @@ from jbrprune import Scores, prune, score, sweep
 from jbrprune.checkpoint.resume import hash_tensors
 from jbrprune.commands import evaluate
 from jbrprune.criteria.passes import Draws
-from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch, iterate
@@ -74,12 +74,14 @@ def model() -> nn.Module:
 def units(data: object, **options: Any) -> dict[str, Any]:
     net = model()
     groups = [group for group in layer_groups(net) if options.get("site") == "all" or group.side("in")]
-    found = relevance_scores(net, data, groups, batch_size=4, progress=False, **options)
+    found = Relevance(**options)(net, data, groups, batch_size=4)
     return {"samples": found.samples, "skipped": found.skipped, **found.values()}
 
 
 def weights(data: object, **options: Any) -> dict[str, Any]:
-    found = weight_scores(model(), data, batch_size=4, progress=False, **options)
+    parameters = options.pop("parameters", "weights")
+    relevance = Relevance(**{"objective": "projection"} | options)
+    found = weight_scores(model(), data, relevance, parameters=parameters, batch_size=4)
     return {"samples": found.samples, "skipped": found.skipped, **found.values()}
 
 

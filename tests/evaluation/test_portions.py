@@ -15,7 +15,7 @@ import torch
 from test_resume import own
 from torch import Tensor, nn
 
-from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch
 from jbrprune.errors import MemoryLimitError
@@ -56,11 +56,11 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 def units(model: nn.Module, **options: Any) -> dict[str, Tensor]:
     groups = [group for group in layer_groups(model) if group.side("in")]
-    return dict(relevance_scores(model, IMAGES, groups, batch_size=11, progress=False, **options).values())
+    return dict(Relevance(**options)(model, IMAGES, groups, batch_size=11).values())
 
 
 def weights(model: nn.Module, **options: Any) -> dict[str, Tensor]:
-    return weight_scores(model, IMAGES, batch_size=11, progress=False, **options).values()
+    return weight_scores(model, IMAGES, Relevance(**{"objective": "projection"} | options), batch_size=11).values()
 
 
 CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
@@ -148,11 +148,11 @@ def wide() -> nn.Module:
 def of_units(images: Tensor) -> dict[str, Tensor]:
     model = wide()
     groups = [group for group in layer_groups(model) if group.side("in")]
-    return dict(relevance_scores(model, images, groups, batch_size=16, progress=False).values())
+    return dict(Relevance()(model, images, groups, batch_size=16).values())
 
 
 def of_weights(images: Tensor) -> dict[str, Tensor]:
-    return weight_scores(wide(), images, batch_size=16, progress=False).values()
+    return weight_scores(wide(), images, batch_size=16).values()
 
 
 def of_predictions(images: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ def net() -> nn.Sequential:
 
 
 def scored(model: nn.Module) -> WeightScores:
-    return weight_scores(model, torch.randn(6, 3, 8, 8), progress=False)
+    return weight_scores(model, torch.randn(6, 3, 8, 8))
 
 
 def pairs(model: nn.Sequential) -> list[tuple[nn.Module, str]]:

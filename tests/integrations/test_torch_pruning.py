@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jbrprune.budgets.cost import cost_model
 from jbrprune.budgets.selection import Floors, select
-from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.errors import ArgumentError
 from jbrprune.integrations.torch_pruning import JBRImportance, layer_norm_pruner
@@ -44,7 +44,7 @@ def vit() -> nn.Module:
 
 def scored(model: nn.Module, width: bool = False) -> Scores:
     """Real scores without ties (dead channels score zero); then the model's vectors are numbered."""
-    scores = relevance_scores(model, IMAGES, find_groups(model, IMAGES, width=width).groups, progress=False)
+    scores = Relevance()(model, IMAGES, find_groups(model, IMAGES, width=width).groups)
     numbered(model)
     return replace(scores, sums={name: total + 1e-12 * torch.rand(len(total)) for name, total in scores.sums.items()})
 
@@ -150,7 +150,7 @@ def test_heads_of_a_vit(everywhere: bool) -> None:
 
 def test_a_unit_of_several_channels_shares_its_score() -> None:
     model = timm.create_model("regnety_002", num_classes=4, zero_init_last=False).eval()
-    scores = relevance_scores(model, IMAGES, find_groups(model, IMAGES).groups, progress=False)
+    scores = Relevance()(model, IMAGES, find_groups(model, IMAGES).groups)
     importance = JBRImportance(scores)
     graph = tp.DependencyGraph().build_dependency(model, (IMAGES,), verbose=False)
     (group,) = (g for g in scores.groups if g.name == "s3.b2.conv1.conv")
@@ -188,7 +188,7 @@ def test_channels_that_belong_to_no_unit_are_infinitely_important() -> None:
     model = nets.CASES["dense"].make().eval()
     images = nets.example()
     groups = find_groups(model, images, ignore=["b"]).groups
-    scores = relevance_scores(model, images, groups, progress=False)
+    scores = Relevance()(model, images, groups)
     graph = tp.DependencyGraph().build_dependency(model, (images,), verbose=False)
     answer = JBRImportance(scores)(graph.get_pruning_group(model.fc, tp.prune_linear_in_channels, list(range(15))))
     assert answer is not None
@@ -204,7 +204,7 @@ def test_a_second_step_with_the_same_scores_is_refused(everywhere: bool) -> None
         ArgumentError, match=r"there are scores for \d+ channels .*, but the module has \d+.*score again"
     ):
         steps.step()
-    steps.importance = JBRImportance(relevance_scores(model, IMAGES, find_groups(model, IMAGES).groups, progress=False))
+    steps.importance = JBRImportance(Relevance()(model, IMAGES, find_groups(model, IMAGES).groups))
     steps.current_step = 1
     steps.step()
     assert model(IMAGES).shape == (4, 4)
@@ -218,7 +218,7 @@ def test_scores_of_another_model_are_refused() -> None:
 @pytest.mark.parametrize(("mine", "theirs"), [(6, 8), (8, 6)])
 def test_scores_of_a_wider_or_narrower_model_are_refused(mine: int, theirs: int) -> None:
     one, other = (nets.layered(nn.BatchNorm2d(width), width).eval() for width in (mine, theirs))
-    scores = relevance_scores(one, IMAGES, find_groups(one, IMAGES).groups, progress=False)
+    scores = Relevance()(one, IMAGES, find_groups(one, IMAGES).groups)
     with pytest.raises(
         ArgumentError,
         match=rf"scores for {mine} channels .* but the module has {theirs}\. .* is another one: score again",

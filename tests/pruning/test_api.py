@@ -26,6 +26,7 @@ from jbrprune import PruneResult, prune, sweep
 from jbrprune.budgets import pricing
 from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint import checkpoint
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import ArgumentError, BudgetError, CheckpointError
 from jbrprune.evaluation import latency
 from jbrprune.pruning import loop as engine
@@ -366,8 +367,8 @@ def test_the_same_seed_gives_the_same_model(name: str) -> None:
 
 
 def test_every_step_draws_its_own_signs(monkeypatch: pytest.MonkeyPatch) -> None:
-    original, seeds = engine.relevance_scores, []
-    monkeypatch.setattr(engine, "relevance_scores", lambda *a, **k: (seeds.append(k["seed"]), original(*a, **k))[1])
+    original, seeds = Relevance.__call__, []
+    monkeypatch.setattr(Relevance, "__call__", lambda *a, **k: (seeds.append(a[0].seed), original(*a, **k))[1])
     prune(own(), IMAGES, macs=0.6, seed=10, objective="projection", **QUICK)
     assert seeds == [11, 12]
 

@@ -23,6 +23,7 @@ from torch.nn.utils import prune as masks
 import jbrprune
 from jbrprune import prune
 from jbrprune.checkpoint import checkpoint
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import (
     ArgumentError,
     BudgetError,
@@ -33,8 +34,7 @@ from jbrprune.errors import (
     NonFiniteError,
     UnsupportedModelError,
 )
-from jbrprune.pruning import arguments
-from jbrprune.pruning import loop as engine
+from jbrprune.pruning import weights
 
 IMAGES = cases.images(12, 32).float()
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False, "steps": 1}
@@ -45,8 +45,8 @@ Fingerprint = Callable[[nn.Module], dict]
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every expensive pass."""
     count: list[int] = []
-    original = engine.relevance_scores
-    monkeypatch.setattr(engine, "relevance_scores", lambda *a, **k: (count.append(1), original(*a, **k))[1])
+    original = Relevance.__call__
+    monkeypatch.setattr(Relevance, "__call__", lambda *a, **k: (count.append(1), original(*a, **k))[1])
     return count
 
 
@@ -415,7 +415,7 @@ WRONG_FOR_WEIGHTS: dict[str, tuple[Callable[[], Any], Any, type[Exception], str]
 def test_the_same_for_single_weights(case: str, fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch) -> None:
     make, data, error, message = WRONG_FOR_WEIGHTS[case]
     model, scored = make(), []
-    monkeypatch.setattr(arguments, "weight_scores", lambda *_, **__: scored.append(1))
+    monkeypatch.setattr(weights, "weight_scores", lambda *_, **__: scored.append(1))
     before = fingerprint(model) if isinstance(model, nn.Module) else None
     with pytest.raises(error, match=message) as caught:
         prune(model, data, sparsity=0.5, inplace=True, **QUICK)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jbrprune
 from jbrprune.checkpoint.checkpoint import save
-from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch
@@ -234,8 +234,7 @@ def test_scores_are_those_of_a_slow_twin_and_do_not_depend_on_how_the_images_com
         event(f"{recipe.family}, {site}")
 
         def scored(data: object, size: int = 5) -> Scores:
-            options: dict[str, Any] = {"objective": objective, "site": site, "batch_size": size, "progress": False}
-            return relevance_scores(model, data, groups, **options)
+            return Relevance(objective, site)(model, data, groups, batch_size=size)  # type: ignore[arg-type]
 
         with torch.no_grad():
             m = reference.directions(objective, model(images))
@@ -275,7 +274,7 @@ def test_scores_of_single_weights(examples: int, untouched: Untouched) -> None:
         event(recipe.family)
 
         def scored(data: object, size: int = 4) -> Any:
-            return weight_scores(model, data, objective=objective, batch_size=size, progress=False)
+            return weight_scores(model, data, Relevance(objective), batch_size=size)
 
         with untouched(model):
             whole = scored(images)

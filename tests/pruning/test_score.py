@@ -18,9 +18,8 @@ from torch.nn.utils import prune as masks
 from torch.utils.data import DataLoader, TensorDataset
 
 from jbrprune import Scores, prune, score
-from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
-from jbrprune.pruning import scoring
 from jbrprune.structure.discovery import find_groups, layer_groups
 
 IMAGES = cases.images(12, 32)
@@ -120,7 +119,7 @@ def test_layer_by_layer(site: Any) -> None:
     names = {name for name in scores.values() if name.endswith(":out")}
     assert bool(names) == (site == "all")
     assert scores["fc:in"].shape == (80,)
-    expected = relevance_scores(own(), cases.images(4), layer_groups(own()), site="all", progress=False)
+    expected = Relevance(site="all")(own(), cases.images(4), layer_groups(own()))
     torch.testing.assert_close(scores["fc:in"], expected["fc:in"])
 
 
@@ -146,7 +145,7 @@ def test_ignored_layers_are_left_out() -> None:
 )
 def test_arguments_reach_the_pass(options: dict[str, Any]) -> None:
     model = vit()
-    expected = relevance_scores(model, IMAGES, find_groups(model, IMAGES).groups, progress=False, **options)
+    expected = Relevance(**options)(model, IMAGES, find_groups(model, IMAGES).groups)
     got = score(model, IMAGES, progress=False, **options)
     assert_equal(got, expected)
     assert (got.settings, got.skipped) == (expected.settings, expected.skipped)
@@ -224,7 +223,7 @@ def test_errors_come_before_the_pass_and_leave_the_model_as_it_was(
 ) -> None:
     make, data, options, error, message = WRONG[case]
     model, passes = make(), []
-    monkeypatch.setattr(scoring, "relevance_scores", lambda *_, **__: passes.append(1))
+    monkeypatch.setattr(Relevance, "__call__", lambda *_, **__: passes.append(1))
     before = fingerprint(model) if isinstance(model, nn.Module) else None
     with pytest.raises(error, match=message):
         score(model, data, progress=False, **options)

@@ -18,8 +18,8 @@ from torch.nn.utils import prune as torch_prune
 import jbrprune
 from baselines.weights import WEIGHT_CRITERIA
 from jbrprune import PruneResult, Report, WeightScores, make_permanent, prune, score, sweep
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import ArgumentError, BudgetError, DataError, JBRError, NonFiniteError
-from jbrprune.pruning import loop as engine
 from jbrprune.pruning import runs
 from jbrprune.pruning import weights as thinning
 from jbrprune.sparsity.masks import masks_of, weights_of
@@ -476,8 +476,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[JBRError], str]] = {
     "remainder": ({"structure": "2:4", "remainder": "cut"}, ArgumentError, "remainder must be one of skip, pad"),
     "floor": ({"sparsity": 0.5, "floor": 1.0}, ArgumentError, "0 <= floor < 1, got 1.0"),
     "steps": ({"sparsity": 0.5, "steps": 0}, BudgetError, "steps must be a whole number of at least 1, got 0"),
-    "max_memory": ({"sparsity": 0.5, "max_memory": 0}, ArgumentError, "max_memory must be a positive number"),
-    "statistic": ({"sparsity": 0.5, "statistic": "mean_replaced"}, ArgumentError, "second_moment, batched, signed"),
+    "statistic": (
+        {"sparsity": 0.5, "statistic": "mean_replaced"},
+        ArgumentError,
+        "'mean_replaced' is not defined for weights",
+    ),
     "width": ({"sparsity": 0.5, "width": True}, ArgumentError, "width= has no meaning for single weights"),
     "site": ({"structure": "2:4", "site": "all"}, ArgumentError, "site= has no meaning for single weights"),
     "shrink and pattern": ({"structure": "2:4", "shrink": True}, ArgumentError, "end the 2:4 pattern"),
@@ -534,10 +537,8 @@ def test_labels_are_asked_for() -> None:
 
 def test_channels_are_scored_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """The new arguments change nothing for channels."""
-    seen: list[dict] = []
-    original = engine.relevance_scores
-    monkeypatch.setattr(engine, "relevance_scores", lambda *a, **k: (seen.append(k), original(*a, **k))[1])
+    seen: list[Relevance] = []
+    original = Relevance.__call__
+    monkeypatch.setattr(Relevance, "__call__", lambda *a, **k: (seen.append(a[0]), original(*a, **k))[1])
     prune(own(), IMAGES, macs=0.8, steps=1, **QUICK)
-    known = {name: seen[0][name] for name in ("objective", "site", "statistic", "batch", "confidence")}
-    assert known == {"objective": "pseudo_label", "site": "consumer", "statistic": "second_moment", "batch": 128,
-                     "confidence": 0.0}  # fmt: skip
+    assert seen[0] == Relevance("pseudo_label", "consumer", "second_moment", 128, 0.0, seed=1)

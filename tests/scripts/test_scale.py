@@ -24,7 +24,7 @@ from phases import Job, Setting, memory, passes, phases
 from jbrprune.budgets.cost import count_macs
 from jbrprune.criteria.gates import _Watched
 from jbrprune.criteria.objectives import OBJECTIVES, Target
-from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.structure.discovery import find_groups
 
 IMAGE = (3, 160, 160)
@@ -120,7 +120,7 @@ def test_kept_bytes_are_those_of_a_real_scoring(name: str, request: pytest.Fixtu
     others = watched()  # of passes that failed on purpose in other tests
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         patch.setitem(OBJECTIVES, "pseudo_label", loss)
-        relevance_scores(model, torch.randn(1, *IMAGE), groups, progress=False)
+        Relevance()(model, torch.randn(1, *IMAGE), groups)
     assert sizes == [sum(work.dense.kept.values())]
 
 

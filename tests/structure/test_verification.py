@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from jbrprune.criteria.relevance import relevance_scores
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import UnsupportedModelError
 from jbrprune.structure import verification as removal
 from jbrprune.structure.discovery import Found, find_groups
@@ -321,7 +321,7 @@ def test_groups_without_relevance_are_kept_before_anything_is_scored(fingerprint
     found = verify_groups(model, images, find_groups(model, images))
     assert fingerprint(model) == before
     assert "hidden: the first dimension (9 rows for 3 images)" in found.skipped["hidden"].replace("bias:", "hidden:")
-    scores = relevance_scores(model, images, found.groups, progress=False)
+    scores = Relevance()(model, images, found.groups)
     assert set(scores.sums) == {group.name for group in found.groups} == {"stem", "bias"}
 
 
