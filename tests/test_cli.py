@@ -114,7 +114,7 @@ def test_help_of_the_whole_names_the_commands_and_the_exit_codes() -> None:
         ),
         (
             "prune",
-            ["--sparsity", "--structure", "--scope", "--remainder", "--shrink", "--keep-masks", "--max-memory"],
+            ["--sparsity", "--structure", "--scope", "--remainder", "--shrink", "--keep-masks"],
         ),
         (
             "score",
@@ -219,7 +219,7 @@ def zeros(model: torch.nn.Module) -> list[int]:
     return [int((layer.weight == 0).sum()) for layer in layers]
 
 
-@pytest.mark.parametrize("options", [[], ["--keep-masks"], ["--scope", "layer", "--max-memory", 8, "--floor", 0]])
+@pytest.mark.parametrize("options", [[], ["--keep-masks"], ["--scope", "layer", "--floor", 0]])
 def test_prune_single_weights(options: list[object], run: Run, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "sparse"
     asked = ["--data", pictures, "--sparsity", 0.8, "--repair", "none", "--out", out, "--json", *options]

@@ -80,11 +80,6 @@ def model_arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
     return arguments
 
 
-def mebibytes(number: int | None) -> int | None:
-    """MiB in bytes."""
-    return None if number is None else number << 20
-
-
 def multiple(text: str | None) -> int | str | None:
     """A whole number where it is one."""
     try:

@@ -101,7 +101,7 @@ def score(
     weights = granularity == "weight"
     known = complete(arguments, WEIGHTS if weights else CHANNELS, "single weights" if weights else "channels")
     names = ("objective", "statistic", "batch", "confidence", "autocast", "seed")
-    relevance = Relevance(site=known.get("site", "consumer"), **{name: known[name] for name in names})
+    relevance = Relevance(site=known["site"] or "consumer", **{name: known[name] for name in names})
     relevance.check("weights" if weights else "units")
     how = {"batch_size": batch_size, "progress": progress}
     made = resolved(model, checkpoint, model_arguments)

@@ -187,7 +187,7 @@ def unscorable(model: nn.Module, images: Tensor, groups: Sequence[Group]) -> dic
         groups: The groups.
 
     Returns:
-        Name of a group -> why. Empty where not even the logits of samples are apart: then `relevance_scores` says so.
+        Name of a group -> why. Empty where not even the logits of samples are apart: then the criterion says so.
     """
     readers = {group.name: [member.axis[0] for member in group.side("in")] for group in groups}
     with preserve.inference_state(model):

@@ -197,6 +197,10 @@ def _scaled(by: float, model: nn.Module, batches: Any, groups: Any, **options: A
     return replace(found, sums={name: by * values for name, values in found.sums.items()})
 
 
+def _once_scaled(*args: Any, **options: Any) -> Scores:
+    return _scaled(1.0, *args, **options)
+
+
 def _other_scaled(*args: Any, **options: Any) -> Scores:
     return _scaled(2.0, *args, **options)
 
@@ -204,7 +208,7 @@ def _other_scaled(*args: Any, **options: Any) -> Scores:
 CRITERIA: dict[str, list[Callable[..., Scores]]] = {
     "arguments": [partial(_scaled, 1.0), partial(_scaled, 2.0)],
     "attributes": [_Scaled(1.0), _Scaled(2.0)],
-    "names": [relevance_scores, _other_scaled],
+    "names": [_once_scaled, _other_scaled],
 }
 
 
