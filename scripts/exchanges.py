@@ -16,7 +16,7 @@ from network import Message
 from workload import Workload
 
 from jbrprune.data.batches import Batch
-from jbrprune.repair.base import MOST_VALUES, ROWS
+from jbrprune.repair.repair import MOST_VALUES, ROWS
 
 Form = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype."""
@@ -103,7 +103,7 @@ def combinations(norms: bool) -> list[tuple[str, ...]]:
 
 
 def repair(work: Workload, images: int, gate: int, ranks: int) -> list[Message]:
-    """``dense_targets`` and ``repaired`` of one step, with ``repair="auto"``."""
+    """``record_targets`` and ``repaired`` of one step, with ``repair="auto"``."""
     images = repair_images(images, work.image)
     found = [m for before, _ in work.norms for m in _moments(before)]
     found += evaluation(gate, work.classes)

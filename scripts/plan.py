@@ -21,7 +21,7 @@ from jbrprune.commands.options import device_named
 from jbrprune.errors import ArgumentError, unknown
 from jbrprune.models.timm_models import check_name
 from jbrprune.pruning.arguments import sparsity_of
-from jbrprune.repair.base import METHODS
+from jbrprune.repair.repair import METHODS
 from jbrprune.report.records import plain
 
 DEFAULTS: dict[str, Any] = {

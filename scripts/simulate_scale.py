@@ -32,7 +32,7 @@ from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models.preserve import copy_model
-from jbrprune.repair.base import dense_targets, repaired
+from jbrprune.repair.repair import record_targets, repair_model
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import removed_channels
 from jbrprune.structure.verification import remove_units
@@ -166,13 +166,13 @@ def real(model: torch.nn.Module, batches: Sequence[Batch], selection: Mapping[st
     gate = [Batch(batch.images, reference=logits) for batch, logits in zip(batches, reference, strict=True)]
     with counting() as found["repair"]:
         full = axis_widths(model, groups)
-        targets = dense_targets(model, batches, [name for name, side, _ in full if side == "in"])
+        targets = record_targets(model, batches, [name for name, side, _ in full if side == "in"])
         kept = {axis: torch.arange(width) for axis, width in full.items()}
         for axis, gone in removed_channels(groups, selection).items():
             kept[axis] = kept[axis][~torch.isin(kept[axis], gone)]
         pruned = copy_model(model)
         remove_units(pruned, groups, selection)
-        repaired(pruned, batches, gate, targets, kept, ("auto",), ridge=0.1)
+        repair_model(pruned, batches, gate, targets, kept, ("auto",))
     with counting() as found["tpv"]:
         trace_form(
             model, batches, Isotropic(0.01), method="projection", signs=1, rtol=0.0, validity=False, progress=False

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from jbrprune.criteria.members import scored_members
 from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import copy_model
-from jbrprune.repair.base import can_refit
+from jbrprune.repair.least_squares import can_refit
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group
 from jbrprune.structure.verification import remove_units

@@ -16,7 +16,7 @@ from jbrprune.pruning import loop as engine
 from jbrprune.pruning import weights as thinning
 from jbrprune.pruning.defaults import CHANNELS, WEIGHTS, complete
 from jbrprune.pruning.runs import called
-from jbrprune.repair.base import METHODS
+from jbrprune.repair.repair import METHODS
 from jbrprune.sparsity.patterns import REMAINDERS, SCOPES, Pattern
 
 

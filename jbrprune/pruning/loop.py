@@ -38,7 +38,7 @@ from jbrprune.pruning.runs import (
     size_of,
     with_latency,
 )
-from jbrprune.repair.base import Targets, dense_targets
+from jbrprune.repair.repair import Targets, record_targets
 from jbrprune.report.report import LayerRow, Report, Size, StepRow
 from jbrprune.structure.discovery import Found, find_groups
 from jbrprune.structure.groups import Axis, Group, Selection, removed_channels
@@ -206,7 +206,7 @@ def run(
     if images.gate and settings.repair:
         with state.clock.timed("repair"):
             consumers = [axis[0] for axis in state.full if axis[1] == "in"]
-            state.targets = dense_targets(dense, images.repair, consumers)
+            state.targets = record_targets(dense, images.repair, consumers)
     size = size_of(dense, state.example)
     planned = settings.schedule() if shares is None else shares
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from jbrprune.budgets.selection import Floors
 from jbrprune.criteria.scores import Scores
 from jbrprune.errors import ArgumentError, BudgetError
-from jbrprune.repair.base import METHODS
+from jbrprune.repair.repair import METHODS
 from jbrprune.sparsity.patterns import Pattern, Remainder, Scope
 
 PANELS = ("Budget", "Criterion", "Repair", "Data", "Output")

@@ -20,7 +20,7 @@ from jbrprune.data.batches import Batch
 from jbrprune.evaluation.agreement import Agreement, agreement_on, bytes_of, parameters_of
 from jbrprune.evaluation.latency import describe_hardware, time_in_turns
 from jbrprune.pruning.calibration import FEWEST_TO_HOLD_BACK, Calibration
-from jbrprune.repair.base import Outcome, Targets, repaired
+from jbrprune.repair.repair import Outcome, Targets, repair_model
 from jbrprune.report.records import Run, Size, StepRow, plain, record
 from jbrprune.structure.groups import Axis
 
@@ -79,9 +79,7 @@ def mend(
     outcome = None
     if state.targets is not None:
         with state.clock.timed("repair"):
-            outcome = repaired(
-                state.model, images.repair, images.gate, state.targets, kept, methods, ridge=ridge, masks=masks
-            )
+            outcome = repair_model(state.model, images.repair, images.gate, state.targets, kept, methods, masks=masks)
     with state.clock.timed("evaluation"):
         changed = outcome is not None and outcome.kept != "none"
         state.repaired = heldout_agreement(state.model, images.heldout) if stops and changed else state.unrepaired

@@ -35,7 +35,7 @@ from jbrprune.pruning.runs import (
     size_of,
     with_latency,
 )
-from jbrprune.repair.base import Targets, dense_targets
+from jbrprune.repair.repair import Targets, record_targets
 from jbrprune.report.report import LayerRow, Report, Size, StepRow
 from jbrprune.sparsity.dead_channels import shrink
 from jbrprune.sparsity.masks import ignored, is_weight_layer, slots, weights_of
@@ -189,7 +189,7 @@ def run(
     if images.gate and settings.repair:
         with state.clock.timed("repair"):
             consumers = [weight.rpartition(".")[0] for weight in state.masks]
-            state.targets = dense_targets(dense, images.repair, consumers)
+            state.targets = record_targets(dense, images.repair, consumers)
     size = _with_zeros(size_of(dense, state.example), dense, state.given)
     rows: list[StepRow] = []
     masked = _zeros(state.masks) / sum(mask.numel() for mask in state.masks.values())

@@ -32,8 +32,8 @@ from jbrprune.errors import ArgumentError, CheckpointError, DataError, NonFinite
 from jbrprune.evaluation.agreement import Agreement, agreement, compute_logits
 from jbrprune.prediction import max_drop as search
 from jbrprune.pruning.calibration import calibration
-from jbrprune.repair import base as repair
-from jbrprune.repair.base import dense_targets, repaired
+from jbrprune.repair import repair
+from jbrprune.repair.repair import record_targets, repair_model
 from jbrprune.structure.discovery import layer_groups
 
 IMAGES = cases.images(23, 16)
@@ -197,9 +197,9 @@ def with_repair(images: int) -> dict[str, Tensor]:
     with torch.no_grad():
         thin.get_parameter("a.weight")[:, ::2] = 0
     masks = {"a.weight": thin.get_parameter("a.weight") != 0}
-    targets = dense_targets(dense, parts, ["a", "b"])
+    targets = record_targets(dense, parts, ["a", "b"])
     gate = [Batch(IMAGES, reference=compute_logits(dense, [Batch(IMAGES)])[0])]
-    outcome = repaired(thin, parts, gate, targets, {}, ("batch_norm", "least_squares"), ridge=0.1, masks=masks)
+    outcome = repair_model(thin, parts, gate, targets, {}, ("batch_norm", "least_squares"), masks=masks)
     assert images == 1 or outcome.kept == "batch_norm+least_squares"
     return {**thin.state_dict(), "kl": torch.tensor(outcome.after.kl)}
 

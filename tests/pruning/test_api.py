@@ -304,7 +304,7 @@ def test_a_forward_that_raises_leaves_the_model_as_it_was(
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt("no")])
 @pytest.mark.parametrize(
-    "where", ["_step", "_report", "remove_units", "repaired", "dense_targets", "heldout_agreement"]
+    "where", ["_step", "_report", "remove_units", "repair_model", "record_targets", "heldout_agreement"]
 )
 def test_an_exception_in_the_middle_leaves_the_model_as_it_was(
     where: str,
@@ -313,13 +313,13 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
     fingerprint: Callable[[nn.Module], dict],
 ) -> None:
-    place = runs if where in ("repaired", "heldout_agreement") else engine
+    place = runs if where in ("repair_model", "heldout_agreement") else engine
     model, original, calls = own().train(), getattr(place, where), itertools.count(1)
     model.bn.eval()  # type: ignore[union-attr]
     before = fingerprint(model)
 
     def interrupted(*arguments: Any, **options: Any) -> object:
-        if where in ("_report", "dense_targets") or next(calls) == 2:
+        if where in ("_report", "record_targets") or next(calls) == 2:
             raise error
         return original(*arguments, **options)
 
@@ -670,7 +670,7 @@ def test_results_are_not_overwritten_unless_asked(tmp_path: Path) -> None:
 
 
 def test_without_repair_nothing_is_recorded_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "dense_targets", lambda *_, **__: pytest.fail("targets of a repair that is not wanted"))
+    monkeypatch.setattr(engine, "record_targets", lambda *_, **__: pytest.fail("recorded for no repair"))
     report = prune(own(), IMAGES, macs=0.7, repair=None, **QUICK).report
     assert "repair" not in report.seconds
     assert {step.repair for step in report.steps} == {"none"}

@@ -305,7 +305,7 @@ def test_the_model_is_left_as_it_was(make: Callable[[], nn.Module], fingerprint:
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
-    "where", ["_step", "_scores", "repaired", "dense_targets", "heldout_agreement", "_handed_over"]
+    "where", ["_step", "_scores", "repair_model", "record_targets", "heldout_agreement", "_handed_over"]
 )
 def test_an_exception_in_the_middle(
     where: str, inplace: bool, monkeypatch: pytest.MonkeyPatch, fingerprint: Callable[[nn.Module], dict]
@@ -315,7 +315,7 @@ def test_an_exception_in_the_middle(
 
     model = premasked()
     before = fingerprint(model)
-    monkeypatch.setattr(runs if where in ("repaired", "heldout_agreement") else thinning, where, interrupted)
+    monkeypatch.setattr(runs if where in ("repair_model", "heldout_agreement") else thinning, where, interrupted)
     with pytest.raises(KeyboardInterrupt):
         thin(model, sparsity=0.7, inplace=inplace)
     assert fingerprint(model) == before

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 from jbrprune.data.batches import Batch, attach_reference
 from jbrprune.evaluation.agreement import agreement_on, compute_logits
-from jbrprune.repair import base as repair
-from jbrprune.repair.base import Targets, dense_targets, repaired
+from jbrprune.repair import least_squares, repair
+from jbrprune.repair.repair import Targets, apply_methods, record_targets, repair_model
 from jbrprune.sparsity.masks import weights_of
 from jbrprune.structure.groups import Axis
 from jbrprune.structure.slicing import remove_channels
 
 METHODS = (("batch_norm",), ("mean_shift",), ("least_squares",), ("batch_norm", "least_squares"), ("auto",))
-RIDGE = 0.03
+RIDGE = 0.1
 
 Cut = dict[Axis, list[int]]
 
@@ -110,8 +110,8 @@ def applied(
 ) -> tuple[nn.Module, Targets]:
     """The smaller model repaired without being asked whether it helps."""
     images = batches(dense, n)
-    targets = dense_targets(dense, images, consumers(cut))
-    repair._apply(smaller, torch.cat([b.images for b in images]), targets, kept, methods, RIDGE)
+    targets = record_targets(dense, images, consumers(cut))
+    apply_methods(smaller, torch.cat([b.images for b in images]), targets, kept, methods, {})
     return smaller, targets
 
 
@@ -133,8 +133,8 @@ def test_nothing_changes_when_nothing_was_removed(make: Callable[[], nn.Module],
     same = copy.deepcopy(model)
     images = batches(model, size=32 if make in (timm_resnet, timm_vit) else 8)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    targets = dense_targets(model, images[:2], linear)
-    assert repaired(same, images[:2], images[2:], targets, {}, methods, ridge=RIDGE).kept == "none"
+    targets = record_targets(model, images[:2], linear)
+    assert repair_model(same, images[:2], images[2:], targets, {}, methods).kept == "none"
     assert_same_bits(same, model)
 
 
@@ -144,8 +144,8 @@ def test_it_is_the_identity_even_before_the_gate(make: Callable[[], nn.Module], 
     model = cases.randomised(make())
     same = copy.deepcopy(model)
     images = cases.images(6, 32 if make is timm_resnet else 8)
-    targets = dense_targets(model, [Batch(images)], dict(model.named_modules()))
-    repair._apply(same, images, targets, {}, methods, RIDGE)
+    targets = record_targets(model, [Batch(images)], dict(model.named_modules()))
+    apply_methods(same, images, targets, {}, methods, {})
     assert_same_bits(same, model)
 
 
@@ -188,6 +188,23 @@ def test_batch_norm_against_its_twin() -> None:
     assert not torch.allclose(got[7].running_mean, dense[7].running_mean[kept["7", "out", 0]])  # type: ignore[index, union-attr]
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+def test_moments_are_those_of_the_images_themselves(
+    dtype: torch.dtype, tolerance: float, layout: torch.memory_format
+) -> None:
+    """Divided by n, not by n - 1: with 3 images of 2 x 2 these are 9 % apart."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)).to(dtype).eval()
+    images = (5 + 3 * cases.images(3, 2)).to(dtype)
+    norms = record_targets(model, [Batch(images.to(memory_format=layout))], []).norms
+    with torch.no_grad():
+        inputs = {"0": images.transpose(0, 1).flatten(1), "3": model[:3](images).t()}
+    for name, rows in inputs.items():
+        for channel, values in enumerate(rows):
+            assert float(norms[name].mean[channel]) == pytest.approx(float(values.double().mean()), rel=tolerance)
+            assert float(norms[name].var[channel]) == pytest.approx(variance(values), rel=tolerance)
+
+
 def test_every_norm_of_a_residual_net_follows_the_change_of_its_input() -> None:
     """Stored mean - mean of the input is as it was in the dense model, for the inputs that the repaired model makes."""
     dense = timm_resnet()
@@ -196,8 +213,8 @@ def test_every_norm_of_a_residual_net_follows_the_change_of_its_input() -> None:
     cut["layer1.0.conv2", "in", 0] = gone
     smaller, kept = pruned(dense, cut)
     images = cases.images(8, 32)
-    targets = dense_targets(dense, [Batch(images)], [])
-    repair._apply(smaller, images, targets, kept, ("batch_norm",), RIDGE)
+    targets = record_targets(dense, [Batch(images)], [])
+    apply_methods(smaller, images, targets, kept, ("batch_norm",), {})
     before, after = offsets(dense, images), offsets(smaller, images)
     before["layer1.0.bn1"] = before["layer1.0.bn1"][kept["layer1.0.bn1", "out", 0]]
     for name, expected in before.items():
@@ -324,8 +341,8 @@ def test_a_refit_of_a_transformer_block_reproduces_the_mean_of_every_token() -> 
     cut: Cut = {("blocks.0.mlp.fc1", "out", 0): gone, ("blocks.0.mlp.fc2", "in", 0): gone}
     smaller, kept = pruned(dense, cut)
     images = cases.images(6, 32)
-    targets = dense_targets(dense, [Batch(images)], ["blocks.0.mlp.fc2"])
-    repair._apply(smaller, images, targets, kept, ("mean_shift",), RIDGE)
+    targets = record_targets(dense, [Batch(images)], ["blocks.0.mlp.fc2"])
+    apply_methods(smaller, images, targets, kept, ("mean_shift",), {})
     outputs = []
     for model in (dense, smaller):
         with torch.no_grad():
@@ -358,7 +375,7 @@ def test_fewer_positions_are_drawn_where_there_are_many(monkeypatch: pytest.Monk
 def test_more_images_than_fit_into_one_batch_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repair, "MOST_VALUES", 4 * 3 * 8 * 8)
     dense = cases.randomised(plain())
-    assert dense_targets(dense, batches(dense), ["10"]).outputs["10"].shape == (4, 4)
+    assert record_targets(dense, batches(dense), ["10"]).outputs["10"].shape == (4, 4)
 
 
 # --- the parts -----------------------------------------------------------------------------------
@@ -370,14 +387,14 @@ def test_primal_and_dual_agree_with_plain_least_squares(rows: int, columns: int)
     y = torch.randn(rows, 3, dtype=torch.float64)
     penalty = RIDGE * float(a.square().sum()) / columns
     expected = augmented_lstsq(a.numpy(), y.numpy(), penalty)
-    np.testing.assert_allclose(repair._ridge_solution(a, y, RIDGE).numpy(), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(least_squares.solve_ridge(a, y, RIDGE).numpy(), expected, rtol=1e-9, atol=1e-12)
     primal = torch.linalg.solve(a.T @ a + penalty * torch.eye(columns).double(), a.T @ y)
     dual = a.T @ torch.linalg.solve(a @ a.T + penalty * torch.eye(rows).double(), y)
     torch.testing.assert_close(primal, dual)
 
 
 def test_inputs_that_are_constant_do_not_break_the_solution() -> None:
-    assert not repair._ridge_solution(torch.zeros(8, 3), torch.randn(8, 2), RIDGE).any()
+    assert not least_squares.solve_ridge(torch.zeros(8, 3), torch.randn(8, 2), RIDGE).any()
 
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -396,7 +413,7 @@ def test_rows_of_a_convolution_are_those_of_unfold(options: dict[str, Any]) -> N
     x = torch.randn(5, 4, 9, 11, dtype=torch.float64)
     out = conv(x).flatten(2)
     positions = torch.randperm(out.shape[2])[:6].sort().values
-    rows = repair._rows(conv, x, positions)
+    rows = least_squares.gather_inputs(conv, x, positions)
     patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)  # type: ignore[arg-type]
     assert torch.equal(rows, patches[:, :, positions].transpose(1, 2).reshape(len(rows), -1))
     with torch.no_grad():
@@ -409,7 +426,7 @@ def test_rows_of_a_linear_layer_are_its_inputs(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     flat = x.reshape(5, -1, 4)
     positions = torch.arange(0, flat.shape[1], 2)
-    assert torch.equal(repair._rows(nn.Linear(4, 3), x, positions), flat[:, ::2].reshape(-1, 4))
+    assert torch.equal(least_squares.gather_inputs(nn.Linear(4, 3), x, positions), flat[:, ::2].reshape(-1, 4))
 
 
 def test_layers_whose_inputs_cannot_be_laid_out_are_not_refitted() -> None:
@@ -424,7 +441,7 @@ def test_layers_whose_inputs_cannot_be_laid_out_are_not_refitted() -> None:
         nn.Flatten(),
         Scaled(294, 4),
     )
-    assert not dense_targets(model, [Batch(torch.randn(2, 3, 8, 8))], list("01235")).outputs
+    assert not record_targets(model, [Batch(torch.randn(2, 3, 8, 8))], list("01235")).outputs
 
 
 # --- the gate ------------------------------------------------------------------------------------
@@ -439,8 +456,8 @@ def test_a_repair_that_harms_is_not_kept(
     dense = cases.randomised(make())
     smaller, kept = pruned(dense, cut)
     before = fingerprint(smaller)
-    targets = dense_targets(dense, batches(dense), consumers(cut))
-    outcome = repaired(smaller, batches(dense), batches(smaller, seed=2), targets, kept, methods, ridge=RIDGE)
+    targets = record_targets(dense, batches(dense), consumers(cut))
+    outcome = repair_model(smaller, batches(dense), batches(smaller, seed=2), targets, kept, methods)
     assert outcome.kept == "none"
     assert outcome.before == outcome.after
     after = fingerprint(smaller)
@@ -458,8 +475,8 @@ def test_the_divergence_on_images_held_back_never_rises(
     smaller, kept = pruned(dense, cut)
     gate = batches(dense, seed=7 + seed)
     before = agreement_on(smaller, gate)
-    targets = dense_targets(dense, batches(dense, seed=seed), consumers(cut))
-    outcome = repaired(smaller, batches(dense, seed=seed), gate, targets, kept, methods, ridge=RIDGE)
+    targets = record_targets(dense, batches(dense, seed=seed), consumers(cut))
+    outcome = repair_model(smaller, batches(dense, seed=seed), gate, targets, kept, methods)
     after = agreement_on(smaller, gate)
     assert (outcome.before, outcome.after) == (before, after)
     assert after == before if outcome.kept == "none" else after.kl < before.kl
@@ -468,11 +485,11 @@ def test_the_divergence_on_images_held_back_never_rises(
 def test_auto_takes_the_best_combination() -> None:
     dense = cases.randomised(plain())
     gate = batches(dense, 40, seed=5)
-    targets = dense_targets(dense, batches(dense, 40), consumers(PLAIN))
+    targets = record_targets(dense, batches(dense, 40), consumers(PLAIN))
     found = {}
     for methods in (("mean_shift",), ("least_squares",), ("auto",)):
         smaller, kept = pruned(dense, PLAIN)
-        outcome = repaired(smaller, batches(dense, 40), gate, targets, kept, methods, ridge=RIDGE)
+        outcome = repair_model(smaller, batches(dense, 40), gate, targets, kept, methods)
         found[methods[0]] = outcome.kept, agreement_on(smaller, gate).kl
     assert found["least_squares"][0] == "least_squares"
     assert found["auto"] == min(found["mean_shift"], found["least_squares"], key=lambda pair: pair[1])
@@ -487,9 +504,9 @@ def test_auto_tries_what_applies(
 ) -> None:
     dense = cases.randomised(make())
     tried = []
-    monkeypatch.setattr(repair, "_apply", lambda *arguments: tried.append(arguments[4]))
+    monkeypatch.setattr(repair, "apply_methods", lambda *arguments: tried.append(arguments[4]))
     images = batches(dense)
-    repaired(copy.deepcopy(dense), images, images, dense_targets(dense, images, []), {}, ("auto",), ridge=RIDGE)
+    repair_model(copy.deepcopy(dense), images, images, record_targets(dense, images, []), {}, ("auto",))
     assert tried == expected
 
 
@@ -498,7 +515,7 @@ def test_without_methods_the_agreement_is_measured_and_nothing_else() -> None:
     smaller, kept = pruned(dense, PLAIN)
     before = copy.deepcopy(smaller)
     images = batches(dense)
-    outcome = repaired(smaller, images, images, dense_targets(dense, images, []), kept, (), ridge=RIDGE)
+    outcome = repair_model(smaller, images, images, record_targets(dense, images, []), kept, ())
     assert outcome == repair.Outcome("none", agreement_on(before, images), agreement_on(before, images))
     assert_same_bits(smaller, before)
 
@@ -511,10 +528,10 @@ def test_a_repair_that_breaks_the_model_is_undone(monkeypatch: pytest.MonkeyPatc
     def breaks(model: nn.Module, *_: object) -> None:
         model[2].bias.data.fill_(torch.nan)  # type: ignore[index]
 
-    monkeypatch.setattr(repair, "_apply", breaks)
+    monkeypatch.setattr(repair, "apply_methods", breaks)
     images = batches(dense)
-    targets = dense_targets(dense, images, consumers(PLAIN))
-    assert repaired(smaller, images, images, targets, kept, ("auto",), ridge=RIDGE).kept == "none"
+    targets = record_targets(dense, images, consumers(PLAIN))
+    assert repair_model(smaller, images, images, targets, kept, ("auto",)).kept == "none"
     assert_same_bits(smaller, before)
 
 
@@ -522,9 +539,9 @@ def test_what_one_repair_breaks_does_not_reach_the_next(monkeypatch: pytest.Monk
     dense = cases.randomised(plain())
     (one, kept), (other, _) = pruned(dense, PLAIN), pruned(dense, PLAIN)
     images = batches(dense)
-    targets = dense_targets(dense, images, consumers(PLAIN))
-    repaired(one, images, images, targets, kept, ("least_squares",), ridge=RIDGE)
-    apply = repair._apply
+    targets = record_targets(dense, images, consumers(PLAIN))
+    repair_model(one, images, images, targets, kept, ("least_squares",))
+    apply = repair.apply_methods
 
     def breaks(model: nn.Module, *rest: Any) -> None:
         if rest[3] == ("mean_shift",):
@@ -532,15 +549,15 @@ def test_what_one_repair_breaks_does_not_reach_the_next(monkeypatch: pytest.Monk
             raise torch.linalg.LinAlgError("not positive definite")
         apply(model, *rest)
 
-    monkeypatch.setattr(repair, "_apply", breaks)
-    assert repaired(other, images, images, targets, kept, ("auto",), ridge=RIDGE).kept == "least_squares"
+    monkeypatch.setattr(repair, "apply_methods", breaks)
+    assert repair_model(other, images, images, targets, kept, ("auto",)).kept == "least_squares"
     assert_same_bits(other, one)
 
 
 def test_recording_leaves_the_dense_model_as_it_was(fingerprint: Callable[[nn.Module], dict]) -> None:
     dense = cases.randomised(normed()).train()
     before = fingerprint(dense)
-    dense_targets(dense, [Batch(cases.images(4))], consumers(NORMED))
+    record_targets(dense, [Batch(cases.images(4))], consumers(NORMED))
     assert fingerprint(dense) == before
 
 
@@ -549,8 +566,8 @@ def test_modes_and_frozen_parameters_survive_a_repair() -> None:
     smaller, kept = pruned(dense, NORMED)
     smaller[9].requires_grad_(False)  # type: ignore[index]
     smaller[1].train()  # type: ignore[index]
-    targets = dense_targets(dense, batches(dense), consumers(NORMED))
-    outcome = repaired(smaller, batches(dense), batches(dense), targets, kept, ("auto",), ridge=RIDGE)
+    targets = record_targets(dense, batches(dense), consumers(NORMED))
+    outcome = repair_model(smaller, batches(dense), batches(dense), targets, kept, ("auto",))
     assert outcome.kept != "none"
     assert not smaller[9].weight.requires_grad  # type: ignore[index, union-attr]
     assert smaller[0].weight.requires_grad  # type: ignore[index, union-attr]
@@ -567,12 +584,12 @@ def test_masked_least_squares_solves_every_row_on_its_support(
     positions: int, inputs: int, ridge: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row by row: (a_S^T a_S + lambda) d_S = a_S^T r, lambda = ridge * mean square of a column's sum."""
-    monkeypatch.setattr(repair, "ITERATIONS", 500)
-    monkeypatch.setattr(repair, "CONVERGED", 1e-13)
+    monkeypatch.setattr(least_squares, "ITERATIONS", 500)
+    monkeypatch.setattr(least_squares, "CONVERGED", 1e-13)
     a, residual = torch.randn(positions, inputs).double(), torch.randn(positions, 7).double()
     mask = torch.rand(7, inputs) > 0.5
     mask[0], mask[1] = False, True
-    found = repair._masked_ridge_solution(a, residual, ridge, mask.double())
+    found = least_squares.solve_masked_ridge(a, residual, ridge, mask.double())
     penalty = ridge * float((a * a).sum()) / inputs
     for row in range(7):
         support = mask[row].nonzero().flatten()
@@ -582,6 +599,20 @@ def test_masked_least_squares_solves_every_row_on_its_support(
         expected[support] = torch.linalg.solve(normal, part.t() @ residual[:, row])
         torch.testing.assert_close(found[row], expected, rtol=1e-9, atol=1e-11)
     assert (found[~mask] == 0).all()
+
+
+def test_masked_least_squares_as_it_is_used_is_close_to_the_solution() -> None:
+    """Correlated inputs, as activations are: three iterations leave half of the gradient, fifty a thousandth."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(40, 40, generator=generator).double() * torch.logspace(0, -1.5, 40).double()
+    a, residual = torch.randn(300, 40, generator=generator).double() @ mix, torch.randn(300, 6, generator=generator)
+    residual = residual.double()
+    mask = torch.rand(6, 40, generator=generator) > 0.3
+    found = least_squares.solve_masked_ridge(a, residual, 1e-4, mask.double())
+    penalty = 1e-4 * float(a.square().sum()) / 40
+    gradient = ((residual - a @ found.t()).t() @ a - penalty * found) * mask
+    first = (residual.t() @ a) * mask
+    assert (gradient.norm(dim=1) <= 1.001e-3 * first.norm(dim=1)).all()
 
 
 def test_stopping_early_never_fits_worse() -> None:
@@ -595,8 +626,8 @@ def test_stopping_early_never_fits_worse() -> None:
     losses = [loss(torch.zeros(5, 30).double())]
     for iterations in range(1, 8):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(repair, "ITERATIONS", iterations)
-            losses.append(loss(repair._masked_ridge_solution(a, residual, 0.1, mask)))
+            patch.setattr(least_squares, "ITERATIONS", iterations)
+            losses.append(loss(least_squares.solve_masked_ridge(a, residual, 0.1, mask)))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.8 * losses[0]
 
@@ -607,11 +638,11 @@ def test_masked_weights_stay_zero_and_the_rest_makes_up_for_them(make: Callable[
     images = batches(dense)
     slots = weights_of(dense)
     masks = {name: torch.rand(slot.stored.shape) > 0.5 for name, slot in slots.items()}
-    targets = dense_targets(dense, images, [name.rpartition(".")[0] for name in masks])
+    targets = record_targets(dense, images, [name.rpartition(".")[0] for name in masks])
     thinned = copy.deepcopy(dense)
     for name, slot in weights_of(thinned).items():
         slot.stored.data.mul_(masks[name])
-    outcome = repaired(thinned, images, images, targets, {}, ("auto",), ridge=RIDGE, masks=masks)
+    outcome = repair_model(thinned, images, images, targets, {}, ("auto",), masks=masks)
     assert "least_squares" in outcome.kept
     assert outcome.after.kl < 0.5 * outcome.before.kl
     for name, slot in weights_of(thinned).items():
@@ -625,13 +656,11 @@ def test_a_masked_bias_stays_zero() -> None:
     last = list(weights_of(dense))[-1].removesuffix(".weight")
     masks = {f"{last}.weight": torch.rand(dense.get_submodule(last).weight.shape) > 0.5}  # type: ignore[union-attr, arg-type]
     bias = torch.arange(len(dense.get_submodule(last).bias)) % 2 == 0  # type: ignore[arg-type]
-    targets = dense_targets(dense, images, [last])
+    targets = record_targets(dense, images, [last])
     for given, zeros in (({}, 0), ({f"{last}.bias": bias}, int((~bias).sum()))):
         thinned = copy.deepcopy(dense)
         layer = thinned.get_submodule(last)
         layer.weight.data.mul_(masks[f"{last}.weight"])
-        repair._apply(
-            thinned, repair._images(thinned, images)[0], targets, {}, ("least_squares",), RIDGE, masks | given
-        )
+        apply_methods(thinned, repair._own_images(thinned, images)[0], targets, {}, ("least_squares",), masks | given)
         assert int((layer.bias == 0).sum()) == zeros
         assert not torch.equal(layer.bias, dense.get_submodule(last).bias)
