@@ -13,7 +13,7 @@ from jbrprune.prediction.degradation import Degradation, degradation
 from jbrprune.prediction.predict import predict
 from jbrprune.pruning.api import PruneResult, prune, sweep
 from jbrprune.pruning.scoring import score
-from jbrprune.report.report import Report
+from jbrprune.report.records import Report
 from jbrprune.sparsity.masks import make_permanent
 
 __version__ = version("jbrprune")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from jbrprune import demo_data
 from jbrprune.pruning.api import PruneResult, sweep
-from jbrprune.report.figures import ratio_plot
-from jbrprune.report.text import ratio_table
+from jbrprune.report.figures import plot_sweep
+from jbrprune.report.text import format_sweep
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], object]) -> None:
 
 def _show(results: Sequence[PruneResult], out: Path, name: str, title: str, say: Callable[[str], object]) -> None:
     reports = [result.report for result in results]
-    say(ratio_table(reports, title))
+    say(format_sweep(reports, title))
     results[-1].save(out / name, overwrite=True)
-    ratio_plot(reports, out / f"{name}.png")
+    plot_sweep(reports, out / f"{name}.png")
     where = out / name
     say(f"\nThe smallest model is in {where}, the plot in {where}.png. Load it: jbrprune.load({str(where)!r})")

@@ -37,8 +37,7 @@ from jbrprune.demo_data import lite0, train_digits
 from jbrprune.errors import JBRError, NonFiniteError
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models import timm_models
-from jbrprune.report.records import plain
-from jbrprune.report.report import Report
+from jbrprune.report.records import Report, plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,14 +193,14 @@ def _check_finite(record: Mapping[str, Any]) -> None:
 def measured(report: Report) -> dict[str, Any]:
     """What a report says about cost and agreement."""
     final, before = report.final, report.unrepaired
-    sizes = {"dense_": report.dense, "": report.pruned}
+    times = report.timings.latencies if report.timings else (None, None)
     return {
         "dense_macs": report.dense.macs,
         "macs": report.pruned.macs,
         "dense_params": report.dense.params,
         "params": report.pruned.params,
         "nonzero": report.pruned.nonzero,
-        **{f"{of}latency_ms": size.latency and size.latency.median_ms for of, size in sizes.items()},
+        **{f"{of}latency_ms": time and time.median_ms for of, time in zip(("dense_", ""), times)},
         "sparsity": report.sparsity,
         "accuracy": final.accuracy,
         "dense_accuracy": final.dense_accuracy,

@@ -25,7 +25,7 @@ from jbrprune.commands.options import model_arguments
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.errors import ArgumentError, JBRError
-from jbrprune.report.report import Report
+from jbrprune.report.records import Report
 
 COMMANDS = ("prune", "score", "eval", "info", "tpv", "demo")
 ARGUMENTS = {"num_classes": 4, "img_size": 32, "depth": 2}

@@ -39,7 +39,7 @@ from jbrprune.checkpoint.rebuilding import (
 from jbrprune.data.files import flush, replacing
 from jbrprune.errors import ArgumentError, CheckpointError
 from jbrprune.models import timm_models
-from jbrprune.report.model_card import CARD, is_card, model_card
+from jbrprune.report.text import CARD, is_card, make_card
 from jbrprune.sparsity.masks import put_masks
 
 WEIGHTS = "model.safetensors"
@@ -171,7 +171,7 @@ def write_card(path: str | os.PathLike[str]) -> Path:
     base = None if description.recipe is None else description.recipe.name
     try:
         with replacing(target) as temporary:
-            temporary.write_text(model_card(description.report, base), encoding="utf-8")
+            temporary.write_text(make_card(description.report, base), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
             f"{target}: could not be written: {error}. Free some space, or choose another path."

@@ -36,7 +36,7 @@ from jbrprune.data import distributed
 from jbrprune.errors import JBRError
 from jbrprune.prediction.predict import predict
 from jbrprune.pruning.api import prune
-from jbrprune.report.report import Report
+from jbrprune.report.records import Report
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -21,7 +21,7 @@ from jbrprune.pruning.api import PruneResult
 from jbrprune.pruning.calibration import calibration
 from jbrprune.pruning.prepare import opened_with
 from jbrprune.pruning.scoring import check_model
-from jbrprune.report.report import Report
+from jbrprune.report.records import Report
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group
 from jbrprune.structure.verification import verify_groups

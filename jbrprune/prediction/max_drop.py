@@ -27,8 +27,7 @@ from jbrprune.pruning import loop as engine
 from jbrprune.pruning.calibration import Calibration
 from jbrprune.pruning.loop import Settings, State
 from jbrprune.pruning.plan import planned_cuts
-from jbrprune.report.records import Search, Trial
-from jbrprune.report.report import Report
+from jbrprune.report.records import Report, Search, Trial
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from jbrprune.pruning.calibration import Calibration
 from jbrprune.pruning.plan import planned_cuts
 from jbrprune.pruning.prepare import Opened, opened_with
 from jbrprune.pruning.scoring import check_model, resolved
-from jbrprune.report.figures import extra
+from jbrprune.report.records import import_optional
 from jbrprune.structure.groups import Group
 from jbrprune.structure.verification import masked_units
 from jbrprune.tpv.validity import TPVWarning
@@ -161,7 +161,7 @@ def predict(
         Arpit, arXiv 2512.11089 (TPV as the cost of a removal).
     """
     arguments = dict(locals())
-    pandas = extra("pandas")
+    pandas = import_optional("pandas")
     given_shares = {name: arguments.pop(name) for name in KINDS}
     kind, shares = _shares(given_shares)
     by_default = not any(share is not None for share in given_shares.values())

@@ -29,7 +29,7 @@ from jbrprune.pruning.calibration import Calibration
 from jbrprune.pruning.prepare import opened_with
 from jbrprune.pruning.scoring import check_model, resolved
 from jbrprune.pruning.weights import Thinned
-from jbrprune.report.report import Report
+from jbrprune.report.records import Report
 from jbrprune.sparsity.masks import fresh, make_permanent, masks_of, put_masks, refuse_hidden_sharing, slots
 from jbrprune.sparsity.patterns import Pattern
 

@@ -39,7 +39,7 @@ from jbrprune.pruning.runs import (
     with_latency,
 )
 from jbrprune.repair.repair import Targets, record_targets
-from jbrprune.report.report import LayerRow, Report, Size, StepRow
+from jbrprune.report.records import LayerRow, Report, Size, StepRow
 from jbrprune.structure.discovery import Found, find_groups
 from jbrprune.structure.groups import Axis, Group, Selection, removed_channels
 from jbrprune.structure.verification import remove_units, verify_groups

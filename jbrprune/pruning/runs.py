@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,8 @@ from jbrprune.evaluation.agreement import Agreement, agreement_on, bytes_of, par
 from jbrprune.evaluation.latency import describe_hardware, time_in_turns
 from jbrprune.pruning.calibration import FEWEST_TO_HOLD_BACK, Calibration
 from jbrprune.repair.repair import Outcome, Targets, repair_model
-from jbrprune.report.records import Run, Size, StepRow, plain, record
+from jbrprune.report.records import Report, Size, StepRow, plain, record
 from jbrprune.structure.groups import Axis
-
-AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 @dataclass(eq=False)
@@ -96,10 +94,9 @@ def size_of(model: nn.Module, example: Tensor) -> Size:
     return Size(sum(count_macs(model, example).values()), parameters_of(model), bytes_of(model))
 
 
-def with_latency(report: AnyRun, dense: nn.Module, pruned: nn.Module, example: Tensor) -> AnyRun:
+def with_latency(report: Report, dense: nn.Module, pruned: nn.Module, example: Tensor) -> Report:
     """The report with the time of both models on the first example image, taken in turns."""
-    before, after = time_in_turns([dense, pruned], example[:1]).latencies
-    return replace(report, dense=replace(report.dense, latency=before), pruned=replace(report.pruned, latency=after))
+    return replace(report, timings=time_in_turns([dense, pruned], example[:1]))
 
 
 def provenance(seed: int, device: torch.device) -> dict[str, object]:

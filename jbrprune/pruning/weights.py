@@ -36,7 +36,7 @@ from jbrprune.pruning.runs import (
     with_latency,
 )
 from jbrprune.repair.repair import Targets, record_targets
-from jbrprune.report.report import LayerRow, Report, Size, StepRow
+from jbrprune.report.records import LayerRow, Report, Size, StepRow
 from jbrprune.sparsity.dead_channels import shrink
 from jbrprune.sparsity.masks import ignored, is_weight_layer, slots, weights_of
 from jbrprune.sparsity.patterns import Pattern, Remainder, Scope, at_floor, keep_most_important, keep_pattern, schedule

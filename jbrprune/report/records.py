@@ -1,16 +1,22 @@
-"""What one pruning run did, as plain records that survive JSON."""
+"""What one pruning run did: a record that prints, plots and survives JSON."""
 
 from __future__ import annotations
 
-import functools
+import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from jbrprune.errors import ArgumentError
 from jbrprune.evaluation.agreement import Agreement, Drop
-from jbrprune.evaluation.latency import Latency
+from jbrprune.evaluation.latency import Timings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 Record = TypeVar("Record")
 
@@ -47,15 +53,13 @@ class Size:
         macs: Multiply-accumulates for one image.
         params: Number of parameters.
         bytes: Bytes of parameters and buffers.
-        latency: Wall time of a forward pass, or None where it was not measured.
-        nonzero: Effective parameters: those that are not masked; None where no single weights were pruned.
+        nonzero: Parameters that are not masked; None where no single weights were pruned.
         packed: Bytes of a file that leaves out what is masked (one bit per entry says where); None as above.
     """
 
     macs: int
     params: int
     bytes: int
-    latency: Latency | None = None
     nonzero: int | None = None
     packed: int | None = None
 
@@ -98,7 +102,7 @@ class Trial:
         macs: Its multiply-accumulates for one image.
         drop: What it lost.
         accepted: Whether that was allowed.
-        predicted: Share of samples whose top-1 was predicted to change before it was made.
+        predicted: Share of samples whose top-1 was predicted to change before the model was made.
     """
 
     share: float
@@ -129,8 +133,8 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything one pruning run has to say; `jbrprune.report.report.Report` says it.
+class Report:
+    """Everything one pruning run has to say.
 
     Attributes:
         model: Name of the model.
@@ -148,6 +152,7 @@ class Run:
         notes: What a reader ought to know.
         removed: Group of units -> the units of the dense model that are gone; empty where single weights were pruned.
         search: With ``max_drop``, how the size was found; else None.
+        timings: Time of the dense and of the pruned model for one image, taken in turns; None where not measured.
     """
 
     model: str
@@ -165,6 +170,7 @@ class Run:
     notes: tuple[str, ...] = ()
     removed: dict[str, list[int]] = field(default_factory=dict)
     search: Search | None = None
+    timings: Timings | None = None
 
     @property
     def final(self) -> Agreement | None:
@@ -182,51 +188,106 @@ class Run:
         rows = [layer for layer in self.layers if layer.kind == "weight"]
         return 1 - sum(row.after for row in rows) / sum(row.before for row in rows) if rows else None
 
+    def __str__(self) -> str:
+        """Plain text, at most 80 columns."""
+        from jbrprune.report.text import format_report
 
-@functools.singledispatch
+        return format_report(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Pure JSON types: tuples become lists, NaN and Inf become None, anything foreign its string."""
+        return plain(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Undo `to_dict`; unknown keys are ignored.
+
+        Raises:
+            ArgumentError: A required key is missing (named), or a record is not a mapping.
+        """
+        return record(cls, data)
+
+    def to_frame(self) -> DataFrame:
+        """One row per layer: name, type, kind, before, after, kept.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return import_optional("pandas").DataFrame([plain(layer) | {"kept": layer.kept} for layer in self.layers])
+
+    def to_html(self, path: str | os.PathLike[str] | None = None, *, predicted: DataFrame | None = None) -> str:
+        """Make one self-contained page: cost, agreement, the figure of `plot`, all layers, all steps, provenance.
+
+        Args:
+            path: Write the page here as well.
+            predicted: As for `plot`.
+
+        Returns:
+            The page.
+
+        Raises:
+            ArgumentError: The prediction is of something else, or lacks a column.
+            ImportError: matplotlib is not installed.
+        """
+        from jbrprune.report.html import make_page
+
+        return make_page(self, path, predicted)
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, predicted: DataFrame | None = None) -> Figure:
+        """Draw the kept width of every layer, and the agreement against the cost over the steps.
+
+        Args:
+            path: Write the figure here as well; the suffix gives the format (``.png``, ``.svg``, ``.pdf``).
+            predicted: A prediction for the same model and images, as a table with the columns ``macs`` (share kept)
+                and ``predicted_flips`` and, or, ``predicted_flips_repaired`` (share of images whose top-1 changes).
+
+        Returns:
+            The figure; no window is opened and no global state of matplotlib is touched.
+
+        Raises:
+            ArgumentError: The prediction is of something else, or lacks a column.
+            ImportError: matplotlib is not installed.
+        """
+        from jbrprune.report.figures import plot_report
+
+        return plot_report(self, path, predicted)
+
+
+def import_optional(module: str) -> ModuleType:
+    """Import a module that ``jbrprune[report]`` installs.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"This needs {package}, which is not installed: pip install 'jbrprune[report]'") from error
+
+
 def plain(value: Any) -> Any:
     """Pure JSON types; arrays and tensors become lists, anything foreign its string."""
     if is_dataclass(value):
-        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        own = {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        return own | ({"top1_interval": plain(value.top1_interval)} if isinstance(value, Agreement) else {})
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
     listed = getattr(value, "tolist", None)
     return str(value) if listed is None else plain(listed())
 
 
-@plain.register(str)
-@plain.register(int)
-@plain.register(type(None))
-def _(value: Any) -> Any:
-    return value
-
-
-@plain.register
-def _(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-@plain.register(Mapping)
-def _(value: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(key): plain(item) for key, item in value.items()}
-
-
-@plain.register(list)
-@plain.register(tuple)
-def _(value: Sequence[Any]) -> list[Any]:
-    return [plain(item) for item in value]
-
-
-@plain.register
-def _(value: Agreement) -> dict[str, Any]:
-    """With the interval, for those who read the file with something else."""
-    own = {item.name: plain(getattr(value, item.name)) for item in fields(value)}
-    return own | {"top1_interval": plain(value.top1_interval)}
-
-
 def record(kind: type[Record], data: object, where: str = "report") -> Record:
-    """Undo `plain`; keys that are not known are ignored.
+    """Undo `plain`; unknown keys are ignored.
 
     Args:
-        kind: The dataclass to make.
+        kind: The dataclass to make; records inside it are found by their type hints.
         data: What `plain` made of one.
         where: Its name, for messages.
 
@@ -235,30 +296,19 @@ def record(kind: type[Record], data: object, where: str = "report") -> Record:
     """
     if not isinstance(data, Mapping):
         raise ArgumentError(f"{where} must be a mapping, as Report.to_dict makes it; got {type(data).__name__}.")
-    values: dict[str, Any] = {}
+    hints, values = get_type_hints(kind), {}
     for item in fields(kind):  # type: ignore[arg-type]
         if item.name in data:
-            build, value = _NESTED.get(item.name), data[item.name]
-            values[item.name] = build(value, f"{where}.{item.name}") if build and value is not None else value
+            values[item.name] = _read(hints[item.name], data[item.name], f"{where}.{item.name}")
         elif item.default is MISSING and item.default_factory is MISSING:
             raise ArgumentError(f"{where} lacks {item.name!r}; it holds {sorted(data)}. Was it made by Report.to_dict?")
     return kind(**values)
 
 
-def _records(kind: type[Record], data: Sequence[object], where: str) -> tuple[Record, ...]:
-    return tuple(record(kind, row, f"{where}[{number}]") for number, row in enumerate(data))
-
-
-_NESTED: dict[str, Callable[[Any, str], object]] = {
-    "dense": functools.partial(record, Size),
-    "pruned": functools.partial(record, Size),
-    "latency": functools.partial(record, Latency),
-    "unrepaired": functools.partial(record, Agreement),
-    "repaired": functools.partial(record, Agreement),
-    "layers": functools.partial(_records, LayerRow),
-    "steps": functools.partial(_records, StepRow),
-    "notes": lambda notes, where: tuple(notes),
-    "drop": functools.partial(record, Drop),
-    "trials": functools.partial(_records, Trial),
-    "search": functools.partial(record, Search),
-}
+def _read(hint: Any, value: Any, where: str) -> Any:
+    """One field of a record: a record, a tuple of records, or a value that JSON has."""
+    kind = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
+    if get_origin(hint) is tuple:
+        rows = enumerate(value)
+        return tuple(record(kind, row, f"{where}[{number}]") if kind else row for number, row in rows)  # type: ignore[arg-type]
+    return value if kind is None or value is None else record(kind, value, where)  # type: ignore[arg-type]

@@ -1,319 +1,274 @@
-"""Reports as plain text: one run in full, or many runs side by side."""
+"""Reports as plain text: one run in full, the runs of a sweep side by side, and the model card of a saved model."""
 
 from __future__ import annotations
 
 import io
+import json
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich import table
+from rich.box import Box
+from rich.console import Console
 
 from jbrprune.errors import ArgumentError
 from jbrprune.evaluation.agreement import Agreement
-from jbrprune.evaluation.latency import Latency
-from jbrprune.report.records import LayerRow, Run, Search, Size, plain
+from jbrprune.report.records import Report, plain
 
-WIDTH = 100
-RATIO_WIDTH = 120
+WIDTH = 80
 MAX_ROWS = 40
-
-# ASCII, so that a report can go into any log file and any terminal
-RULED = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-
-
-def report_text(report: Run) -> str:
-    """One run: its cost, its agreement with the dense model and the width of every layer, in at most 100 columns."""
-    parts = (headline(report), _facts(report), _agreement(report), _layer_table(report.layers), _notes(report.notes))
-    return "\n\n".join(text for text in (_rendered(part, WIDTH) for part in parts if part) if text)
+CARD = "README.md"
+LIBRARY = "jbrprune"
 
 
-def ratio_table(rows: Sequence[Run], title: str) -> str:
-    """What each pruning ratio costs: one line per report, after one for the dense model; one table per model.
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns.
+
+    Attributes:
+        headings: One for every column; empty for pairs of a name and a value.
+        rows: The cells.
+        left: So many of the first columns are aligned to the left, the others to the right.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+
+def make_table(rows: Sequence[Mapping[str, Any]], left: int = 1) -> Table:
+    """A table of rows with the same keys; columns in which no row has a value are left out."""
+    names = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
+    return Table(names, [[format_value(row[name]) for name in names] for row in rows], left)
+
+
+def format_table(content: Table) -> str:
+    """Lay a table out as plain ASCII of at most 80 columns, whatever the terminal and its variables are.
+
+    The first column is folded where it is too wide; of pairs, the second.
+    """
+    ruled = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+    grid = table.Table(box=ruled, show_edge=False, pad_edge=False, header_style="", padding=(0, 1, 0, 0))
+    grid.show_header = bool(content.headings)
+    for number, heading in enumerate(content.headings or ("", "")):
+        folds = number == (0 if content.headings else 1)
+        justify = "left" if number < content.left else "right"
+        grid.add_column(heading, justify=justify, no_wrap=not folds, overflow="fold")
+    for row in content.rows:
+        grid.add_row(*row)
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, markup=False, emoji=False, _environ={})
+    with console.capture() as capture:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
+
+
+def format_report(report: Report) -> str:
+    """Lay a report out in at most 80 columns: cost, agreement with the dense model, width of every layer, notes."""
+    layers = report.layers
+    if len(layers) > MAX_ROWS:
+        layers = tuple(layer for layer in layers if layer.after != layer.before)[:MAX_ROWS]
+    parts = [headline(report)]
+    for title, content in make_tables(replace(report, layers=layers, steps=())).items():
+        parts += [textwrap.fill(title, WIDTH), format_table(content)]
+    if len(layers) < len(report.layers):
+        parts.append(f"... and {len(report.layers) - len(layers)} more layers")
+    options: dict[str, Any] = {"initial_indent": "- ", "subsequent_indent": "  ", "break_long_words": False}
+    parts += ["\n".join(textwrap.fill(note, WIDTH, **options) for note in report.notes)] * bool(report.notes)
+    return "\n\n".join(parts)
+
+
+def format_sweep(reports: Sequence[Report], title: str) -> str:
+    """Lay out what each share costs: one line per report, after one for the dense model; one table per model.
 
     Top-1 is given before and after the last repair, all else for the model that was handed over.
 
     Args:
-        rows: Runs in the order in which they are to be listed.
+        reports: At least one, in the order in which they are to be listed.
         title: First line.
 
     Returns:
-        Plain text, at most 120 columns.
-
-    Raises:
-        ArgumentError: No reports.
+        Plain text, at most 80 columns.
     """
-    models = list(dict.fromkeys(report.model for report in check_reports(rows)))
-    tables = []
-    for model in models:
-        heading = [f"{model}\n"] * (len(models) > 1)
-        tables += ["", *heading, _ratio_table([report for report in rows if report.model == model])]
-    return _rendered(Group(title, *tables, "", _RATIO_NOTE), RATIO_WIDTH)
+    parts = [title]
+    for model in dict.fromkeys(report.model for report in reports):
+        own = [report for report in reports if report.model == model]
+        parts += [model, format_table(make_table([_sweep_row(own[0], dense=True), *map(_sweep_row, own)], left=0))]
+    note = (
+        "kept: share of the MACs. top-1, KL: agreement with the dense model on held-out images; top-1 before -> after "
+        "the last repair, all else after it. time: of one image, in turns with the dense model."
+    )
+    if any(report.timings is not None and report.timings.ratios[1] > 1 for report in reports):
+        note += (
+            " A time above 100 % is slower than the dense model with fewer MACs: kernels are slow where a width is not "
+            "a multiple of 8 or 16; Floors(round_to=8) keeps widths that are."
+        )
+    return "\n\n".join([*parts, textwrap.fill(note, WIDTH)])
 
 
-def headline(report: Run) -> str:
+def _sweep_row(report: Report, dense: bool = False) -> dict[str, Any]:
+    """The line of a report, or that of its dense model."""
+    size, final, timings = report.dense if dense else report.pruned, report.final, report.timings
+    sparse = size.nonzero is not None
+    tops = [format_percent(row.top1, "") for row in (report.unrepaired, report.repaired) if row is not None]
+    accuracy = final and (final.dense_accuracy if dense else final.accuracy)
+    ms, ratio = (timings.latencies[0].median_ms, timings.ratios[1]) if timings else (None, None)
+    return {
+        "kept\n%": f"{100 * size.macs / report.dense.macs:.1f}",
+        "MACs": None if sparse else format_si(size.macs),
+        "params": None if sparse else format_si(size.params),
+        "zeros\n%": None if dense else format_percent(report.sparsity, ""),
+        "effective": format_si(size.nonzero) if sparse else None,
+        "top-1 (%)\nbefore -> after": "dense" if dense else " -> ".join(tops),
+        "95 %\ninterval": None if dense else format_interval(final),
+        "KL\n(nats)": None if dense or final is None else final.kl,
+        "accu-\nracy %": format_percent(accuracy, ""),
+        "time\n%": ms and f"{ms:.3g} ms" if dense else format_percent(ratio, ""),
+    }
+
+
+def headline(report: Report) -> str:
     """One line: the model, and its multiply-accumulates before and after, or how many weights are zero."""
     if report.sparsity is not None:
         weights = sum(layer.before for layer in report.layers if layer.kind == "weight")
-        return f"{report.model}: {_percent(report.sparsity)} of {_si(weights)} weights are zero"
-    return f"{report.model}: {_change(report.dense.macs, report.pruned.macs, 'MACs')}"
+        return f"{report.model}: {format_percent(report.sparsity)} of {format_si(weights)} weights are zero"
+    return f"{report.model}: {format_change(report.dense.macs, report.pruned.macs, 'MACs')}"
 
 
-def facts(report: Run) -> dict[str, str]:
-    """What the run changed and how, by name; empty where there is nothing to say."""
-    dense, pruned = report.dense, report.pruned
-    return {
-        "MACs": _change(dense.macs, pruned.macs, "MACs") if dense.macs != pruned.macs and pruned.nonzero else "",
-        "parameters": _change(dense.params, pruned.params, ""),
-        "effective": _optional_change(dense.nonzero, pruned.nonzero, "", "parameters that are not masked"),
-        "size": _change(dense.bytes, pruned.bytes, "B"),
-        "packed": _optional_change(dense.packed, pruned.packed, "B", "without what is masked"),
-        "latency": _latency_change(dense.latency, pruned.latency),
-        "budget": _listed(report.budget),
-        "max_drop": _searched(report.search),
-        "settings": _listed(report.settings),
-        "time": ", ".join(f"{part} {_number(s, '.1f')} s" for part, s in report.seconds.items()),
-    }
-
-
-def _facts(report: Run) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, fact in facts(report).items():
-        if fact:
-            table.add_row(name, fact)
-    return table
-
-
-def _searched(search: Search | None) -> str:
-    if search is None:
-        return ""
-    drop = search.drop
-    chosen = f", corrected for choosing among {drop.models} models" if drop.models > 1 else ""
-    return (
-        f"{_percent(search.allowed)} allowed; the {drop.of} fell by {100 * drop.lost:.2f} % (95 % interval "
-        f"{100 * drop.low:.1f} to {100 * drop.high:.1f} %{chosen}) on {search.images}. {len(search.trials)} models "
-        f"were measured on them; no smaller one: {search.limit}"
-    )
-
-
-def _agreement(report: Run) -> RenderableType:
+def make_tables(report: Report) -> dict[str, Table]:
+    """The tables of a report by title; those that would be empty are left out."""
     rows = {"before the last repair": report.unrepaired, "after the last repair": report.repaired}
-    measured = {name: row for name, row in rows.items() if row is not None}
-    if report.final is None:
-        return ""
-    labelled = report.final.accuracy is not None
-    names = ["", "top-1", "95 % interval", "top-5", "KL (nats)"] + ["accuracy"] * labelled
-    table = _table(*names, right=names[1:])
-    if labelled:
-        table.add_row("dense", *_agreement_cells(Agreement(0, 1.0, 1.0, 0.0, report.final.dense_accuracy)))
-    for name, row in measured.items():
-        table.add_row(name, *_agreement_cells(row)[: len(names) - 1])
-    return Group(_heldout(report, report.final), "", table)
-
-
-def _heldout(report: Run, row: Agreement) -> str:
-    which = f" ({report.heldout})" if report.heldout else ""
-    kind = "" if report.search and "decided" in report.heldout else "held-out "
-    return f"Agreement with the dense model on {row.images} {kind}images{which}"
-
-
-def _agreement_cells(row: Agreement) -> tuple[str, ...]:
-    return _percent(row.top1), _interval(row), _percent(row.top5), _number(row.kl, ".4f"), _percent(row.accuracy)
-
-
-def _layer_table(layers: Sequence[LayerRow]) -> RenderableType:
-    if not layers:
-        return ""
-    changed = [layer for layer in layers if layer.after != layer.before]
-    wanted = layers if len(layers) <= MAX_ROWS else changed
-    table = _table("layer", "type", "unit", "before", "after", "kept", "", right=("before", "after", "kept"))
-    for layer in wanted[:MAX_ROWS]:
-        row = (layer.name, layer.type, layer.kind, str(layer.before), str(layer.after))
-        table.add_row(*row, _percent(layer.kept), _bar(layer.kept))
-    left_out = [f"{len(wanted) - MAX_ROWS} more layers"] * (len(wanted) > MAX_ROWS)
-    left_out += [f"{len(layers) - len(wanted)} unchanged layers"] * (len(layers) > len(wanted))
-    return Group(table, "... and " + " and ".join(left_out)) if left_out else table
-
-
-def _notes(notes: Iterable[str]) -> str:
-    return "\n".join(
-        textwrap.fill(note, WIDTH, initial_indent="- ", subsequent_indent="  ", break_long_words=False)
-        for note in notes
-    )
-
-
-def _rendered(part: RenderableType, width: int) -> str:
-    """Plain text, whatever the terminal and its variables are; names such as ``a[b]`` are not markup."""
-    console = Console(
-        file=io.StringIO(), width=width, color_system=None, force_terminal=False, force_jupyter=False,
-        markup=False, emoji=False, highlight=False, _environ={},
-    )  # fmt: skip
-    with console.capture() as capture:
-        console.print(part)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
-
-
-def _table(*names: str, right: Iterable[str] = ()) -> Table:
-    table = Table(box=RULED, show_edge=False, pad_edge=False, header_style="", padding=(0, 1))
-    right = set(right)
-    for name in names:
-        foldable = name == "layer"
-        justify = "right" if name in right else "left"
-        table.add_column(name, justify=justify, no_wrap=not foldable, overflow="fold")
-    return table
-
-
-def _scale(value: float) -> tuple[float, str]:
-    """Divisor and prefix with which the value has one to three digits before the point."""
-    steps = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-    return next(((size, prefix) for size, prefix in steps if abs(value) >= size), (1.0, ""))
-
-
-def _decimals(value: float) -> int:
-    return 2 if value < 10 else 1 if value < 100 else 0
-
-
-def _si(value: float, unit: str = "") -> str:
-    size, prefix = _scale(value)
-    return f"{value / size:.{_decimals(value / size)}f} {prefix}{unit}".rstrip()
-
-
-def _change(before: float, after: float, unit: str) -> str:
-    """``4.09 -> 2.04 GMACs, 50.0 % kept``, both numbers in the prefix of the first."""
-    size, prefix = _scale(before)
-    digits = _decimals(min(before, after) / size)
-    pair = f"{before / size:.{digits}f} -> {after / size:.{digits}f} {prefix}{unit}".rstrip()
-    return f"{pair}, {_percent(after / before if before else None)} kept"
-
-
-def _optional_change(before: int | None, after: int | None, unit: str, what: str) -> str:
-    return "" if before is None or after is None else f"{_change(before, after, unit)} ({what})"
-
-
-def _latency_change(dense: Latency | None, pruned: Latency | None) -> str:
-    if dense is None or pruned is None:
-        return ""
-    threads = f"{pruned.threads} thread" + "s" * (pruned.threads != 1)
-    ratio = _speedup(dense, pruned)
-    text = "" if ratio is None else f", {ratio:.2f}x as fast"
-    if ratio is not None and abs(dense.median_ms - pruned.median_ms) <= (dense.iqr_ms + pruned.iqr_ms) / 2:
-        text += ", within the spread"
-    change = f"{_spread(dense)} -> {_spread(pruned)} ms{text}"
-    clock = ", thread time" if pruned.clock == "thread" else ""
-    return f"{change} (median ± IQR/2; batch {pruned.batch}, {threads}, {pruned.device}{clock})"
-
-
-def _spread(latency: Latency) -> str:
-    digits = _decimals(latency.median_ms)
-    return f"{latency.median_ms:.{digits}f} ± {latency.iqr_ms / 2:.{digits}f}"
-
-
-def _speedup(dense: Latency | None, pruned: Latency | None) -> float | None:
-    """Ratio of the medians; None where the two were not measured in the same way."""
-    if dense is None or pruned is None:
-        return None
-    if any(getattr(dense, name) != getattr(pruned, name) for name in ("batch", "threads", "device", "clock")):
-        return None
-    return dense.median_ms / pruned.median_ms
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None or math.isnan(value) else format(value, form)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None or math.isnan(share) else f"{100 * share:.1f} %"
-
-
-def _interval(row: Agreement | None) -> str:
-    if row is None or not row.images:
-        return "" if row else "-"
-    low, high = row.top1_interval
-    return f"{100 * low:.1f} - {100 * high:.1f} %"
-
-
-def _bar(share: float, length: int = 20) -> str:
-    return "#" * round(share * length)
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in plain(values).items())
-
-
-Cell = Callable[[Run], str]
-
-
-def _ratio_table(reports: Sequence[Run]) -> Table:
-    """Reports of one model."""
-    known = {
-        "accuracy": any(report.final and report.final.accuracy is not None for report in reports),
-        "zeros": any(report.sparsity is not None for report in reports),
-        "effective": any(report.pruned.nonzero for report in reports),
-        "latency\n(ms)": any(report.pruned.latency for report in reports),
-        "speed-up": any(_speedup(report.dense.latency, report.pruned.latency) for report in reports),
+    if report.final is not None and report.final.accuracy is not None:
+        rows = {"dense": Agreement(0, 1.0, 1.0, 0.0, report.final.dense_accuracy)} | rows
+    agreements = [
+        {"": name, "top-1": format_percent(row.top1), "95 % interval": format_interval(row)}
+        | {"top-5": format_percent(row.top5), "KL (nats)": row.kl, "accuracy": format_percent(row.accuracy)}
+        for name, row in rows.items()
+        if row is not None
+    ]
+    widths = [
+        {"layer": row.name, "type": row.type, "unit": row.kind, "before": row.before, "after": row.after}
+        | {"kept": format_percent(row.kept), "": "#" * round(10 * row.kept)}
+        for row in report.layers
+    ]
+    tables = {
+        "Cost": Table((), [pair for pair in _facts(report).items() if pair[1]], left=2),
+        f"Agreement with the dense model on {report.heldout or 'held-out images'}": make_table(agreements),
+        "Widths": make_table(widths, left=3),
+        "Steps": make_table([vars(step) for step in report.steps]),
+        "Provenance": Table((), [(name, format_value(value)) for name, value in report.provenance.items()], left=2),
     }
-    columns = {name: cells for name, cells in _RATIO_COLUMNS.items() if known.get(name, True)}
-    table = _table(*columns, right=columns)
-    table.add_row(*(dense(reports[0]) for dense, _ in columns.values()))
-    for report in reports:
-        table.add_row(*(pruned(report) for _, pruned in columns.values()))
-    return table
+    return {title: content for title, content in tables.items() if content.rows}
 
 
-def _of_final(form: Callable[[Agreement], str]) -> Cell:
-    return lambda report: "-" if report.final is None else form(report.final)
+def _facts(report: Report) -> dict[str, str]:
+    """What the run changed and how, by name; empty where there is nothing to say."""
+    dense, pruned, search, timings = report.dense, report.pruned, report.search, report.timings
+    latency = dropped = ""
+    if timings is not None:
+        before, after = timings.latencies
+        same = ", within the spread" if abs(1 - timings.ratios[1]) <= timings.spreads[1] else ""
+        latency = (
+            f"{before.median_ms:.3g} ± {before.iqr_ms / 2:.2g} -> {after.median_ms:.3g} ± {after.iqr_ms / 2:.2g} ms, "
+            f"{format_percent(timings.ratios[1])} of the time{same} (median ± IQR/2, in turns; batch {after.batch}, "
+            f"threads {after.threads}, {after.device}, {after.clock} clock)"
+        )
+    if search is not None:
+        drop = search.drop
+        chosen = f", corrected for choosing among {drop.models} models" if drop.models > 1 else ""
+        dropped = (
+            f"{format_percent(search.allowed)} allowed; the {drop.of} fell by {100 * drop.lost:.2f} % (95 % interval "
+            f"{100 * drop.low:.1f} to {100 * drop.high:.1f} %{chosen}) on {search.images}. {len(search.trials)} models "
+            f"were measured on them; no smaller one: {search.limit}"
+        )
+    return {
+        "MACs": format_change(dense.macs, pruned.macs),
+        "parameters": format_change(dense.params, pruned.params),
+        "effective": format_change(dense.nonzero, pruned.nonzero, note=" (parameters that are not masked)"),
+        "size": format_change(dense.bytes, pruned.bytes, "B"),
+        "packed": format_change(dense.packed, pruned.packed, "B", " (without what is masked)"),
+        "latency": latency,
+        "budget": format_value(report.budget),
+        "max_drop": dropped,
+        "settings": format_value(report.settings),
+        "time": ", ".join(f"{part} {seconds:.1f} s" for part, seconds in report.seconds.items()),
+    }
 
 
-def _repair_change(report: Run) -> str:
-    before, after = (_percent(row.top1 if row else None) for row in (report.unrepaired, report.repaired))
-    return f"{before.removesuffix(' %')} -> {after}"
+def format_value(value: object) -> str:
+    """One cell: ``25,557,032``, ``0.1234``, ``a=1, b=2``, the top-1 of an agreement; ``-`` for None and NaN."""
+    if isinstance(value, Agreement):
+        return format_percent(value.top1) or "-"
+    value = plain(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={entry}" for name, entry in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
-def _effective(size: Size) -> str:
-    return _si(size.params if size.nonzero is None else size.nonzero)
+def format_si(*values: float, unit: str = "") -> str:
+    """``4.09 -> 2.04 GMACs``: a prefix and the decimals that the first and the smallest value ask for."""
+    sizes = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 0.0: ""}
+    size = next(size for size in sizes if abs(values[0]) >= size)
+    least = min(values) / (size or 1)
+    digits = 2 if least < 10 else 1 if least < 100 else 0
+    return f"{' -> '.join(f'{value / (size or 1):.{digits}f}' for value in values)} {sizes[size]}{unit}".rstrip()
 
 
-def _latency_cell(latency: Latency | None) -> str:
-    return "-" if latency is None else _spread(latency)
+def format_change(before: float | None, after: float | None, unit: str = "", note: str = "") -> str:
+    """``4.09 -> 2.04 GMACs, 50.0 % kept``; nothing where one of the two is not known."""
+    if before is None or after is None:
+        return ""
+    return f"{format_si(before, after, unit=unit)}, {format_percent(after / before if before else math.nan)} kept{note}"
 
 
-def _speedup_cell(report: Run) -> str:
-    ratio = _speedup(report.dense.latency, report.pruned.latency)
-    return "-" if ratio is None else f"{ratio:.2f}x"
+def format_percent(share: float | None, unit: str = " %") -> str | None:
+    """``50.0 %``; ``-`` for what is not a number."""
+    return None if share is None else "-" if math.isnan(share) else f"{100 * share:.1f}{unit}"
 
 
-# heading -> (text for the dense model, text for the pruned one)
-_RATIO_COLUMNS: dict[str, tuple[Cell, Cell]] = {
-    "kept": (lambda r: _percent(1.0), lambda r: _percent(r.kept)),
-    "MACs": (lambda r: _si(r.dense.macs), lambda r: _si(r.pruned.macs)),
-    "params": (lambda r: _si(r.dense.params), lambda r: _si(r.pruned.params)),
-    "zeros": (lambda r: "", lambda r: _percent(r.sparsity)),
-    "effective": (lambda r: _effective(r.dense), lambda r: _effective(r.pruned)),
-    "top-1\nbefore -> after": (lambda r: "dense", _repair_change),
-    "95 %\ninterval": (lambda r: "", lambda r: _interval(r.final)),
-    "top-5": (lambda r: "", _of_final(lambda a: _percent(a.top5))),
-    "KL\n(nats)": (lambda r: "", _of_final(lambda a: _number(a.kl, ".4f"))),
-    "accuracy": (_of_final(lambda a: _percent(a.dense_accuracy)), _of_final(lambda a: _percent(a.accuracy))),
-    "latency\n(ms)": (lambda r: _latency_cell(r.dense.latency), lambda r: _latency_cell(r.pruned.latency)),
-    "speed-up": (lambda r: "", _speedup_cell),
-}
-_RATIO_NOTE = (
-    "kept: share of the MACs. top-1, top-5, KL: agreement with the dense model on held-out images; top-1 before -> "
-    "after the last repair, all else after it. latency: median ± IQR/2."
-)
+def format_interval(row: Agreement | None) -> str | None:
+    """``90.9 - 95.3``: the 95 % interval of the top-1 agreement, in percent."""
+    if row is None or not row.images:
+        return None
+    return " - ".join(f"{100 * end:.1f}" for end in row.top1_interval)
 
 
-def check_reports(reports: Sequence[Run]) -> Sequence[Run]:
-    """The same reports.
+def make_card(report: Mapping[str, Any], base: str | None) -> str:
+    """Make the model card of a saved model: front matter for the Hugging Face Hub, how to load it, its report.
 
-    Raises:
-        ArgumentError: There are none.
+    Args:
+        report: What ``Report.to_dict`` made; empty if there is none.
+        base: timm's name of the dense model; None for other models.
     """
-    if not reports:
-        raise ArgumentError("A table or plot over pruning ratios needs at least one report, got none.")
-    return reports
+    try:
+        run = Report.from_dict(report) if report else None
+    except ArgumentError:
+        run = None  # of another tool: the card does without
+    facts: dict[str, Any] = {"library_name": LIBRARY, "pipeline_tag": "image-classification"}
+    facts["tags"] = ["image-classification", "pruning", LIBRARY] + ["timm"] * bool(base)
+    if base:
+        short = base.removeprefix("hf-hub:").removeprefix("hf_hub:")
+        facts["base_model"] = short if "/" in short else f"timm/{short}"
+    if run is not None and run.final is not None:
+        found = {"top-1 agreement with the dense model": run.final.top1, "accuracy": run.final.accuracy}
+        metrics = [{"type": "accuracy", "name": k, "value": round(v, 6)} for k, v in found.items() if v is not None]
+        data = {"type": "held-out", "name": run.heldout or "held-out images"}
+        result = {"task": {"type": "image-classification"}, "dataset": data, "metrics": metrics}
+        facts |= {"metrics": ["accuracy"], "model-index": [{"name": f"{run.model}, pruned", "results": [result]}]}
+    dense, argument = (f"`{base}`", "") if base else ("a model of your own", ", model=dense")
+    parts = [
+        "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in facts.items()), "---"]),
+        f"# {base or (run.model if run else 'A pruned model')}, pruned",
+        f"Pruned from {dense} with {LIBRARY}, without labels and without training.",
+        f'```python\nimport jbrprune\n\nmodel = jbrprune.load("hf-hub:USER/NAME"{argument})  # or this folder\n```',
+    ]
+    return "\n\n".join(parts + [f"## Report\n\n````text\n{run}\n````"] * (run is not None)) + "\n"
+
+
+def is_card(text: str) -> bool:
+    """Whether a README was made by `make_card`, so that it may be replaced."""
+    return text.startswith("---\n") and f'library_name: "{LIBRARY}"' in text.split("\n---", 1)[0]

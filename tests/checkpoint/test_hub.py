@@ -14,7 +14,7 @@ from torch import nn
 import jbrprune
 from jbrprune.checkpoint import checkpoint
 from jbrprune.errors import CheckpointError
-from jbrprune.report.model_card import CARD, is_card, model_card
+from jbrprune.report.text import CARD, is_card, make_card
 
 IMAGES = cases.images(24, 32).float()
 
@@ -69,8 +69,8 @@ def test_a_card_is_replaced_and_a_readme_of_the_users_is_not(result: jbrprune.Pr
 
 def test_names_cannot_break_out_of_the_front_matter() -> None:
     base = 'net"\n---\nlicense: other'
-    assert "license" not in front_matter(model_card({}, base))
-    assert front_matter(model_card({}, None))["library_name"] == "jbrprune"
+    assert "license" not in front_matter(make_card({}, base))
+    assert front_matter(make_card({}, None))["library_name"] == "jbrprune"
 
 
 def snapshot(saved: Path, cache: Path) -> Path:
