@@ -114,7 +114,7 @@ def test_a_report_is_said_and_kept(tmp_path: Path) -> None:
     assert Report.from_dict(report.to_dict()) == report
     assert list(report.to_frame()["kind"]) == ["weight"] * 4
     figure = report.plot(tmp_path / "plot.png")
-    labels = " ".join(axes.get_xlabel() for axes in figure.axes)
+    labels = " ".join(f"{axes.get_xlabel()} {axes.get_ylabel()}" for axes in figure.axes)
     assert "weights kept" in labels
     assert "effective parameters kept" in labels
     assert report.repaired is not None
