@@ -18,7 +18,6 @@ from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, NonFiniteError
 from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import logits_of
-from jbrprune.structure.channels import channels
 from jbrprune.structure.groups import Group, Member
 
 Values = dict[str, Tensor]
@@ -85,7 +84,7 @@ class Part:
         if isinstance(self.module, _ConvNd) and self.kind == "weight":
             table = _filters(self.module, side == "in", tensor)
         else:
-            dim = dim if self.module is None else channels(self.module)[side].dims[self.kind]
+            dim = dim if self.module is None else layers.channel_tensors(self.module, side)[self.kind]
             table = tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1)
         return table[self.member.channel.to(tensor.device)].cpu().double()
 
@@ -103,7 +102,7 @@ def parts(model: nn.Module, group: Group) -> list[Part]:
             found.append(Part(model.get_parameter(name), name.rpartition(".")[2], None, member))
         elif side != "heads":
             module = model.get_submodule(name)
-            tensors = {kind: module._parameters.get(kind) for kind in channels(module)[side].dims}
+            tensors = {kind: module._parameters.get(kind) for kind in layers.channel_tensors(module, side)}
             found += [Part(tensor, kind, module, member) for kind, tensor in tensors.items() if tensor is not None]
     return found
 

@@ -176,5 +176,5 @@ def _traced(graph: tp.DependencyGraph, model: nn.Module, member: Member) -> tp.d
     """torch-pruning's group of all output channels of a layer."""
     module = model.get_submodule(member.axis[0])
     pruner = graph.get_pruner_of_module(module)
-    width: int = layers.out_channels(module)  # type: ignore[assignment]
+    width: int = layers.width_of(module, "out")  # type: ignore[assignment]
     return graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))  # type: ignore[union-attr]

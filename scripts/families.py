@@ -25,7 +25,8 @@ from jbrprune.models import timm_models
 from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.pruning.info import Inventory, inventory
 from jbrprune.structure.groups import Group, Selection
-from jbrprune.structure.verification import TOLERANCE, masked_units, remove_units
+from jbrprune.structure.slicing import masked_units, remove_units
+from jbrprune.structure.verification import TOLERANCE
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 CLASSES = 10

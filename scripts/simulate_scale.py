@@ -35,7 +35,7 @@ from jbrprune.models.preserve import copy_model
 from jbrprune.repair.repair import record_targets, repair_model
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import removed_channels
-from jbrprune.structure.verification import remove_units
+from jbrprune.structure.slicing import remove_units
 from jbrprune.tpv import Isotropic, trace_form
 
 RANKS = (1, 2, 8, 16, 64, 128, 512, 2048)

@@ -27,7 +27,7 @@ from jbrprune.models.preserve import copy_model
 from jbrprune.repair.least_squares import can_refit
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group
-from jbrprune.structure.verification import remove_units
+from jbrprune.structure.slicing import remove_units
 
 VIT_10B = {"img_size": 224, "patch_size": 14, "embed_dim": 4096, "depth": 50, "num_heads": 32, "mlp_ratio": 4.0}
 """A plain ViT of 10.08 billion parameters: 50 blocks of width 4096, 257 tokens."""

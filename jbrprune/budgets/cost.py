@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jbrprune.models import architectures, layers, preserve
+from jbrprune.models import layers, preserve
 from jbrprune.structure.groups import Axis, Group
 
 
@@ -213,7 +213,7 @@ def _width(model: nn.Module, axis: Axis) -> int:
     if side == "param":
         return model.get_parameter(name).shape[dim]
     module = model.get_submodule(name)
-    width = {"out": layers.out_channels, "in": layers.in_channels, "heads": architectures.heads_of}[side](module)
+    width = layers.width_of(module, side)
     assert width is not None, axis
     return width
 
@@ -224,7 +224,7 @@ def mixing_axes(name: str, module: nn.Module) -> tuple[Axis, ...]:
         return ((name, "out", 0),)
     if layers.is_consumer(module):
         return ((name, "out", 0), (name, "in", 0))
-    if type(module) in architectures.ATTENTION:
+    if layers.head_layout(module):
         return ((name, "heads", 0),)
     return ()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.budgets.cost import mixing_axes
-from jbrprune.models import architectures, layers, preserve
+from jbrprune.models import layers, preserve
 from jbrprune.structure import slicing
 from jbrprune.structure.groups import Axis
 
@@ -81,7 +81,7 @@ def calls(model: nn.Module, images: Tensor) -> list[Call]:
 
 def _parts(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Modules that are timed as a whole: known layers, and leaves without parameters."""
-    known = type(model) in architectures.ATTENTION or layers.channel_dim(model) is not None
+    known = layers.head_layout(model) or layers.channel_dim(model) is not None
     leaf = not any(True for _ in model.children())
     if name and (known or (leaf and not any(True for _ in model.parameters()))):
         yield name, model
@@ -92,7 +92,7 @@ def _parts(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 def _call(name: str, module: nn.Module, args: tuple, kwargs: dict, origin: Mapping[int, Call]) -> Call | None:
     axes = mixing_axes(name, module)
-    if type(module) in architectures.ATTENTION:
+    if layers.head_layout(module):
         return Call(name, module, axes, args, kwargs, None)
     if axes or layers.channel_dim(module) is not None:
         return Call(name, module, axes or ((name, "out", 0),), args, kwargs, layers.channel_dim(module))
@@ -112,12 +112,10 @@ def full_widths(call: Call) -> tuple[int, ...]:
 
 
 def _full_width(call: Call, side: str) -> int:
-    if side == "heads":
-        return architectures.heads_of(call.module)
-    if layers.channel_dim(call.module) is None:
+    if layers.channel_dim(call.module) is None and side != "heads":
         assert call.dim is not None, call.name
         return preserve.input_of(call.args, call.kwargs).shape[call.dim]
-    width = layers.in_channels(call.module) if side == "in" else layers.out_channels(call.module)
+    width = layers.width_of(call.module, side)
     assert width is not None, call.name
     return width
 
@@ -143,18 +141,18 @@ def narrowed(call: Call, widths: Sequence[int]) -> Callable[[], object]:
             continue  # nothing goes, or only the input shrinks
         gone |= _head_axes(holder, indices) if side == "heads" else {(_PART, side, 0): indices}  # type: ignore[dict-item]
         if side == "heads":
-            architectures.set_heads(part, width)
+            layers.set_heads(part, width)
     slicing.remove_channels(holder, gone)
     if call.dim is None:
         return functools.partial(part, *call.args, **call.kwargs)
-    into = layers.in_channels(part)
+    into = layers.width_of(part, "in")
     arguments = _cut(call, widths[-1] if into is None else into)
     return functools.partial(part, *arguments, **(call.kwargs if call.args else {}))
 
 
 def _head_axes(holder: nn.Module, gone: Tensor) -> dict[Axis, Tensor]:
     axes: dict[Axis, Tensor] = {}
-    for heads in architectures.attention_heads(holder):
+    for heads in layers.attention_heads(holder):
         channels = (gone[:, None] * heads.head_dim + torch.arange(heads.head_dim)).flatten()
         axes[heads.consumer, "in", 0] = channels
         for name, blocks in heads.producers:

@@ -24,7 +24,7 @@ from jbrprune.data import distributed
 from jbrprune.models import preserve
 from jbrprune.models.preserve import copy_model
 from jbrprune.structure.groups import Axis, Group, Selection
-from jbrprune.structure.verification import remove_units
+from jbrprune.structure.slicing import remove_units
 
 ATTEMPTS = 8
 """Plans that are tried for one step until the measured cost is low enough."""

@@ -20,21 +20,13 @@ import torch
 from jbrprune.checkpoint.packing import bitmap_bytes
 from jbrprune.errors import CheckpointError
 from jbrprune.models import timm_models
+from jbrprune.models.layers import SIZE_ATTRIBUTES, is_size
 from jbrprune.sparsity.masks import KINDS
 
 FORMAT = "jbrprune"
 FORMAT_VERSION = 2
 KNOWN_VERSIONS = (1, 2)
 """Version 1 knew dense tensors only."""
-
-ATTRIBUTES = frozenset(
-    (
-        *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "normalized_shape"),
-        *("num_channels", "num_groups", "num_embeddings", "embedding_dim", "channels", "num_parameters"),
-        *("num_heads", "head_dim", "attn_dim", "head_hidden_size", "embed_dim"),
-    )
-)
-"""Attributes, integers or tuples of integers, that a loaded model may be given."""
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -193,12 +185,6 @@ def tampered(path: Path, what: str) -> NoReturn:
     raise CheckpointError(f"{path}: truncated or tampered with: {what}. Copy it again from where it came from.")
 
 
-def is_size(value: object) -> bool:
-    """Whether it is a natural number, or a tuple of such."""
-    items = value if isinstance(value, tuple) and value else (value,)
-    return all(type(item) is int and item >= 0 for item in items)
-
-
 def _parsed_json(data: bytes, path: Path) -> dict[str, Any]:
     try:
         body = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -293,7 +279,7 @@ def _is_maskable(name: str) -> bool:
 def _attributes(values: object, where: str) -> dict[str, int | tuple[int, ...]]:
     found = {}
     for name, value in _typed(values, dict, where).items():
-        _require(name in ATTRIBUTES, where, name)
+        _require(name in SIZE_ATTRIBUTES, where, name)
         found[name] = tuple(value) if isinstance(value, list) else value
         _require(is_size(found[name]), f"{where}.{name}", found[name])
     return found

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from jbrprune.checkpoint.description import (
-    ATTRIBUTES,
     DTYPES,
     FORMAT,
     FORMAT_VERSION,
@@ -24,15 +23,14 @@ from jbrprune.checkpoint.description import (
     WildValue,
     as_json,
     bitmap_name,
-    is_size,
     parsed,
 )
 from jbrprune.checkpoint.packing import packed, packed_bytes, set_bits, unpacked, unpacked_mask
 from jbrprune.checkpoint.tensors import Place, places, unmasked
 from jbrprune.errors import CheckpointError, JBRError, ModelError
 from jbrprune.models import timm_models
-from jbrprune.models.architectures import refuse_masked
-from jbrprune.models.preserve import same_randomness
+from jbrprune.models.layers import set_size_attributes, size_attributes
+from jbrprune.models.preserve import refuse_masked, same_randomness
 from jbrprune.sparsity.masks import slots
 
 # --- taking apart ---------------------------------------------------------------------------------
@@ -141,13 +139,8 @@ def _info(place: Place, values: Tensor, bitmap: Tensor | None) -> dict[str, Any]
 
 
 def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    found = {}
-    for name, module in model.named_modules():
-        own = vars(module)
-        sizes = {key: own[key] for key in sorted(ATTRIBUTES & own.keys()) if is_size(own[key])}
-        if sizes:
-            found[name] = sizes
-    return found
+    found = {name: size_attributes(module) for name, module in model.named_modules()}
+    return {name: sizes for name, sizes in found.items() if sizes}
 
 
 def _versions() -> dict[str, str]:
@@ -303,9 +296,10 @@ def _check_attributes(description: Description, dense: nn.Module) -> None:
             raise CheckpointError(
                 f"attributes: the dense model has no module {name!r}. It is not the one that was saved."
             )
+        dense_sizes = size_attributes(modules[name])
         for attribute, value in values.items():
-            before = vars(modules[name]).get(attribute)
-            if not is_size(before) or not _at_most(value, before):
+            before = dense_sizes.get(attribute)
+            if not _at_most(value, before):
                 raise CheckpointError(
                     f"{name}.{attribute}: stored as {value}, but the dense model has {before}. Pruning only makes "
                     "layers smaller: this is not the model that was saved."
@@ -332,8 +326,7 @@ def filled(dense: nn.Module, description: Description, state: Mapping[str, Tenso
         place.owned[place.name] = made[stored]
     modules = dict(dense.named_modules())
     for name, values in description.attributes.items():
-        for attribute, value in values.items():
-            setattr(modules[name], attribute, value)
+        set_size_attributes(modules[name], values)
     whole = {name: _whole(name, info, state) for name, info in description.tensors.items()}
     persistent = {name: whole[stored] for name, stored in names.items() if found[name].persistent}
     dense.load_state_dict(persistent, strict=True)

@@ -69,7 +69,7 @@ def _check_member(module: nn.Module | None, group: Group, member: Member) -> Non
         raise ArgumentError(
             f"Group {group.name}: the model has no module {name!r}. Find the groups of this very model."
         )
-    width = layers.in_channels(module) if side == "in" else layers.out_channels(module)
+    width = layers.width_of(module, side)
     if width is not None and len(member.channel) and int(member.channel.max()) >= width:
         raise ArgumentError(
             f"Group {group.name}: {name} has {width} channels on side {side!r}, the group names channel "

@@ -1,64 +1,261 @@
-"""What is known about layer classes: which dimension of their input and output holds the channels.
+"""The one table of what is known of layer classes and of the widths that models keep of themselves.
 
-Classes are named by string and looked up over the whole inheritance line, so that timm's subclasses are
-covered without importing timm here.
+Classes are named by strings and looked up over the whole inheritance line, so that timm's subclasses are covered
+without importing timm. A new quirk is one row, and what a row names as a width is set when channels go, saved with the
+model and restored with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-CHANNEL_DIM: dict[str, int] = {
-    "_ConvNd": 1,
-    "_NormBase": 1,  # BatchNorm, SyncBatchNorm, InstanceNorm
-    "GroupNorm": 1,
-    "Linear": -1,
-    "LayerNorm": -1,
-    "RMSNorm": -1,
-    "LayerScale": -1,
-    # timm: norms and scales over NCHW that inherit from, or stand beside, the channels-last ones
-    "LayerNorm2d": 1,
-    "LayerNorm2dFp32": 1,
-    "LayerNormExp2d": 1,
-    "LayerNormAct2d": 1,
-    "LayerNormAct2dFp32": 1,
-    "RmsNorm": -1,
-    "RmsNormFp32": -1,
-    "RmsNorm2d": 1,
-    "RmsNorm2dFp32": 1,
-    "SimpleNorm": -1,
-    "SimpleNormFp32": -1,
-    "SimpleNorm2d": 1,
-    "SimpleNorm2dFp32": 1,
-    "LayerScale2d": 1,
-    "GlobalResponseNorm": -1,  # unless the module says otherwise, see channel_dim
+
+@dataclass(frozen=True)
+class Layer:
+    """What is known of a class of layers; a field that is None is looked up in the next base class.
+
+    Attributes:
+        channel_dim: Dimension of input and output that holds the channels: 1 or -1.
+        tensors: Side (``out``, ``in``) -> own tensor -> dimension that holds the channels of that side. Not every
+            module of a class has all of these tensors.
+        widths: Side -> attribute that says how many channels there are, or a tuple that ends with their number.
+        groups: Attribute that says in how many groups the channels come.
+        mixes_channels: Whether a channel of the output depends on the other channels of the input.
+        affine_part: Submodule whose input is the layer's affine output, where an activation is fused behind it.
+        adds_input: Whether the output is the input plus a function of the parameters: out = a + W n(a) + b.
+        standardises: Whether a convolution standardises its weights over the inputs of each filter.
+    """
+
+    channel_dim: int | None = None
+    tensors: Mapping[str, Mapping[str, int]] | None = None
+    widths: Mapping[str, str] | None = None
+    groups: str | None = None
+    mixes_channels: bool | None = None
+    affine_part: str | None = None
+    adds_input: bool | None = None
+    standardises: bool | None = None
+
+
+_SCALE_AND_SHIFT = {"out": {"weight": 0, "bias": 0}}
+_STATISTICS = {"out": {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}}
+_TOKEN_NORM = Layer(-1, {"out": {"weight": -1, "bias": -1}}, {"out": "normalized_shape"}, mixes_channels=True)
+_IMAGE_NORM = Layer(1, {"out": {"weight": -1, "bias": -1}}, {"out": "normalized_shape"}, mixes_channels=True)
+_FUSED = Layer(affine_part="drop")
+_STANDARDISED = Layer(standardises=True)
+
+LAYERS: dict[str, Layer] = {
+    "_ConvNd": Layer(
+        1,
+        {"out": {"weight": 0, "bias": 0, "gain": 0}, "in": {"weight": 1}},
+        {"out": "out_channels", "in": "in_channels"},
+        groups="groups",
+    ),
+    "_ConvTransposeNd": Layer(tensors={"out": {"weight": 1, "bias": 0}, "in": {"weight": 0}}),
+    "Linear": Layer(
+        -1, {"out": {"weight": 0, "bias": 0}, "in": {"weight": 1}}, {"out": "out_features", "in": "in_features"}
+    ),
+    "Embedding": Layer(
+        tensors={"out": {"weight": 1}, "in": {"weight": 0}}, widths={"out": "embedding_dim", "in": "num_embeddings"}
+    ),
+    "_NormBase": Layer(1, _STATISTICS, {"out": "num_features"}),  # BatchNorm, SyncBatchNorm, InstanceNorm
+    "GroupNorm": Layer(1, _SCALE_AND_SHIFT, {"out": "num_channels"}, groups="num_groups", mixes_channels=True),
+    "LayerNorm": _TOKEN_NORM,
+    "RMSNorm": _TOKEN_NORM,
+    "PReLU": Layer(tensors={"out": {"weight": 0}}, widths={"out": "num_parameters"}),
+    # timm: norms and scales that inherit from nothing, or from the channels-last ones
+    "LayerNorm2d": _IMAGE_NORM,
+    "LayerNorm2dFp32": _IMAGE_NORM,
+    "LayerNormExp2d": _IMAGE_NORM,
+    "RmsNorm": _TOKEN_NORM,
+    "RmsNormFp32": _TOKEN_NORM,
+    "RmsNorm2d": _IMAGE_NORM,
+    "RmsNorm2dFp32": _IMAGE_NORM,
+    "SimpleNorm": _TOKEN_NORM,
+    "SimpleNormFp32": _TOKEN_NORM,
+    "SimpleNorm2d": _IMAGE_NORM,
+    "SimpleNorm2dFp32": _IMAGE_NORM,
+    "FrozenBatchNormAct2d": Layer(tensors=_STATISTICS),
+    "GlobalResponseNorm": Layer(-1, _SCALE_AND_SHIFT, mixes_channels=True, adds_input=True),
+    "LayerScale": Layer(-1, {"out": {"gamma": 0}}),
+    "LayerScale2d": Layer(1, {"out": {"gamma": 0}}),
+    "BlurPool2d": Layer(tensors={"out": {"filt": 0}}, widths={"out": "channels"}),
+    # timm: an activation is fused behind the norm, which is affine up to the input of its `drop`
+    "BatchNormAct2d": _FUSED,
+    "SyncBatchNormAct": _FUSED,
+    "GroupNormAct": _FUSED,
+    "GroupNorm1Act": _FUSED,
+    "LayerNormAct": _FUSED,
+    "LayerNormActFp32": _FUSED,
+    "LayerNormAct2d": Layer(1, affine_part="drop"),
+    "LayerNormAct2dFp32": Layer(1, affine_part="drop"),
+    "RmsNormAct": _FUSED,
+    "RmsNormActFp32": _FUSED,
+    "RmsNormAct2d": _FUSED,
+    "RmsNormAct2dFp32": _FUSED,
+    "StdConv2d": _STANDARDISED,
+    "StdConv2dSame": _STANDARDISED,
+    "ScaledStdConv2d": _STANDARDISED,
+    "ScaledStdConv2dSame": _STANDARDISED,
 }
 
-# timm's norm-activation layers are affine up to the input of this submodule, not up to their output.
-AFFINE_PART: dict[str, str] = {
-    "BatchNormAct2d": "drop",
-    "SyncBatchNormAct": "drop",
-    "GroupNormAct": "drop",
-    "GroupNorm1Act": "drop",
-    "LayerNormAct": "drop",
-    "LayerNormActFp32": "drop",
-    "LayerNormAct2d": "drop",
-    "LayerNormAct2dFp32": "drop",
-    "RmsNormAct": "drop",
-    "RmsNormActFp32": "drop",
-    "RmsNormAct2d": "drop",
-    "RmsNormAct2dFp32": "drop",
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """How an attention class lays out its heads.
+
+    Attributes:
+        producers: Linear submodules whose output rows are ``[blocks, heads, head_dim]``, and their blocks.
+        consumer: Linear submodule whose input columns are ``[heads, head_dim]``.
+        count: Attribute that holds the number of heads.
+        size: Attribute that holds head_dim, which stays.
+        widths: Attributes that hold heads * head_dim.
+        mixed: Submodules that mix the heads unless they are `nn.Identity`: heads cannot go then.
+    """
+
+    producers: tuple[tuple[str, int], ...]
+    consumer: str
+    count: str
+    size: str
+    widths: tuple[str, ...]
+    mixed: tuple[str, ...]
+
+
+# Exact classes: a subclass may have another forward.
+HEADS: dict[str, HeadLayout] = {
+    "timm.layers.attention.Attention": HeadLayout(
+        (("qkv", 3), ("gate", 1)), "proj", "num_heads", "head_dim", ("attn_dim",), ("norm",)
+    ),
 }
 
-# Layers that add a function of their parameters to their input: out = a + W n(a) + b.
-ADDS_INPUT = ("GlobalResponseNorm",)
+FEATURE_WIDTHS = ("num_features", "head_hidden_size")
+"""Attributes in which a timm model, or its head, keeps the width of the features that its classifier reads."""
 
-# Convolutions of timm that standardise their weights over the inputs of each filter.
-STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+STREAM_WIDTHS = ("embed_dim",)
+"""Attributes in which a timm model keeps the width of its residual stream."""
+
+SIZE_ATTRIBUTES = frozenset(
+    (
+        *(attribute for row in LAYERS.values() for attribute in (row.widths or {}).values()),
+        *(row.groups for row in LAYERS.values() if row.groups),
+        *(name for row in HEADS.values() for name in (row.count, row.size, *row.widths)),
+        *FEATURE_WIDTHS,
+        *STREAM_WIDTHS,
+    )
+)
+"""Attributes that say how wide a module is: integers, or tuples of integers."""
 
 
-def _looked_up(module: nn.Module, table: dict) -> object:
-    return next((table[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in table), None)
+# --- widths that are kept beside the tensors ------------------------------------------------------
+
+
+def is_size(value: object) -> bool:
+    """Whether it is a natural number, or a tuple of such."""
+    items = value if isinstance(value, tuple) and value else (value,)
+    return all(type(item) is int and item >= 0 for item in items)
+
+
+def size_attributes(module: nn.Module) -> dict[str, int | tuple[int, ...]]:
+    """What a module says of its own widths, by attribute, in the order of the names: to be saved with its tensors.
+
+    Example:
+        >>> size_attributes(nn.Linear(4, 3))
+        {'in_features': 4, 'out_features': 3}
+    """
+    own = vars(module)
+    return {name: own[name] for name in sorted(SIZE_ATTRIBUTES & own.keys()) if is_size(own[name])}
+
+
+def set_size_attributes(module: nn.Module, values: Mapping[str, int | tuple[int, ...]]) -> None:
+    """Give a module the widths that `size_attributes` read from a smaller one."""
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
+def refresh(module: nn.Module, *, width: int | None = None) -> None:
+    """Set the attributes that say how wide a layer is from the shapes of its tensors.
+
+    Grouped convolutions and GroupNorm keep the number of channels per group they had.
+
+    Args:
+        module: The module, its tensors already replaced.
+        width: Number of channels of a layer that has no tensors.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(4, 3)
+        >>> layer.weight = torch.nn.Parameter(torch.zeros(3, 2))
+        >>> refresh(layer)
+        >>> layer.in_features
+        2
+    """
+    own, groups = own_tensors(module), group_count(module)
+    sizes: dict[str, int] = {}
+    for side, dims in (_fact(module, "tensors") or {}).items():
+        size = next((own[name].shape[dim] for name, dim in dims.items() if name in own), width)
+        if size is not None:
+            sizes[side] = size
+    if groups > 1 and sizes:
+        grouped = "in" if getattr(module, "transposed", False) else "out"  # weight [out, in / groups, ...] or turned
+        left = sizes[grouped] // (width_of(module, grouped) // groups)  # type: ignore[operator]
+        setattr(module, _fact(module, "groups"), left)
+        sizes = {side: size if side == grouped else size * left for side, size in sizes.items()}
+    for side, name in (_fact(module, "widths") or {}).items():
+        before = getattr(module, name, None)
+        if side in sizes and before is not None:
+            setattr(module, name, (*before[:-1], sizes[side]) if isinstance(before, tuple) else sizes[side])
+
+
+# --- channels -------------------------------------------------------------------------------------
+
+
+def _fact(module: nn.Module, field: str) -> Any:
+    """What the table says of a module: the row of the nearest class that says anything."""
+    rows = (LAYERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in LAYERS)
+    return next((value for row in rows if (value := getattr(row, field)) is not None), None)
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the module itself, by their own names."""
+    own = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+def channel_tensors(module: nn.Module, side: str) -> dict[str, int]:
+    """Own tensor -> dimension that holds the channels of a side, of those that a class may have.
+
+    Example:
+        >>> channel_tensors(nn.Linear(4, 3), "out")
+        {'weight': 0, 'bias': 0}
+    """
+    return (_fact(module, "tensors") or {}).get(side, {})
+
+
+def width_of(module: nn.Module, side: str) -> int | None:
+    """Number of channels on a side of a layer, or of heads; None where the class is not known or has none there.
+
+    Example:
+        >>> width_of(nn.Linear(4, 3), "in")
+        4
+    """
+    layout = head_layout(module)
+    if side == "heads" and layout is not None:
+        return getattr(module, layout.count)
+    width = getattr(module, (_fact(module, "widths") or {}).get(side, ""), None)
+    if width is not None:
+        return width[-1] if isinstance(width, tuple) else width
+    own = own_tensors(module)
+    return next((own[name].shape[dim] for name, dim in channel_tensors(module, side).items() if name in own), None)
+
+
+def group_count(module: nn.Module) -> int:
+    """In how many groups the channels come that can go only together."""
+    attribute = _fact(module, "groups")
+    return getattr(module, attribute) if attribute else 1
 
 
 def channel_dim(module: nn.Module) -> int | None:
@@ -68,19 +265,28 @@ def channel_dim(module: nn.Module) -> int | None:
     """
     if len(getattr(module, "normalized_shape", ())) > 1:
         return None
-    known = _looked_up(module, CHANNEL_DIM)
-    own = getattr(module, "channel_dim", None)
-    return own if known is not None and isinstance(own, int) else known  # type: ignore[return-value]
+    known, own = _fact(module, "channel_dim"), getattr(module, "channel_dim", None)  # of global response normalisation
+    return own if known is not None and isinstance(own, int) else known
 
 
 def affine_part(module: nn.Module) -> str | None:
     """Submodule whose input is the layer's affine output, where an activation is fused behind it."""
-    return _looked_up(module, AFFINE_PART)  # type: ignore[return-value]
+    return _fact(module, "affine_part")
 
 
 def adds_input(module: nn.Module) -> bool:
     """Whether only the difference of output and input is affine in the layer's parameters."""
-    return any(cls.__name__ in ADDS_INPUT for cls in type(module).__mro__)
+    return bool(_fact(module, "adds_input"))
+
+
+def mixes_channels(module: nn.Module) -> bool:
+    """Whether a channel of the output depends on the other channels of the input, without weights between them."""
+    return bool(_fact(module, "mixes_channels"))
+
+
+def standardises_inputs(module: nn.Module) -> bool:
+    """Whether the weights that a consumer applies to an input depend on its weights for the other inputs."""
+    return bool(_fact(module, "standardises")) and is_consumer(module) and not is_grouped(module)
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -90,25 +296,22 @@ def has_parameters(module: nn.Module) -> bool:
 
 def is_consumer(module: nn.Module) -> bool:
     """Whether the layer mixes input channels: Linear, or a convolution that is not depthwise."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return not is_depthwise(module)
-    return isinstance(module, nn.Linear)
-
-
-def standardises_inputs(module: nn.Module) -> bool:
-    """Whether the weights that a consumer applies to an input depend on its weights for the other inputs."""
-    named = any(cls.__name__ in STANDARDISED for cls in type(module).__mro__)
-    return named and is_consumer(module) and not is_grouped(module)
+    return isinstance(module, nn.Linear | _ConvNd) and not is_depthwise(module)
 
 
 def is_depthwise(module: nn.Module) -> bool:
     """Whether every output channel reads one input channel only."""
-    return isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups == module.in_channels
+    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels
 
 
 def is_grouped(module: nn.Module) -> bool:
     """Whether a convolution has several groups of several input channels."""
-    return isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups < module.in_channels
+    return isinstance(module, _ConvNd) and 1 < module.groups < module.in_channels
+
+
+def is_normalisation(module: nn.Module) -> bool:
+    """Whether the layer only rescales its channels: a norm, a scale, a depthwise convolution."""
+    return channel_dim(module) is not None and not is_consumer(module)
 
 
 def has_running_statistics(module: nn.Module) -> bool:
@@ -116,21 +319,95 @@ def has_running_statistics(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
 
 
-def out_channels(module: nn.Module) -> int | None:
-    """Width of a layer's output, where the class is known."""
-    for name in ("out_channels", "out_features", "num_features", "num_channels"):
-        width = getattr(module, name, None)
-        if isinstance(width, int):
-            return width
-    weight = next((p for p in (getattr(module, name, None) for name in ("weight", "gamma")) if p is not None), None)
-    return None if weight is None or channel_dim(module) is None else weight.shape[0]
+# --- heads ----------------------------------------------------------------------------------------
 
 
-def in_channels(module: nn.Module) -> int | None:
-    """Width of a consumer's input."""
-    return getattr(module, "in_channels", getattr(module, "in_features", None))
+@dataclass(frozen=True)
+class Heads:
+    """The heads of one attention module: qualified names and sizes."""
+
+    name: str
+    producers: tuple[tuple[str, int], ...]
+    consumer: str
+    count: int
+    head_dim: int
 
 
-def is_normalisation(module: nn.Module) -> bool:
-    """Whether the layer only rescales its channels: a norm, a scale, a depthwise convolution."""
-    return channel_dim(module) is not None and not is_consumer(module)
+def head_layout(module: nn.Module) -> HeadLayout | None:
+    """How an attention module lays out its heads; None for any other module."""
+    return HEADS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+
+
+def attention_heads(model: nn.Module) -> Iterator[Heads]:
+    """Attention modules whose whole heads can be removed."""
+    for name, module in model.named_modules():
+        layout = head_layout(module)
+        if layout is None or any(type(getattr(module, part)) is not nn.Identity for part in layout.mixed):
+            continue
+        prefix = f"{name}." if name else ""
+        present = tuple((prefix + p, blocks) for p, blocks in layout.producers if getattr(module, p) is not None)
+        count, size = getattr(module, layout.count), getattr(module, layout.size)
+        yield Heads(name, present, prefix + layout.consumer, count, size)
+
+
+def set_heads(module: nn.Module, count: int) -> None:
+    """Tell an attention module how many heads are left; the size of a head stays."""
+    layout = head_layout(module)
+    assert layout is not None
+    setattr(module, layout.count, count)
+    for width in layout.widths:
+        setattr(module, width, count * getattr(module, layout.size))
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Qualified names of the layers whose outputs are the logits, as far as the model tells."""
+    if not hasattr(model, "get_classifier"):
+        return ()
+    heads = model.get_classifier()  # type: ignore[operator]
+    heads = heads if isinstance(heads, tuple | list) else (heads,)
+    names = {module: name for name, module in model.named_modules()}
+    return tuple(names[head] for head in heads if head in names)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An attribute in which a module repeats the width of a layer, and where that layer says it."""
+
+    module: nn.Module
+    attribute: str
+    layer: nn.Module
+    width: str
+
+    def update(self) -> None:
+        """Read it from the layer again."""
+        setattr(self.module, self.attribute, getattr(self.layer, self.width))
+
+
+def repeated_widths(model: nn.Module, streams: Iterable[str] = ()) -> list[Repeated]:
+    """Attributes in which models, heads and blocks repeat the width of a layer; ``reset_classifier`` builds from them.
+
+    Args:
+        model: The model, before channels go.
+        streams: Names of layers that write to a residual stream.
+    """
+    modules = dict(model.named_modules())
+    readers = [modules[name] for name in (*classifiers(model)[:1], "conv_head") if name in modules]
+    readers = [layer for layer in readers if width_of(layer, "in") is not None]
+    writers = [modules[name] for name in streams]
+    found = []
+    for module in modules.values():
+        if _fact(module, "widths") or head_layout(module):
+            continue
+        for attribute in sorted(SIZE_ATTRIBUTES & vars(module).keys()):
+            if attribute in FEATURE_WIDTHS and readers and readers[0] in set(module.modules()):
+                candidates = [(layer, _fact(layer, "widths")["in"]) for layer in readers]
+            elif attribute in STREAM_WIDTHS:
+                candidates = [(layer, _fact(layer, "widths")["out"]) for layer in writers]
+            else:
+                candidates = [(layer, attribute) for layer in module.modules() if _fact(layer, "widths")]
+            value = getattr(module, attribute)
+            found += [Repeated(module, attribute, *pair) for pair in candidates if getattr(*pair, None) == value][:1]
+    return found

@@ -175,6 +175,21 @@ def copy_model(model: nn.Module, *, share: bool = False) -> nn.Module:
         ) from error
 
 
+def refuse_masked(model: nn.Module) -> None:
+    """Refuse a model that `torch.nn.utils.prune` has wrapped.
+
+    Raises:
+        ModelError: Names the parameters.
+    """
+    masked = [name.removesuffix("_mask") for name, _ in model.named_buffers() if name.endswith("_mask")]
+    masked = [name for name in masked if f"{name}_orig" in dict(model.named_parameters())]
+    if masked:
+        raise ModelError(
+            f"{masked[0]} (and {len(masked) - 1} more) is masked by torch.nn.utils.prune; such a model cannot be "
+            "copied or shrunk. Make the masks permanent first: torch.nn.utils.prune.remove(module, name)."
+        )
+
+
 def logits_of(output: object) -> Tensor:
     """The logits in whatever a model returned.
 

@@ -125,7 +125,7 @@ def cut_masks(model: nn.Module, groups: Sequence[Group], cuts: Sequence[Selectio
     """Consumer -> ``[C_in, cuts]``, one where a channel of its input goes."""
     masks: dict[str, Tensor] = {}
     for (name, _), members in scored_members(model, groups, "consumer").items():
-        mask = torch.zeros(layers.in_channels(model.get_submodule(name)) or 0, len(cuts))
+        mask = torch.zeros(layers.width_of(model.get_submodule(name), "in") or 0, len(cuts))
         for group, member, _ in members:
             for number, cut in enumerate(cuts):
                 if group in cut:

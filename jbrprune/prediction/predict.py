@@ -32,7 +32,7 @@ from jbrprune.pruning.prepare import Opened, opened_with
 from jbrprune.pruning.scoring import check_model, resolved
 from jbrprune.report.records import import_optional
 from jbrprune.structure.groups import Group
-from jbrprune.structure.verification import masked_units
+from jbrprune.structure.slicing import masked_units
 from jbrprune.tpv.validity import TPVWarning
 
 if TYPE_CHECKING:

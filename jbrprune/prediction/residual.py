@@ -71,7 +71,7 @@ def unexplained(moments: InputMoments, layer: nn.Module, masks: Tensor, ridge: f
         1 where nothing goes, or nothing stays.
     """
     shares = torch.ones(masks.shape[1], dtype=torch.float64)
-    if not _reads_all(layer) or layers.in_channels(layer) != len(masks):
+    if not _reads_all(layer) or layers.width_of(layer, "in") != len(masks):
         return shares
     weight: Tensor = layer.weight  # type: ignore[assignment]
     rows = weight.detach().cpu().double().reshape(*weight.shape[:2], -1).transpose(1, 2).flatten(0, 1)

@@ -42,7 +42,8 @@ from jbrprune.repair.repair import Targets, record_targets
 from jbrprune.report.records import LayerRow, Report, Size, StepRow
 from jbrprune.structure.discovery import Found, find_groups
 from jbrprune.structure.groups import Axis, Group, Selection, removed_channels
-from jbrprune.structure.verification import remove_units, verify_groups
+from jbrprune.structure.slicing import remove_units
+from jbrprune.structure.verification import verify_groups
 
 logger = logging.getLogger(__name__)
 

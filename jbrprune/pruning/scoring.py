@@ -16,7 +16,7 @@ from jbrprune.data import images as loading
 from jbrprune.data.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.evaluation.agreement import check_weights
-from jbrprune.models import architectures, preserve, timm_models
+from jbrprune.models import preserve, timm_models
 from jbrprune.models.preserve import copy_model
 from jbrprune.pruning.calibration import check_runs
 from jbrprune.pruning.defaults import CHANNELS, WEIGHTS, complete
@@ -144,7 +144,7 @@ def check_model(model: nn.Module, *, masked: bool = False) -> None:
         NonFiniteError: NaN or Inf in the weights.
     """
     if not masked:
-        architectures.refuse_masked(model)
+        preserve.refuse_masked(model)
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             raise ModelError(

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.errors import ArgumentError, UnsupportedModelError
-from jbrprune.models import architectures, layers, preserve
-from jbrprune.structure.channels import channels
-from jbrprune.structure.cuts import planned, shrunk
+from jbrprune.models import layers, preserve
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Selection, removed_channels
-from jbrprune.structure.verification import remove_units, verify_groups
+from jbrprune.structure.slicing import plan_cuts, remove_units, shrink_tensor
+from jbrprune.structure.verification import verify_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +96,7 @@ def shrink(
         >>> net[0].weight.shape
         torch.Size([3, 3, 3, 3])
     """
-    architectures.refuse_masked(model)
+    preserve.refuse_masked(model)
     left_masks = _checked(model, masks or {})
     images = _two(model, example)
     try:
@@ -163,7 +162,7 @@ def _mixed(model: nn.Module, group: Group) -> str | None:
 
 def _widths(model: nn.Module) -> dict[str, int]:
     """Name of a convolution or linear layer -> output channels."""
-    return {name: channels(module)["out"].width for name, module in _weighted(model).items()}  # type: ignore[misc]
+    return {name: layers.width_of(module, "out") for name, module in _weighted(model).items()}  # type: ignore[misc]
 
 
 def _weighted(model: nn.Module) -> dict[str, nn.Module]:
@@ -180,9 +179,9 @@ def _cut(
 ) -> dict[str, Tensor]:
     """The masks after a removal, along the dimensions in which the parameters shrink."""
     gone = {axis: index for axis, index in removed_channels(groups, selection).items() if axis[1] != "heads"}
-    plan = planned(model, gone)
+    cuts = plan_cuts(model, gone)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {name: shrunk(mask, plan.gone.get(id(parameters[name]), {})) for name, mask in masks.items()}
+    return {name: shrink_tensor(mask, cuts.gone.get(id(parameters[name]), {})) for name, mask in masks.items()}
 
 
 # --- which units ----------------------------------------------------------------------------------
@@ -236,10 +235,9 @@ def _reads(module: nn.Module) -> Tensor:
 def _nonzero(module: nn.Module, side: str) -> Tensor:
     """``[in]`` or ``[out]`` channels with a weight that is not zero."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    known = channels(module)
     table = weight.detach().cpu() != 0
     table = table.flatten(2).any(2) if table.dim() > 2 else table  # [out, in / groups], or the other way round
-    if known[side].dims["weight"] == 0:  # type: ignore[index]
+    if layers.channel_tensors(module, side)["weight"] == 0:  # type: ignore[index]
         return table.any(1)
     groups = getattr(module, "groups", 1)
     return table.unflatten(0, (groups, -1)).any(1).flatten()  # channels of one group stand in its rows only

@@ -18,7 +18,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from jbrprune.models import architectures, layers
+from jbrprune.models import layers
 from jbrprune.models.preserve import copy_model
 from jbrprune.structure.groups import Axis, Group, Member, match_names
 from jbrprune.structure.tracing import CouplingGraph, coupled_axes, trace_model
@@ -61,13 +61,13 @@ def find_groups(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (),
     )  # a forward with gradients may leave tensors with a graph in caches of the modules
     atoms = _Atoms()
     graph = trace_model(model, images)
-    heads = tuple(architectures.attention_heads(model))
+    heads = tuple(layers.attention_heads(model))
     owned: set[Axis] = {(name, "out", 0) for h in heads for name, _ in h.producers}
     owned |= {(h.consumer, "in", 0) for h in heads}
     fixed = _add_graph(atoms, graph, owned)
     _add_heads(atoms, model, heads)
     _add_joint_channels(atoms, model)
-    fixed |= {(name, "out", 0): "the classifier" for name in architectures.classifiers(model)}
+    fixed |= {(name, "out", 0): "the classifier" for name in layers.classifiers(model)}
     for axis in atoms.axes:
         if _module_name(axis) in ignored:
             fixed[axis] = "ignored on request"
@@ -92,9 +92,9 @@ def layer_groups(model: nn.Module, *, ignore: Sequence[str] = ()) -> tuple[Group
     for name, module in model.named_modules():
         if name in ignored or layers.channel_dim(module) is None or not layers.has_parameters(module):
             continue
-        widths = {"out": layers.out_channels(module)}
+        widths = {"out": layers.width_of(module, "out")}
         if layers.is_consumer(module):
-            widths["in"] = layers.in_channels(module)
+            widths["in"] = layers.width_of(module, "in")
         for side, width in widths.items():
             if width:
                 index = torch.arange(width)
@@ -136,7 +136,7 @@ def _add_graph(atoms: _Atoms, graph: CouplingGraph, owned: set[Axis]) -> dict[Ax
     covered = set(owned)
     for root in graph.roots():
         axis: Axis = (graph.names[root], "out", 0)
-        width = layers.out_channels(root)
+        width = layers.width_of(root, "out")
         if axis in covered or width is None:
             continue
         first = atoms.add(axis, width)
@@ -152,7 +152,7 @@ def _add_graph(atoms: _Atoms, graph: CouplingGraph, owned: set[Axis]) -> dict[Ax
     return stays
 
 
-def _add_heads(atoms: _Atoms, model: nn.Module, heads: Iterable[architectures.Heads]) -> None:
+def _add_heads(atoms: _Atoms, model: nn.Module, heads: Iterable[layers.Heads]) -> None:
     for head in heads:
         axis = atoms.add((head.name, "heads", 0), head.count)
         of_channel = np.repeat(np.arange(head.count), head.head_dim)
@@ -169,9 +169,9 @@ def _add_joint_channels(atoms: _Atoms, model: nn.Module) -> None:
     for name, module in modules.items():
         if layers.is_grouped(module) or layers.is_depthwise(module):
             parts: int = module.groups  # type: ignore[assignment]
-            leaders = _join_parts(atoms, (name, "out", 0), layers.out_channels(module), parts)  # type: ignore[arg-type]
+            leaders = _join_parts(atoms, (name, "out", 0), layers.width_of(module, "out"), parts)  # type: ignore[arg-type]
             if layers.is_grouped(module):
-                atoms.join(leaders, _join_parts(atoms, (name, "in", 0), layers.in_channels(module), parts))  # type: ignore[arg-type]
+                atoms.join(leaders, _join_parts(atoms, (name, "in", 0), layers.width_of(module, "in"), parts))  # type: ignore[arg-type]
         elif isinstance(module, nn.GroupNorm):
             _join_parts(atoms, (name, "out", 0), module.num_channels, module.num_groups)
 

@@ -1,17 +1,20 @@
-"""Making a model physically smaller: channels of its modules are removed for good, in ascending order."""
+"""Channels and units go by explicit indices: physically, in ascending order, or as a mask that computes the same."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from jbrprune.structure.channels import is_generic, refresh, width_after
-from jbrprune.structure.cuts import planned, shrunk
-from jbrprune.structure.groups import Axis
-from jbrprune.structure.masking import masked
-
-__all__ = ["masked", "refresh", "remove_channels"]
+from jbrprune.errors import ModelError
+from jbrprune.models import layers
+from jbrprune.models.preserve import Hook, hooked, input_of
+from jbrprune.structure.groups import Axis, Group, Selection, Side, after_removal, removed_channels
 
 
 def remove_channels(model: nn.Module, gone: Mapping[Axis, Tensor]) -> None:
@@ -41,27 +44,273 @@ def remove_channels(model: nn.Module, gone: Mapping[Axis, Tensor]) -> None:
           (1): Linear(in_features=2, out_features=2, bias=True)
         )
     """
-    plan = planned(model, gone)
-    smaller = {key: shrunk(plan.tensor[key], dims) for key, dims in plan.gone.items()}
-    touched = _replace(model, smaller)
-    for name, sides in plan.sides.items():
+    cuts = plan_cuts(model, gone)
+    smaller = {key: shrink_tensor(cuts.tensors[key], dims) for key, dims in cuts.gone.items()}
+    widths: dict[nn.Module, int | None] = {}
+    for name, sides in cuts.sides.items():
         module = model.get_submodule(name)
-        touched.discard(module)
-        refresh(module, width=width_after(module, sides))
-    for module in touched:
-        if not is_generic(module):
-            refresh(module)
+        widths[module] = layers.width_of(module, "out") - len(sides.get("out", ()))  # type: ignore[operator]
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers):
+            for name in [name for name, tensor in owned.items() if id(tensor) in smaller]:
+                owned[name] = smaller[id(owned[name])]  # type: ignore[assignment]
+                widths.setdefault(module, None)
+    for module, width in widths.items():
+        layers.refresh(module, width=width)
 
 
-def _replace(model: nn.Module, smaller: Mapping[int, Tensor]) -> set[nn.Module]:
-    """Put the new tensors wherever the old ones are; returns the modules that own one."""
-    places = [
-        (module, owned, name, smaller[id(tensor)])
-        for module in model.modules()
-        for owned in (module._parameters, module._buffers)
-        for name, tensor in owned.items()
-        if id(tensor) in smaller
-    ]
-    for _, owned, name, tensor in places:
-        owned[name] = tensor  # type: ignore[assignment]
-    return {module for module, *_ in places}
+@contextlib.contextmanager
+def masked(model: nn.Module, gone: Mapping[Axis, Tensor]) -> Iterator[None]:
+    """Let the same, un-shrunk model compute what it would compute without the channels.
+
+    Consumers (``in`` axes) see zeros in these channels; a norm over channels (``out`` of LayerNorm, RMSNorm,
+    GroupNorm and their relatives) is computed over the channels that stay and gives zeros elsewhere. Nothing
+    is removed, and the hooks are gone afterwards.
+
+    Args:
+        model: The model; its parameters are not changed.
+        gone: As for `remove_channels`.
+
+    Raises:
+        ModelError: As for `remove_channels`.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1, bias=False))
+        >>> _ = [torch.nn.init.ones_(weight) for weight in net.parameters()]
+        >>> with torch.no_grad(), masked(net, {("0", "out", 0): torch.tensor([0]), ("1", "in", 0): torch.tensor([0])}):
+        ...     print(net(torch.tensor([[3.0]])))
+        tensor([[3.]])
+    """
+    before: dict[str, Hook] = {}
+    after: dict[str, Hook] = {}
+    for name, sides in plan_cuts(model, gone).sides.items():
+        module = model.get_submodule(name)
+        if "in" in sides:
+            before[name] = partial(_zero_input, gone=sides["in"], dim=1 - module.weight.dim())  # type: ignore[union-attr,operator]
+        if "out" in sides and layers.mixes_channels(module):
+            smaller = copy.copy(module)  # the original keeps its own tensors
+            smaller.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
+            remove_channels(smaller, {("", "out", 0): sides["out"]})
+            after[name] = partial(_normalise_kept, gone=sides["out"], smaller=smaller)
+    with hooked(model, forward=after, forward_pre=before):
+        yield
+
+
+def _zero_input(module: nn.Module, args: tuple, kwargs: dict, *, gone: Tensor, dim: int) -> tuple[tuple, dict]:
+    """Zeros in the channels that are gone; exact also where they hold Inf."""
+    if args:
+        return (args[0].index_fill(dim, gone.to(args[0].device), 0), *args[1:]), kwargs
+    return args, kwargs | {"input": kwargs["input"].index_fill(dim, gone.to(kwargs["input"].device), 0)}
+
+
+def _normalise_kept(
+    module: nn.Module, args: tuple, kwargs: dict, output: Tensor, *, gone: Tensor, smaller: nn.Module
+) -> Tensor:
+    """The norm over the channels that stay, scattered back among zeros."""
+    inputs = input_of(args, kwargs)
+    dim = layers.channel_dim(module) or -1  # unknown where several dimensions are normalised: then the last
+    stays = kept_indices(inputs.shape[dim], gone).to(inputs.device)
+    return torch.zeros_like(output).index_copy(dim, stays, smaller.forward(inputs.index_select(dim, stays)))
+
+
+def remove_units(model: nn.Module, groups: Sequence[Group], selection: Selection) -> tuple[Group, ...]:
+    """Remove the selected units in place; return the groups of the smaller model."""
+    gone = removed_channels(groups, selection)
+    streams = [group.name.rstrip("'") for group in groups if group.kind == "width"]
+    repeated = layers.repeated_widths(model, streams)
+    remove_channels(model, {axis: channels for axis, channels in gone.items() if axis[1] != "heads"})
+    for (name, side, _), channels in gone.items():
+        if side == "heads":
+            module = model.get_submodule(name)
+            layers.set_heads(module, layers.width_of(module, "heads") - len(channels))  # type: ignore[operator]
+    for width in repeated:
+        width.update()
+    return after_removal(groups, selection)
+
+
+@contextlib.contextmanager
+def masked_units(model: nn.Module, groups: Sequence[Group], selection: Selection) -> Iterator[None]:
+    """Let the un-shrunk model compute what it would without the selected units."""
+    gone = removed_channels(groups, selection)
+    with masked(model, {axis: channels for axis, channels in gone.items() if axis[1] != "heads"}):
+        yield
+
+
+# --- which indices of which tensors go ------------------------------------------------------------
+
+
+@dataclass
+class Cuts:
+    """What goes where.
+
+    Attributes:
+        tensors: id of a tensor -> the tensor.
+        gone: id of a tensor -> dimension -> indices that go, ascending.
+        sides: Name of a module -> side -> channels that go, ascending.
+    """
+
+    tensors: dict[int, Tensor] = field(default_factory=dict)
+    gone: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    sides: dict[str, dict[Side, Tensor]] = field(default_factory=dict)
+
+    def add(self, tensor: Tensor, dim: int, gone: Tensor, where: str) -> None:
+        """Note that indices of a tensor go; another place may say the same, but nothing else."""
+        dims = self.gone.setdefault(id(tensor), {})
+        if dim in dims and not torch.equal(dims[dim], gone):
+            raise ModelError(
+                f"{where}: dimension {dim} of this tensor is named twice (it is shared, or given by module and by "
+                "parameter) with different indices. Remove the same indices everywhere."
+            )
+        dims[dim] = gone
+        self.tensors[id(tensor)] = tensor
+
+
+def plan_cuts(model: nn.Module, gone: Mapping[Axis, Tensor]) -> Cuts:
+    """Check what `remove_channels` is asked for; change nothing.
+
+    Args:
+        model: The model.
+        gone: As for `remove_channels`.
+
+    Raises:
+        ModelError: As there.
+    """
+    cuts = Cuts()
+    for (name, side, dim), indices in gone.items():
+        if indices.numel() == 0:
+            continue
+        owner, _, own = name.rpartition(".") if side == "param" else (name, "", "")
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            raise ModelError(
+                f"{name}: the model has no module {owner!r}. Names are those of named_modules()."
+            ) from None
+        tensors = layers.own_tensors(module)
+        if side == "param":
+            tensor = tensors.get(own)
+            if tensor is None:
+                raise ModelError(f"{name}: the model has no parameter or buffer of this name.")
+            if not -tensor.dim() <= dim < tensor.dim():
+                raise ModelError(f"{name}: there is no dimension {dim}, the shape is {tuple(tensor.shape)}.")
+            indices = _check_indices(indices, tensor.shape[dim], f"{name}, dimension {dim}")
+            cuts.add(tensor, dim % tensor.dim(), indices, name)
+            continue
+        where = f"{name} ({type(module).__name__}), side {side!r}"
+        width = layers.width_of(module, side)
+        if width is None:
+            raise ModelError(f"{where}: this module has no channels of its own on that side.")
+        for tensor in layers.channel_tensors(module, side).keys() - tensors.keys():
+            if isinstance(getattr(module, tensor, None), Tensor):
+                raise ModelError(
+                    f"{where}: {tensor!r} is computed from other tensors (parametrized, or masked by "
+                    "torch.nn.utils.prune). Make it permanent first: torch.nn.utils.prune.remove or "
+                    "torch.nn.utils.parametrize.remove_parametrizations."
+                )
+        cuts.sides.setdefault(name, {})[side] = _check_indices(indices, width, where)
+    for name, sides in cuts.sides.items():
+        tensors = layers.own_tensors(model.get_submodule(name))
+        for (own, dim), indices in _cut_tensors(model.get_submodule(name), sides, name).items():
+            cuts.add(tensors[own], dim, indices, f"{name}.{own}")
+    _check_fit(model, cuts)
+    return cuts
+
+
+def _check_indices(indices: Tensor, size: int, where: str) -> Tensor:
+    """Indices in ascending order on the CPU."""
+    if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ModelError(
+            f"{where}: indices must be a one-dimensional integer tensor, got {indices.dtype} of shape "
+            f"{tuple(indices.shape)}."
+        )
+    ordered = indices.detach().cpu().long().sort().values
+    if (ordered[1:] == ordered[:-1]).any():
+        twice = int(ordered[1:][ordered[1:] == ordered[:-1]][0])
+        raise ModelError(f"{where}: index {twice} is given more than once.")
+    if ordered[0] < 0 or ordered[-1] >= size:
+        wrong = int(ordered[0] if ordered[0] < 0 else ordered[-1])
+        raise ModelError(f"{where}: index {wrong} is out of range, there are {size} channels.")
+    if len(ordered) == size:
+        raise ModelError(f"{where}: all {size} channels would go. At least one must stay.")
+    return ordered
+
+
+def _cut_tensors(module: nn.Module, sides: Mapping[Side, Tensor], name: str) -> dict[tuple[str, int], Tensor]:
+    """(own tensor, dimension) -> indices that go with channels; whole groups where the channels come in groups."""
+    own, count = layers.own_tensors(module), layers.group_count(module)
+    cuts = {
+        (tensor, dim % own[tensor].dim()): indices
+        for side, indices in sides.items()
+        for tensor, dim in layers.channel_tensors(module, side).items()
+        if tensor in own
+    }
+    if count == 1:
+        return cuts
+    where = f"{name} ({type(module).__name__}, groups={count})"
+    if "out" not in sides:
+        raise ModelError(
+            f"{where}: only side 'in' was given; a group's inputs can go only together with its outputs. "
+            "Name the 'out' channels of the same groups."
+        )
+    whole = {}
+    for side, indices in sides.items():
+        size = layers.width_of(module, side) // count  # type: ignore[operator]
+        whole[side], numbers = torch.unique(indices // size, return_counts=True)
+        if (numbers != size).any():
+            part = int(whole[side][numbers != size][0])
+            raise ModelError(
+                f"{where}, side {side!r}: group {part} would lose some of its {size} channels. Remove whole groups: "
+                f"channels {part * size} to {part * size + size - 1} together."
+            )
+    if not torch.equal(whole["out"], whole.get("in", whole["out"])):
+        raise ModelError(
+            f"{where}: side 'out' removes groups {whole['out'].tolist()} but side 'in' removes "
+            f"{whole['in'].tolist()}. Both must name the same groups."
+        )
+    if "weight" in own:  # its rows are those of the groups, of either side
+        cuts = {key: indices for key, indices in cuts.items() if key[0] != "weight"}
+        rows = len(own["weight"]) // count
+        cuts["weight", 0] = (whole["out"][:, None] * rows + torch.arange(rows)).flatten()
+    return cuts
+
+
+def _check_fit(model: nn.Module, cuts: Cuts) -> None:
+    """Tensors of one module still fit together, also where only some of them are shared."""
+    for name, module in model.named_modules():
+        own = layers.own_tensors(module)
+        if layers.group_count(module) > 1 or not any(id(tensor) in cuts.gone for tensor in own.values()):
+            continue
+        for side in ("out", "in"):
+            sizes = {}
+            for tensor, dim in layers.channel_tensors(module, side).items():
+                if tensor in own:
+                    gone = cuts.gone.get(id(own[tensor]), {}).get(dim % own[tensor].dim(), ())
+                    sizes[tensor] = own[tensor].shape[dim] - len(gone)
+            if len(set(sizes.values())) > 1:
+                raise ModelError(
+                    f"{name} ({type(module).__name__}), side {side!r}: its tensors would no longer fit "
+                    f"together: {sizes}. It shares a tensor that shrinks; name its channels as well."
+                )
+
+
+def shrink_tensor(tensor: Tensor, gone: Mapping[int, Tensor]) -> Tensor:
+    """What is left of a tensor without the indices of each dimension; a parameter stays a parameter."""
+    left = tensor.detach()
+    for dim, indices in gone.items():
+        left = left.index_select(dim, kept_indices(left.shape[dim], indices).to(left.device))
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        left = left.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(left, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else left
+
+
+def kept_indices(size: int, gone: Tensor) -> Tensor:
+    """Indices below ``size`` that stay, ascending.
+
+    Example:
+        >>> kept_indices(4, torch.tensor([0, 2])).tolist()
+        [1, 3]
+    """
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[gone] = False
+    return stays.nonzero().flatten()

@@ -140,7 +140,7 @@ class CouplingGraph:
         self.modules = dict(model.named_modules())
         self.names = {module: name for name, module in self.modules.items()}
         self.parameters = {parameter: name for name, parameter in model.named_parameters()}
-        widths = [w for m in self.names for w in (layers.out_channels(m), layers.in_channels(m)) if w]
+        widths = [w for m in self.names for w in (layers.width_of(m, "out"), layers.width_of(m, "in")) if w]
         self.widest = max(widths, default=1)
 
     def roots(self) -> list[nn.Module]:
@@ -159,9 +159,9 @@ class CouplingGraph:
             return self._parameter(f"{self.names[module]}.weight", module.weight, 0)
         out = self.graph.is_out_channel_pruning_fn(dependency.handler)
         if not out and layers.is_depthwise(module):  # a multiple of its inputs comes out
-            width = layers.out_channels(module)
+            width = layers.width_of(module, "out")
             return (self.names[module], "out", 0), width, width // module.groups  # type: ignore[operator, return-value]
-        width = layers.out_channels(module) if out else layers.in_channels(module)
+        width = layers.width_of(module, "out") if out else layers.width_of(module, "in")
         return None if width is None else ((self.names[module], "out" if out else "in", 0), width, 1)
 
     def _parameter(self, name: str, parameter: Tensor, dim: int) -> tuple[Axis, int, int]:

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from jbrprune.errors import ModelError, UnsupportedModelError
-from jbrprune.models import architectures, preserve
+from jbrprune.models import preserve
 from jbrprune.models.preserve import copy_model, logits_of
-from jbrprune.structure import slicing
 from jbrprune.structure.discovery import Found
-from jbrprune.structure.groups import Axis, Group, Selection, after_removal, removed_channels
+from jbrprune.structure.groups import Group, Selection
+from jbrprune.structure.slicing import masked_units, remove_units
 
 TOLERANCE = 1e-8
 """Largest difference between mask and removal in float64, relative to the largest logit."""
-
-
-def remove_units(model: nn.Module, groups: Sequence[Group], selection: Selection) -> tuple[Group, ...]:
-    """Remove the selected units in place; return the groups of the smaller model."""
-    tensors, heads = _split(removed_channels(groups, selection))
-    before = architectures.classifier_width(model)
-    slicing.remove_channels(model, tensors)
-    for (name, _, _), gone in heads.items():
-        module = model.get_submodule(name)
-        architectures.set_heads(module, architectures.heads_of(module) - len(gone))
-    left = after_removal(groups, selection)
-    architectures.update_widths(model, before, _token_widths(groups, left))
-    return left
-
-
-@contextlib.contextmanager
-def masked_units(model: nn.Module, groups: Sequence[Group], selection: Selection) -> Iterator[None]:
-    """Let the un-shrunk model compute what it would without the selected units."""
-    with slicing.masked(model, _split(removed_channels(groups, selection))[0]):
-        yield
 
 
 def verify_groups(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> Found:
@@ -103,16 +82,6 @@ def _culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]], str 
         return {groups[0].name: why}
     middle = len(groups) // 2
     return _culprits(groups[:middle], failure) | _culprits(groups[middle:], failure)
-
-
-def _split(gone: Mapping[Axis, Tensor]) -> tuple[dict[Axis, Tensor], dict[Axis, Tensor]]:
-    """Axes that hold tensors, and axes that count heads."""
-    tensors = {axis: channels for axis, channels in gone.items() if axis[1] != "heads"}
-    return tensors, {axis: channels for axis, channels in gone.items() if axis[1] == "heads"}
-
-
-def _token_widths(groups: Sequence[Group], left: Sequence[Group]) -> dict[int, int]:
-    return {before.size: after.size for before, after in zip(groups, left, strict=True) if before.kind == "width"}
 
 
 def _perturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jbrprune.errors import ArgumentError
 from jbrprune.structure.groups import Group, Selection, removed_channels
-from jbrprune.structure.verification import masked_units
+from jbrprune.structure.slicing import masked_units
 from jbrprune.tpv.covariances import Change, FiniteRank
 
 

@@ -15,7 +15,7 @@ from jbrprune.budgets.cost import cost_model, count_macs
 from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.evaluation.agreement import parameters_of
 from jbrprune.structure.discovery import find_groups
-from jbrprune.structure.verification import remove_units
+from jbrprune.structure.slicing import remove_units
 
 BAD_SHARES = [0, 1, -0.5, 1.5, 50, math.nan, math.inf, -math.inf, "half", "0.5", True, False, [0.5], 1 + 2j]
 

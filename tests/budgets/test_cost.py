@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from jbrprune.budgets.cost import CostModel, Term, axis_widths, channel_terms, count_macs, mac_terms, parameter_terms
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Member
-from jbrprune.structure.verification import remove_units
+from jbrprune.structure.slicing import remove_units
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
 

@@ -22,7 +22,7 @@ from jbrprune.budgets.timing import Laps, Ratio
 from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.evaluation.latency import Latency
 from jbrprune.structure.discovery import find_groups
-from jbrprune.structure.verification import remove_units
+from jbrprune.structure.slicing import remove_units
 
 IMAGES = cases.images(40, 32).float()
 QUICK: dict[str, Any] = {"progress": False, "measure_latency": False, "steps": 2, "repair": None, "min_channels": 1}

@@ -23,7 +23,7 @@ from jbrprune.prediction.forecast import Forecast, forecast
 from jbrprune.prediction.residual import InputMoments, input_moments, unexplained
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Selection
-from jbrprune.structure.verification import masked_units
+from jbrprune.structure.slicing import masked_units
 
 IMAGES = cases.images(6, 32).double()
 

@@ -28,7 +28,7 @@ from jbrprune.prediction.predict import _supported
 from jbrprune.pruning import loop as engine
 from jbrprune.pruning.calibration import calibration
 from jbrprune.structure.discovery import find_groups
-from jbrprune.structure.verification import remove_units
+from jbrprune.structure.slicing import remove_units
 from jbrprune.tpv import TPVWarning
 
 IMAGES = cases.images(40, 32).float()

@@ -17,7 +17,7 @@ from jbrprune.errors import ArgumentError, UnsupportedModelError
 from jbrprune.evaluation.agreement import parameters_of
 from jbrprune.pruning.info import inventory
 from jbrprune.structure.discovery import find_groups
-from jbrprune.structure.verification import remove_units
+from jbrprune.structure.slicing import remove_units
 
 IMAGES = cases.images(2, 32).float()
 

@@ -30,7 +30,8 @@ from jbrprune.data.batches import Batch
 from jbrprune.errors import BudgetError, DataError, UnsupportedModelError
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Selection
-from jbrprune.structure.verification import masked_units, remove_units, verify_groups
+from jbrprune.structure.slicing import masked_units, remove_units
+from jbrprune.structure.verification import verify_groups
 
 TOLERANCE = 1e-10
 """In float64, relative to the largest logit, or to the largest score of a group."""

@@ -10,7 +10,7 @@ from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.relevance import per_sample_relevances
 from jbrprune.data.batches import Batch
 from jbrprune.structure.discovery import find_groups
-from jbrprune.structure.verification import masked_units
+from jbrprune.structure.slicing import masked_units
 
 
 class Net(nn.Module):

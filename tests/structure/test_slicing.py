@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from jbrprune.errors import ModelError
-from jbrprune.structure.channels import refresh
+from jbrprune.models.layers import refresh
 from jbrprune.structure.groups import Axis
-from jbrprune.structure.masking import masked
-from jbrprune.structure.slicing import remove_channels
+from jbrprune.structure.slicing import masked, remove_channels
 
 KEEPS = (0.1, 0.3, 0.7)
 Gone = Mapping[Axis, Tensor]
@@ -423,7 +422,10 @@ BAD: dict[str, tuple[Gone, str]] = {
         _axes("grouped", "out", 0, 1) | _axes("grouped", "in", 2, 3),
         r"removes groups \[0\] but side 'in' removes \[1\]",
     ),
-    "norm_group": (_axes("norm", "out", 0), r"norm \(GroupNorm\), side 'out': group 0 would lose some of its 4"),
+    "norm_group": (
+        _axes("norm", "out", 0),
+        r"norm \(GroupNorm, groups=2\), side 'out': group 0 would lose some of its 4",
+    ),
     "shared_differ": (_axes("a", "out", 0) | _axes("b", "out", 1), "named twice"),
     "shared_bias": (_axes("a", "out", 0), r"b \(Linear\), side 'out': its tensors would no longer fit"),
 }

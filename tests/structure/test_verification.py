@@ -19,7 +19,8 @@ from jbrprune.errors import UnsupportedModelError
 from jbrprune.structure import verification as removal
 from jbrprune.structure.discovery import Found, find_groups
 from jbrprune.structure.groups import Group, Selection
-from jbrprune.structure.verification import masked_units, remove_units, verify_groups
+from jbrprune.structure.slicing import masked_units, remove_units
+from jbrprune.structure.verification import verify_groups
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
 

@@ -17,7 +17,7 @@ from tpv_nets import attention, bound, estimated, flat, jacobian, linear, measur
 
 from jbrprune.errors import ArgumentError
 from jbrprune.structure.discovery import find_groups
-from jbrprune.structure.verification import masked_units
+from jbrprune.structure.slicing import masked_units
 from jbrprune.tpv import (
     Covariance,
     Diagonal,

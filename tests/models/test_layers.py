@@ -1,0 +1,119 @@
+"""The table of layer classes: what it says, and that no width is lost between pruning, saving and loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import timm.layers
+import torch
+from timm.layers.grn import GlobalResponseNorm
+from torch import nn
+
+from jbrprune.checkpoint.checkpoint import load, save
+from jbrprune.models import layers, timm_models
+from jbrprune.structure.discovery import find_groups
+from jbrprune.structure.slicing import remove_units
+
+NETS: dict[str, dict[str, Any]] = {
+    "test_resnet": {},
+    "resnext26ts": {},  # groups, fused activations
+    "regnety_002": {},
+    "nf_regnet_b0": {},  # standardised convolutions
+    "mobilenetv3_small_050": {},  # its classifier does not read num_features
+    "mobilenetv4_conv_small_035": {},
+    "mobileone_s0": {},  # blocks that repeat the widths of their branches
+    "convnextv2_atto": {"width": True},
+    "poolformer_s12": {},  # group norm of one group
+    "inception_next_atto": {},
+    "mixer_s32_224": {"width": True},
+    "vit_tiny_patch16_224": {"width": True, "depth": 2},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1)},
+}
+
+
+def pruned(name: str, *, width: bool = False, **arguments: Any) -> tuple[nn.Module, timm_models.Recipe, torch.Tensor]:
+    """A net that has lost every other unit of every group."""
+    torch.manual_seed(0)
+    recipe = timm_models.Recipe(name, {"num_classes": 5, **arguments})
+    model = timm_models.build(recipe).eval()
+    side = 224 if "224" in name else 64
+    images = torch.randn(2, 3, side, side)
+    groups = find_groups(model, images, width=width).groups
+    remove_units(model, groups, {group.name: torch.arange(0, group.size - 1, 2) for group in groups})
+    return model, recipe, images
+
+
+def sizes(model: nn.Module) -> dict[str, object]:
+    """Every attribute of every module that is an integer or a tuple of integers, whether the table knows it or not."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if layers.is_size(value)
+    }
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_width_that_pruning_changes_is_restored(name: str, tmp_path: Path) -> None:
+    model, recipe, images = pruned(name, **NETS[name])
+    dense = sizes(timm_models.build(recipe))
+    assert len([key for key, value in sizes(model).items() if dense[key] != value]) >= 8
+    save(tmp_path / "m", model, recipe=recipe)
+    loaded = load(tmp_path / "m")
+    assert sizes(loaded) == sizes(model)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv3_small_050", "convnextv2_atto", "vit_tiny_patch16_224"])
+def test_a_pruned_model_takes_a_new_classifier(name: str) -> None:
+    model, _, images = pruned(name, **NETS[name])
+    model.reset_classifier(7)  # type: ignore[operator]
+    assert model(images).shape == (2, 7)
+
+
+def test_the_branches_of_a_pruned_block_still_merge() -> None:
+    model, _, images = pruned("mobileone_s0")
+    with torch.no_grad():
+        expected = model(images)
+        merged = timm.utils.model.reparameterize_model(model)
+        torch.testing.assert_close(merged(images), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "dim", "out", "into"),
+    [
+        (nn.Conv2d(4, 6, 3), 1, 6, 4),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2), 1, 6, 4),
+        (nn.Linear(4, 6), -1, 6, 4),
+        (nn.BatchNorm1d(6), 1, 6, None),
+        (nn.GroupNorm(2, 6), 1, 6, None),
+        (nn.LayerNorm(6), -1, 6, None),
+        (nn.LayerNorm([3, 6]), None, 6, None),
+        (nn.RMSNorm(6), -1, 6, None),
+        (timm.layers.RmsNorm(6), -1, 6, None),
+        (timm.layers.LayerNorm2d(6), 1, 6, None),
+        (timm.layers.LayerNormAct2d(6), 1, 6, None),
+        (timm.layers.BatchNormAct2d(6), 1, 6, None),
+        (timm.layers.SimpleNorm2d(6, affine=False), 1, 6, None),
+        (timm.layers.LayerScale(6), -1, 6, None),
+        (GlobalResponseNorm(6), -1, 6, None),
+        (GlobalResponseNorm(6, channels_last=False), 1, 6, None),
+        (nn.ReLU(), None, None, None),
+        (nn.MultiheadAttention(6, 2), None, None, None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_what_the_table_says(module: nn.Module, dim: int | None, out: int | None, into: int | None) -> None:
+    assert layers.channel_dim(module) == dim
+    assert layers.width_of(module, "out") == out
+    assert layers.width_of(module, "in") == into
+
+
+def test_size_attributes_go_from_one_module_to_another() -> None:
+    one, other = nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=4)
+    layers.set_size_attributes(other, layers.size_attributes(one))
+    assert layers.size_attributes(other) == {"groups": 2, "in_channels": 4, "out_channels": 8}
