@@ -46,7 +46,7 @@ class RankError(JBRError):
 
 
 class MemoryLimitError(JBRError, MemoryError):
-    """Not even one image fits into memory."""
+    """A batch of images does not fit into memory."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ArgumentError:

@@ -1,10 +1,10 @@
-"""What a model does and costs: its logits, its agreement with a reference, its latency and its size."""
+"""What a model computes: its logits, how far they agree with a reference, and where NaN or Inf come from."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
-from jbrprune.errors import DataError, ModelError, NonFiniteError
-from jbrprune.evaluation.portions import Portions
+from jbrprune.errors import DataError, MemoryLimitError, ModelError, NonFiniteError
 from jbrprune.models import preserve
 from jbrprune.models.preserve import logits_of
 
@@ -45,78 +44,76 @@ class Agreement:
     @property
     def top1_interval(self) -> tuple[float, float]:
         """95 % Wilson score interval of `top1` (Wilson, JASA 1927): what N samples can resolve."""
-        from scipy.stats import binomtest  # takes longer to import than the rest of the module
-
-        interval = binomtest(round(self.top1 * self.images), self.images).proportion_ci(0.95, method="wilson")
-        return float(interval.low), float(interval.high)
+        return wilson_interval(self.top1, self.images)
 
 
-def compute_logits(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    autocast_dtype: torch.dtype | None = None,
-    progress: bool = False,
-) -> list[Tensor]:
+@dataclass(frozen=True)
+class Drop:
+    """A measured loss of accuracy or agreement.
+
+    Attributes:
+        of: ``accuracy`` where there are labels, else ``agreement`` with the dense model.
+        images: Number of samples N.
+        lost: Share of samples, the fall of the accuracy or of the agreement; an accuracy may rise.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        models: Number of models measured on the same images, of which this one was chosen: the interval is that of
+            Bonferroni, so that with 95 % the intervals of all of them together are right.
+    """
+
+    of: str
+    images: int
+    lost: float
+    low: float
+    high: float
+    models: int = 1
+
+    def within(self, allowed: float) -> bool:
+        """Whether no more than the allowed share is lost, as counts: 0.01 of 100 images is one image."""
+        return round(self.lost * self.images) <= math.floor(allowed * self.images + 1e-9)
+
+
+def compute_logits(model: nn.Module, batches: Iterable[Batch], *, progress: bool = False) -> list[Tensor]:
     """Logits of every batch, in eval mode, without gradients, on the device of the model.
 
-    The model is left as it was, also after an exception.
+    Each of several ranks computes its share of the batches; every rank gets the logits of all.
 
     Args:
-        model: The model.
+        model: The model; left as it was, also after an exception.
         batches: Images ``[B, C, H, W]`` in the dtype that the model takes.
-        autocast_dtype: Run under ``torch.autocast`` in this dtype; None: as the model is.
         progress: Show a progress bar.
 
     Returns:
         One ``[B, K]`` per batch on the CPU, float32 (float64 stays float64).
 
     Raises:
+        MemoryLimitError: A batch does not fit into memory.
         ModelError: The output is not one row of logits per image.
         NonFiniteError: NaN or Inf in the logits; names the batch, and the weight or module they come from.
     """
-    portions = Portions()
 
-    def own_part() -> tuple[list[int], dict[int, Tensor]]:
-        sizes: list[int] = []
-        found: dict[int, Tensor] = {}
-        with preserve.inference_state(model), _autocast(preserve.device_of(model), autocast_dtype):
-            for number, batch in enumerate(
-                tqdm(batches, desc="logits", unit="batch", leave=False, disable=None if progress else True)
-            ):
-                sizes.append(len(batch))
-                if number % distributed.size() == distributed.rank():
-                    parts = portions.run(
-                        batch, lambda part, _, number=number: _logits(model, part, number, autocast_dtype)
+    def compute_share() -> dict[int, Tensor]:
+        found = {}
+        bar = tqdm(batches, desc="logits", unit="batch", leave=False, disable=None if progress else True)
+        with preserve.inference_state(model):
+            for number, batch in enumerate(bar):
+                if number % distributed.size() != distributed.rank():
+                    continue
+                images = batch.images.to(preserve.device_of(model), non_blocking=True)
+                with explain_out_of_memory(len(images)):
+                    out = logits_of(model(images))
+                if len(out) != len(images):
+                    raise ModelError(
+                        f"Batch {number}: {len(images)} images went in, {len(out)} rows of logits came out."
                     )
-                    found[number] = torch.cat(parts)
-        return sizes, found
+                if not _finite(out):
+                    raise_nonfinite(model, images, f"Batch {number}: the logits")
+                found[number] = out.to("cpu", torch.promote_types(out.dtype, torch.float32))
+        return found
 
-    sizes, found = distributed.together(own_part)
-    return _of_all_ranks(sizes, found)
-
-
-def _logits(model: nn.Module, batch: Batch, number: int, autocast_dtype: torch.dtype | None) -> Tensor:
-    images = batch.images.to(preserve.device_of(model), non_blocking=True)
-    out = logits_of(model(images))
-    if len(out) != len(images):
-        raise ModelError(f"Batch {number}: {len(images)} images went in, {len(out)} rows of logits came out.")
-    if not _finite(out):
-        raise_nonfinite(model, images, f"Batch {number}: the logits", autocast_dtype=autocast_dtype)
-    return out.to("cpu", torch.promote_types(out.dtype, torch.float32))
-
-
-def _of_all_ranks(sizes: Sequence[int], found: Mapping[int, Tensor]) -> list[Tensor]:
-    """The logits of every batch: each rank puts its own into zeros, and the sum is the whole."""
-    if distributed.size() == 1:
-        return list(found.values())
-    whole = {}
-    for number, own in found.items():
-        whole.setdefault("logits", own.new_zeros(sum(sizes), own.shape[1]))
-        start = sum(sizes[:number])
-        whole["logits"][start : start + len(own)] = own
-    summed = distributed.all_sum(whole)
-    return list(summed["logits"].split(list(sizes))) if summed else []
+    shares = distributed.gathered(distributed.together(compute_share))
+    found = {number: logits for share in shares for number, logits in share.items()}
+    return [found[number] for number in range(len(found))]
 
 
 def agreement(logits: Tensor, reference: Tensor, labels: Tensor | None = None) -> Agreement:
@@ -140,18 +137,36 @@ def agreement(logits: Tensor, reference: Tensor, labels: Tensor | None = None) -
         >>> agreement(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])).top1
         0.5
     """
-    _check_pair(logits, reference, labels)
+    if logits.dim() != 2 or logits.shape != reference.shape or logits.numel() == 0:
+        raise DataError(
+            f"Logits and reference must both be [N, K] of the same images, with N and K at least 1; got "
+            f"{list(logits.shape)} and {list(reference.shape)}."
+        )
+    for name, values in (("logits", logits), ("reference", reference)):
+        if not _finite(values):
+            raise NonFiniteError(f"The {name} contain NaN or Inf in {int((~values.isfinite()).any(1).sum())} samples.")
+    if labels is not None and labels.shape != logits.shape[:1]:
+        raise DataError(f"Labels must be [{len(logits)}] class indices, got shape {list(labels.shape)}.")
+    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise DataError(
+            f"Labels must lie in [0, {logits.shape[1]}), the classes of the model; got {int(labels.min())} to "
+            f"{int(labels.max())}. Map the labels of the data to the model's classes, or leave them out."
+        )
+
+    def share(hits: Tensor) -> float:
+        return int(hits.sum()) / len(hits)
+
     expected = reference.argmax(1)
     ranked = logits.argsort(dim=1, descending=True, stable=True)[:, :5]
     log_q, log_p = (F.log_softmax(values.double(), dim=1) for values in (logits, reference))
     return Agreement(
         images=len(logits),
-        top1=_share(ranked[:, 0] == expected),
-        top5=_share((ranked == expected[:, None]).any(1)),
+        top1=share(ranked[:, 0] == expected),
+        top5=share((ranked == expected[:, None]).any(1)),
         # rounding can leave the mean of equal distributions an ulp below zero
         kl=max(0.0, float(F.kl_div(log_q, log_p, reduction="batchmean", log_target=True))),
-        accuracy=None if labels is None else _share(ranked[:, 0] == labels.to(ranked.device)),
-        dense_accuracy=None if labels is None else _share(expected == labels.to(expected.device)),
+        accuracy=None if labels is None else share(ranked[:, 0] == labels.to(ranked.device)),
+        dense_accuracy=None if labels is None else share(expected == labels.to(expected.device)),
     )
 
 
@@ -166,74 +181,37 @@ def combine(parts: Sequence[Agreement]) -> Agreement:
         0.25
     """
     images = sum(part.images for part in parts)
-
-    def mean(name: str, *, of_counts: bool = True) -> float | None:
+    shares = {}
+    for name in ("top1", "top5", "accuracy", "dense_accuracy"):
         values = [getattr(part, name) for part in parts]
-        if None in values:
-            return None
-        sums = [value * part.images for value, part in zip(values, parts)]
-        return sum(round(value) for value in sums) / images if of_counts else math.fsum(sums) / images
-
-    shares = {name: mean(name) for name in ("top1", "top5", "accuracy", "dense_accuracy")}
-    return Agreement(images=images, kl=mean("kl", of_counts=False), **shares)  # type: ignore[arg-type]
+        counts = [round(value * part.images) for value, part in zip(values, parts) if value is not None]
+        shares[name] = sum(counts) / images if len(counts) == len(parts) else None
+    return Agreement(images=images, kl=math.fsum(part.kl * part.images for part in parts) / images, **shares)  # type: ignore[arg-type]
 
 
-def agreement_on(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    autocast_dtype: torch.dtype | None = None,
-    progress: bool = False,
-) -> Agreement:
+def agreement_on(model: nn.Module, batches: Iterable[Batch]) -> Agreement:
     """`compute_logits`, then `agreement` with the references (and labels, if every batch has them) of the batches.
 
     Raises:
         DataError: A batch without reference, or no batch.
     """
     batches = list(batches)
-    if not batches or any(batch.reference is None for batch in batches):
-        raise DataError(
-            f"Agreement needs the dense model's logits: {sum(b.reference is None for b in batches)} of {len(batches)} "
-            "batches have no reference. Attach it with jbrprune.data.batches.attach_reference."
-        )
-    logits = compute_logits(model, batches, autocast_dtype=autocast_dtype, progress=progress)
-    reference = torch.cat([batch.reference for batch in batches if batch.reference is not None])
+    references = [batch.reference for batch in batches if batch.reference is not None]
     labels = [batch.labels for batch in batches if batch.labels is not None]
-    return agreement(torch.cat(logits), reference.cpu(), torch.cat(labels) if len(labels) == len(batches) else None)
-
-
-@dataclass(frozen=True)
-class Drop:
-    """A measured loss.
-
-    Attributes:
-        of: ``accuracy`` where there are labels, else ``agreement`` with the dense model.
-        images: Number of samples N.
-        lost: Share of samples, the fall of the accuracy or of the agreement; an accuracy may rise.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        models: Measured on the same images, to choose this one of them: the interval is that of Bonferroni, so that
-            those of all of them together are right with 95 %.
-    """
-
-    of: str
-    images: int
-    lost: float
-    low: float
-    high: float
-    models: int = 1
-
-    def within(self, allowed: float) -> bool:
-        """Whether no more than the allowed share is lost, as counts: 0.01 of 100 images is one image."""
-        return round(self.lost * self.images) <= math.floor(allowed * self.images + 1e-9)
+    if not batches or len(references) < len(batches):
+        raise DataError(
+            f"Agreement needs the dense model's logits: {len(batches) - len(references)} of {len(batches)} batches "
+            "have no reference. Attach it with jbrprune.data.batches.attach_reference."
+        )
+    logits = torch.cat(compute_logits(model, batches))
+    return agreement(logits, torch.cat(references).cpu(), torch.cat(labels) if len(labels) == len(batches) else None)
 
 
 def measure_drop(logits: Tensor, reference: Tensor, labels: Tensor | None = None, *, models: int = 1) -> Drop:
     r"""The fall of accuracy, or of agreement without labels, from the dense model to a pruned one.
 
-    With labels, (n10 - n01) / N, where n10 samples only the dense model gets right and n01 only the pruned one; the
-    interval is the adjusted one for paired shares (half a sample added to each of the four cells). Without,
-    1 - top-1 agreement with Wilson's interval.
+    With labels, (n10 - n01) / N, where n10 samples only the dense model gets right and n01 only the pruned one, with
+    `paired_interval`. Without, 1 - top-1 agreement with `wilson_interval`.
 
     Args:
         logits: ``[N, K]`` of the pruned model.
@@ -248,24 +226,31 @@ def measure_drop(logits: Tensor, reference: Tensor, labels: Tensor | None = None
     Example:
         >>> measure_drop(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])).lost
         0.5
-
-    Source:
-        Agresti and Min, Statistics in Medicine 24 (2005), 729-740; Wilson, JASA 22 (1927).
     """
-    from scipy.stats import binomtest
-
     found = agreement(logits, reference, labels)
-    level = 1 - 0.05 / models
+    n, level = found.images, 1 - 0.05 / models
     if labels is None:
-        kept = binomtest(round(found.top1 * found.images), found.images).proportion_ci(level, method="wilson")
-        return Drop("agreement", found.images, 1 - found.top1, 1 - float(kept.high), 1 - float(kept.low), models)
+        low, high = wilson_interval(found.top1, n, level)
+        return Drop("agreement", n, 1 - found.top1, 1 - high, 1 - low, models)
     dense, pruned = (values.argmax(1) == labels.to(values.device) for values in (reference, logits))
-    lost, won, n = int((dense & ~pruned).sum()), int((~dense & pruned).sum()), found.images
+    lost, won = int((dense & ~pruned).sum()), int((~dense & pruned).sum())
     return Drop("accuracy", n, (lost - won) / n, *paired_interval(lost, won, n, level), models)
 
 
+def wilson_interval(share: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Score interval of a share of n samples.
+
+    Source:
+        Wilson, JASA 22 (1927), 209-212.
+    """
+    from scipy.stats import binomtest  # takes longer to import than the rest of the module
+
+    interval = binomtest(round(share * n), n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def paired_interval(one: int, other: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Interval of the difference of two shares of the same n samples.
+    """Interval of the difference of two shares of the same n samples, adjusted by half a sample in each of four cells.
 
     Args:
         one: Samples that count for the first share alone.
@@ -290,7 +275,30 @@ def parameters_of(model: nn.Module) -> int:
 
 def bytes_of(model: nn.Module) -> int:
     """Bytes of parameters and buffers in memory; shared ones count once."""
-    return sum(tensor.numel() * tensor.element_size() for source in _tensors(model) for tensor in source.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(images: int) -> Iterator[None]:
+    """Turn a failed allocation into an error that says what to change.
+
+    Args:
+        images: Number of images that were at work.
+
+    Raises:
+        MemoryLimitError: Memory ran out, on an accelerator or on the CPU.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not known or isinstance(error, MemoryLimitError):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise MemoryLimitError(
+            f"Memory ran out with {images} images at once ({reason}). Pass a smaller batch_size=, smaller images, or "
+            "use a device with more memory; other programs may hold memory as well."
+        ) from error
 
 
 def check_weights(model: nn.Module) -> None:
@@ -301,44 +309,16 @@ def check_weights(model: nn.Module) -> None:
     Raises:
         NonFiniteError: Names the first such parameter or buffer.
     """
-    parameters, buffers = _tensors(model)
-    bad = next((f"Parameter {name!r}" for name, tensor in parameters.items() if not _finite(tensor)), None) or next(
-        (f"Buffer {name!r}" for name, tensor in buffers.items() if not _finite(tensor, masks=True)), None
-    )
-    if bad is not None:
-        raise NonFiniteError(f"{bad} contains NaN or Inf. Load the weights again, or train from a checkpoint before.")
-
-
-def first_nonfinite(model: nn.Module, images: Tensor, *, autocast_dtype: torch.dtype | None = None) -> str | None:
-    """Qualified name of the first module, in order of execution, whose output is not finite.
-
-    A module is done when its children are: a parent is named only if it made NaN or Inf itself.
-
-    Args:
-        model: The model.
-        images: ``[B, C, H, W]`` on the device of the model.
-        autocast_dtype: As in `compute_logits`.
-
-    Returns:
-        The name (``""`` is the model itself), or None if every output is finite.
-    """
-    found: list[str] = []
-
-    def watch(name: str) -> preserve.Hook:
-        def hook(module: nn.Module, args: object, kwargs: object, output: object) -> None:
-            if not found and not all(_finite(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
-                found.append(name)
-
-        return hook
-
-    hooks = {name: watch(name) for name, _ in model.named_modules()}
-    with (
-        preserve.inference_state(model),
-        preserve.hooked(model, hooks),
-        _autocast(preserve.device_of(model), autocast_dtype),
-    ):
-        model(images)
-    return found[0] if found else None
+    bad = [f"Parameter {name!r}" for name, tensor in model.named_parameters() if not _finite(tensor)]
+    bad += [
+        f"Buffer {name!r}"
+        for name, tensor in model.named_buffers()
+        if not _finite(tensor.masked_fill(tensor == -math.inf, 0))
+    ]
+    if bad:
+        raise NonFiniteError(
+            f"{bad[0]} contains NaN or Inf. Load the weights again, or train from a checkpoint before."
+        )
 
 
 def raise_nonfinite(
@@ -346,11 +326,13 @@ def raise_nonfinite(
 ) -> NoReturn:
     """Say where NaN or Inf come from: the images, a weight, or the first module that makes them.
 
+    A module is done when its children are: a parent is named only if it made NaN or Inf itself.
+
     Args:
         model: The model.
         images: ``[B, C, H, W]`` on the device of the model, the batch that failed.
         what: Subject of the message, such as ``Batch 3: the logits``.
-        autocast_dtype: As in `compute_logits`.
+        autocast_dtype: Run under ``torch.autocast`` in this dtype; None: as the model is.
 
     Raises:
         NonFiniteError: Always.
@@ -358,51 +340,28 @@ def raise_nonfinite(
     if not _finite(images):
         raise NonFiniteError(f"{what} contain NaN or Inf, and so do the images. Check the transform that made them.")
     check_weights(model)
-    name = first_nonfinite(model, images, autocast_dtype=autocast_dtype)
-    if name is None:
+    found: list[str] = []
+
+    def watch(name: str) -> preserve.Hook:
+        def hook(module: nn.Module, args: object, kwargs: object, output: object) -> None:
+            if not all(_finite(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
+                found.append(name)
+
+        return hook
+
+    hooks = {name: watch(name) for name, _ in model.named_modules()}
+    autocast = torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None)
+    with preserve.inference_state(model), preserve.hooked(model, hooks), autocast:
+        model(images)
+    if not found:
         raise NonFiniteError(f"{what} contain NaN or Inf, though every module's output was finite on a second pass.")
-    where = f"module {name!r}" if name else "the model itself"
+    where = f"module {found[0]!r}" if found[0] else "the model itself"
     raise NonFiniteError(
         f"{what} contain NaN or Inf. Images and weights are finite; the first output that is not is that of "
-        f"{where} ({type(model.get_submodule(name)).__name__}). If it is half precision that overflows, use bfloat16 "
-        "or float32."
+        f"{where} ({type(model.get_submodule(found[0])).__name__}). If half precision overflows, use bfloat16 or "
+        "float32."
     )
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
-
-
-def _finite(tensor: Tensor, *, masks: bool = False) -> bool:
-    """No NaN or Inf; with ``masks``, -Inf is allowed."""
-    finite = torch.isfinite(tensor)
-    return bool((finite | torch.isneginf(tensor) if masks and tensor.is_floating_point() else finite).all())
-
-
-def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters, and buffers, by qualified name."""
-    return dict(model.named_parameters()), dict(model.named_buffers())
-
-
-def _share(hits: Tensor) -> float:
-    return int(hits.sum()) / len(hits)
-
-
-def _check_pair(logits: Tensor, reference: Tensor, labels: Tensor | None) -> None:
-    if logits.dim() != 2 or logits.shape != reference.shape or logits.numel() == 0:
-        raise DataError(
-            f"Logits and reference must both be [N, K] of the same images, with N and K at least 1; got "
-            f"{list(logits.shape)} and {list(reference.shape)}."
-        )
-    for name, values in (("logits", logits), ("reference", reference)):
-        if not _finite(values):
-            raise NonFiniteError(f"The {name} contain NaN or Inf in {int((~values.isfinite()).any(1).sum())} samples.")
-    if labels is None:
-        return
-    if labels.shape != logits.shape[:1]:
-        raise DataError(f"Labels must be [{len(logits)}] class indices, got shape {list(labels.shape)}.")
-    if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
-        raise DataError(
-            f"Labels must lie in [0, {logits.shape[1]}), the classes of the model; got {int(labels.min())} to "
-            f"{int(labels.max())}. Map the labels of the data to the model's classes, or leave them out."
-        )
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -85,7 +85,8 @@ def time_in_turns(models: Sequence[nn.Module], images: Tensor, *, seconds: float
         raise ArgumentError(f"seconds must be positive and threads at least 1, got {seconds} and {threads}.")
     images = images.to(preserve.device_of(models[0]))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_with_threads(threads))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads)
         for model in models:
             stack.enter_context(preserve.inference_state(model))
         for model in models:  # lazy initialisation and the choice of kernels are not part of a forward pass
@@ -99,19 +100,11 @@ def time_in_turns(models: Sequence[nn.Module], images: Tensor, *, seconds: float
             order = range(len(models))
             for number in order if turn % 2 == 0 else reversed(order):
                 times[number].append(time_pass(models[number], images, passes[number]))
-        clock = clock_of(images.device)
+        device, clock = str(images.device), clock_of(images.device)
     ratios = [[own / first for own, first in zip(row, times[0])] for row in times]
     return Timings(
         tuple(
-            Latency(
-                median_ms=1e3 * median(row),
-                iqr_ms=1e3 * _iqr(row),
-                runs=number * rounds,
-                batch=len(images),
-                threads=threads,
-                device=str(images.device),
-                clock=clock,
-            )
+            Latency(1e3 * median(row), 1e3 * _iqr(row), number * rounds, len(images), threads, device, clock)
             for row, number in zip(times, passes)
         ),
         tuple(median(row) for row in ratios),
@@ -151,16 +144,6 @@ def describe_hardware(device: torch.device) -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     # platform.processor() is empty or "x86_64" on Linux
     return names[0] if names else platform.processor() or platform.machine()
-
-
-@contextlib.contextmanager
-def _with_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _wait(device: torch.device) -> None:

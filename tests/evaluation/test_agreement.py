@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.data.batches import Batch
-from jbrprune.errors import DataError, ModelError, NonFiniteError
+from jbrprune.errors import DataError, MemoryLimitError, ModelError, NonFiniteError
 from jbrprune.evaluation import agreement as measure
 from jbrprune.evaluation.agreement import Agreement
 
@@ -83,17 +83,6 @@ def test_compute_logits_widens_to_float32(dtype):
     assert out.dtype == torch.float32
 
 
-def test_compute_logits_under_autocast_rounds_but_returns_float32():
-    model, batches = net(dtype=torch.float32), [Batch(images(dtype=torch.float32))]
-    (full,), (half,) = (
-        measure.compute_logits(model, batches),
-        measure.compute_logits(model, batches, autocast_dtype=torch.bfloat16),
-    )
-    assert half.dtype == torch.float32
-    assert 0 < (half - full).abs().max() < 0.05
-    torch.testing.assert_close(half, half.bfloat16().float(), rtol=0, atol=0)
-
-
 def test_compute_logits_leaves_the_model_as_it_was():
     model = unusual(net())
     before = state_of(model)
@@ -145,12 +134,13 @@ def test_compute_logits_names_batch_and_module_that_divides_by_zero():
     assert state_of(model) == before
 
 
-def test_first_nonfinite_names_the_culprit_not_its_parent():
+def test_the_culprit_is_named_not_its_parent():
     nested = nn.Sequential(nn.Identity(), nn.Sequential(nn.ReLU(), Apply(divide_by_zero)), nn.Flatten())
-    assert measure.first_nonfinite(nested, images()) == "1.1"
+    with pytest.raises(NonFiniteError, match=r"that of module '1\.1' \(Apply\)"):
+        measure.raise_nonfinite(nested, images(), "The scores")
 
 
-def test_first_nonfinite_names_a_parent_that_divides_itself():
+def test_a_parent_that_divides_itself_is_named():
     class Parent(nn.Module):
         def __init__(self):
             super().__init__()
@@ -159,25 +149,33 @@ def test_first_nonfinite_names_a_parent_that_divides_itself():
         def forward(self, x):
             return {"logits": [divide_by_zero(self.child(x))]}
 
-    assert measure.first_nonfinite(nn.Sequential(Parent()), images()) == "0"
-    assert measure.first_nonfinite(Parent(), images()) == ""
+    with pytest.raises(NonFiniteError, match=r"that of module '0' \(Parent\)"):
+        measure.raise_nonfinite(nn.Sequential(Parent()), images(), "The scores")
+    with pytest.raises(NonFiniteError, match=r"that of the model itself \(Parent\)"):
+        measure.raise_nonfinite(Parent(), images(), "The scores")
 
 
-def test_first_nonfinite_of_a_healthy_model_is_none_and_leaves_no_hook():
-    model = unusual(net())
-    before = state_of(model)
-    assert measure.first_nonfinite(model, images()) is None
-    assert state_of(model) == before
+def test_the_second_pass_runs_under_the_autocast_of_the_first():
+    class Overflows(nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.linear(x.flatten(1), 3e4 * torch.ones(2, 108))
+
+    model, ones = Overflows(), torch.ones(2, 3, 6, 6)
+    with pytest.raises(NonFiniteError, match="though every module's output was finite"):
+        measure.raise_nonfinite(model, ones, "The scores")
+    with pytest.raises(NonFiniteError, match="the model itself"):
+        measure.raise_nonfinite(model, ones, "The scores", autocast_dtype=torch.float16)
 
 
-def test_first_nonfinite_leaves_no_hook_after_an_exception():
+@pytest.mark.parametrize("error", [NonFiniteError, RuntimeError])
+def test_raise_nonfinite_leaves_no_hook(error):
     def fail(x):
         raise RuntimeError("boom")
 
-    model = unusual(net(Apply(fail)))
+    model = unusual(net(Apply(divide_by_zero if error is NonFiniteError else fail)))
     before = state_of(model)
-    with pytest.raises(RuntimeError, match="boom"):
-        measure.first_nonfinite(model, images())
+    with pytest.raises(error):
+        measure.raise_nonfinite(model, images(), "The scores")
     assert state_of(model) == before
 
 
@@ -202,6 +200,7 @@ def test_check_weights():
     model = net()
     model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
     model.register_buffer("index", torch.arange(3))
+    model.register_buffer("flags", torch.tensor([True, False]))
     measure.check_weights(model)
     model[1].running_var[2] = math.inf
     with pytest.raises(NonFiniteError, match=r"Buffer '1\.running_var'"):
@@ -265,12 +264,12 @@ def test_accuracy_is_none_without_labels():
     assert (row.accuracy, row.dense_accuracy) == (None, None)
 
 
-@pytest.mark.parametrize(("hits", "number"), [(0, 10), (10, 10), (7, 10), (401, 500), (1, 1)])
+@pytest.mark.parametrize(("hits", "number"), [(0, 10), (10, 10), (7, 10), (401, 500), (1, 1), (29, 100)])
 def test_interval_is_wilsons(hits, number):
     p, n, z = hits / number, number, 1.959963984540054
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    low, high = Agreement(number, p, 1.0, 0.0).top1_interval
+    low, high = Agreement(number, p, 1.0, 0.0).top1_interval  # 29 / 100 * 100 is less than 29
     assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-12)
 
 
@@ -306,6 +305,93 @@ def test_agreement_on_equals_compute_logits_and_compare():
 def test_agreement_on_needs_references(batches, message):
     with pytest.raises(DataError, match=message):
         measure.agreement_on(net(), batches)
+
+
+@pytest.mark.parametrize("other", [0, 43, 57])
+def test_parts_are_combined_by_counts(other):
+    """As ranks do: 29 and 57 of 100 are 0.29 and 0.57, whose products with 100 are less than the counts."""
+    parts = [Agreement(100, 0.29, 0.57, 0.1, 0.58, 0.55), Agreement(100, other / 100, 1.0, 0.4, 0.07, 0.14)]
+    whole = measure.combine(parts)
+    assert (whole.images, whole.top1, whole.top5) == (200, (29 + other) / 200, 157 / 200)
+    assert (whole.accuracy, whole.dense_accuracy) == (65 / 200, 69 / 200)
+    assert whole.kl == pytest.approx(0.25, rel=1e-15)
+    assert measure.combine([*parts, Agreement(1, 1.0, 1.0, 0.0)]).accuracy is None
+
+
+# --- drop ---------------------------------------------------------------------------------------
+
+
+def test_the_drop_of_an_accuracy_by_hand():
+    reference = torch.eye(2)[[0, 0, 0, 1, 1]]
+    logits = torch.eye(2)[[1, 1, 0, 1, 0]]
+    drop = measure.measure_drop(logits, reference, torch.tensor([0, 0, 0, 1, 0]))
+    assert (drop.of, drop.lost) == ("accuracy", pytest.approx(0.2))  # two lost, one won, of five
+    difference = (2.5 - 1.5) / 7
+    error = ((2.5 + 1.5 - (2.5 - 1.5) ** 2 / 7) / 49) ** 0.5
+    assert drop.high == pytest.approx(difference + 1.959963984540054 * error)
+    assert drop.low == pytest.approx(difference - 1.959963984540054 * error)
+    chosen = measure.measure_drop(logits, reference, torch.tensor([0, 0, 0, 1, 0]), models=5)
+    assert chosen.high == pytest.approx(difference + 2.5758293035489004 * error)  # 99 %
+
+
+def test_the_drop_of_an_agreement_is_wilsons():
+    reference, flips = torch.eye(2)[[0] * 100], 29
+    drop = measure.measure_drop(torch.eye(2)[[1] * flips + [0] * (100 - flips)], reference, models=2)
+    p, n, z = flips / 100, 100, 2.241402727604947  # 97.5 %
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    assert (drop.of, drop.images, drop.lost, drop.models) == ("agreement", 100, pytest.approx(0.29), 2)
+    assert (drop.low, drop.high) == pytest.approx((centre - half, centre + half), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lost", "allowed", "within"),
+    [(1, 0.01, True), (2, 0.01, False), (3, 0.03, True), (29, 0.29, True), (29, 0.285, False), (-1, 0.0, True)],
+)
+def test_counts_decide_not_rounded_shares(lost, allowed, within):
+    """0.29 * 100 is 28.999999999999996; 28.5 images allow 28."""
+    assert measure.Drop("accuracy", 100, lost / 100, 0.0, 1.0).within(allowed) is within
+
+
+@pytest.mark.parametrize(("one", "other", "n"), [(0, 0, 5), (3, 1, 10), (10, 0, 10), (40, 60, 1000)])
+def test_the_paired_interval_adds_half_a_sample_to_every_cell(one, other, n):
+    a, b, total = one + 0.5, other + 0.5, n + 2
+    error = math.sqrt((a + b) / total - ((a - b) / total) ** 2) / math.sqrt(total)
+    for level, z in ((0.95, 1.959963984540054), (0.99, 2.5758293035489004)):
+        expected = ((a - b) / total - z * error, (a - b) / total + z * error)
+        assert measure.paired_interval(one, other, n, level) == pytest.approx(expected)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nMore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 2 GiB"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_says_what_to_change(error):
+    def fail(x):
+        raise error
+
+    model = unusual(net(Apply(fail)))
+    before = state_of(model)
+    with pytest.raises(MemoryLimitError, match=r"ran out with 3 images at once \(.+\)\. Pass a smaller batch_size="):
+        measure.compute_logits(model, [Batch(images(3))])
+    assert state_of(model) == before
+
+
+def test_memory_limits_are_explained_once():
+    message = r"^Memory ran out with 2 images at once \(MemoryError\)"
+    with (
+        pytest.raises(MemoryLimitError, match=message),
+        measure.explain_out_of_memory(5),
+        measure.explain_out_of_memory(2),
+    ):
+        raise MemoryError
 
 
 # --- cost ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import jbrprune
 from jbrprune.data.batches import Batch, concatenate
 from jbrprune.errors import ArgumentError, BudgetError, DataError
-from jbrprune.evaluation.agreement import compute_logits, measure_drop
+from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.prediction import max_drop as search_module
 from jbrprune.pruning import calibration as reading
 from jbrprune.report.records import Search
@@ -147,23 +147,3 @@ def test_refuses_a_drop_that_the_images_cannot_show(monkeypatch: pytest.MonkeyPa
     with pytest.raises(DataError, match=r"max_drop=0\.04 cannot be seen on the 24 images.*4\.2%.*at least 65 images"):
         jbrprune.prune(own(), IMAGES, max_drop=0.04, **QUICK)
     assert 2 * (65 // 5) * 0.04 >= 1 > 2 * (64 // 5) * 0.04
-
-
-def test_the_drop_of_an_accuracy_by_hand() -> None:
-    reference = torch.eye(2)[[0, 0, 0, 1, 1]]
-    logits = torch.eye(2)[[1, 1, 0, 1, 0]]
-    drop = measure_drop(logits, reference, torch.tensor([0, 0, 0, 1, 0]))
-    assert (drop.of, drop.lost) == ("accuracy", pytest.approx(0.2))  # two lost, one won, of five
-    difference = (2.5 - 1.5) / 7
-    error = ((2.5 + 1.5 - (2.5 - 1.5) ** 2 / 7) / 49) ** 0.5
-    assert drop.high == pytest.approx(difference + 1.959963984540054 * error)
-    assert drop.low == pytest.approx(difference - 1.959963984540054 * error)
-    chosen = measure_drop(logits, reference, torch.tensor([0, 0, 0, 1, 0]), models=5)
-    assert chosen.high == pytest.approx(difference + 2.5758293035489004 * error)  # 99 %
-
-
-@pytest.mark.parametrize(("flips", "allowed", "within"), [(1, 0.01, True), (2, 0.01, False), (3, 0.03, True)])
-def test_counts_decide_not_rounded_shares(flips: int, allowed: float, within: bool) -> None:
-    reference = torch.eye(2)[[0] * 100]
-    logits = torch.eye(2)[[1] * flips + [0] * (100 - flips)]
-    assert measure_drop(logits, reference).within(allowed) is within
