@@ -20,7 +20,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from jbrprune.data.images import label_of, picture_of, pictures
-from jbrprune.demo_data import digits
+from jbrprune.demo import digits
 from jbrprune.errors import DataError
 from jbrprune.models.timm_models import data_config
 

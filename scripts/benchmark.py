@@ -33,7 +33,7 @@ from torch import nn
 
 from jbrprune import prune, sweep
 from jbrprune.data.batches import Batch, attach_reference
-from jbrprune.demo_data import lite0, train_digits
+from jbrprune.demo import lite0, train_digits
 from jbrprune.errors import JBRError, NonFiniteError
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models import timm_models

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from jbrprune.data.batches import Batch, materialise
 from jbrprune.data.images import PREFIXES, images_below, open_data
-from jbrprune.demo_data import DIGITS_MEAN, DIGITS_STD, LITE0_MEAN, LITE0_STD, crops, digits
+from jbrprune.demo import DIGITS_MEAN, DIGITS_STD, LITE0_MEAN, LITE0_STD, crops, digits
 from jbrprune.errors import ArgumentError, DataError, unknown
 
 _CIFAR = {"input_size": (3, 32, 32), "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616), "crop_pct": 1.0}

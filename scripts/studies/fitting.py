@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jbrprune.demo_data import digits
+from jbrprune.demo import digits
 from jbrprune.errors import ArgumentError
 from jbrprune.models import timm_models
 from jbrprune.models.preserve import evaluating, same_randomness

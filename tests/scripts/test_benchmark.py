@@ -37,7 +37,7 @@ import sources  # noqa: E402
 import table  # noqa: E402
 
 from baselines.torch_pruning_shipped import KNOWN_FAULTS  # noqa: E402
-from jbrprune.demo_data import crops, lite0  # noqa: E402
+from jbrprune.demo import crops, digits, lite0  # noqa: E402
 from jbrprune.errors import ArgumentError, DataError  # noqa: E402
 
 FEW = ["--data", "digits", "--weights", "random", "--images", "32", "--eval-images", "40"]
@@ -207,7 +207,8 @@ def wanted(**given: object) -> dict:
 
 def test_arguments_of_a_model_that_is_trained_here_and_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vision transformer that is made for 160 pixels is trained on 32, not refused or made without its arguments."""
-    monkeypatch.setattr("jbrprune.demo_data._train", lambda *_: None)
+    some = [part[:64] for part in digits()]
+    monkeypatch.setattr("jbrprune.demo.digits", lambda: some)
     given = {"model": ["test_vit"], "weights": "trained", "model_args": {"img_size": 32, "depth": 2}, "seeds": [0]}
     model = benchmark.created(plan.runs(wanted(**given, criterion=["random"]))[0].setup)
     assert len(model.blocks) == 2

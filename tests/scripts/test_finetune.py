@@ -19,7 +19,7 @@ import finetune
 import sources
 
 import jbrprune
-from jbrprune.demo_data import digits, train_digits
+from jbrprune.demo import digits, train_digits
 from jbrprune.errors import ModelError
 
 SETUP = ["--model", "test_resnet", "--weights", "trained", "--data", "digits", "--threads", "1", "--eval-images", "300"]

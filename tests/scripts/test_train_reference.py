@@ -24,7 +24,7 @@ import training
 from fashion_mnist import fashion_mnist
 from training import Recipe
 
-from jbrprune.demo_data import digits
+from jbrprune.demo import digits
 from jbrprune.errors import ArgumentError, CheckpointError, DataError, NonFiniteError
 from jbrprune.models import timm_models
 
