@@ -175,6 +175,27 @@ def test_widths_fall_to_multiples() -> None:
         assert "h" not in chosen
 
 
+def test_a_block_is_ranked_by_the_mean_of_its_units() -> None:
+    """By their sum, four channels worth 1 each would seem dearer than a head worth 2."""
+    groups = [group("a", 8), group("h", 4, "head")]
+    scores = {"a": torch.ones(8), "h": torch.full((4,), 2.0)}
+    for per_cost in (True, False):
+        cost = plan_cost(groups, {"a": 1, "h": 1})
+        assert plain(select(scores, groups, cost, 8, floors=floors_of(round_to=4), per_cost=per_cost)) == {
+            "a": [0, 1, 2, 3]
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_later_block_never_goes_before_an_earlier_one(dtype: torch.dtype) -> None:
+    """Rounding makes the mean of three equal scores less than the score: width 10 falls to 9, not to 7."""
+    score = torch.tensor(0.4900934100151062 if dtype == torch.float32 else 0.45938294312745087, dtype=dtype)
+    assert score.repeat(3).mean() < score
+    scores, groups = {"a": score.repeat(10)}, [group("a", 10)]
+    chosen = select(scores, groups, plan_cost(groups, {"a": 1}), 9.5, floors=floors_of(round_to=3))
+    assert plain(chosen) == {"a": [0]}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
