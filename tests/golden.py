@@ -67,13 +67,17 @@ def prune_channels(model: nn.Module, images: Tensor, seed: int) -> tuple[nn.Modu
     """A pruned copy, group name -> units of the dense model that are gone, and the repair of every step."""
     how = {"repair": "auto", "width": True, "seed": seed, "measure_latency": False, "progress": False}
     result = jbrprune.prune(model, images, macs=0.6, steps=3, **how)  # type: ignore[arg-type]
-    return result.model, dict(result.report.removed), [step.repair for step in result.report.steps]
+    repairs = [step.repair if step.unrepaired.kl > 1e-12 else "nothing to repair" for step in result.report.steps]  # type: ignore[union-attr]
+    return result.model, dict(result.report.removed), repairs
 
 
-def sparsify_weights(model: nn.Module, images: Tensor, goal: float | str, seed: int) -> tuple[nn.Module, list[str]]:
+def sparsify_weights(
+    model: nn.Module, images: Tensor, goal: float | str, repair: str | None, seed: int
+) -> tuple[nn.Module, list[str]]:
     """A copy with zeros, and the repair of every step; the goal is a sparsity or a pattern."""
     target = {"structure": goal} if isinstance(goal, str) else {"sparsity": goal}
-    result = jbrprune.prune(model, images, **target, seed=seed, measure_latency=False, progress=False)  # type: ignore[arg-type]
+    how = {"repair": repair, "seed": seed, "measure_latency": False, "progress": False}
+    result = jbrprune.prune(model, images, **target, **how)  # type: ignore[arg-type]
     return result.model, [step.repair for step in result.report.steps]
 
 
@@ -205,12 +209,13 @@ def weights_part(net: str, seed: int, batch_size: int = 5) -> Part:
             scores = scores_of_weights(model, batches, objective, statistic)
             facts["sizes"] = {name: scores[name].numel() for name in sorted(scores)}
             tensors[f"{objective}/{statistic}/digest"] = digest({name: scores[name] for name in sorted(scores)})
-    for goal in (0.8, "2:4"):
-        sparse, repairs = sparsify_weights(model, images, goal, seed)
+    for goal, repair in ((0.8, None), ("2:4", None), (0.8, "auto")):
+        run = f"{goal}/{repair or 'plain'}"
+        sparse, repairs = sparsify_weights(model, images, goal, repair, seed)
         zeros = {name: (sparse.get_parameter(name) == 0).double() for name in sorted(scores)}
-        tensors[f"{goal}/logits"] = logits_of(sparse, seed)
-        tensors[f"{goal}/zeros/digest"] = digest(zeros)
-        facts[str(goal)] = {"zeros": {name: int(zero.sum()) for name, zero in zeros.items()}, "repairs": repairs}
+        tensors[f"{run}/logits"] = logits_of(sparse, seed)
+        tensors[f"{run}/zeros/digest"] = digest(zeros)
+        facts[run] = {"zeros": {name: int(zero.sum()) for name, zero in zeros.items()}, "repairs": repairs}
     return tensors, facts
 
 
@@ -251,7 +256,11 @@ def part_of(case: str, kept: Part) -> Part:
 
 
 def compare(case: str, found: Part, kept: Part) -> list[str]:
-    """What differs: scores by more than 1e-12, logits by more than 1e-6 of the largest, facts at all."""
+    """What differs: scores by more than 1e-12, logits by more than 1e-6 of the largest, facts at all.
+
+    Logits of repaired sparse weights may differ by 1e-2: conjugate gradients stop early there, and rounding (another
+    number of threads) moves where they are then.
+    """
     golden, facts = part_of(case, kept)
     problems = [
         f"{case}: {name} is {value}, golden {facts.get(name)}"
@@ -262,7 +271,7 @@ def compare(case: str, found: Part, kept: Part) -> list[str]:
         problems.append(f"{case}: other keys")
     sizes: dict[str, int] = facts.get("sizes", {})
     for key in found[0].keys() & golden.keys():
-        limit = 1e-6 if key.endswith("logits") else 1e-12
+        limit = 1e-2 if key == "0.8/auto/logits" else 1e-6 if key.endswith("logits") else 1e-12
         error = relative_error(found[0][key], golden[key], list(sizes.values()) if key.endswith("digest") else None)
         if not error <= limit:
             problems.append(f"{case}/{key}: differs by {error:.1e}, allowed are {limit:.0e}")
