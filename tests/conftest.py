@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from jbrprune.evaluation import latency
 from jbrprune.evaluation.agreement import parameters_of
-from jbrprune.models.preserve import HOOK_TABLES
+
+HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""Where torch keeps the hooks of a module: dictionaries by the id of the hook."""
 
 
 @pytest.fixture(autouse=True)

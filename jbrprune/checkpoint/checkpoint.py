@@ -119,7 +119,7 @@ def load(
     Returns:
         The model; its outputs are those of the model that was saved. What was masked is masked again, so that
         pruning can go on, or end with ``jbrprune.make_permanent``. ``pretrained_cfg`` holds the data
-        configuration for ``timm.data.resolve_data_config``, ``jbrprune_recipe`` the recipe.
+        configuration for ``timm.data.resolve_data_config``, `jbrprune.models.timm_models.recipe` reads its recipe.
 
     Raises:
         CheckpointError: Missing, truncated, tampered with, a pickle, of an unknown format, or not of this

@@ -361,8 +361,6 @@ def _empty_like(tensor: Tensor, info: TensorInfo) -> Tensor:
 
 def _attach(model: nn.Module, description: Description) -> None:
     """What timm and the next `save` look for on the model."""
-    if description.recipe is not None:
-        model.jbrprune_recipe = description.recipe  # type: ignore[assignment]
     if description.data_config is not None:
         old = getattr(model, "pretrained_cfg", None) or {}
         # Sizes for testing would win over the stored ones where a caller asks for them.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,55 +18,67 @@ Hook = Callable[..., object]
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode; restore each module's own mode afterwards."""
-    training = {module: module.training for module in model.modules()}
+def restored(objects: Iterable[object], attribute: str) -> Iterator[None]:
+    """Give every object its own value of an attribute back afterwards, also after an exception."""
+    before = [(thing, getattr(thing, attribute)) for thing in objects]
     try:
-        model.eval()
         yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        for thing, value in before:
+            setattr(thing, attribute, value)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode; restore each module's own mode afterwards."""
+    with restored(model.modules(), "training"):
+        model.eval()
+        yield
 
 
 @contextlib.contextmanager
 def requiring_grad(model: nn.Module, flag: bool) -> Iterator[None]:
     """Set ``requires_grad`` of every parameter; restore each parameter's own flag afterwards."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        for parameter in before:
-            if parameter.is_floating_point() or parameter.is_complex():
-                parameter.requires_grad_(flag)
+    parameters = [p for p in model.parameters() if p.is_floating_point() or p.is_complex()]
+    with restored(parameters, "requires_grad"):
+        for parameter in parameters:
+            parameter.requires_grad_(flag)
         yield
-    finally:
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
 
 
 @contextlib.contextmanager
-def keeping_gradients(model: nn.Module) -> Iterator[None]:
-    """Set every parameter's ``.grad`` aside; put the very same tensors back afterwards."""
-    before = {parameter: parameter.grad for parameter in model.parameters()}
-    try:
-        for parameter in before:
+def same_randomness(device: torch.device) -> Iterator[None]:
+    """Restore the global random state of the CPU and of one accelerator."""
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
+        yield
+
+
+@contextlib.contextmanager
+def inference_state(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Eval mode, frozen (or all trainable) parameters, untouched ``.grad`` and random state, no autocast from outside.
+
+    Activation checkpointing (``grad_checkpointing`` of timm) is off: it would run modules and their hooks twice.
+    """
+    device = device_of(model)
+    learning = list(model.parameters()) if gradients else []
+    checkpointed = [module for module in model.modules() if getattr(module, "grad_checkpointing", None) is True]
+    autocast = torch.amp.is_autocast_available(device.type)
+    with (
+        evaluating(model),
+        requiring_grad(model, gradients),
+        restored(learning, "grad"),
+        restored(checkpointed, "grad_checkpointing"),
+        same_randomness(device),
+        torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext(),
+        torch.inference_mode(False),  # also leaves an inference mode around the call, where autograd is off
+        torch.set_grad_enabled(gradients),
+    ):
+        for parameter in learning:
             parameter.grad = None
+        for module in checkpointed:
+            module.grad_checkpointing = False  # type: ignore[assignment]
         yield
-    finally:
-        for parameter, gradient in before.items():
-            parameter.grad = gradient
-
-
-@contextlib.contextmanager
-def switched_off(model: nn.Module, flag: str) -> Iterator[None]:
-    """Set a boolean attribute, such as ``inplace``, to False wherever it is True; restore it afterwards."""
-    before = [module for module in model.modules() if getattr(module, flag, None) is True]
-    try:
-        for module in before:
-            setattr(module, flag, False)
-        yield
-    finally:
-        for module in before:
-            setattr(module, flag, True)
 
 
 @contextlib.contextmanager
@@ -92,51 +104,6 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
-
-
-HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-"""Where torch keeps the hooks of a module: dictionaries by the id of the hook."""
-
-
-@contextlib.contextmanager
-def same_randomness(device: torch.device) -> Iterator[None]:
-    """Restore the global random state of the CPU and of one accelerator."""
-    accelerators = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
-        yield
-
-
-@contextlib.contextmanager
-def inference_state(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
-    """Eval mode, frozen (or all trainable) parameters, untouched ``.grad`` and random state, no autocast from outside.
-
-    Activation checkpointing (``grad_checkpointing`` of timm) is off: it would run modules and their hooks twice.
-    """
-    device = device_of(model)
-    with (
-        evaluating(model),
-        requiring_grad(model, gradients),
-        keeping_gradients(model) if gradients else contextlib.nullcontext(),
-        switched_off(model, "grad_checkpointing"),
-        same_randomness(device),
-        _full_precision(device),
-        torch.inference_mode(False),  # also leaves an inference mode around the call, where autograd is off
-        torch.set_grad_enabled(gradients),
-    ):
-        yield
-
-
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def device_of(model: nn.Module) -> torch.device:

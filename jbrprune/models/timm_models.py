@@ -1,38 +1,40 @@
 """timm models by name: make them, describe how they were made, say which images they want.
 
-Reads what timm leaves on a model (``pretrained_cfg``, and the arguments of ``timm.create_model`` where the
-installed version records them) and what `create` leaves there (``jbrprune_recipe``). A model that is not
-timm's has no recipe and no preferred image size: the functions return None or say so.
+They read what timm leaves on a model: ``pretrained_cfg``, and in ``_model_args`` the arguments of
+``timm.create_model``. A model that is not timm's has no recipe and no preferred image size: the functions return None
+or say so.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import logging
 import pickle
-from collections.abc import Iterable, Mapping
+import re
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg
+from timm.models import clean_state_dict, get_pretrained_cfg
 from torch import Tensor, nn
 
 from jbrprune.errors import ArgumentError, CheckpointError, ModelError
 
 logger = logging.getLogger(__name__)
 
-_RECIPE = "jbrprune_recipe"
-_WRAPPERS = ("state_dict", "model")
-_PREPROCESSING = ("input_size", "fixed_input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-_PLACEMENT = ("device", "dtype", "cache_dir", "pretrained_model_args")
-_FETCHING_FAILED = (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Keys under which a file holds weights beside other things, as in timm: averaged weights first."""
+
+PREPROCESSING = ("input_size", "fixed_input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,11 @@ def create(name: str, *, pretrained: bool = True, checkpoint: str | Path | None 
     Args:
         name: A name from ``timm.list_models()``, with or without a pretrained tag, or ``hf-hub:...``.
         pretrained: Fetch timm's weights; ignored if ``checkpoint`` is given.
-        checkpoint: A local ``.safetensors`` file, or a ``.pth`` file that holds nothing but weights,
-            bare or inside ``{"state_dict": ...}`` or ``{"model": ...}``. Stored in half precision or not,
-            the weights are copied into the model's own dtype.
+        checkpoint: A local file of weights, see `load_weights`.
         **arguments: Passed to ``timm.create_model`` (``num_classes``, ``in_chans``, ``img_size``, ...).
 
     Returns:
-        The model, in training mode as timm makes it, with its `Recipe` in ``jbrprune_recipe``.
+        The model, in training mode as timm makes it.
 
     Raises:
         ArgumentError: Unknown name or pretrained tag, or an argument that this model does not take.
@@ -76,44 +76,81 @@ def create(name: str, *, pretrained: bool = True, checkpoint: str | Path | None 
     try:
         model = timm.create_model(name, pretrained=fetch, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
-        raise ArgumentError(f"timm cannot make {name!r} with {_shown(arguments)}: {_first_line(error)}.") from error
-    except _FETCHING_FAILED as error:
+        shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
+        raise ArgumentError(f"timm cannot make {name!r} with {shown}: {_shorten(error)}.") from error
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         if not fetch and ":" not in name:
             raise
-        raise ModelError(_unreachable(name, error)) from error
+        raise ModelError(
+            f"The pretrained weights of {name!r} cannot be had ({type(error).__name__}: {_shorten(error)}). Without a "
+            "connection, pass a local file: checkpoint='weights.safetensors' in Python, --checkpoint "
+            "weights.safetensors in the shell."
+        ) from error
+    if not hasattr(model, "_model_args"):  # timm before 1.0.28 does not record them
+        placement = ("device", "dtype", "cache_dir")
+        model._model_args = {key: value for key, value in arguments.items() if key not in placement}  # type: ignore[assignment]
     if checkpoint is not None:
         load_weights(model, checkpoint)
-    setattr(model, _RECIPE, Recipe(name, {k: v for k, v in arguments.items() if k not in _PLACEMENT}))
     return model
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Copy the weights of a local file into a model, every key or none.
+    """Load the weights of a local file into a model.
 
     Args:
         model: The model to fill.
-        path: See ``checkpoint`` of `create`.
+        path: A ``.safetensors`` file, or a ``.pth`` file that holds nothing but weights, bare or, as timm's trainer
+            writes them, under one of `WRAPPERS`. The weights are converted to the model's own dtype.
 
     Raises:
         CheckpointError: The file is missing, damaged, holds more than weights, or does not fit.
     """
-    state = _unwrapped(_read(Path(path).expanduser()), path)
-    problems = _misfits(model.state_dict(), state)
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            stored: object = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a training script
+                stored = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path} holds more than weights: {blocked[1] if blocked else 'an unknown pickle'}. It was not executed. "
+            "If you trust its origin, write its weights to a .safetensors file where the file was made, and pass that."
+        ) from error
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as weights ({type(error).__name__}: {_shorten(error)})."
+        ) from error
+    if isinstance(stored, Mapping):
+        stored = next((stored[key] for key in WRAPPERS if isinstance(stored.get(key), Mapping)), stored)
+    if not isinstance(stored, Mapping) or not stored or not all(isinstance(v, Tensor) for v in stored.values()):
+        keys = textwrap.shorten(", ".join(map(str, stored)) or "none", 200) if isinstance(stored, Mapping) else "none"
+        raise CheckpointError(
+            f"{path} does not hold weights: expected names with tensors, bare or under one of {', '.join(WRAPPERS)}; "
+            f"got a {type(stored).__name__} with the keys: {keys}."
+        )
+    try:
+        keys = model.load_state_dict(clean_state_dict(dict(stored)), strict=False)
+        found = {"missing from the file": keys.missing_keys, "unknown to the model": keys.unexpected_keys}
+        problems = [f"{textwrap.shorten(', '.join(names), 200)} {what}" for what, names in found.items() if names]
+    except RuntimeError as error:  # of other shapes
+        problems = [_shorten(error)]
     if problems:
         raise CheckpointError(
             f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. Make the model with the arguments "
             "that the file was made with (num_classes=, in_chans=, img_size=, ...)."
         )
-    model.load_state_dict(state, strict=not _lacks_counters(model, state))
 
 
 def recipe(model: nn.Module) -> Recipe | None:
     """How to make this model again, weights aside.
 
-    Taken from what `create` recorded, else from the arguments that timm recorded, else from the model itself.
-    Class count, input channels and image size are always read from the model as it is now, so a classifier that
-    was replaced is seen. Limit: any other part that was replaced by hand after construction is not seen, nor, with
-    timm versions that record nothing, are other arguments of a call to ``timm.create_model`` (``depth=6``).
+    Taken from the arguments that timm recorded. Class count, input channels and image size are read from the model as
+    it is now, so a classifier that was replaced is seen. Limit: any other part that was replaced by hand after
+    construction is not seen.
 
     Args:
         model: Any model.
@@ -121,18 +158,31 @@ def recipe(model: nn.Module) -> Recipe | None:
     Returns:
         The recipe; None for a model that timm did not make, or was given an argument that JSON cannot hold (logged).
     """
-    cfg = _config(model)
-    if not cfg.get("architecture"):
+    config = _config(model)
+    if not config.get("architecture"):
         return None
-    name = _full_name(cfg)
-    arguments = {**_recorded(model), **_current(model)}
-    overlay = _preprocessing_changes(cfg, name)
-    if overlay:
-        arguments["pretrained_cfg_overlay"] = overlay
+    name = str(config["architecture"])
+    registered = _registered(f"{name}.{config.get('tag')}") if config.get("tag") else None
+    if registered is not None:
+        name = f"{name}.{config['tag']}"
+    arguments = dict(getattr(model, "_model_args", {}))
+    if hasattr(timm.models, "get_model_args"):
+        arguments |= timm.models.get_model_args(model)
+    arguments = {key: value for key, value in arguments.items() if not key.startswith("pretrained_cfg")}
+    registered = registered or _registered(name)
+    changed = {k: config[k] for k in PREPROCESSING if k in config and config[k] != getattr(registered, k, None)}
+    if registered is not None and changed:
+        arguments["pretrained_cfg_overlay"] = changed
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    classifier = classifier[0] if isinstance(classifier, tuple | list) and classifier else classifier
+    classes = getattr(classifier, "out_features", getattr(classifier, "out_channels", None))
+    classes = classes if isinstance(classes, int) else getattr(model, "num_classes", None)
+    current = {"in_chans": _input_channels(model), "num_classes": classes, "img_size": _spatial_size(model)}
+    arguments |= {key: value for key, value in current.items() if value is not None}
     try:
         return Recipe(name, json.loads(json.dumps(arguments)))
-    except (TypeError, ValueError, AssertionError) as error:
-        logger.warning("%s cannot be made again from a file: %s in %s.", name, error, _shown(arguments))
+    except (TypeError, ValueError) as error:
+        logger.warning("%s cannot be made again from a file: %s in %s.", name, error, arguments)
         return None
 
 
@@ -148,8 +198,13 @@ def build(recipe: Recipe) -> nn.Module:
     Raises:
         ArgumentError: This timm does not know the name or an argument.
     """
-    arguments = cast("dict[str, Any]", _tuples(recipe.arguments))
-    return create(recipe.name, pretrained=False, checkpoint=None, **arguments)
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return create(recipe.name, pretrained=False, checkpoint=None, **tuples(recipe.arguments))
 
 
 def image_size(model: nn.Module) -> tuple[int, int, int] | None:
@@ -162,11 +217,8 @@ def image_size(model: nn.Module) -> tuple[int, int, int] | None:
         >>> image_size(create("resnet10t", pretrained=False, in_chans=1))
         (1, 176, 176)
     """
-    cfg = _config(model)
-    if not cfg.get("input_size"):
-        return None
-    height, width = _spatial(model) or _stored_size(cfg)[1:]
-    return _channels(model), height, width
+    stored = _config(model).get("input_size")
+    return (_input_channels(model), *(_spatial_size(model) or stored[1:])) if stored else None
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
@@ -214,82 +266,9 @@ def check_name(name: str) -> None:
     raise ArgumentError(f"timm {timm.__version__} has no model named {name!r}. {hint}")
 
 
-def _unreachable(name: str, error: BaseException) -> str:
-    return (
-        f"The pretrained weights of {name!r} cannot be had ({type(error).__name__}: {_first_line(error)}). Without a "
-        "connection, pass a local file: checkpoint='weights.safetensors' in Python, --checkpoint weights.safetensors "
-        "in the shell."
-    )
-
-
-def _read(path: Path) -> object:
-    if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than weights: {_blocked(error)}. It was not executed. If you trust its origin, write "
-            "its weights to a .safetensors file where the file was made, and pass that."
-        ) from error
-    except (OSError, RuntimeError, EOFError, LookupError, ValueError, SafetensorError) as error:
-        what = f"{type(error).__name__}: {_first_line(error)}"
-        raise CheckpointError(f"{path} cannot be read as weights ({what}).") from error
-
-
-def _blocked(error: BaseException) -> str:
-    told = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
-    return told[0].split(" was not ")[0].removeprefix("WeightsUnpickler error: ") if told else "an unknown pickle"
-
-
-def _unwrapped(stored: object, path: str | Path) -> dict[str, Tensor]:
-    for key in _WRAPPERS:
-        if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
-            stored = stored[key]
-    if not isinstance(stored, Mapping) or not stored or not all(isinstance(v, Tensor) for v in stored.values()):
-        raise CheckpointError(
-            f"{path} does not hold weights: expected names with tensors, bare or under one of "
-            f"{', '.join(map(repr, _WRAPPERS))}; got {_described(stored)}."
-        )
-    return {str(key).removeprefix("module."): value for key, value in stored.items()}
-
-
-def _described(stored: object) -> str:
-    if isinstance(stored, Mapping):
-        return f"a dict with keys {_listed(map(str, stored))}" if stored else "an empty dict"
-    return type(stored).__name__
-
-
-def _misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    missing = [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in given if key not in wanted]
-    shapes = [
-        f"{key} is {tuple(value.shape)} in the file, {tuple(wanted[key].shape)} in the model"
-        for key, value in given.items()
-        if key in wanted and wanted[key].shape != value.shape
-    ]
-    found = {"missing from the file": missing, "unknown to the model": unexpected, "other shapes": shapes}
-    return [f"{what}: {_listed(keys)}" for what, keys in found.items() if keys]
-
-
-def _lacks_counters(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    return any(key not in state for key in model.state_dict())
-
-
-def _config(model: nn.Module) -> Mapping[str, object]:
-    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    return cfg if isinstance(cfg, Mapping) else {}
-
-
-def _stored_size(cfg: Mapping[str, object]) -> tuple[int, int, int]:
-    return cast("tuple[int, int, int]", tuple(cast("Iterable[int]", cfg.get("input_size") or (3, 224, 224))))
-
-
-def _full_name(cfg: Mapping[str, object]) -> str:
-    tagged = f"{cfg['architecture']}.{cfg.get('tag')}"
-    return tagged if cfg.get("tag") and _registered(tagged) is not None else str(cfg["architecture"])
+def _config(model: nn.Module) -> Mapping[str, Any]:
+    config = getattr(model, "pretrained_cfg", None)
+    return config if isinstance(config, Mapping) else {}
 
 
 def _registered(name: str) -> object:
@@ -300,89 +279,23 @@ def _registered(name: str) -> object:
         return None
 
 
-def _preprocessing_changes(cfg: Mapping[str, object], name: str) -> dict[str, object]:
-    """Preprocessing that differs from what timm registers under the name (weights from a hub, an overlay)."""
-    registered = _registered(name)
-    if registered is None:
-        return {}
-    return {k: cfg[k] for k in _PREPROCESSING if k in cfg and cfg[k] != getattr(registered, k, None)}
-
-
-def _recorded(model: nn.Module) -> dict[str, object]:
-    """Arguments of the call that made the model, and what timm saw change since (pooling), as far as they are known."""
-    made = getattr(model, _RECIPE, None)
-    arguments = dict(getattr(model, "_model_args", {}) if made is None else made.arguments)
-    if hasattr(model, "_model_args") and hasattr(timm.models, "get_model_args"):
-        arguments.update(timm.models.get_model_args(model))
-    return {key: value for key, value in arguments.items() if not key.startswith("pretrained_cfg")}
-
-
-def _current(model: nn.Module) -> dict[str, object]:
-    """Arguments that can be read from the model as it is."""
-    found: dict[str, object] = {"in_chans": _channels(model)}
-    classes = _classes(model)
-    if classes is not None:
-        found["num_classes"] = classes
-    size = _spatial(model)
-    if size is not None:
-        found["img_size"] = size
-    return found
-
-
-def _classes(model: nn.Module) -> int | None:
-    head = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
-    if isinstance(head, tuple | list) and head:
-        head = head[0]
-    out = getattr(head, "out_features", getattr(head, "out_channels", None))
-    return out if isinstance(out, int) else getattr(model, "num_classes", None)
-
-
-def _channels(model: nn.Module) -> int:
+def _input_channels(model: nn.Module) -> int:
     """Input channels: of the first convolution, unless that sees several pixels folded into channels."""
-    cfg = _config(model)
-    known = getattr(model, "in_chans", None)
-    conv = _first_convolution(model, cfg)
-    if isinstance(known, int) and (conv is None or conv.in_channels in (4 * known, 16 * known)):
-        return known
-    return conv.in_channels if conv is not None else _stored_size(cfg)[0]
+    config = _config(model)
+    names = config.get("first_conv") or ""
+    convolution = dict(model.named_modules()).get(names if isinstance(names, str) else names[0])
+    known = getattr(model, "in_chans", config.get("input_size", (3,))[0])
+    folded = (4 * known, 16 * known)
+    return known if getattr(convolution, "in_channels", known) in folded else getattr(convolution, "in_channels", known)
 
 
-def _first_convolution(model: nn.Module, cfg: Mapping[str, object]) -> nn.Conv2d | None:
-    names = cfg.get("first_conv") or ()
-    name = names if isinstance(names, str) else next(iter(cast("Iterable[str]", names)), None)
-    module = dict(model.named_modules()).get(name) if name else None
-    return module if isinstance(module, nn.Conv2d) else None
-
-
-def _spatial(model: nn.Module) -> tuple[int, int] | None:
+def _spatial_size(model: nn.Module) -> tuple[int, int] | None:
     """Image size that the model was made or resized for, where it keeps one."""
-    recorded = getattr(model, _RECIPE, None)
-    candidates = (
-        getattr(getattr(model, "patch_embed", None), "img_size", None),
-        getattr(model, "_traits", {}).get("img_size"),
-        recorded.arguments.get("img_size") if recorded is not None else None,
-    )
-    size = next((size for size in candidates if size), None)
-    if isinstance(size, int):
-        return size, size
-    return None if size is None else (int(size[0]), int(size[1]))
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    size = size or getattr(model, "_traits", {}).get("img_size") or getattr(model, "_model_args", {}).get("img_size")
+    return timm.layers.to_2tuple(size) if size else None
 
 
-def _tuples(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _shown(arguments: Mapping[str, object]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
-
-
-def _listed(items: Iterable[str], most: int = 5) -> str:
-    items = list(items)
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+def _shorten(error: BaseException) -> str:
+    """The message of an error on one line."""
+    return textwrap.shorten(str(error), 400).rstrip(".") or "no message"

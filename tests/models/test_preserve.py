@@ -36,11 +36,10 @@ CONTEXTS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
     "evaluating": preserve.evaluating,
     "requiring_grad": lambda net: preserve.requiring_grad(net, True),
     "not requiring_grad": lambda net: preserve.requiring_grad(net, False),
-    "keeping_gradients": preserve.keeping_gradients,
-    "switched_off": lambda net: preserve.switched_off(net, "inplace"),
+    "restored": lambda net: preserve.restored(net.modules(), "training"),
     "same_randomness": lambda net: preserve.same_randomness(torch.device("cpu")),
-    "visiting": preserve.inference_state,
-    "visiting with gradients": lambda net: preserve.inference_state(net, gradients=True),
+    "inference_state": preserve.inference_state,
+    "inference_state with gradients": lambda net: preserve.inference_state(net, gradients=True),
     "hooked": lambda net: preserve.hooked(
         net, forward={"0": lambda *a: None}, forward_pre={"": lambda *a: None, "2": lambda *a: None}
     ),
@@ -79,7 +78,7 @@ def test_a_mode_that_cannot_be_switched_is_restored() -> None:
     assert all(module.training for module in net.modules())
 
 
-def test_visiting_freezes() -> None:
+def test_inference_state_freezes() -> None:
     net = model()
     with preserve.inference_state(net):
         assert not torch.is_grad_enabled()
@@ -88,7 +87,7 @@ def test_visiting_freezes() -> None:
         assert net[2].grad_checkpointing is False
 
 
-def test_visiting_with_gradients_leaves_the_users_gradient() -> None:
+def test_inference_state_with_gradients_leaves_the_users_gradient() -> None:
     net = model()
     kept = net[0].bias.grad
     with preserve.inference_state(net, gradients=True):
@@ -99,7 +98,7 @@ def test_visiting_with_gradients_leaves_the_users_gradient() -> None:
     assert net[0].weight.grad is None
 
 
-def test_visiting_leaves_inference_mode() -> None:
+def test_inference_state_leaves_inference_mode() -> None:
     net = model()
     with torch.inference_mode():
         with preserve.inference_state(net, gradients=True):

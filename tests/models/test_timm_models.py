@@ -150,29 +150,29 @@ def test_batch_counters_may_be_missing(source: nn.Module, tmp_path: Path) -> Non
     assert same_weights(timm_models.create(TINY, checkpoint=tmp_path / "w.safetensors", num_classes=5), source)
 
 
-def test_a_misfit_names_the_keys_and_changes_nothing(source: nn.Module, tmp_path: Path) -> None:
+def test_other_shapes_are_named(source: nn.Module, tmp_path: Path) -> None:
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not fit ResNet: .*fc\.weight.*\[5, .*\[7, .*num_classes="):
+        tiny(num_classes=7, checkpoint=tmp_path / "w.safetensors")
+
+
+def test_other_names_are_named_the_first_of_them(source: nn.Module, tmp_path: Path) -> None:
     state = source.state_dict()
     state["stem.weight"] = state.pop("conv1.0.weight")
-    save_file(state, tmp_path / "w.safetensors")
-    model = tiny(num_classes=7)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError) as caught:
-        timm_models.load_weights(model, tmp_path / "w.safetensors")
-    for part in (
-        "missing from the file: conv1.0.weight",
-        "unknown to the model: stem.weight",
-        "fc.weight is (5, ",
-        "in the file, (7, ",
-        "num_classes=",
-    ):
-        assert part in str(caught.value)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    save_file(state, tmp_path / "one.safetensors")
+    with pytest.raises(CheckpointError, match=r"conv1\.0\.weight missing from the file; stem\.weight unknown"):
+        tiny(num_classes=5, checkpoint=tmp_path / "one.safetensors")
+    save_file({f"w{i}": torch.zeros(1) for i in range(999)}, tmp_path / "many.safetensors")
+    with pytest.raises(CheckpointError, match=r"w0, w1, w10, .*\[...\] unknown to the model") as caught:
+        tiny(checkpoint=tmp_path / "many.safetensors")
+    assert len(str(caught.value)) < 900
 
 
-def test_a_long_list_of_keys_is_cut(tmp_path: Path) -> None:
-    save_file({f"w{i}": torch.zeros(1) for i in range(9)}, tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match=r"unknown to the model: w0, w1, w2, w3, w4 and 4 more"):
-        tiny(checkpoint=tmp_path / "w.safetensors")
+def test_averaged_weights_of_a_training_run_come_first(source: nn.Module, tmp_path: Path) -> None:
+    raw = {name: torch.zeros_like(value) for name, value in source.state_dict().items()}
+    content = {"state_dict": raw, "state_dict_ema": source.state_dict(), "args": argparse.Namespace(lr=1), "epoch": 3}
+    torch.save(content, tmp_path / "w.pth")
+    assert same_weights(tiny(num_classes=5, checkpoint=tmp_path / "w.pth"), source)
 
 
 class Runs:
@@ -194,14 +194,9 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path, zipped: bool) -> Non
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "what"),
-    [(argparse.Namespace(lr=1), "argparse.Namespace"), (nn.Linear(1, 1), "torch.nn.modules.linear.Linear")],
-    ids=["namespace", "module"],
-)
-def test_a_pickle_of_something_else_is_named(tmp_path: Path, content: object, what: str) -> None:
-    torch.save({"model": {}, "args": content}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=rf"{what}. It was not executed"):
+def test_a_pickle_of_something_else_is_named(tmp_path: Path) -> None:
+    torch.save({"model": {}, "args": nn.Linear(1, 1)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"torch\.nn\.modules\.linear\.Linear. It was not executed"):
         tiny(checkpoint=tmp_path / "w.pth")
 
 
@@ -219,10 +214,10 @@ def test_a_damaged_file_is_named(tmp_path: Path, ending: str, content: bytes) ->
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ({"epoch": 1}, "a dict with keys epoch"),
-        ({}, "an empty dict"),
-        ([torch.zeros(1)], "list"),
-        (torch.zeros(1), "Tensor"),
+        ({"epoch": 1}, "a dict with the keys: epoch"),
+        ({}, "a dict with the keys: none"),
+        ([torch.zeros(1)], "a list"),
+        (torch.zeros(1), "a Tensor"),
     ],
 )
 def test_a_file_without_weights_is_described(tmp_path: Path, content: object, what: str) -> None:
