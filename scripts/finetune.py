@@ -91,7 +91,7 @@ def finetuned(
 ) -> dict[str, Any]:
     """Fine-tune one pruned model in one way; its line."""
     began = time.perf_counter()
-    dense, model = opened(setup), load(path, device=args.device)
+    dense, model = opened(setup), load(path).to(args.device)
     refuse_lost_zeros(model, path)
     before = agreement_on(model, dense.test)
     recipe, augmentation = recipe_of(args), augmentation_of(args)

@@ -8,46 +8,41 @@ one, nothing in the files can run code, open another file, or make a layer large
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import math
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from jbrprune.checkpoint.description import Description, bitmap_name, from_bytes, tampered, to_text
-from jbrprune.checkpoint.hub import fetched, is_snapshot_link
-from jbrprune.checkpoint.packing import check_bitmap
-from jbrprune.checkpoint.rebuilding import (
+from jbrprune.checkpoint.description import (
+    Description,
     check_fits,
-    check_loadable,
-    copied,
-    created,
-    filled,
-    stored_masks,
-    taken_apart,
+    create_on_meta,
+    fill,
+    from_bytes,
+    refuse_damage,
+    take_apart,
+    to_text,
 )
-from jbrprune.data.files import flush, replacing
-from jbrprune.errors import ArgumentError, CheckpointError
+from jbrprune.data.files import flush
+from jbrprune.errors import CheckpointError
 from jbrprune.models import timm_models
+from jbrprune.models.preserve import copy_model
 from jbrprune.report.text import CARD, is_card, make_card
-from jbrprune.sparsity.masks import put_masks
+from jbrprune.sparsity.masks import masks_of
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "jbrprune.json"
+HUB = "hf-hub:"
 
 _LARGEST_DESCRIPTION = 64 * 2**20
-_PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".pkl", ".pickle", ".ckpt", ".tar")
-_PICKLE_MAGIC, _ZIP_MAGIC = b"\x80", b"PK\x03\x04"
 
 
 def save(
@@ -69,7 +64,8 @@ def save(
     every bit of it comes back, so -0.0, which ``torch.nn.utils.prune.remove`` leaves of a negative weight, is no zero
     here (``weight.add_(0.0)`` makes it one). Anything else is stored as it is.
 
-    With a recipe, the dense model is created once to make sure that `load` will be able to rebuild this one.
+    The recipe is tried on the meta device, which takes no memory. Where it does not lead to this model, the file is
+    written without it, a warning says so, and `load` needs ``model=``.
 
     Args:
         path: The directory; missing parents are created.
@@ -82,39 +78,46 @@ def save(
         overwrite: Replace a model that was saved there. At every moment `load` finds the old or the new one.
 
     Raises:
-        CheckpointError: The target exists or cannot be written, the model holds something that cannot be saved
-            (such as a mask of something else than weight and bias, or a shared parameter that is masked in one
-            place only), or the recipe does not lead to it. Nothing is left behind.
+        CheckpointError: The target exists or cannot be written, or the model holds something that cannot be saved.
+            Nothing is left behind.
+        ModelError: A mask of something else than weight and bias, or a shared parameter that is masked in one place
+            only.
     """
     target = Path(os.path.realpath(path))
+    check_target(target, overwrite=overwrite)
+    facts = {"provenance": dict(provenance or {}), "report": dict(report or {})}
+    body, state = take_apart(model, recipe, {**facts, "data_config": None if config is None else dict(config)})
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
-        _recover(target)
-        _check_target(target, overwrite)
-        body, state = taken_apart(model, recipe, config, provenance, report)
-        check_loadable(body)
-        with _directory_in_the_making(target) as directory:
-            _write(directory, body, state)
-            if card:
-                write_card(directory)
-            _publish(directory, target)
+        temporary.mkdir(parents=True)
+        weights = temporary / WEIGHTS
+        safetensors.torch.save_file(state, weights)
+        sums = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
+        (temporary / DESCRIPTION).write_text(to_text({**body, "weights": sums}), encoding="utf-8")
+        weights.chmod(stat.S_IMODE((temporary / DESCRIPTION).stat().st_mode))  # safetensors ignores the umask
+        for file in (weights, temporary / DESCRIPTION):
+            flush(file)
+        if card:
+            write_card(temporary)
+        _publish(temporary, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{target}: could not be written: {error}. Free some space, or choose another path."
         ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load(
-    path: str | os.PathLike[str], *, model: nn.Module | None = None, device: str | torch.device = "cpu"
-) -> nn.Module:
-    """Rebuild a saved model, in eval mode, with its masks.
+def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
+    """Rebuild a saved model on the CPU, in eval mode, with its masks.
 
-    Everything is verified before anything is built. No code is read from the files.
+    The files are verified before anything is built, and the dense model is built on the meta device, where it takes no
+    memory. No code is read from the files.
 
     Args:
         path: The directory that `save` wrote, or ``hf-hub:user/name`` (``@revision``) of one on the Hugging Face Hub.
         model: A dense model, without masks, of the architecture that was pruned, for models saved without a
             recipe. It is copied, not changed; its weights do not matter.
-        device: Where the model goes.
 
     Returns:
         The model; its outputs are those of the model that was saved. What was masked is masked again, so that
@@ -122,17 +125,20 @@ def load(
         configuration for ``timm.data.resolve_data_config``, `jbrprune.models.timm_models.recipe` reads its recipe.
 
     Raises:
-        CheckpointError: Missing, truncated, tampered with, a pickle, of an unknown format, or not of this
-            architecture.
+        CheckpointError: Missing, truncated, tampered with, of an unknown format, or not of this architecture.
     """
-    device = torch.device(device)
-    description, state = _read(fetched(path, (WEIGHTS, DESCRIPTION)))
-    dense = created(description.recipe, description) if model is None else copied(model)
-    check_fits(description, dense)
-    loaded = filled(dense, description, state).to(device).eval()
-    # Last: a masked weight is a plain attribute, which .to() would leave behind.
-    put_masks(loaded, stored_masks(loaded, description, state))
-    return loaded
+    directory = _find(path)
+    description = describe(directory)
+    state = _read_weights(directory, description)
+    if model is None:
+        loaded = create_on_meta(description)
+    elif masks_of(model):
+        raise CheckpointError("load needs a model without masks, it puts the stored ones on: jbrprune.make_permanent.")
+    else:
+        loaded = copy_model(model)
+    check_fits(description, loaded)
+    fill(loaded, description, state)
+    return loaded.eval()
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -142,88 +148,66 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
         CheckpointError: The target exists, is a file, or its parent cannot be written.
     """
     target = Path(os.path.realpath(path))
-    _check_target(target, overwrite)
+    there = target if target.exists() else _aside(target)
+    if there.exists():
+        if not there.is_dir():
+            raise CheckpointError(f"{target}: this is a file. A model is saved into a directory: choose another path.")
+        names = {entry.name for entry in there.iterdir()}
+        if names and not overwrite:
+            raise CheckpointError(
+                f"{target} exists already. Choose another path, or pass overwrite=True to replace it."
+            )
+        others = sorted(names - {WEIGHTS, DESCRIPTION} - ({CARD} if _is_own_card(there / CARD) else set()))
+        if others:
+            raise CheckpointError(
+                f"{target} holds other files, such as {others[0]!r}, and would be replaced as a whole. "
+                "Choose a directory for the model alone."
+            )
     parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{target}: {parent} is not a directory that can be written. Choose another path.")
 
 
 def describe(path: str | os.PathLike[str]) -> Description:
-    """What a saved model's JSON says, verified; the weights are not read.
+    """Read and verify what a saved model's JSON says; the weights are not read.
 
     Raises:
         CheckpointError: As for `load`.
     """
-    return _read_description(_existing(Path(path)))
+    directory = _find(path)
+    return from_bytes(_read(directory / DESCRIPTION, _LARGEST_DESCRIPTION), directory / DESCRIPTION)
 
 
 def write_card(path: str | os.PathLike[str]) -> Path:
     """Write a model card with the report into the directory of a saved model; returns its path.
 
     Raises:
-        CheckpointError: As for `load`; there is a ``README.md`` that was not made here; it cannot be written.
+        CheckpointError: As for `load`; there is a ``README.md`` that was not made here.
     """
-    directory = _existing(Path(path))
-    description = _read_description(directory)
-    target = directory / CARD
+    description, target = describe(path), _find(path) / CARD
     if target.exists() and not _is_own_card(target):
         raise CheckpointError(f"{target} was not written by jbrprune: move it away, or add to it by hand.")
-    base = None if description.recipe is None else description.recipe.name
-    try:
-        with replacing(target) as temporary:
-            temporary.write_text(make_card(description.report, base), encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(
-            f"{target}: could not be written: {error}. Free some space, or choose another path."
-        ) from error
+    text = make_card(description.report, None if description.recipe is None else description.recipe.name)
+    target.write_text(text, encoding="utf-8")
     return target
 
 
-# --- writing ------------------------------------------------------------------------------------
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    there = target if target.exists() else _aside(target)  # what `_recover` will put back
-    if not there.exists():
-        return
-    if not there.is_dir():
-        raise CheckpointError(f"{target}: this is a file. A model is saved into a directory: choose another path.")
-    entries = {entry.name for entry in there.iterdir()}
-    if entries and not overwrite:
-        raise CheckpointError(f"{target} exists already. Choose another path, or pass overwrite=True to replace it.")
-    own = {WEIGHTS, DESCRIPTION} | ({CARD} if _is_own_card(there / CARD) else set())
-    others = sorted(entries - own)
-    if others:
-        raise CheckpointError(
-            f"{target} holds other files, such as {others[0]!r}, and would be replaced as a whole. "
-            "Choose a directory for the model alone."
-        )
+# --- directories ----------------------------------------------------------------------------------
 
 
 def _is_own_card(path: Path) -> bool:
     return path.is_file() and is_card(path.read_text(encoding="utf-8", errors="replace"))
 
 
-@contextlib.contextmanager
-def _directory_in_the_making(target: Path) -> Iterator[Path]:
-    """A new directory beside the target; whatever is still there at the end is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    directory = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    directory.mkdir()
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _write(directory: Path, body: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    weights = directory / WEIGHTS
-    safetensors.torch.save_file(dict(state), weights)
-    sums = {"bytes": weights.stat().st_size, "sha256": _sha256_of_file(weights)}
-    (directory / DESCRIPTION).write_text(to_text({**body, "weights": sums}), encoding="utf-8")
-    weights.chmod(stat.S_IMODE((directory / DESCRIPTION).stat().st_mode))  # safetensors ignores the umask
-    for path in (weights, directory / DESCRIPTION):
-        flush(path)
+def _aside(target: Path) -> Path:
+    """Where the model that is replaced stands between the two renames of `_publish`."""
+    return target.with_name(f".{target.name}.jbrprune-previous")
 
 
 def _publish(directory: Path, target: Path) -> None:
@@ -234,6 +218,7 @@ def _publish(directory: Path, target: Path) -> None:
     """
     aside = _aside(target)
     if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)  # of a save that died before it removed the old model
         os.replace(target, aside)
     try:
         os.replace(directory, target)
@@ -244,142 +229,53 @@ def _publish(directory: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.jbrprune-previous")
+def _find(path: str | os.PathLike[str]) -> Path:
+    """The directory to read: the one of that name, a snapshot from the hub, or what a save that died left aside."""
+    name = str(path)
+    if name.startswith(HUB):
+        from huggingface_hub import snapshot_download  # takes longer to import than the rest
 
-
-def _recover(target: Path) -> None:
-    """Finish what a `save` that died in `_publish` left."""
-    aside = _aside(target)
-    if aside.exists() and not target.exists():
-        os.replace(aside, target)
-    elif aside.exists():
-        shutil.rmtree(aside)
-
-
-def _sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# --- reading ------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
-    """Both files, of one and the same model: again if a `save` has put another one in its place meanwhile."""
-    for _ in range(_READINGS):
-        before = _standing(path)
+        repository, _, revision = name.removeprefix(HUB).partition("@")
         try:
-            directory = _existing(path)
-            description = _read_description(directory)
-            return description, _read_weights(directory, description)
-        except CheckpointError:
-            if _standing(path) == before:
-                raise
-    raise CheckpointError(f"{path}: it is replaced again and again while it is read. Wait until that is done.")
+            found = snapshot_download(repository, revision=revision or None, allow_patterns=[WEIGHTS, DESCRIPTION])
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{name} cannot be fetched: {error} Check the name ({HUB}user/name or {HUB}user/name@revision), the "
+                "connection and, for a private model, `huggingface-cli login`."
+            ) from error
+        return Path(found)
+    for directory in (Path(path), _aside(Path(os.path.realpath(path)))):
+        if directory.is_dir():
+            return directory
+    raise CheckpointError(
+        f"{path}: there is no such directory. Pass the directory that save wrote; jbrprune.create(name, "
+        "checkpoint=file) reads weights from a file."
+    )
 
 
-_READINGS = 100
-
-
-def _standing(path: Path) -> list[tuple[int, int] | None]:
-    """Which directories are there under the two names that a model has while it is replaced."""
-    return [_stamp(place) for place in (path, _aside(Path(os.path.realpath(path))))]
-
-
-def _stamp(place: Path) -> tuple[int, int] | None:
-    try:
-        status = place.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
-
-
-def _existing(path: Path) -> Path:
-    """The directory to read, which may have stepped aside for a `save` that died."""
-    if path.is_dir():
-        return path
-    if path.is_file():
-        _refuse_pickle(path)
-        inside = path.name in (WEIGHTS, DESCRIPTION)
-        advice = (
-            f"Pass the directory that holds it: {path.parent}." if inside else "Pass the directory that save wrote."
-        )
-        raise CheckpointError(f"{path}: this is a file. {advice}")
-    aside = _aside(Path(os.path.realpath(path)))
-    if aside.is_dir():
-        return aside
-    raise CheckpointError(f"{path}: there is no such directory. Pass the directory that save wrote.")
-
-
-def _refuse_pickle(path: Path) -> None:
-    """By its suffix or its first bytes, without unpickling anything."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    # A safetensors file begins with the length of its header, whose first byte may be 0x80, and has a brace at byte 8.
-    magic = start.startswith(_ZIP_MAGIC) or (start.startswith(_PICKLE_MAGIC) and start[8:] != b"{")
-    if path.suffix.lower() in _PICKLE_SUFFIXES or magic:
+def _read(path: Path, largest: int) -> bytes:
+    if not path.is_file():
         raise CheckpointError(
-            f"{path}: this looks like a pickle, which can run code when it is read; it was not. If you trust it, "
-            "convert it: load_state_dict(torch.load(path, weights_only=True)) into the model, then save the model here."
+            f"{path}: missing, or not a regular file. A saved model is a directory with {WEIGHTS} and {DESCRIPTION}."
         )
-
-
-def _read_file(directory: Path, name: str, largest: int) -> bytes:
-    """One of the two files, whole; a symbolic link may not lead out of the directory."""
-    path = directory / name
     try:
-        return _whole(path, largest)
+        if path.stat().st_size > largest:
+            refuse_damage(path, f"{path.stat().st_size} bytes, expected at most {largest}")
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: could not be read: {error}.") from error
-
-
-def _whole(path: Path, largest: int) -> bytes:
-    if not path.exists():
-        raise CheckpointError(f"{path}: missing. A saved model is a directory with {WEIGHTS} and {DESCRIPTION}.")
-    real = Path(os.path.realpath(path))
-    if real.parent != Path(os.path.realpath(path.parent)) and not is_snapshot_link(path, real):
-        raise CheckpointError(
-            f"{path}: a link that leads out of the directory, to {real}. Copy the file there instead."
-        )
-    if not real.is_file():
-        raise CheckpointError(f"{path}: not a regular file.")
-    _refuse_pickle(real)
-    if real.stat().st_size > largest:
-        tampered(path, f"{real.stat().st_size} bytes, expected at most {largest}")
-    return real.read_bytes()
-
-
-def _read_description(directory: Path) -> Description:
-    return from_bytes(_read_file(directory, DESCRIPTION, _LARGEST_DESCRIPTION), directory / DESCRIPTION)
 
 
 def _read_weights(directory: Path, description: Description) -> dict[str, Tensor]:
     """The stored tensors: the bytes that are parsed are those whose SHA-256 was compared."""
     path = directory / WEIGHTS
-    data = _read_file(directory, WEIGHTS, description.size)
-    if len(data) != description.size:
-        tampered(path, f"{len(data)} bytes instead of {description.size}")
-    if hashlib.sha256(data).hexdigest() != description.sha256:
-        tampered(path, f"its SHA-256 is not the one in {DESCRIPTION}")
+    data = _read(path, description.size)
+    if len(data) != description.size or hashlib.sha256(data).hexdigest() != description.sha256:
+        refuse_damage(path, f"its size or its SHA-256 is not the one in {DESCRIPTION}")
     try:
         state = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        tampered(path, f"not a safetensors file: {error}")
-    stored = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    if stored != description.entries:
-        tampered(path, f"its names, shapes or dtypes are not those in {DESCRIPTION}")
-    for name, info in description.tensors.items():
-        if info.values is not None:
-            _check_packed(path, name, state[bitmap_name(name)], math.prod(info.shape), info.values)
+        refuse_damage(path, f"not a safetensors file: {error}")
+    if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()} != description.entries:
+        refuse_damage(path, f"its names, shapes or dtypes are not those in {DESCRIPTION}")
     return state
-
-
-def _check_packed(path: Path, name: str, bitmap: Tensor, entries: int, values: int) -> None:
-    try:
-        check_bitmap(bitmap, entries, values)
-    except ArgumentError as error:
-        tampered(path, f"{name}: {error}")

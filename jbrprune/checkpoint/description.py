@@ -1,50 +1,52 @@
-"""The contents of ``jbrprune.json``: how they are written, and the checks that they say nothing else when read.
+"""A model and its description: what ``jbrprune.json`` says, how tensors are stored, and the way back.
 
-The JSON carries a SHA-256 of itself, so that a truncated or edited file is noticed. Every value is checked one by
-one: no name, argument or number in it can run code, open another file, or exhaust the machine.
+Every value of the JSON is compared with a form, unknown keys are refused, and a SHA-256 of the contents shows whether
+the file was truncated or edited. No name, argument or number in it can run code, open another file, or exhaust the
+machine: the dense model is built on the meta device, where it takes no memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from jbrprune.checkpoint.packing import bitmap_bytes
-from jbrprune.errors import CheckpointError
+from jbrprune.errors import CheckpointError, JBRError
 from jbrprune.models import timm_models
-from jbrprune.models.layers import SIZE_ATTRIBUTES, is_size
-from jbrprune.sparsity.masks import KINDS
+from jbrprune.models.layers import is_size, set_size_attributes, size_attributes
+from jbrprune.models.preserve import same_randomness
+from jbrprune.sparsity.masks import KINDS, masks_of, put_masks
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "jbrprune"
 FORMAT_VERSION = 2
 KNOWN_VERSIONS = (1, 2)
 """Version 1 knew dense tensors only."""
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
-    )
-}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
-_FORBIDDEN_ARGUMENTS = frozenset(
-    ("model_name", "name", "pretrained", "pretrained_cfg", "checkpoint", "checkpoint_path", "cache_dir")
-)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of the same size, through which the bits of a floating tensor are read."""
+_FORBIDDEN = frozenset(("pretrained", "pretrained_cfg", "checkpoint", "checkpoint_path", "cache_dir"))
 """Arguments by which creating a model would read a file or the network."""
-
 _LARGEST_NUMBER = 2**20
-_MOST_DIMENSIONS, _LARGEST_TENSOR = 8, 2**60  # the file bounds neither a packed tensor nor an empty one
-
-_Kind = TypeVar("_Kind")
+"""Of the numbers in a recipe."""
+_LEAST_MODULES, _MODULES_EACH = 8192, 64
+"""The dense model of a recipe may have this many modules, and so many more for each tensor that is stored."""
+_MAKING_FAILED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -108,34 +110,11 @@ class Description:
         for name, info in self.tensors.items():
             found[name] = (info.shape if info.values is None else (info.values,), DTYPES[info.dtype])
             if info.values is not None:
-                found[bitmap_name(name)] = ((bitmap_bytes(math.prod(info.shape)),), torch.uint8)
+                found[bitmap_name(name)] = ((-(-math.prod(info.shape) // 8),), torch.uint8)
         return found
 
 
-def bitmap_name(name: str) -> str:
-    """Under which a packed tensor's bitmap is stored; no parameter has parameters of its own."""
-    return f"{name}.bitmap"
-
-
-class WildValue(Exception):
-    """A value of the JSON that `save` never writes."""
-
-
-def as_json(value: object, where: str) -> Any:
-    """The value as it will be read back: tuples become lists, keys become strings.
-
-    Raises:
-        CheckpointError: JSON cannot hold it.
-    """
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        advice = (
-            "Pass recipe=None and rebuild with load(path, model=...)."
-            if where == "recipe"
-            else "Use strings, finite numbers, lists and dicts."
-        )
-        raise CheckpointError(f"{where}: JSON cannot hold this: {error}. {advice}") from None
+# --- the JSON -------------------------------------------------------------------------------------
 
 
 def checksum(body: Mapping[str, Any]) -> str:
@@ -150,7 +129,7 @@ def to_text(body: Mapping[str, Any]) -> str:
 
 
 def from_bytes(data: bytes, path: Path) -> Description:
-    """Verify what was read from the file.
+    """Verify the contents of the file.
 
     Args:
         data: Contents of the file.
@@ -160,24 +139,26 @@ def from_bytes(data: bytes, path: Path) -> Description:
         CheckpointError: Not JSON, of an unknown format, not what its checksum says, or holding a value that is
             never written.
     """
-    body = _parsed_json(data, path)
-    version = body.get("format_version")
-    if type(version) is not int or version not in KNOWN_VERSIONS:
-        known = ", ".join(str(known) for known in KNOWN_VERSIONS)
-        raise CheckpointError(
-            f"{path}: format_version is {version!r}, this version of jbrprune knows {known}. "
-            "Upgrade jbrprune to read it."
-        )
-    if body.pop("sha256", None) != checksum(body):
-        tampered(path, "its contents do not match its own SHA-256")
     try:
-        return parsed(body)
-    except WildValue as error:
+        body = dict(json.loads(data))
+        stated, found = body.pop("sha256", None), checksum(body)
+    except (ValueError, TypeError, RecursionError) as error:
+        refuse_damage(path, f"not valid JSON: {error}")
+    if body.get("format_version") not in KNOWN_VERSIONS:
+        raise CheckpointError(
+            f"{path}: format_version is {body.get('format_version')!r}, this version of jbrprune knows "
+            f"{KNOWN_VERSIONS}. Upgrade jbrprune to read it."
+        )
+    if stated != found:
+        refuse_damage(path, "its contents do not match its own SHA-256")
+    try:
+        return parse(body)
+    except (CheckpointError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error} It was not written by save and is not used.") from None
 
 
-def tampered(path: Path, what: str) -> NoReturn:
-    """A file is not what was written.
+def refuse_damage(path: Path, what: str) -> NoReturn:
+    """Say that a file is not what was written.
 
     Raises:
         CheckpointError: Always.
@@ -185,170 +166,415 @@ def tampered(path: Path, what: str) -> NoReturn:
     raise CheckpointError(f"{path}: truncated or tampered with: {what}. Copy it again from where it came from.")
 
 
-def _parsed_json(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        tampered(path, f"not valid JSON: {error}")
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not the description of a model saved by jbrprune.")
-    return body
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-# --- value by value -------------------------------------------------------------------------------
-
-
-def _require(condition: bool, where: str, value: object) -> None:
-    if not condition:
-        raise WildValue(f"{where} makes no sense: {str(value)[:80]!r}.")
-
-
-def _typed(value: object, kind: type[_Kind], where: str) -> _Kind:
-    if type(value) is not kind:  # a bool is no int here
-        _require(False, where, value)
-    return value  # type: ignore[return-value]
-
-
-def _entry(body: Mapping[str, Any], key: str, kind: type[_Kind], where: str = "") -> _Kind:
-    return _typed(body.get(key), kind, f"{where}{key}")
-
-
-def parsed(body: Mapping[str, Any]) -> Description:
+def parse(body: Mapping[str, Any]) -> Description:
     """Check the body value by value.
 
+    Args:
+        body: Contents of the file without ``sha256``.
+
     Raises:
-        WildValue: Something has another type or range than what is written.
+        CheckpointError: A key is missing or unknown, or a value has another type or range than what is written.
     """
-    weights = _entry(body, "weights", dict)
-    size = _entry(weights, "bytes", int, "weights.")
-    _require(size >= 0, "weights.bytes", size)
-    tensors = {name: _tensor(info, f"tensors.{name}") for name, info in _entry(body, "tensors", dict).items()}
-    aliases = _entry(body, "aliases", dict)
+    _check(body, _BODY, "")
+    tensors, aliases, config = body["tensors"], body["aliases"], body["data_config"]
     for name, stored in aliases.items():
-        _require(isinstance(stored, str) and stored in tensors and name not in tensors, f"aliases.{name}", stored)
-        _require(not tensors[stored].masked or _is_maskable(name), f"aliases.{name}", "shares a masked tensor")
-    for name, info in tensors.items():
-        _require(not info.masked or _is_maskable(name), f"tensors.{name}.masked", info.masked)
-        _require(info.values is None or bitmap_name(name) not in tensors, f"tensors.{bitmap_name(name)}", "a bitmap")
-    attributes = _entry(body, "attributes", dict)
+        if stored not in tensors or name in tensors:
+            raise CheckpointError(f"aliases.{name} makes no sense: {stored!r}.")
     return Description(
-        recipe=_recipe(body.get("recipe")),
-        tensors=tensors,
+        recipe=None if body["recipe"] is None else timm_models.Recipe(**body["recipe"]),
+        tensors={name: TensorInfo(**info | {"shape": tuple(info["shape"])}) for name, info in tensors.items()},
         aliases=aliases,
-        attributes={name: _attributes(values, f"attributes.{name}") for name, values in attributes.items()},
-        data_config=_data_config(body.get("data_config")),
-        provenance=_entry(body, "provenance", dict),
-        report=_entry(body, "report", dict),
-        versions=_entry(body, "versions", dict),
-        size=size,
-        sha256=_entry(weights, "sha256", str, "weights."),
+        attributes={name: _with_tuples(sizes) for name, sizes in body["attributes"].items()},
+        data_config=None if config is None else _with_tuples(config),
+        provenance=body["provenance"],
+        report=body["report"],
+        versions=body["versions"],
+        size=body["weights"]["bytes"],
+        sha256=body["weights"]["sha256"],
     )
 
 
-def _tensor(value: object, where: str) -> TensorInfo:
-    info = _typed(value, dict, where)
-    shape = tuple(_entry(info, "shape", list, f"{where}."))
-    few = is_size(shape or 0) and len(shape) <= _MOST_DIMENSIONS
-    _require(few and math.prod(max(n, 1) for n in shape) <= _LARGEST_TENSOR, f"{where}.shape", shape)
-    dtype = _entry(info, "dtype", str, f"{where}.")
-    _require(dtype in DTYPES, f"{where}.dtype", dtype)
-    persistent, channels_last = (_entry(info, flag, bool, f"{where}.") for flag in ("persistent", "channels_last"))
-    _require(not channels_last or len(shape) == 4, f"{where}.channels_last", channels_last)
-    values, masked = info.get("values"), _typed(info.get("masked", False), bool, f"{where}.masked")
-    if values is not None:
-        _require(type(values) is int and 0 <= values <= math.prod(shape), f"{where}.values", values)
-    _require(values is not None or not masked, f"{where}.masked", masked)
-    return TensorInfo(shape, dtype, persistent, channels_last, values, masked)  # type: ignore[arg-type]
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _is_maskable(name: str) -> bool:
-    return name.rpartition(".")[2] in KINDS
+def _check(value: Any, form: Any, where: str) -> None:
+    """Compare a value with a form.
+
+    Args:
+        value: From JSON.
+        form: A type; a function that says whether the value is right; a dict of the forms of its keys, or of ``*`` for
+            all keys; a tuple of one form for what may be null.
+        where: Name of the value, for messages.
+    """
+    if isinstance(form, tuple):
+        if value is not None:
+            _check(value, form[0], where)
+    elif isinstance(form, dict):
+        _check(value, dict, where)
+        forms = dict.fromkeys(value, form["*"]) if "*" in form else form
+        for name in [*value, *(name for name in forms if name not in value and name not in _MAY_LACK)]:
+            if name not in value or name not in forms:
+                why = "unknown" if name in value else "missing"
+                raise CheckpointError(f"{where} makes no sense: {name!r} is {why}.")
+            _check(value[name], forms[name], f"{where}.{name}".removeprefix("."))
+    elif type(value) is not form if isinstance(form, type) else not form(value):  # a bool is no int here
+        raise CheckpointError(f"{where} makes no sense: {str(value)[:80]!r}.")
 
 
-def _attributes(values: object, where: str) -> dict[str, int | tuple[int, ...]]:
-    found = {}
-    for name, value in _typed(values, dict, where).items():
-        _require(name in SIZE_ATTRIBUTES, where, name)
-        found[name] = tuple(value) if isinstance(value, list) else value
-        _require(is_size(found[name]), f"{where}.{name}", found[name])
-    return found
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
-def _recipe(value: object) -> timm_models.Recipe | None:
-    if value is None:
-        return None
-    recipe = _typed(value, dict, "recipe")
-    name = _entry(recipe, "name", str, "recipe.")
-    # No colon, no slash: timm would read a file or the network.
-    _require(re.fullmatch(r"\w[\w.-]{0,200}", name, re.ASCII) is not None, "recipe.name", name)
-    arguments = _entry(recipe, "arguments", dict, "recipe.")
-    for key, argument in arguments.items():
-        _require(key.isidentifier() and key not in _FORBIDDEN_ARGUMENTS, "recipe.arguments", key)
-        _check_argument(argument, f"recipe.arguments.{key}")
-    overlay = _typed(arguments.get("pretrained_cfg_overlay", {}), dict, "recipe.arguments.pretrained_cfg_overlay")
-    _check_config({key: item for key, item in overlay.items() if key != "fixed_input_size"}, "recipe.arguments.")
-    return timm_models.Recipe(name, arguments)
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
 
 
-def _check_argument(value: object, where: str) -> None:
-    """No number so large that building the dense model would exhaust the machine."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for part in parts:
-        _check_argument(part, where)
-    if isinstance(value, int | float):
-        _require(abs(value) <= _LARGEST_NUMBER, where, value)
+def _is_bounded(value: object) -> bool:
+    """Whether it holds no number by which creating a model would exhaust the machine."""
+    if isinstance(value, dict | list):
+        return all(map(_is_bounded, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int | float) or abs(value) <= _LARGEST_NUMBER
 
 
-def _data_config(value: object) -> dict[str, Any] | None:
-    """Only the keys of timm's data configuration, with values that a transform can use."""
-    if value is None:
-        return None
-    config = _typed(value, dict, "data_config")
-    _check_config(config, "data_config.")
-    return {key: tuple(item) if isinstance(item, list) else item for key, item in config.items()}
-
-
-def _check_config(config: Mapping[str, object], where: str) -> None:
-    for key, value in config.items():
-        _require(key in _CONFIG and _CONFIG[key](value), where + key, value)
-
-
-def _is_word(value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", value) is not None
-
-
-def _is_image_size(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 < v <= 2**16 for v in value)
-
-
-def _is_statistics(value: object) -> bool:
-    return isinstance(value, list) and 0 < len(value) <= 2**16 and all(_is_number(v) for v in value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
-
-
-def _is_share(value: object) -> bool:
-    return _is_number(value) and 0 < value <= 10  # type: ignore[operator]
+def _are_arguments(value: object) -> bool:
+    """Whether creating a model with these arguments reads no file."""
+    if not isinstance(value, dict) or not _is_bounded(value) or not _FORBIDDEN.isdisjoint(value):
+        return False
+    overlay = value.get("pretrained_cfg_overlay", {})
+    return isinstance(overlay, dict) and overlay.keys() <= _CONFIG.keys() | {"fixed_input_size"}
 
 
 _CONFIG = {
-    "input_size": _is_image_size,
-    "interpolation": _is_word,
-    "mean": _is_statistics,
-    "std": _is_statistics,
-    "crop_pct": _is_share,
-    "crop_mode": _is_word,
+    "input_size": _are_counts,
+    "interpolation": str,
+    "mean": list,
+    "std": list,
+    "crop_pct": lambda value: type(value) in (int, float),
+    "crop_mode": str,
 }
+_BODY = {
+    "format": lambda value: value == FORMAT,
+    "format_version": int,
+    # No colon, no slash: timm would read a file or the network.
+    "recipe": ({"name": lambda value: re.fullmatch(r"\w[\w.-]*", str(value)), "arguments": _are_arguments},),
+    "tensors": {
+        "*": {
+            "shape": _are_counts,
+            "dtype": lambda value: str(value) in DTYPES,
+            "persistent": bool,
+            "channels_last": bool,
+            "values": (_is_count,),
+            "masked": bool,
+        }
+    },
+    "aliases": {"*": str},
+    "attributes": {"*": {"*": lambda value: _is_count(value) or _are_counts(value)}},
+    "data_config": (_CONFIG,),
+    "provenance": dict,
+    "report": dict,
+    "versions": {"*": str},
+    "weights": {"bytes": _is_count, "sha256": str},
+}
+_MAY_LACK = frozenset(("values", "masked", *_CONFIG))
+
+
+# --- sparse tensors -------------------------------------------------------------------------------
+
+
+def bitmap_name(name: str) -> str:
+    """The name of a packed tensor's bitmap in the file of the weights; no parameter has parameters of its own."""
+    return f"{name}.bitmap"
+
+
+def pack(tensor: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The values that are kept, and where they are.
+
+    Args:
+        tensor: Any tensor on the CPU.
+        kept: Boolean, of its shape, on the CPU.
+
+    Returns:
+        The values in row-major order ``[kept]``, and a bitmap ``[ceil(entries / 8)]`` of uint8, entry 0 in the lowest
+        bit of byte 0, zero beyond the last entry.
+
+    Example:
+        >>> tensor = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+        >>> [part.tolist() for part in pack(tensor, tensor != 0)]
+        [[2.0, 3.0], [6]]
+    """
+    flat = kept.flatten()
+    return tensor.detach().flatten()[flat], torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
+
+
+def unpack(values: Tensor, bitmap: Tensor, shape: Sequence[int], name: str = "") -> tuple[Tensor, Tensor]:
+    """The tensor that `pack` got, zero where no value was kept, and where values were kept.
+
+    Args:
+        values: ``[kept]``.
+        bitmap: ``[ceil(entries / 8)]`` uint8.
+        shape: Of the tensor.
+        name: Of the tensor, for the message.
+
+    Raises:
+        CheckpointError: The bitmap marks another number of entries than there are values, or one beyond the last.
+
+    Example:
+        >>> unpack(torch.tensor([2.0, 3.0]), torch.tensor([6], dtype=torch.uint8), (2, 2))[0]
+        tensor([[0., 2.],
+                [3., 0.]])
+    """
+    entries = math.prod(shape)
+    bits = np.unpackbits(bitmap.numpy(), bitorder="little").view(np.bool_)
+    if len(bits) < entries or bits[entries:].any() or bits.sum() != len(values):
+        raise CheckpointError(
+            f"{name}: the bitmap marks {bits.sum()} entries, but there are {entries} entries and {len(values)} values. "
+            "The file was tampered with: copy it again from where it came from."
+        )
+    kept = torch.from_numpy(bits[:entries]).reshape(tuple(shape))
+    # Assigning a single value by index goes through a Python number, which loses the payload of a NaN.
+    return torch.zeros(tuple(shape), dtype=values.dtype).masked_scatter_(kept, values), kept
+
+
+def set_bits(tensor: Tensor) -> Tensor:
+    """Where any bit of a floating tensor is set: everywhere but at +0.0; -0.0 and NaN are values like any other."""
+    return tensor.detach().view(_INTEGERS[tensor.element_size()]) != 0
+
+
+def packed_bytes(tensor: Tensor, kept: int) -> int:
+    """Bytes of a tensor of which so many entries are kept: packed, or dense where that is not larger.
+
+    Formula: min(entries * itemsize, kept * itemsize + ceil(entries / 8)). A saved mask costs its bit per entry in
+    any case.
+
+    Example:
+        >>> packed_bytes(torch.empty(64, 100), 640), packed_bytes(torch.empty(64, 100), 6400)
+        (3360, 25600)
+    """
+    return min(tensor.nbytes, kept * tensor.element_size() + -(-tensor.numel() // 8))
+
+
+# --- from a model to its description, and back -----------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a tensor of a model is kept: ``module.name``, or ``module.name_orig`` where it is masked."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    persistent: bool
+    mask: Tensor | None
+
+
+def _places(model: nn.Module) -> dict[str, _Place]:
+    """Qualified name -> place of every parameter and buffer, a shared one under each of its names.
+
+    A masked parameter goes by the name that it had before, and its mask goes with it.
+    """
+    found = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        masks = {
+            f"{name.removesuffix('_orig')}_mask": name.removesuffix("_orig")
+            for name in module._parameters
+            if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in module._buffers
+        }
+        hidden = {f"{stem}_orig": stem for stem in masks.values()}
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in masks:
+                stem = hidden.get(name, name)
+                mask = module._buffers[f"{stem}_mask"] if name in hidden else None
+                persistent = name not in module._non_persistent_buffers_set
+                found[f"{prefix}.{stem}".removeprefix(".")] = _Place(module, stem, tensor, persistent, mask)
+    return found
+
+
+def take_apart(
+    model: nn.Module, recipe: timm_models.Recipe | None, facts: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The body of the description, without size and sum of the weights, and the tensors to write.
+
+    Args:
+        model: The model.
+        recipe: How to create the dense model. Where it does not make this model, the body is without it.
+        facts: ``data_config``, ``provenance`` and ``report``.
+
+    Raises:
+        CheckpointError: The model holds something that cannot be saved.
+        ModelError: Its masks cannot be put back, see `jbrprune.sparsity.masks.masks_of`.
+    """
+    masks_of(model)
+    kept = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
+    lost = sorted(model.state_dict().keys() - kept)
+    if lost:
+        raise CheckpointError(
+            f"{lost[0]}: this entry of state_dict() is neither a parameter nor a buffer and cannot be rebuilt. "
+            "Remove the module's extra state or its state_dict hook before saving."
+        )
+    first: dict[int, str] = {}
+    tensors, aliases, state = {}, {}, {}
+    for name, place in _places(model).items():
+        if first.setdefault(id(place.tensor), name) == name:
+            tensors[name], stored = _store(name, place)
+            state |= stored
+        else:
+            aliases[name] = first[id(place.tensor)]
+    sizes = {name: size_attributes(module) for name, module in model.named_modules()}
+    found = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "recipe": None if recipe is None else {"name": recipe.name, "arguments": recipe.arguments},
+        "tensors": tensors,
+        "aliases": aliases,
+        "attributes": {name: own for name, own in sizes.items() if own},
+        "versions": {package: version(package) for package in ("jbrprune", "timm", "torch", "safetensors")},
+        "weights": {"bytes": 0, "sha256": ""},
+        **facts,
+    }
+    try:
+        body = json.loads(json.dumps(found, allow_nan=False))  # as it will be read back
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"JSON cannot hold config, provenance, report or recipe: {error}. Use strings, finite numbers, lists and "
+            "dicts."
+        ) from None
+    try:
+        if recipe is not None:
+            description = parse(body)
+            check_fits(description, create_on_meta(description))
+    except CheckpointError as error:
+        logger.warning("load() will need model=: the recipe of %s does not make this model again. %s", recipe, error)
+        body["recipe"] = None
+    parse(body)
+    return body, state
+
+
+def _store(name: str, place: _Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the description says of a tensor, and the tensors of the file."""
+    tensor, mask = place.tensor, place.mask
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    info = {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "persistent": place.persistent,
+        "channels_last": last and not tensor.is_contiguous(),
+    }
+    # A copy, because safetensors refuses tensors that overlap in memory.
+    values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if mask is None and not (isinstance(tensor, nn.Parameter) and tensor.is_floating_point()):
+        return info, {name: values}
+    kept = set_bits(values) if mask is None else mask.detach().cpu().bool()
+    if mask is None and packed_bytes(values, int(kept.sum())) == values.nbytes:
+        return info, {name: values}
+    values, bitmap = pack(values, kept)
+    packing = {"values": len(values), "masked": mask is not None}
+    return info | packing, {name: values, bitmap_name(name): bitmap}
+
+
+def create_on_meta(description: Description) -> nn.Module:
+    """The dense model of a recipe on the meta device, where a tensor of any size takes no memory.
+
+    It may have so many modules as a model with that many tensors can have: a recipe with a depth of a million would
+    fill the memory with modules.
+    """
+    recipe = description.recipe
+    if recipe is None:
+        raise CheckpointError(
+            "This model was saved without a recipe (it was not created by name, or was changed by hand). Create the "
+            "dense model and pass it: load(path, model=...)."
+        )
+    left = _LEAST_MODULES + _MODULES_EACH * len(description.names)
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise CheckpointError("it has far more modules than what is stored")
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        with same_randomness(torch.device("cpu")), torch.device("meta"):
+            return timm_models.build(recipe)
+    except (JBRError, *_MAKING_FAILED) as error:
+        raise CheckpointError(
+            f"The dense model {recipe.name!r} with {dict(recipe.arguments)} could not be created: {error} "
+            f"Saved with {dict(description.versions)}, installed is timm {version('timm')}."
+        ) from error
+    finally:
+        handle.remove()
+
+
+def check_fits(description: Description, dense: nn.Module) -> None:
+    """See that every stored tensor and size has its place in the dense model, and none is larger than there.
+
+    Raises:
+        CheckpointError: This is not the architecture that was saved.
+    """
+    places, names = _places(dense), description.names
+    missing, unknown = sorted(places.keys() - names.keys()), sorted(names.keys() - places.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"This is not the architecture that was saved: the file lacks {len(missing)} tensors of the dense model "
+            f"{missing[:3]}, and the dense model {len(unknown)} of the file {unknown[:3]}. Saved with "
+            f"{dict(description.versions)}, installed is timm {version('timm')}."
+        )
+    for name, stored in names.items():
+        info, place = description.tensors[stored], places[name]
+        tensor, dtype = place.tensor, DTYPES[info.dtype]
+        limit = tuple(tensor.shape)
+        if not place.persistent and info.values is None:
+            # A forward may have made it anew, such as positions for this size of images, from a placeholder.
+            limit = tuple(max(n, most) if most == 1 else most for n, most in zip(info.shape, limit))
+        alike = (dtype.is_floating_point, dtype.is_complex) == (tensor.is_floating_point(), tensor.is_complex())
+        maskable = isinstance(tensor, nn.Parameter) and place.name in KINDS
+        alike = alike and place.persistent == info.persistent and (maskable or not info.masked)
+        if not alike or len(limit) != tensor.dim() or not _at_most(info.shape, limit):
+            raise CheckpointError(
+                f"{name}: stored as {info}, but the dense model has a {type(tensor).__name__} of {tensor.dtype} and "
+                f"shape {tuple(tensor.shape)} there. Pruning only makes tensors smaller: this is not the model that "
+                "was saved."
+            )
+    modules = dict(dense.named_modules())
+    for name, sizes in description.attributes.items():
+        own = vars(modules[name]) if name in modules else {}
+        for attribute, value in sizes.items():
+            if not is_size(own.get(attribute)) or not _at_most(value, own[attribute]):
+                raise CheckpointError(
+                    f"{name}.{attribute}: stored as {value}, but the dense model has {own.get(attribute)}. Pruning "
+                    "only makes layers smaller: this is not the model that was saved."
+                )
+
+
+def _at_most(size: int | tuple[int, ...], limit: int | tuple[int, ...]) -> bool:
+    if isinstance(size, tuple) and isinstance(limit, tuple):
+        return len(size) == len(limit) and all(n <= most for n, most in zip(size, limit))
+    return isinstance(size, int) and isinstance(limit, int) and size <= limit
+
+
+def fill(dense: nn.Module, description: Description, state: Mapping[str, Tensor]) -> None:
+    """Give a model that `check_fits` has accepted the stored tensors, sizes, masks and configuration, in place."""
+    made: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    for name, place in _places(dense).items():
+        stored = description.names[name]
+        info = description.tensors[stored]
+        if stored not in made:
+            values = state[stored]
+            if info.values is not None:
+                values, kept = unpack(values, state[bitmap_name(stored)], info.shape, stored)
+                masks |= {name: kept} if info.masked else {}
+            if info.channels_last and values.dim() == 4:
+                values = values.to(memory_format=torch.channels_last)
+            trained = place.tensor.requires_grad
+            made[stored] = nn.Parameter(values, trained) if isinstance(place.tensor, nn.Parameter) else values
+        setattr(place.module, place.name, made[stored])
+    modules = dict(dense.named_modules())
+    for name, sizes in description.attributes.items():
+        set_size_attributes(modules[name], sizes)
+    put_masks(dense, masks)
+    if description.data_config is not None:
+        # timm's sizes for testing would win over the stored ones where a caller asks for them.
+        old = dict(getattr(dense, "pretrained_cfg", None) or {})
+        kept = {key: value for key, value in old.items() if key not in ("test_input_size", "test_crop_pct")}
+        dense.pretrained_cfg = dense.default_cfg = kept | dict(description.data_config)  # type: ignore[assignment]

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from tqdm import tqdm
 
 from jbrprune.budgets.cost import count_macs
-from jbrprune.checkpoint.packing import packed_bytes
+from jbrprune.checkpoint.description import packed_bytes
 from jbrprune.checkpoint.resume import ResumeLog
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import check_some

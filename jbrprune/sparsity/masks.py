@@ -124,6 +124,11 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     first: dict[int, Slot] = {}
     for slot in slots(model):
         other = first.setdefault(id(slot.stored), slot)
+        if slot.mask is not None and not ((slot.mask == 0) | (slot.mask == 1)).all():
+            raise ModelError(
+                f"{slot.name}: its mask must hold nothing but 0 and 1. Make it permanent: "
+                "torch.nn.utils.prune.remove(module, name)."
+            )
         if not _alike(other.mask, slot.mask):
             raise ModelError(
                 f"{other.name} and {slot.name} are one shared parameter, but their masks differ. Mask both alike "

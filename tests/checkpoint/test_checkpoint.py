@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -234,30 +235,40 @@ def _with_another_head() -> nn.Module:
 
 
 UNSAVABLE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "meta": (lambda: nn.Linear(2, 2, device="meta"), {}, r"weight: cannot save a tensor .* on device meta"),
     "extra": (lambda: _Extra(2, 2), {}, r"_extra_state: this entry of state_dict\(\)"),
-    "changed": (_with_another_head, {"recipe": TINY}, r"would not load again: .*head\.weight.*recipe=None"),
+    "report": (_Own, {"report": {"x": float("nan")}}, "JSON cannot hold config, provenance, report"),
+    "provenance": (_Own, {"provenance": {"x": {1, 2}}}, "JSON cannot hold config, provenance, report"),
+    "config": (_Own, {"config": {"input_size": (3, -1, 0)}}, "data_config.input_size makes no sense"),
+}
+RECIPES: dict[str, tuple[Callable[[], nn.Module], timm_models.Recipe, str]] = {
+    "changed": (
+        _with_another_head,
+        TINY,
+        r"lacks 2 tensors of the dense model \['head.bias', 'head.weight'\]",
+    ),
     "larger": (
         lambda: timm_models.build(timm_models.Recipe("test_vit", {"img_size": 32, "num_classes": 4})),
-        {"recipe": TINY},
-        r"head\.weight: stored as float32 of shape \(4, 64\)",
+        TINY,
+        r"head\.weight: stored as .*shape=\(4, 64\)",
     ),
-    "unknown_name": (_tiny, {"recipe": timm_models.Recipe("test_vot", {})}, "'test_vot' with {} could not be created"),
-    "hub": (_tiny, {"recipe": timm_models.Recipe("hf-hub:timm/test_vit", {})}, "recipe.name makes no sense"),
-    "reads_files": (
-        _tiny,
-        {"recipe": timm_models.Recipe("test_vit", {"checkpoint_path": "x"})},
-        "recipe.arguments makes no",
-    ),
-    "not_json": (
-        _tiny,
-        {"recipe": timm_models.Recipe("test_vit", {"act_layer": nn.ReLU})},
-        "recipe: JSON cannot hold this",
-    ),
-    "report": (_Own, {"report": {"x": float("nan")}}, "report: JSON cannot hold this"),
-    "provenance": (_Own, {"provenance": {"x": {1, 2}}}, "provenance: JSON cannot hold this"),
-    "config": (_Own, {"config": {"input_size": (3, 0, 0)}}, "data_config.input_size makes no sense"),
+    "unknown name": (_tiny, timm_models.Recipe("test_vot", {}), "'test_vot' with {} could not be created"),
+    "hub": (_tiny, timm_models.Recipe("hf-hub:timm/test_vit", {}), "recipe.name makes no sense"),
+    "reads files": (_tiny, timm_models.Recipe("test_vit", {"checkpoint_path": "x"}), "recipe.arguments makes no sense"),
 }
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_recipe_that_does_not_lead_to_the_model_is_left_out(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, recipe, message = RECIPES[case]
+    model = make()
+    save(tmp_path / "m", model, recipe=recipe)
+    assert re.search(rf"load\(\) will need model=: the recipe .*{message}", caplog.text)
+    assert describe(tmp_path / "m").recipe is None
+    with pytest.raises(CheckpointError, match=r"saved without a recipe.*load\(path, model=\.\.\.\)"):
+        load(tmp_path / "m")
+    assert _same(load(tmp_path / "m", model=model), model)
 
 
 @pytest.mark.parametrize("case", UNSAVABLE)
@@ -301,7 +312,7 @@ def test_a_link_to_a_directory_stays_a_link(saved: Path) -> None:
 @pytest.mark.parametrize("target", ["file", "file/sub"])
 def test_a_file_in_the_way(target: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"this is a file|could not be written: .*choose another path"):
+    with pytest.raises(CheckpointError, match=r"this is a file|not a directory that can be written"):
         save(tmp_path / target, _Own(), recipe=None, overwrite=True)
     assert (tmp_path / "file").read_text() == "mine"
     assert os.listdir(tmp_path) == ["file"]
@@ -413,15 +424,15 @@ def _resized(*shape: int) -> Callable[[dict[str, Any]], None]:
 
 
 WILD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "newer": (_set("format_version", to=3), "format_version is 3, this version of jbrprune knows 1, 2. Upgrade"),
+    "newer": (_set("format_version", to=3), r"format_version is 3, this version of jbrprune knows \(1, 2\)\. Upgrade"),
     "version_type": (_set("format_version", to="1"), "format_version is '1'"),
-    "version_bool": (_set("format_version", to=True), "format_version is True"),
-    "format": (_set("format", to="zip"), "not the description of a model"),
+    "version_bool": (_set("format_version", to=True), "format_version makes no sense"),
+    "format": (_set("format", to="zip"), "format makes no sense: 'zip'"),
     "negative": (_resized(-3, -64), "tensors.head.weight.shape makes no sense"),
     "huge": (_resized(2**40, 4), "names, shapes or dtypes are not those"),
-    "huger": (_resized(2**62, 4), "tensors.head.weight.shape makes no sense"),
-    "huge_but_empty": (_resized(0, 2**63), "tensors.head.weight.shape makes no sense"),
-    "deep": (_resized(*[1] * 9, 192), "tensors.head.weight.shape makes no sense"),
+    "huger": (_resized(2**62, 4), "names, shapes or dtypes are not those"),
+    "huge_but_empty": (_resized(0, 2**63), "names, shapes or dtypes are not those"),
+    "deep": (_resized(*[1] * 9, 192), "names, shapes or dtypes are not those"),
     "shape_type": (_set("tensors", "head.weight", "shape", to="3,64"), "shape makes no sense"),
     "shape_float": (_set("tensors", "head.weight", "shape", to=[3.0, 64]), "shape makes no sense"),
     "shape_bool": (_set("tensors", "head.bias", "shape", to=[True]), "shape makes no sense"),
@@ -429,7 +440,12 @@ WILD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "dtype": (_set("tensors", "head.weight", "dtype", to="object"), "dtype makes no sense"),
     "other_dtype": (_set("tensors", "head.weight", "dtype", to="int32"), "names, shapes or dtypes are not those"),
     "flag": (_set("tensors", "head.weight", "persistent", to=1), "persistent makes no sense"),
-    "layout": (_set("tensors", "head.weight", "channels_last", to=True), "channels_last makes no sense"),
+    "layout": (_set("tensors", "head.weight", "channels_last", to=3), "channels_last makes no sense"),
+    "unknown_key": (
+        _set("tensors", "head.weight", "loader", to="x"),
+        "weight makes no sense: 'loader' is unknown",
+    ),
+    "unknown_part": (_set("hooks", to={}), "makes no sense: 'hooks' is unknown"),
     "not_persistent": (_set("tensors", "head.weight", "persistent", to=False), "this is not the model"),
     "tensor": (_set("tensors", "head.weight", to=None), "tensors.head.weight makes no sense"),
     "tensors": (_set("tensors", to=[]), "tensors makes no sense"),
@@ -439,10 +455,19 @@ WILD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "alias": (_set("aliases", to={"head.weight2": "nothing"}), "aliases.head.weight2 makes no sense"),
     "alias_type": (_set("aliases", to={"x": ["head.weight"]}), "aliases.x makes no sense"),
-    "alias_unknown": (_set("aliases", to={"x": "head.weight"}), r"lacks x \(1 in all\)"),
-    "module": (_set("attributes", "nowhere", to={"groups": 1}), "the dense model has no module 'nowhere'"),
-    "attribute": (_set("attributes", "head", "forward", to=1), "attributes.head makes no sense: 'forward'"),
-    "dunder": (_set("attributes", "head", "__class__", to=1), "attributes.head makes no sense: '__class__'"),
+    "alias_unknown": (_set("aliases", to={"x": "head.weight"}), r"the dense model 1 of the file \['x'\]"),
+    "module": (
+        _set("attributes", "nowhere", to={"groups": 1}),
+        "nowhere.groups: stored as 1, but .* has None",
+    ),
+    "attribute": (
+        _set("attributes", "head", "forward", to=1),
+        "head.forward: stored as 1, but .* has None",
+    ),
+    "dunder": (
+        _set("attributes", "head", "__class__", to=1),
+        "head.__class__: stored as 1, but .* has None",
+    ),
     "attribute_none": (_set("attributes", "head", "groups", to=1), "head.groups: stored as 1, but .* has None"),
     "attribute_value": (_set("attributes", "head", "in_features", to=-1), "in_features makes no sense"),
     "attribute_huge": (_set("attributes", "head", "in_features", to=2**40), "Pruning only makes layers smaller"),
@@ -452,35 +477,34 @@ WILD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "path": (_set("recipe", "name", to="local-dir:/etc"), "recipe.name makes no sense"),
     "hub": (_set("recipe", "name", to="hf-hub:a/b"), "recipe.name makes no sense"),
     "dots": (_set("recipe", "name", to="../test_vit"), "recipe.name makes no sense"),
-    "other_model": (_set("recipe", "name", to="vit_tiny_patch16_224"), r"not the architecture .* blocks\.10\..* \("),
-    "no_model": (_set("recipe", "name", to="test_vot"), "'test_vot' .*could not be created: .*Installed"),
+    "other_model": (_set("recipe", "name", to="vit_tiny_patch16_224"), r"not the architecture .*'blocks\.10\."),
+    "no_model": (_set("recipe", "name", to="test_vot"), "'test_vot' .*could not be created: .*installed is timm"),
     "larger_model": (
         _set("recipe", "arguments", "num_classes", to=2),
-        r"head\.bias: stored as float32 of shape \(3,\)",
+        r"head\.bias: stored as .*shape=\(3,\)",
     ),
-    "huge_model": (_set("recipe", "arguments", "num_classes", to=10**12), "num_classes makes no sense"),
-    "nested_huge": (_set("recipe", "arguments", "img_size", to=[32, 10**9]), "img_size makes no sense"),
+    "huge_model": (_set("recipe", "arguments", "num_classes", to=10**12), "recipe.arguments makes no sense"),
+    "nested_huge": (_set("recipe", "arguments", "img_size", to=[32, 10**9]), "recipe.arguments makes no sense"),
     "bad_argument": (_set("recipe", "arguments", "nonsense", to=1), "could not be created"),
     "checkpoint": (_set("recipe", "arguments", "checkpoint", to="/x.pth"), "recipe.arguments makes no sense"),
     "checkpoint_path": (_set("recipe", "arguments", "checkpoint_path", to="/x"), "recipe.arguments makes no sense"),
     "pretrained": (_set("recipe", "arguments", "pretrained", to=True), "recipe.arguments makes no sense"),
     "overlay": (
         _set("recipe", "arguments", "pretrained_cfg_overlay", to={"file": "/x.pth"}),
-        "recipe.arguments.file makes no sense",
+        "recipe.arguments makes no sense",
     ),
-    "config_key": (_set("data_config", "url", to="x"), "data_config.url makes no sense"),
+    "config_key": (_set("data_config", "url", to="x"), "data_config makes no sense: 'url' is unknown"),
     "config_size": (_set("data_config", "input_size", to=[3, -1, 5]), "data_config.input_size makes no sense"),
-    "config_mean": (_set("data_config", "mean", to=["a"]), "data_config.mean makes no sense"),
-    "config_word": (_set("data_config", "crop_mode", to="../x"), "data_config.crop_mode makes no sense"),
-    "config_huge": (_set("data_config", "mean", to=[10**400]), "data_config.mean makes no sense"),
-    "config_share": (_set("data_config", "crop_pct", to=0), "data_config.crop_pct makes no sense"),
+    "config_mean": (_set("data_config", "mean", to="a"), "data_config.mean makes no sense"),
+    "config_word": (_set("data_config", "crop_mode", to=1), "data_config.crop_mode makes no sense"),
+    "config_share": (_set("data_config", "crop_pct", to=True), "data_config.crop_pct makes no sense"),
     "weights": (_set("weights", to=None), "weights makes no sense"),
     "size": (_set("weights", "bytes", to=-1), "weights.bytes makes no sense"),
     "size_less": (_set("weights", "bytes", to=7), "truncated or tampered with: .* expected at most 7"),
-    "size_more": (_set("weights", "bytes", to=2**40), "truncated or tampered with: .* instead of 1099511627776"),
-    "sum": (_set("weights", "sha256", to="0" * 64), "truncated or tampered with: its SHA-256"),
+    "size_more": (_set("weights", "bytes", to=2**40), "truncated or tampered with: its size or its SHA-256"),
+    "sum": (_set("weights", "sha256", to="0" * 64), "truncated or tampered with: its size or its SHA-256"),
     "provenance": (_set("provenance", to=3), "provenance makes no sense"),
-    "report": (lambda body: body.pop("report"), "report makes no sense"),
+    "report": (lambda body: body.pop("report"), "makes no sense: 'report' is missing"),
 }
 
 
@@ -496,12 +520,12 @@ TEXTS = {
     "edited": (lambda text: text.replace('"seed": 1', '"seed": 2'), "do not match its own SHA-256"),
     "cut": (lambda text: text[: len(text) // 2], "truncated or tampered with: not valid JSON"),
     "empty": (lambda text: "", "truncated or tampered with: not valid JSON"),
-    "list": (lambda text: "[]", "not the description of a model"),
+    "list": (lambda text: "[1]", "truncated or tampered with: not valid JSON"),
     "deep": (lambda text: "[" * 200_000, "truncated or tampered with: not valid JSON"),
-    "constant": (lambda text: text.replace('"seed": 1', '"seed": NaN'), "NaN is not JSON"),
-    "twice": (lambda text: text.replace('"seed": 1', '"seed": 1, "seed": 1'), "a key occurs twice"),
+    "constant": (lambda text: text.replace('"seed": 1', '"seed": NaN'), "truncated or tampered with: not valid JSON"),
+    "twice": (lambda text: text.replace('"seed": 1', '"seed": 1, "seed": 2'), "do not match its own SHA-256"),
     "digits": (lambda text: text.replace('"seed": 1', '"seed": ' + "1" * 5000), "truncated or tampered with"),
-    "pickle": (lambda text: "\x80\x04" + text, "truncated or tampered with|looks like a pickle"),
+    "pickle": (lambda text: "\x80\x04" + text, "truncated or tampered with"),
 }
 
 
@@ -517,10 +541,10 @@ def test_load_refuses_broken_json(case: str, saved: Path) -> None:
 def test_load_refuses_damaged_weights(saved: Path) -> None:
     whole = (saved / WEIGHTS).read_bytes()
     for data, message in (
-        (whole[:-1], "truncated or tampered with: .* bytes instead of"),
+        (whole[:-1], "truncated or tampered with: its size"),
         (whole[:-1] + bytes([whole[-1] ^ 1]), "its SHA-256 is not the one"),
         (whole + b"x", "truncated or tampered with: .* expected at most"),
-        (b"PK\x03\x04" + whole[4:], "looks like a pickle"),
+        (b"PK\x03\x04" + whole[4:], "its SHA-256 is not the one"),
     ):
         (saved / WEIGHTS).write_bytes(data)
         with pytest.raises(CheckpointError, match=message):
@@ -529,23 +553,26 @@ def test_load_refuses_damaged_weights(saved: Path) -> None:
 
 def test_load_refuses_other_weights_with_the_right_sum(saved: Path) -> None:
     (saved / WEIGHTS).write_bytes(b"not safetensors")
-    sums = {"bytes": 15, "sha256": checkpoint._sha256_of_file(saved / WEIGHTS)}
+    sums = {"bytes": 15, "sha256": checkpoint.sha256_of(saved / WEIGHTS)}
     _rewritten(saved, _set("weights", to=sums))
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load(saved)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, DESCRIPTION])
-def test_load_refuses_missing_files_links_and_directories(name: str, saved: Path) -> None:
+def test_load_refuses_missing_files_directories_and_pipes(name: str, saved: Path, tiny: nn.Module) -> None:
     path, elsewhere = saved / name, saved.with_name("elsewhere")
     path.rename(elsewhere)
     with pytest.raises(CheckpointError, match=f"{name}: missing"):
         load(saved)
     path.symlink_to(elsewhere)
-    with pytest.raises(CheckpointError, match="a link that leads out of the directory"):
-        load(saved)
+    assert _same(load(saved), tiny)
     path.unlink()
     path.mkdir()
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load(saved)
+    path.rmdir()
+    os.mkfifo(path)
     with pytest.raises(CheckpointError, match="not a regular file"):
         load(saved)
 
@@ -555,44 +582,32 @@ def test_load_refuses_a_pickle_unread(saved: Path) -> None:
         def __reduce__(self) -> tuple[object, ...]:
             return os.mkdir, (str(saved / "boom"),)
 
-    for name, old in (("m.pth", True), ("m.pt", False), ("renamed", False), ("old", True)):
-        torch.save(Bomb(), saved.parent / name, _use_new_zipfile_serialization=not old)
-        with pytest.raises(CheckpointError, match=r"looks like a pickle.* convert it: .*weights_only=True"):
-            load(saved.parent / name)
-    for name in (WEIGHTS, DESCRIPTION):
-        (saved / name).write_bytes((saved.parent / "renamed").read_bytes())
-        with pytest.raises(CheckpointError, match="looks like a pickle"):
-            load(saved)
+    for old in (True, False):
+        pickle = saved.parent / f"m{old}.pth"
+        torch.save(Bomb(), pickle, _use_new_zipfile_serialization=not old)
+        with pytest.raises(CheckpointError, match=r"no such directory.*create\(name, checkpoint=file\)"):
+            load(pickle)
+        for name in (WEIGHTS, DESCRIPTION):
+            (saved / name).write_bytes(pickle.read_bytes())
+            with pytest.raises(CheckpointError, match="truncated or tampered with"):
+                load(saved)
     assert not (saved / "boom").exists()
 
 
-def test_weights_that_begin_like_a_pickle_are_none(tmp_path: Path) -> None:
-    """The first byte of the weights is that of their header's length; 0x80 is also how a pickle begins."""
-    for length in range(1, 257, 8):
-        model = nn.ModuleDict({"x" * length: nn.Linear(1, 1)})
-        path = tmp_path / str(length)
-        save(path, model, recipe=None)
-        if (path / WEIGHTS).read_bytes()[0] == 0x80:
-            assert torch.equal(load(path, model=model)["x" * length].weight, model["x" * length].weight)  # type: ignore[index]
-            return
-    raise AssertionError("no header of such a length was made")
-
-
 def test_load_refuses_files_and_what_is_not_there(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match="Pass the directory that holds it"):
-        load(saved / WEIGHTS)
-    with pytest.raises(CheckpointError, match="there is no such directory"):
-        load(saved / "nothing")
-    (saved.parent / "note").write_text("x")
-    with pytest.raises(CheckpointError, match=r"this is a file\. Pass the directory that save wrote"):
-        load(saved.parent / "note")
+    for path in (saved / WEIGHTS, saved / "nothing"):
+        with pytest.raises(CheckpointError, match=r"there is no such directory\. Pass the directory that save wrote"):
+            load(path)
 
 
 def test_load_without_recipe_needs_a_model_of_the_architecture(tmp_path: Path) -> None:
     save(tmp_path / "m", _Own(), recipe=None)
     with pytest.raises(CheckpointError, match=r"saved without a recipe.*load\(path, model=\.\.\.\)"):
         load(tmp_path / "m")
-    with pytest.raises(CheckpointError, match=r"the dense model has bias, weight .* and lacks a\.bias"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"lacks 2 tensors .*'bias', 'weight'.* 7 of the file \['a\.bias'",
+    ):
         load(tmp_path / "m", model=nn.Conv2d(1, 1, 1))
 
 
@@ -670,36 +685,15 @@ def test_a_table_that_a_forward_has_made(tmp_path: Path) -> None:
     stored = _Positions(persistent=True).eval()
     stored(x)
     save(tmp_path / "stored", stored, recipe=None)
-    with pytest.raises(CheckpointError, match=r"table: stored as float32 of shape \(9, 9\)"):
+    with pytest.raises(CheckpointError, match=r"table: stored as .*shape=\(9, 9\)"):
         load(tmp_path / "stored", model=_Positions(persistent=True))
 
 
 def test_a_table_of_another_size_is_not_put_in_the_place_of_one(tmp_path: Path) -> None:
     """Made for another size of images when the model was created, as Swin's masks are: another architecture."""
     save(tmp_path / "model", _Positions(size=9), recipe=None)
-    with pytest.raises(CheckpointError, match=r"table: stored as float32 of shape \(9, 9\)"):
+    with pytest.raises(CheckpointError, match=r"table: stored as .*shape=\(9, 9\)"):
         load(tmp_path / "model", model=_Positions(size=4))
-
-
-def test_a_model_that_is_replaced_while_it_is_read(
-    saved: Path, tiny: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between its description and its weights: the new one is loaded, and the mixture of both is not damage."""
-    real, readings = checkpoint._read_description, 0
-
-    def read(directory: Path) -> object:
-        nonlocal readings
-        found = real(directory)
-        readings += 1
-        if readings == 1:
-            with monkeypatch.context() as patch:
-                patch.setattr(checkpoint, "_read_description", real)
-                save(saved, _Own(), recipe=None, overwrite=True)
-        return found
-
-    monkeypatch.setattr(checkpoint, "_read_description", read)
-    assert isinstance(load(saved, model=_Own()), _Own)
-    assert readings == 2
 
 
 def test_a_model_that_stepped_aside_is_seen_before_anything_expensive(saved: Path) -> None:
