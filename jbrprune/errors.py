@@ -49,6 +49,16 @@ class MemoryLimitError(JBRError, MemoryError):
     """A batch of images does not fit into memory."""
 
 
+def check_known(what: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a choice that does not exist.
+
+    Raises:
+        ArgumentError: It names the choices.
+    """
+    if value not in known:
+        raise ArgumentError(f"{what} must be one of {', '.join(known)}, got {value!r}.")
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> ArgumentError:
     """The error about a name that is not known: it names the nearest, or all.
 

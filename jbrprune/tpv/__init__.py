@@ -1,13 +1,9 @@
 """Test prediction variance: what a perturbation of the weights does to the outputs, to first order and really."""
 
-from jbrprune.tpv.agreement import Ratio, train_test_ratio
-from jbrprune.tpv.covariances import Covariance, Diagonal, FiniteRank, Isotropic, Quantization
-from jbrprune.tpv.estimate import Estimate
+from jbrprune.tpv.covariances import Covariance, Diagonal, FiniteRank, Isotropic, Quantization, Removal, square_norms
+from jbrprune.tpv.estimate import Estimate, Ratio, train_test_ratio
 from jbrprune.tpv.estimators import empirical, trace_form
-from jbrprune.tpv.gradients import Gradients
-from jbrprune.tpv.labels import LabelNoise, Retraining
-from jbrprune.tpv.removal import Removal
-from jbrprune.tpv.sgd import SGDNoise, Trajectory
+from jbrprune.tpv.noise import LabelNoise, Retraining, SGDNoise, Trajectory
 from jbrprune.tpv.validity import TPVWarning, Validity, taylor_error
 
 __all__ = [
@@ -27,7 +23,7 @@ __all__ = [
     "Covariance",
     "Diagonal",
     "FiniteRank",
-    "Gradients",
+    "square_norms",
     # validity
     "taylor_error",
     "Validity",

@@ -1,38 +1,42 @@
-r"""What a perturbation of the weights is: a covariance C that answers two questions.
+r"""Perturbations of the weights, each by its covariance C, which answers two questions.
 
-``quadratic(gradients)`` -> ``[B]`` g^T C g of every sample, which the trace form E_x sum_k J_k C J_k^T is made of;
-``sample(generator)`` -> one draw of dw, name -> tensor, which the empirical form E \|f(w + dw) - f(w)\|^2 is made of.
-Anything with these two methods is a covariance:
+``quadratic(gradients)`` -> ``[B]`` g^T C g of every sample: the trace form E_x sum_k J_k C J_k^T is made of these.
+``sample(generator)`` -> one draw of dw, name -> tensor: the empirical form E \|f(w + dw) - f(w)\|^2 is made of these.
+An object with these two methods is a covariance:
 
     class Half:
         def quadratic(self, gradients):
-            return gradients.square_norms({"head.weight": 0.25})
+            return square_norms(gradients, {"head.weight": 0.25})
 
         def sample(self, generator):
             return {"head.weight": 0.5 * torch.randn(10, 192, generator=generator)}
 
-`Isotropic`, `Quantization` and the others do not know a model yet: their ``of(model, weights)`` gives the covariance.
-A covariance may say more: ``directions``, a finite list of d with C = sum d d^T, for which J C J^T is computed exactly
-by Jacobian-vector products; ``fixed``, that every draw is the same; ``applied(model)``, a context in which the model is
-really perturbed, where w + dw is not the perturbation itself.
+`Isotropic`, `Quantization`, `Removal` and the perturbations of `jbrprune.tpv.noise` do not know a model yet: their
+``of(model, weights)`` returns the covariance. A covariance may have further attributes: ``directions``, a finite list
+of d with C = sum d d^T, for which J C J^T is exact by Jacobian-vector products; ``fixed``, True if every draw is the
+same; ``by_draws``, True if drawing is cheaper than ``quadratic``; ``walked``, True if each draw follows from the one
+before; ``applied(model)``, a context in which the model is perturbed, where that is not f(w + dw).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from jbrprune.criteria.passes import check_known
-from jbrprune.errors import ArgumentError
-from jbrprune.tpv.gradients import Gradients
+from jbrprune.errors import ArgumentError, check_known, unknown
+from jbrprune.structure.groups import Group, removed_channels
+from jbrprune.structure.verification import masked_units
 
 Change = Mapping[str, Tensor]
 """Parameter name -> dw of the parameter's shape; parameters without a name stay as they are."""
-Granularity = Literal["tensor", "channel", "global"]
+Gradients = Mapping[str, Tensor]
+"""Parameter name -> ``[B, *shape]`` gradients g_n = J(x_n)^T m_n of a batch."""
 GRANULARITIES = ("tensor", "channel", "global")
 
 
@@ -54,39 +58,110 @@ class Perturbation(Protocol):
     """A covariance that does not know its model yet."""
 
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Covariance:
-        """The covariance of these weights: those that are perturbed, by name, without a graph."""
+        """The covariance of the weights that are perturbed, given by name and without a graph."""
         ...
+
+
+def square_norms(gradients: Gradients, variances: Mapping[str, float | Tensor]) -> Tensor:
+    """``[B]`` sum over names and entries of c_j g_j^2, in float64.
+
+    Args:
+        gradients: Name -> ``[B, *shape]``.
+        variances: Name -> c: a number, or a tensor that broadcasts to ``shape``. Parameters without a name do not vary.
+
+    Raises:
+        ArgumentError: The gradients have no such name, or c does not broadcast to the parameter's shape.
+
+    Example:
+        >>> square_norms({"w": torch.tensor([[3.0, 4.0]])}, {"w": 2.0})
+        tensor([50.], dtype=torch.float64)
+    """
+    total = torch.zeros(len(next(iter(gradients.values()))), dtype=torch.float64)
+    for name, variance in variances.items():
+        if name not in gradients:
+            raise unknown("parameter", name, gradients)
+        g = gradients[name]
+        c = torch.as_tensor(variance, dtype=torch.float64)
+        try:
+            c.expand(g.shape[1:])
+        except RuntimeError as error:
+            raise ArgumentError(
+                f"The covariance has variances of shape {list(c.shape)} for {name}, which is {list(g.shape[1:])}. It "
+                "was made for another model."
+            ) from error
+        c = c.reshape((1,) * (g.dim() - 1 - c.dim()) + c.shape)
+        alike = [dim for dim, size in enumerate(c.shape, 1) if size == 1]
+        wide = torch.promote_types(g.dtype, torch.float32)
+        squares = (torch.linalg.vector_norm(g, dim=alike, keepdim=True, dtype=wide) if alike else g.to(wide)).square()
+        total = total + (squares.double().cpu() * c.cpu()).reshape(len(g), -1).sum(1)
+    return total
+
+
+def inner(gradients: Gradients, change: Change) -> Tensor:
+    """``[B]`` g^T d, in float64.
+
+    Raises:
+        ArgumentError: A name or shape is not that of a gradient.
+    """
+    check_change(change, {name: g[0] for name, g in gradients.items()})
+    products = [(gradients[name].double() * d.double()).flatten(1).sum(1) for name, d in change.items()]
+    return torch.stack(products).sum(0).cpu()
+
+
+def check_change(change: Change, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a change of weights that was made for another model.
+
+    Raises:
+        ArgumentError: A name or shape is not that of a weight.
+    """
+    for name, d in change.items():
+        if name not in weights:
+            raise unknown("parameter", name, weights)
+        if d.shape != weights[name].shape:
+            raise ArgumentError(
+                f"The change of weights has shape {list(d.shape)} for {name}, which is {list(weights[name].shape)}. It "
+                "was made for another model."
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class Diagonal:
-    """C = diag(c): every weight by itself.
+    """C = diag(c): independent weights.
 
     Attributes:
-        variances: Name -> c, a number or a tensor that broadcasts to the weight.
+        variances: Name -> c, a tensor that broadcasts to the weight.
         weights: Name -> the weight, for its shape, dtype and device.
         law: Distribution of the draws: normal, or uniform with the same variance.
+
+    Raises:
+        ArgumentError: A variance is negative or NaN.
     """
 
     variances: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     law: Literal["normal", "uniform"] = "normal"
 
+    def __post_init__(self) -> None:
+        for name, variance in self.variances.items():
+            if not bool((variance >= 0).all()):
+                raise ArgumentError(f"The covariance has negative (or NaN) variances for {name}.")
+
     def quadratic(self, gradients: Gradients) -> Tensor:
         """``[B]`` sum_j c_j g_j^2."""
-        return gradients.square_norms(self.variances)
+        return square_norms(gradients, self.variances)
 
     def sample(self, generator: torch.Generator) -> Change:
         """dw_j with mean 0 and variance c_j."""
-        return {name: self._drawn(self.weights[name], c, generator) for name, c in self.variances.items()}
-
-    def _drawn(self, weight: Tensor, variance: Tensor, generator: torch.Generator) -> Tensor:
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        if self.law == "normal":
-            unit = torch.randn(weight.shape, generator=generator, dtype=dtype)
-        else:
-            unit = (torch.rand(weight.shape, generator=generator, dtype=dtype) - 0.5) * 12**0.5
-        return (unit.to(weight.device) * variance.sqrt().to(weight.device, dtype)).to(weight.dtype)
+        change = {}
+        for name, variance in self.variances.items():
+            weight = self.weights[name]
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            if self.law == "normal":
+                unit = torch.randn(weight.shape, generator=generator, dtype=dtype)
+            else:
+                unit = (torch.rand(weight.shape, generator=generator, dtype=dtype) - 0.5) * 12**0.5
+            change[name] = (unit.to(weight.device) * variance.sqrt().to(weight.device, dtype)).to(weight.dtype)
+        return change
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,25 +171,26 @@ class FiniteRank:
     Attributes:
         directions: d_1, d_2, ...
         fixed: There is one direction, and it is the perturbation itself: every draw is d_1, without a sign.
+        applied: Model -> context in which the model is perturbed, where that is not f(w + d_1).
     """
 
     directions: Sequence[Change]
     fixed: bool = False
+    applied: Callable[[nn.Module], AbstractContextManager[object]] | None = None
 
     def quadratic(self, gradients: Gradients) -> Tensor:
         """``[B]`` sum_r (g^T d_r)^2."""
-        return torch.stack([gradients.inner(d).square() for d in self.directions]).sum(0)
+        return torch.stack([inner(gradients, d).square() for d in self.directions]).sum(0)
 
     def sample(self, generator: torch.Generator) -> Change:
         """sum_r e_r d_r with standard normal e; d_1 where the perturbation is fixed."""
         if self.fixed:
             return self.directions[0]
-        factors = torch.randn(len(self.directions), generator=generator).tolist()
-        names = dict.fromkeys(name for d in self.directions for name in d)
-        return {
-            name: sum(e * d[name] for e, d in zip(factors, self.directions) if name in d)  # type: ignore[misc]
-            for name in names
-        }
+        change: dict[str, Tensor] = {}
+        for e, direction in zip(torch.randn(len(self.directions), generator=generator).tolist(), self.directions):
+            for name, d in direction.items():
+                change[name] = change[name] + e * d if name in change else e * d
+        return change
 
 
 @dataclass(frozen=True)
@@ -122,10 +198,10 @@ class Isotropic:
     r"""C = sigma^2 I: Gaussian noise on every weight; TPV = sigma^2 E_x \|J(x)\|_F^2.
 
     Args:
-        sigma: Standard deviation.
+        sigma: Standard deviation, in units of the weights.
 
     Raises:
-        ArgumentError: It is not a positive number.
+        ArgumentError: sigma is not a positive number.
 
     Example:
         >>> Isotropic(0.01)
@@ -149,14 +225,15 @@ class Isotropic:
 class Quantization:
     r"""Uniform quantization to ``bits`` bits with the step delta = (max w - min w) / (2^bits - 1).
 
-    As noise (default): dw uniform in [-delta/2, delta/2], C = delta^2/12 I within what shares a range. With
-    ``rounding``: dw = round(w) - w on the grid min w + k delta, which is one fixed change of rank one.
+    By default noise: dw uniform in [-delta/2, delta/2], C = delta^2/12 I over the weights that share a range. With
+    ``rounding`` the fixed change dw = round(w) - w on the grid min w + k delta, of rank one.
 
     Args:
         bits: Bits of a weight, 1 to 24.
-        granularity: What shares a range: every ``tensor``; every ``channel`` (output, dimension 0; tensors of one
-            dimension as a whole); or all that is perturbed (``global``, as in the published code).
-        rounding: Really round, in the place of the noise that models it.
+        granularity: The weights that share a range: those of a ``tensor``; those of a ``channel`` (dimension 0, the
+            outputs; a tensor of one dimension has one range); or all perturbed weights (``global``, as in the published
+            code).
+        rounding: Round, instead of adding the noise that models rounding.
 
     Raises:
         ArgumentError: Bits out of range, or an unknown granularity.
@@ -171,7 +248,7 @@ class Quantization:
     """
 
     bits: int
-    granularity: Granularity = "tensor"
+    granularity: Literal["tensor", "channel", "global"] = "tensor"
     rounding: bool = False
 
     def __post_init__(self) -> None:
@@ -181,27 +258,118 @@ class Quantization:
 
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Covariance:
         """The covariance of these weights."""
-        ranges = {name: self._range(weight, weights) for name, weight in weights.items()}
+        ranges = {name: self._range(weight) for name, weight in weights.items()}
+        if self.granularity == "global":
+            low = min(float(low) for low, _ in ranges.values())
+            high = max(float(high) for _, high in ranges.values())
+            ranges = dict.fromkeys(weights, (torch.tensor(low).double(), torch.tensor(high).double()))
         steps = {name: (high - low) / (2**self.bits - 1) for name, (low, high) in ranges.items()}
         if not self.rounding:
             return Diagonal({name: step.square() / 12 for name, step in steps.items()}, weights, "uniform")
-        change = {name: _rounded(w, ranges[name][0], steps[name]) - w for name, w in weights.items()}
+        change = {}
+        for name, weight in weights.items():
+            low, step, exact = ranges[name][0].to(weight.device), steps[name].to(weight.device), weight.double()
+            grid = low + torch.round((exact - low) / step) * step
+            change[name] = torch.where(step > 0, grid, exact).to(weight.dtype) - weight
         return FiniteRank([change], fixed=True)
 
-    def _range(self, weight: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Least and largest weight, in float64; for channels ``[out, 1, ...]``."""
-        if self.granularity == "global":
-            every = [torch.stack(w.aminmax()).double().cpu() for w in weights.values()]
-            return torch.stack(every).min(), torch.stack(every).max()
         if self.granularity == "channel" and weight.dim() > 1:
             dims = tuple(range(1, weight.dim()))
             return weight.amin(dims, keepdim=True).double(), weight.amax(dims, keepdim=True).double()
-        low, high = weight.aminmax()
-        return low.double(), high.double()
+        return weight.min().double(), weight.max().double()
 
 
-def _rounded(weight: Tensor, low: Tensor, step: Tensor) -> Tensor:
-    """The nearest point of the grid low + k step; the weight itself where all weights are equal."""
-    low, step = low.to(weight.device), step.to(weight.device)
-    grid = low + torch.round((weight.double() - low) / step) * step
-    return torch.where(step > 0, grid, weight.double()).to(weight.dtype)
+@dataclass(frozen=True, eq=False)
+class Removal:
+    r"""Pruning as a perturbation: dw = -w_S; TPV = E_x \|J(x) w_S\|^2, C = w_S w_S^T has rank one.
+
+    The w_S of a unit are the weights with which its consumers read it: adding every layer that holds a part of the unit
+    would count one effect several times. f(w + dw) is then the model without the units, except for norms over channels,
+    which the empirical form computes over the channels that stay.
+
+    Args:
+        what: Parameter name -> mask of its shape (False: removed); or, with ``groups``, group name -> units that go;
+            or a report (or result) of `jbrprune.prune` that removed units.
+        groups: The units of the dense model, from `jbrprune.structure.discovery.find_groups`.
+
+    Raises:
+        ArgumentError: Nothing is removed; units without ``groups``; in ``of``: masks or units of another model.
+
+    Source:
+        Arpit, arXiv 2512.11089, section on pruning.
+
+    Example:
+        >>> keep = torch.tensor([[True, False], [True, True]])
+        >>> covariance = Removal({"weight": keep}).of(nn.Linear(2, 2), {"weight": torch.ones(2, 2)})
+        >>> covariance.sample(torch.Generator())["weight"]
+        tensor([[-0., -1.],
+                [-0., -0.]])
+    """
+
+    what: object
+    groups: Sequence[Group] | None = None
+
+    def __post_init__(self) -> None:
+        removed = self._removed()
+        if not isinstance(removed, Mapping) or not removed:
+            raise ArgumentError(
+                f"There is nothing to remove in {type(self.what).__name__}: pass name -> mask, or group -> units with "
+                "`groups`, or a report of prune() that removed channels or heads."
+            )
+        if self.groups is None and not all(isinstance(m, Tensor) and m.dim() for m in removed.values()):
+            raise ArgumentError(
+                "Units need `groups=`, the units of the dense model (jbrprune.structure.discovery.find_groups)."
+            )
+
+    def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> FiniteRank:
+        """The covariance of these weights."""
+        removed = self._removed()
+        if self.groups is None:
+            check_change(removed, weights)
+            masked = {name: -(weights[name] * (mask == 0).to(weights[name])) for name, mask in removed.items()}
+            return FiniteRank([masked], fixed=True)
+        sizes = {group.name: group.size for group in self.groups}
+        selection = {name: torch.as_tensor(u, dtype=torch.long).flatten().unique() for name, u in removed.items()}
+        for name, units in selection.items():
+            if name not in sizes:
+                raise unknown("group", name, sizes)
+            if units.numel() and not 0 <= int(units.min()) <= int(units.max()) < sizes[name]:
+                raise ArgumentError(
+                    f"{name} has units 0 to {sizes[name] - 1}, got {int(units.min())} to {int(units.max())}."
+                )
+        change = self._change(model, weights, selection)
+        return FiniteRank([change], True, partial(masked_units, groups=self.groups, selection=selection))
+
+    def _removed(self) -> Any:
+        report = getattr(self.what, "report", self.what)
+        return getattr(report, "removed", report)
+
+    def _change(self, model: nn.Module, weights: Mapping[str, Tensor], selection: Mapping[str, Tensor]) -> Change:
+        """Minus the entries of the consumers' weights that read the channels that go."""
+        groups: Sequence[Group] = self.groups  # type: ignore[assignment]
+        unread = [g.name for g in groups if g.name in selection and len(selection[g.name]) and not g.side("in")]
+        if unread:
+            raise ArgumentError(f"No layer reads the units of {unread[0]}: their removal is not a change of weights.")
+        names = {id(p): name for name, p in model.named_parameters()}
+        change: dict[str, Tensor] = {}
+        for (layer, side, _), channels in removed_channels(groups, selection).items():
+            if side != "in":
+                continue
+            module = model.get_submodule(layer)
+            name = names.get(id(module.weight))
+            if name is None or name not in weights:
+                raise ArgumentError(
+                    f"{layer}.weight reads the units that go, and is not a plain parameter that is perturbed here."
+                )
+            read, channels = torch.zeros_like(weights[name]), channels.to(weights[name].device)
+            if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                read[channels] = 1
+            elif isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+                each = module.in_channels // module.groups
+                read.unflatten(0, (module.groups, -1))[channels // each, :, channels % each] = 1
+            else:
+                read[:, channels] = 1
+            change[name] = change.get(name, 0) - read * weights[name]
+        return change

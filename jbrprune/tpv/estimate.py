@@ -1,4 +1,4 @@
-"""A measured number with what is not known about it; parts of the data add up."""
+"""An estimated TPV with its standard error; estimates on disjoint samples add up, and compare."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import fmean, variance
+from statistics import covariance, fmean, variance
 from typing import Any, Literal
 
 from torch import Tensor
@@ -16,107 +16,63 @@ from jbrprune.errors import ArgumentError
 from jbrprune.tpv.validity import TPVWarning, Validity
 
 LEAST_HALF = 4
-"""Draws of a half of a trajectory from which it is compared with the other."""
-LEAST_BLOCKS = 24
-"""Blocks of dependent samples from which their variance is taken; with fewer, samples count as independent."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums of what counts as one observation: a sample, or the mean of a block of samples that depend on each other.
-
-    Attributes:
-        count: Observations.
-        total: Their sum.
-        squares: The sum of their squares.
-    """
-
-    count: int
-    total: float
-    squares: float
-
-    @staticmethod
-    def of(values: Tensor) -> Moments:
-        """Moments of ``[n]`` values."""
-        return Moments(len(values), float(values.sum()), float(values.square().sum()))
-
-    def __add__(self, other: Moments) -> Moments:
-        """Of both."""
-        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
-
-    @property
-    def variance(self) -> float:
-        """Of one observation; NaN where there is one only."""
-        if self.count < 2:
-            return math.nan
-        return max(0.0, self.squares - self.total**2 / self.count) / (self.count - 1)
+"""Draws in half of a trajectory from which both halves are compared."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over N samples and R draws of v_nr; those of disjoint sets of samples add up.
+    """Sums over N samples and R draws of the values v_nr; those of disjoint sets of samples add up.
 
     Attributes:
         samples: N.
         by_draw: For every draw, the sum over samples.
-        means: Moments of the samples' means over draws.
-        blocks: Moments of the means of whole blocks of ``block`` samples.
+        mean_squares: Sum over samples of the square of the sample's mean over draws.
         squares: Sum over samples and draws of v_nr^2.
         shared: All samples see the same random draws, so that the draws have a variance of their own.
-        block: Samples whose signs depend on each other; 1: all are independent.
         walked: Every draw follows from the one before, so that neighbours are alike.
     """
 
     samples: int
     by_draw: tuple[float, ...]
-    means: Moments
-    blocks: Moments
+    mean_squares: float
     squares: float
     shared: bool
-    block: int
     walked: bool = False
 
     @staticmethod
-    def of(values: Tensor, *, shared: bool, block: int = 1, first: int = 0, walked: bool = False) -> Sums:
-        """Sums of ``[N, R]`` values; blocks are counted from sample 0, the values begin with sample ``first``."""
+    def of(values: Tensor, *, shared: bool, walked: bool = False) -> Sums:
+        """Sums of ``[N, R]`` values."""
         values = values.cpu().double()
-        means = values.mean(1)
-        whole = means[-first % block :]
-        whole = whole[: len(whole) // block * block].view(-1, block).mean(1)
-        by_draw = tuple(values.sum(0).tolist())
-        squares = float(values.square().sum())
-        return Sums(len(values), by_draw, Moments.of(means), Moments.of(whole), squares, shared, block, walked)
+        by_draw, mean_squares = tuple(values.sum(0).tolist()), float(values.mean(1).square().sum())
+        return Sums(len(values), by_draw, mean_squares, float(values.square().sum()), shared, walked)
 
     def __add__(self, other: Sums) -> Sums:
         """Sums over both sets of samples, which have seen the same draws."""
-        mine, others = ((len(s.by_draw), s.shared, s.block, s.walked) for s in (self, other))
+        mine, others = ((len(s.by_draw), s.shared, s.walked) for s in (self, other))
         if mine != others:
             raise ArgumentError(
                 f"Cannot add estimates made with {mine[0]} and {others[0]} draws: every shard must see the same draws. "
                 "Give all of them the same seed, `signs` and number of draws, and rtol=0."
             )
-        return Sums(
-            self.samples + other.samples,
-            tuple(a + b for a, b in zip(self.by_draw, other.by_draw)),
-            self.means + other.means,
-            self.blocks + other.blocks,
-            self.squares + other.squares,
-            self.shared,
-            self.block,
-            self.walked,
+        return replace(
+            self,
+            samples=self.samples + other.samples,
+            by_draw=tuple(a + b for a, b in zip(self.by_draw, other.by_draw)),
+            mean_squares=self.mean_squares + other.mean_squares,
+            squares=self.squares + other.squares,
         )
 
     @property
     def mean(self) -> float:
-        """The mean over samples and draws."""
+        """Mean over samples and draws."""
         return sum(self.by_draw) / (self.samples * len(self.by_draw))
 
     @property
     def standard_error(self) -> float:
-        r"""Of the mean, over other samples and other draws; NaN where there is one sample, or one random draw.
+        r"""Standard error of the mean over other samples and other draws; NaN with one sample, or one random draw.
 
         Samples and draws are crossed: s_n^2/N + s_r^2/R - s_nr^2/(N R), with the variances s_n^2 of the samples' means,
-        s_r^2 of the draws' means, and s_nr^2 of what neither explains, which both of the first contain.
+        s_r^2 of the draws' means, and s_nr^2 of the rest, which both of the first contain.
         """
         if self.samples < 2 or (self.shared and len(self.by_draw) < 2):
             return math.nan
@@ -124,27 +80,25 @@ class Sums:
 
     @property
     def over_samples(self) -> float:
-        """Variance of the mean over other samples; it holds what depends on sample and draw together."""
-        enough = self.blocks.count >= LEAST_BLOCKS
-        return (self.blocks.variance * self.block if enough else self.means.variance) / self.samples
+        """Variance of the mean over other samples, s_n^2/N; it includes the rest."""
+        return max(0.0, self.mean_squares - self.samples * self.mean**2) / (self.samples - 1) / self.samples
 
     @property
     def over_draws(self) -> float:
-        """Variance of the mean over other draws, without what depends on the sample as well; 0 for nothing random.
+        """Variance of the mean over other draws without the rest, s_r^2/R - s_nr^2/(N R); 0 if nothing is random.
 
-        Of a walk the draws count as `Sums.effective_draws`.
+        The draws of a walk count as `effective_draws`.
         """
         if not self.shared:
             return 0.0
         n, draws, mean = self.samples, len(self.by_draw), self.mean
         spread = sum((total / n - mean) ** 2 for total in self.by_draw)
-        rest = max(0.0, self.squares - draws * self.means.squares - n * spread)
-        mixed = rest / ((n - 1) * (draws - 1)) / (n * draws)
-        return spread / (draws - 1) / self.effective_draws - mixed
+        rest = max(0.0, self.squares - draws * self.mean_squares - n * spread) / ((n - 1) * (draws - 1))
+        return spread / (draws - 1) / self.effective_draws - rest / (n * draws)
 
     @property
     def effective_draws(self) -> float:
-        """R (1 - c) / (1 + c): independent draws that say as much, c the correlation of a draw with the one before."""
+        """R (1 - c) / (1 + c), the number of independent draws that say as much; c: correlation of neighbours."""
         draws = len(self.by_draw)
         if not self.walked or draws < 3:
             return float(draws)
@@ -154,24 +108,57 @@ class Sums:
         c = min(max(0.0, c), 1 - 1 / draws)
         return draws * (1 - c) / (1 + c)
 
+    def reached(self, rtol: float, least: int) -> bool:
+        """Whether the relative standard error is at most ``rtol``, with at least ``least`` samples."""
+        return rtol > 0 and self.samples >= least and relative_error(self.mean, self.standard_error) <= rtol
+
+    def warn(self) -> None:
+        """Warn if nothing changes, or if the two halves of a walk differ by more than three standard errors."""
+        if self.mean == 0:
+            warnings.warn(
+                "The perturbation changes nothing: the TPV is exactly 0. Is its variance zero (weights that are all "
+                "equal have no range to quantize), or do the outputs not depend on what is perturbed?",
+                TPVWarning,
+                stacklevel=4,
+            )
+        half = len(self.by_draw) // 2
+        if not self.walked or half < LEAST_HALF:
+            return
+        early, late = self.by_draw[:half], self.by_draw[-half:]
+        if abs(fmean(late) - fmean(early)) > 3 * math.sqrt((variance(early) + variance(late)) / half):
+            warnings.warn(
+                f"The trajectory drifts: the TPV of its second half is {fmean(late) / fmean(early):.3g} times that of "
+                "the first. The burn-in is too short (a direction without curvature needs (1 - momentum) / (2 lr "
+                "proximity) steps: raise burn_in, or proximity), or the draws are too close (raise every).",
+                TPVWarning,
+                stacklevel=4,
+            )
+
+
+def relative_error(value: float, error: float) -> float:
+    """Standard error over value; 0 where both are 0, NaN where the standard error is not known."""
+    if value == 0:
+        return 0.0 if error == 0 else math.nan
+    return error / abs(value)
+
 
 @dataclass(frozen=True)
 class Estimate:
     """A TPV: mean over samples of the sum over outputs of squared changes.
 
     Attributes:
-        value: The estimate.
+        value: The estimate, in ``unit``.
         standard_error: Of the value, over samples and over what was drawn at random; NaN where it is not known (one
             sample, or one random draw).
-        samples: Samples N.
+        samples: Number of samples N.
         seconds: Wall time.
-        unit: What the value is measured in.
+        unit: ``squared logits``, or ``squared outputs`` where ``output`` was given.
         method: ``exact``, ``projection``, ``jvp`` or ``empirical``.
-        draws: Sign vectors per sample, or draws of the perturbation; 1 for what is not random.
-        seed: Of signs or draws: estimates with the same seed have seen the same ones.
+        draws: Sign vectors per sample, or draws of the perturbation; 1 if nothing is random.
+        seed: Seed of signs or draws: estimates with the same seed have seen the same ones.
         stopped: ``rtol``: the relative standard error was reached; ``budget``: the data or the draws came to an end.
-        validity: How far first order holds along the perturbation; None where it was not asked for.
-        sums: What estimates on other samples can be added to.
+        validity: Error of first order along the perturbation; None where it was not asked for.
+        sums: The sums that estimates on other samples are added to.
     """
 
     value: float
@@ -194,7 +181,7 @@ class Estimate:
     @property
     def relative_error(self) -> float:
         """Standard error over value; 0 where both are 0, NaN where the standard error is not known."""
-        return _relative(self.value, self.standard_error)
+        return relative_error(self.value, self.standard_error)
 
     def __add__(self, other: Estimate) -> Estimate:
         """The estimate on two disjoint sets of samples; the same number as one run on both.
@@ -207,17 +194,9 @@ class Estimate:
         mine, others = ((e.method, e.draws, e.unit) for e in (self, other))
         if mine != others:
             raise ArgumentError(f"Cannot add estimates made as {mine} and as {others} (method, draws, unit).")
-        sums = self.sums + other.sums
-        stopped = "rtol" if "rtol" in (self.stopped, other.stopped) else "budget"
-        return replace(
-            self,
-            value=sums.mean,
-            standard_error=sums.standard_error,
-            samples=sums.samples,
-            seconds=self.seconds + other.seconds,
-            stopped=stopped,
-            sums=sums,
-        )
+        facts = {name: getattr(self, name) for name in ("unit", "method", "draws", "seed", "validity")}
+        facts["stopped"] = "rtol" if "rtol" in (self.stopped, other.stopped) else "budget"
+        return Estimate.from_sums(self.sums + other.sums, seconds=self.seconds + other.seconds, **facts)
 
     def to_dict(self) -> dict[str, Any]:
         """Pure JSON types, without the sums; what is not known is None."""
@@ -233,43 +212,68 @@ class Estimate:
         )
 
 
-def reached(sums: Sums, rtol: float, least: int) -> bool:
-    """Whether the relative standard error is at most ``rtol``, from ``least`` samples on."""
-    return rtol > 0 and sums.samples >= least and _relative(sums.mean, sums.standard_error) <= rtol
+@dataclass(frozen=True)
+class Ratio:
+    """Ratio of two estimates on disjoint samples.
+
+    Attributes:
+        value: Training over test.
+        standard_error: To first order, from the standard errors of both. Draws that both have seen move both estimates:
+            only the difference counts.
+        agrees: Whether the value is within the tolerance, or within three standard errors, of 1.
+    """
+
+    value: float
+    standard_error: float
+    agrees: bool
 
 
-def _relative(value: float, error: float) -> float:
-    if value == 0:
-        return 0.0 if error == 0 else math.nan
-    return error / abs(value)
+def train_test_ratio(train: Estimate, test: Estimate, *, tolerance: float = 0.2) -> Ratio:
+    """TPV on training images over TPV on test images; warns where they disagree.
 
+    The theory says that they agree for wide networks and small perturbations, whatever the test error is. They
+    disagree where the ratio is further from 1 than the tolerance and than three standard errors.
 
-def warn_of_sums(sums: Sums) -> None:
-    """Warn of what the values themselves give away: nothing changes; a walk that has not arrived."""
-    if sums.mean == 0:
-        _warn(
-            "The perturbation changes nothing: the TPV is exactly 0. Is its variance zero (weights that are all equal "
-            "have no range to quantize), or do the outputs not depend on what is perturbed?"
+    Args:
+        train: Estimate on training images.
+        test: Estimate on other images, of the same perturbation, by the same method; with the same seed (the default),
+            it has seen the same draws.
+        tolerance: Distance from 1 that is not worth a warning.
+
+    Raises:
+        ArgumentError: The estimates are of different kinds, or one of them is zero.
+
+    Source:
+        Arpit, arXiv 2512.11089, theorem 3.1 (stability).
+    """
+    if (train.method, train.unit) != (test.method, test.unit):
+        raise ArgumentError(
+            f"Cannot compare estimates made as {train.method} in {train.unit} and {test.method} in {test.unit}."
         )
-    elif sums.walked and _drifts(sums.by_draw):
-        half = len(sums.by_draw) // 2
-        early, late = sum(sums.by_draw[:half]), sum(sums.by_draw[-half:])
-        _warn(
-            f"The trajectory drifts: the TPV of its second half is {late / early:.3g} times that of the first. The "
-            "burn-in is too short (a direction without curvature needs (1 - momentum) / (2 lr proximity) steps: raise "
-            "burn_in, or proximity), or the draws are too close (raise every)."
+    if test.value == 0 or train.value == 0:
+        raise ArgumentError("The TPV is zero: nothing is perturbed, so there is no ratio.")
+    value = train.value / test.value
+    both = (train.sums, test.sums)
+    if train.seed == test.seed and all(s.shared and len(s.by_draw) > 1 and s.samples > 1 for s in both):
+        apart = sum((sums.over_samples + sums.over_draws) / sums.mean**2 for sums in both)
+        error = value * math.sqrt(max(0.0, apart - 2 * _common_variance(both)))
+    else:
+        error = value * math.hypot(train.relative_error, test.relative_error)
+    agrees = abs(value - 1) <= max(tolerance, 3 * error)
+    if not agrees:
+        warnings.warn(
+            f"The TPV on training and test images disagree: their ratio is {value:.3g} +- {error:.2g}. There are too "
+            "few training samples for this model, or the perturbation is too large for first order: the value on "
+            "training images does not stand for that on others.",
+            TPVWarning,
+            stacklevel=2,
         )
+    return Ratio(value, error, agrees)
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, TPVWarning, stacklevel=4)
-
-
-def _drifts(by_draw: Sequence[float]) -> bool:
-    """Whether the halves of a series differ by more than three standard errors, as if its values were independent."""
-    half = len(by_draw) // 2
-    if half < LEAST_HALF:
-        return False
-    early, late = by_draw[:half], by_draw[-half:]
-    error = math.sqrt((variance(early) + variance(late)) / half)
-    return abs(fmean(late) - fmean(early)) > 3 * error
+def _common_variance(both: Sequence[Sums]) -> float:
+    """Covariance of both means over draws, relative to the means; the first draws of both are the same."""
+    series = [[total / (s.samples * s.mean) for total in s.by_draw] for s in both]
+    common = min(map(len, series))
+    shared = covariance(series[0][:common], series[1][:common])
+    return shared * common / (both[0].effective_draws * both[1].effective_draws)

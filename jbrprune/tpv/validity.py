@@ -1,28 +1,27 @@
-"""Where first order holds, and warnings that name what went wrong."""
+"""How the outputs change with the weights, really and to first order, and where the two agree."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from jbrprune.criteria.passes import own
 from jbrprune.data.batches import iterate
-from jbrprune.errors import ArgumentError, NonFiniteError
+from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
 from jbrprune.evaluation.agreement import check_weights
 from jbrprune.models import preserve
 from jbrprune.models.preserve import logits_of
-from jbrprune.tpv.gradients import checked_direction
-from jbrprune.tpv.responses import Output, changed_outputs, linear_outputs
+from jbrprune.tpv.covariances import Change, check_change
 
-TOLERANCE = 0.1
-"""Relative error of the first-order change up to which it is called valid."""
-
-
+Output = Callable[[object], Tensor]
+"""What a model returns -> ``[B, K]``."""
 ROUNDING = 0.1
 """Share of a change that may be lost in the rounding of the weights without a warning."""
 
@@ -31,18 +30,70 @@ class TPVWarning(UserWarning):
     """A number was computed, and there is a reason not to trust it."""
 
 
+def outputs_of(
+    model: nn.Module, images: Tensor, output: Output = logits_of, weights: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """``[B, K]`` outputs; ``weights`` stand in for the model's parameters of the same names.
+
+    Raises:
+        ModelError: The outputs are not one row of floating-point numbers for every image.
+    """
+    returned = functional_call(model, dict(weights or {}), (images.clone(),))  # a model may change its input in place
+    try:
+        outputs = output(returned)
+    except ModelError as error:
+        hint = "output=lambda out: out[0], or for a regression to one number output=lambda y: y[:, None]"
+        raise ModelError(f"{error} Or say with `output=` which of it counts: {hint}.") from error
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or not outputs.is_floating_point():
+        what = f"{list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ModelError(
+            f"The outputs must be floating point [B, K], got {what}. Say with `output=` which tensor of what the model "
+            "returns counts; for a regression to one number, output=lambda y: y[:, None]."
+        )
+    if len(outputs) != len(images):
+        raise ModelError(f"{len(images)} images went in, {len(outputs)} rows of outputs came out.")
+    return outputs
+
+
+def changed_outputs(model: nn.Module, images: Tensor, change: Change, output: Output) -> Tensor:
+    """``[B, K]`` f(w + dw), in the model's dtype. The model keeps its weights."""
+    weights = dict(model.named_parameters())
+    moved = {name: weights[name].detach() + d.to(weights[name]) for name, d in change.items()}
+    return outputs_of(model, images, output, moved)
+
+
+def linear_outputs(model: nn.Module, images: Tensor, change: Change, output: Output) -> tuple[Tensor, Tensor]:
+    """``[B, K]`` f(w) and the first-order change J(x) dw, by forward-mode differentiation.
+
+    Raises:
+        ModelError: An operation has no forward-mode derivative.
+    """
+    weights = {name: p.detach() for name, p in model.named_parameters() if name in change}
+    tangents = {name: change[name].to(weight) for name, weight in weights.items()}
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+            found = jvp(lambda moved: outputs_of(model, images, output, moved), (weights,), (tangents,))
+    except NotImplementedError as error:
+        raise ModelError(
+            f"The model has no forward-mode derivative: {str(error).splitlines()[0]} Use method='projection' (or "
+            "'exact'), and validity=False."
+        ) from error
+    return found[0], found[1]
+
+
 @dataclass(frozen=True)
 class Validity:
-    r"""How far the first-order change of the outputs is from the real one.
+    r"""Error of the first-order change of the outputs against the real one.
 
     Attributes:
         scales: Multiples t of the direction d, ascending.
         errors: For every t, sqrt(sum \|f(w + t d) - f(w) - t J d\|^2 / sum \|f(w + t d) - f(w)\|^2), sums over samples
             and outputs. 0 where neither changes anything; inf where only the first-order change is not zero.
         largest_valid: Largest t up to which all errors are at most the tolerance; 0 where there is none. Small t whose
-            error is larger than that of the next t do not count: what falls as t grows is rounding, not curvature.
+            error is larger than that of the next t do not count: an error that falls as t grows is rounding, not
+            curvature.
         tolerance: That tolerance.
-        samples: Samples looked at.
+        samples: Number of samples.
     """
 
     scales: tuple[float, ...]
@@ -63,16 +114,16 @@ class Validity:
     def to_dict(self) -> dict[str, Any]:
         """Pure JSON types; an infinite error is None."""
         facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return facts | {"errors": [error if _finite(error) else None for error in self.errors]}
+        return facts | {"errors": [error if math.isfinite(error) else None for error in self.errors]}
 
 
 def taylor_error(
     model: nn.Module,
     data: object,
-    direction: Mapping[str, Tensor],
+    direction: Change,
     scales: Sequence[float] = (0.125, 0.25, 0.5, 1.0),
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float = 0.1,
     samples: int | None = None,
     batch_size: int = 32,
     output: Output = logits_of,
@@ -105,91 +156,75 @@ def taylor_error(
         >>> taylor_error(net, torch.randn(8, 3, 2, 2), change, [1.0, 2.0], progress=False).largest_valid  # it is linear
         2.0
     """
-    ordered = _checked_scales(scales, tolerance)
+    if not scales or not all(0 < scale < math.inf for scale in scales) or not tolerance > 0:
+        raise ArgumentError(f"scales and tolerance must be positive numbers, got {list(scales)} and {tolerance}.")
+    ordered = tuple(sorted({float(scale) for scale in scales}))
     check_weights(model)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    change = checked_direction(direction, shapes)
-    device = preserve.device_of(model)
+    check_change(direction, dict(model.named_parameters()))
     wrong, real, seen = [0.0] * len(ordered), [0.0] * len(ordered), 0
     batches = iterate(data, batch_size=batch_size)
     for batch in tqdm(batches, "first order", unit="batch", disable=not progress, leave=False):
-        images = own(batch.images.to(device))[: None if samples is None else samples - seen]
+        images = batch.images.to(preserve.device_of(model))[: None if samples is None else samples - seen]
         with preserve.inference_state(model):
-            outputs, product = linear_outputs(model, images, change, output)
+            outputs, product = linear_outputs(model, images, direction, output)
             for i, scale in enumerate(ordered):
-                scaled = {name: scale * d for name, d in change.items()}
+                scaled = {name: scale * d for name, d in direction.items()}
                 difference = changed_outputs(model, images, scaled, output).double() - outputs.double()
                 wrong[i] += float((difference - scale * product.double()).square().sum())
                 real[i] += float(difference.square().sum())
         seen += len(images)
         if seen == samples:
             break
-    if not all(map(_finite, wrong + real)):
+    if not all(map(math.isfinite, wrong + real)):
         raise NonFiniteError("The outputs of the changed model contain NaN or Inf: the direction is too long for it.")
-    errors = tuple(_ratio(a, b) for a, b in zip(wrong, real))
-    return Validity(ordered, errors, _largest_valid(ordered, errors, tolerance), tolerance, seen)
+    errors = tuple((a / b) ** 0.5 if b > 0 else math.inf if a > 0 else 0.0 for a, b in zip(wrong, real))
+    first = 0
+    while first + 1 < len(errors) and errors[first] > max(tolerance, errors[first + 1]):
+        first += 1  # lost in rounding
+    largest = 0.0
+    for scale, error in zip(ordered[first:], errors[first:]):
+        if not error <= tolerance:
+            break
+        largest = scale
+    return Validity(ordered, errors, largest, tolerance, seen)
 
 
 def warn_if_invalid(validity: Validity | None) -> None:
     """Warn where first order does not hold at the size of the perturbation itself."""
-    if validity is not None and not validity.valid and 1.0 in validity.scales:
-        fails = (
-            f"First order is not valid at this size of the perturbation: the real change of the outputs differs from "
-            f"the predicted one by {validity.at(1.0):.0%} (tolerance {validity.tolerance:.0%})."
-        )
+    if validity is None or validity.valid or 1.0 not in validity.scales:
+        return
+    errors = validity.errors
+    cure = (
+        f"It is valid up to {validity.largest_valid:g} times this size. Make the perturbation smaller, or measure "
+        "with jbrprune.tpv.empirical."
+    )
+    if len(errors) > 1 and (errors[-1] < errors[0] or not math.isfinite(errors[0])):
         cure = (
-            f"It is valid up to {validity.largest_valid:g} times this size. Make the perturbation smaller, or measure "
-            "with jbrprune.tpv.empirical."
+            "The error does not grow with the size, as that of rounding: the real change may be too small to be "
+            "seen in this dtype. Make the perturbation larger, or use a model in float64."
         )
-        if _rounded(validity.errors):
-            cure = (
-                "The error does not grow with the size, as that of rounding: the real change may be too small to be "
-                "seen in this dtype. Make the perturbation larger, or use a model in float64."
-            )
-        warnings.warn(f"{fails} {cure}", TPVWarning, stacklevel=3)
+    warnings.warn(
+        f"First order is not valid at this size of the perturbation: the real change of the outputs differs from "
+        f"the predicted one by {validity.at(1.0):.0%} (tolerance {validity.tolerance:.0%}). {cure}",
+        TPVWarning,
+        stacklevel=3,
+    )
 
 
-def warn_if_rounded(lost: float) -> None:
-    """Warn where adding a change to the weights makes another change of it."""
-    if lost > ROUNDING:
+def warn_if_rounded(model: nn.Module, change: Change) -> None:
+    r"""Warn where the dtype of the weights makes another change of dw: \|((w + dw) - w) - dw\| / \|dw\| > `ROUNDING`."""
+    weights = dict(model.named_parameters())
+    lost = meant = 0.0
+    for name, d in change.items():
+        weight = weights[name].detach()
+        wide = d.double().to(weight.device)
+        lost += float(((weight + d.to(weight)).double() - weight.double() - wide).square().sum())
+        meant += float(wide.square().sum())
+    if lost > ROUNDING**2 * meant:
         warnings.warn(
             f"The perturbation is too small for the dtype of the weights: added to them, it is rounded to something "
-            f"that is off by {lost:.0%}, and what is measured is the rounding. Use the model in "
+            f"that is off by {math.sqrt(lost / meant):.0%}, and the rounding is what is measured. Use the model in "
             "float32 or float64, a larger perturbation, or trace_form.",
             TPVWarning,
             stacklevel=3,
         )
-
-
-def _checked_scales(scales: Sequence[float], tolerance: float) -> tuple[float, ...]:
-    if not scales or not all(0 < scale < float("inf") for scale in scales):
-        raise ArgumentError(f"scales must be positive numbers, at least one, got {list(scales)}.")
-    if not tolerance > 0:
-        raise ArgumentError(f"tolerance must be positive, got {tolerance}.")
-    return tuple(sorted({float(scale) for scale in scales}))
-
-
-def _finite(value: float) -> bool:
-    return value == value and value != float("inf")
-
-
-def _ratio(wrong: float, real: float) -> float:
-    if real == 0:
-        return 0.0 if wrong == 0 else float("inf")
-    return (wrong / real) ** 0.5
-
-
-def _rounded(errors: Sequence[float]) -> bool:
-    """Whether errors fall as the scale grows, or are infinite: rounding does that, curvature the opposite."""
-    return len(errors) > 1 and (errors[-1] < errors[0] or not _finite(errors[0]))
-
-
-def _largest_valid(scales: Sequence[float], errors: Sequence[float], tolerance: float) -> float:
-    largest, seen = 0.0, 0
-    while seen + 1 < len(errors) and errors[seen] > max(tolerance, errors[seen + 1]):
-        seen += 1  # lost in rounding
-    for scale, error in zip(scales[seen:], errors[seen:]):
-        if not error <= tolerance:
-            break
-        largest = scale
-    return largest

@@ -1,0 +1,418 @@
+"""Noise of training: of stochastic gradient descent around the weights, and of the labels of a regression."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jbrprune.data.batches import Batch, concatenate, materialise
+from jbrprune.errors import ArgumentError, NonFiniteError, check_known
+from jbrprune.models import preserve
+from jbrprune.models.preserve import copy_model, logits_of
+from jbrprune.tpv.covariances import Change, Gradients
+from jbrprune.tpv.estimators import sample_gradients
+from jbrprune.tpv.validity import TPVWarning, linear_outputs, outputs_of
+
+LOSSES = ("cross_entropy", "mse")
+MOST_ENTRIES = 1 << 27
+"""Entries of the Jacobian of all samples, outputs and weights beyond which the closed form is refused."""
+
+Train = Callable[[nn.Module, Tensor, Tensor], object]
+"""``train(model, images, targets)`` changes the model in place."""
+
+
+# --- SGD -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    r"""SGD around w* on the loss + proximity \|w - w*\|^2, in eval mode (norms keep their statistics).
+
+    Attributes:
+        momentum: Momentum of SGD; it multiplies the stationary covariance by about 1 / (1 - momentum).
+        proximity: Weight of the penalty; with 0, directions in which the loss is flat diffuse without end.
+        burn_in: Steps before the first draw. Where the loss is flat, the walk becomes stationary only after several
+            times (1 - momentum) / (2 lr proximity) steps; a TPV that still drifts is warned of.
+        every: Steps from one draw to the next. Close draws are alike; the standard error allows for it by the
+            correlation of each draw with the one before.
+    """
+
+    momentum: float = 0.9
+    proximity: float = 1e-3
+    burn_in: int = 200
+    every: int = 20
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1 or not self.proximity >= 0:
+            raise ArgumentError(
+                f"momentum must satisfy 0 <= momentum < 1, proximity be at least 0; got {self.momentum}, "
+                f"{self.proximity}."
+            )
+        if self.burn_in < 0 or self.every < 1:
+            raise ArgumentError(f"burn_in must be at least 0, every at least 1; got {self.burn_in}, {self.every}.")
+
+
+@dataclass(frozen=True, eq=False)
+class SGDNoise:
+    r"""C = lr / (2 B) G: the stationary covariance of SGD's noise, proportional to the curvature.
+
+    G = (1/N) sum_i J(x_i)^T H_i J(x_i) is the Gauss-Newton matrix of the loss on the N images of ``data``: H_i =
+    diag(p_i) - p_i p_i^T with p_i = softmax(f(x_i)) for ``cross_entropy``, the identity for ``mse`` (half the squared
+    error, summed over outputs). G needs no labels; it is the covariance of the gradients under labels drawn from the
+    model. SGD around w* has the covariance C under a restoring force of unit strength (dw = -dw dt + sqrt(lr/B G) dW);
+    under the loss' own curvature G it has lr/(2B) I on the range of G (Mandt et al., JMLR 2017), which is
+    ``Isotropic(math.sqrt(lr / (2 * B)))``.
+
+    The trace form has to apply C to many gradients, which is expensive, so ``method="auto"`` draws from C.
+
+    Args:
+        lr: Learning rate.
+        batch_size: B.
+        data: Images on which the curvature is taken, and the trajectory runs; the trajectory uses their labels, or
+            draws labels from the model's own distribution where there are none.
+        loss: ``cross_entropy`` or ``mse`` (whose targets are the model's own outputs plus unit normal noise).
+        trajectory: Run SGD for every draw, in the place of the stationary law: for `empirical`, and for `trace_form`
+            by ``jvp``, its default here. It has no covariance in closed form: ``exact`` and ``projection`` refuse it.
+        samples: Images to keep, at most.
+
+    Raises:
+        ArgumentError: A learning rate or batch size that is not positive, an unknown loss.
+
+    Source:
+        Arpit, arXiv 2512.11089 (SGD noise); Gauss-Newton as covariance of gradients: Martens, JMLR 2020.
+
+    Example:
+        >>> SGDNoise(0.1, 32, torch.randn(8, 3, 2, 2)).loss
+        'cross_entropy'
+    """
+
+    lr: float
+    batch_size: int
+    data: object
+    loss: Literal["cross_entropy", "mse"] = "cross_entropy"
+    trajectory: Trajectory | None = None
+    samples: int | None = 512
+
+    def __post_init__(self) -> None:
+        check_known("loss", self.loss, LOSSES)
+        if not 0 < self.lr < math.inf or self.batch_size < 1:
+            raise ArgumentError(f"lr and batch_size must be positive, got {self.lr} and {self.batch_size}.")
+
+    def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> StationarySGD:
+        """The covariance of these weights."""
+        batches = materialise(self.data, images=self.samples, batch_size=64)
+        kind = StationarySGD if self.trajectory is None else SGDWalk
+        return kind(model, weights, [batch.to(preserve.device_of(model)) for batch in batches], self)
+
+
+@dataclass(eq=False)
+class StationarySGD:
+    """C = lr / (2 B) G.
+
+    Attributes:
+        model: The model at w*.
+        weights: The weights that are perturbed.
+        batches: The N images, on the model's device.
+        noise: Learning rate, batch size and loss.
+    """
+
+    model: nn.Module
+    weights: Mapping[str, Tensor]
+    batches: list[Batch]
+    noise: SGDNoise
+
+    by_draws = True
+
+    @property
+    def scale(self) -> float:
+        """lr / (2 B N)."""
+        return self.noise.lr / (2 * self.noise.batch_size) / sum(map(len, self.batches))
+
+    def quadratic(self, gradients: Gradients) -> Tensor:
+        r"""``[B]`` scale sum_i \|A_i^T J(x_i) g\|^2, A_i as in `sample`: one Jacobian-vector product per g and x_i."""
+        total = torch.zeros(len(next(iter(gradients.values()))), dtype=torch.float64)
+        for n in range(len(total)):
+            for batch in self.batches:
+                with preserve.inference_state(self.model):
+                    direction = {name: g[n] for name, g in gradients.items()}
+                    outputs, product = linear_outputs(self.model, batch.images, direction, logits_of)
+                if self.noise.loss == "cross_entropy":
+                    p = outputs.softmax(1)
+                    product = p.sqrt() * (product - (p * product).sum(1, keepdim=True))
+                total[n] += product.double().square().sum().cpu()
+        return self.scale * total
+
+    def sample(self, generator: torch.Generator) -> Change:
+        """sqrt(scale) sum_i J(x_i)^T A_i e_i with standard normal e_i: one backward over the images.
+
+        A_i A_i^T = H_i; A_i = diag(sqrt p_i) - p_i sqrt(p_i)^T for ``cross_entropy``, the identity for ``mse``.
+        """
+        change = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        for batch in self.batches:
+            with preserve.inference_state(self.model, gradients=True):
+                leaves = dict(self.model.named_parameters())
+                outputs = outputs_of(self.model, batch.images)
+                e = torch.randn(outputs.shape, generator=generator).to(outputs)
+                if self.noise.loss == "cross_entropy":
+                    p = outputs.detach().softmax(1)
+                    e = p.sqrt() * e - p * (p.sqrt() * e).sum(1, keepdim=True)
+                found = torch.autograd.grad((outputs * e).sum(), [leaves[name] for name in change], allow_unused=True)
+            for name, gradient in zip(change, found):
+                if gradient is not None:
+                    change[name] += math.sqrt(self.scale) * gradient
+        return change
+
+
+@dataclass(eq=False)
+class SGDWalk(StationarySGD):
+    """Draws along a trajectory of SGD.
+
+    Attributes:
+        walker: The copy of the model that moves; None before the first draw.
+        velocity: Name -> velocity of the walker.
+    """
+
+    walker: nn.Module | None = None
+    velocity: dict[str, Tensor] = field(default_factory=dict)
+
+    walked = True
+
+    def quadratic(self, gradients: Gradients) -> Tensor:
+        """Refused.
+
+        Raises:
+            ArgumentError: Always.
+        """
+        raise ArgumentError(
+            "A trajectory of SGD can be drawn from, but its covariance is not known: use method='jvp' (or 'auto'), or "
+            "empirical(). The stationary law, which is another covariance, is SGDNoise without trajectory=."
+        )
+
+    def sample(self, generator: torch.Generator) -> Change:
+        """The walker's weights minus w*, after the burn-in, then ``every`` steps later."""
+        path: Trajectory = self.noise.trajectory  # type: ignore[assignment]
+        steps = path.every
+        if self.walker is None:
+            self.walker = copy_model(self.model).eval()
+            steps += path.burn_in
+        whole = concatenate(self.batches)
+        leaves = {name: p for name, p in self.walker.named_parameters() if name in self.weights}
+        for _ in range(steps):
+            picked = torch.randperm(len(whole), generator=generator)[: self.noise.batch_size]
+            with preserve.inference_state(self.walker, gradients=True):
+                loss = self._loss(whole.map(lambda tensor, picked=picked: tensor[picked]), generator)
+                found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+            if not torch.isfinite(loss):
+                raise NonFiniteError(
+                    f"SGD around w* diverged: its loss is {float(loss.detach())}. Lower lr={self.noise.lr}, or the "
+                    "momentum."
+                )
+            with torch.no_grad():
+                for (name, leaf), gradient in zip(leaves.items(), found):
+                    slope = gradient + 2 * path.proximity * (leaf - self.weights[name])
+                    self.velocity[name] = path.momentum * self.velocity.get(name, 0.0) + slope
+                    leaf -= self.noise.lr * self.velocity[name]
+        return {name: leaf.detach() - self.weights[name] for name, leaf in leaves.items()}
+
+    def _loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Loss of the walker on a batch; targets that are not there are drawn from the model at w*."""
+        walker: nn.Module = self.walker  # type: ignore[assignment]
+        with preserve.inference_state(self.model):
+            dense = outputs_of(self.model, batch.images)
+        outputs, labels = outputs_of(walker, batch.images), batch.labels
+        if self.noise.loss == "mse":
+            targets = dense + torch.randn(dense.shape, generator=generator).to(dense)
+            return 0.5 * (outputs - targets).square().sum(1).mean()
+        if labels is None:
+            labels = torch.multinomial(dense.softmax(1).cpu(), 1, generator=generator)[:, 0].to(dense.device)
+        return F.cross_entropy(outputs, labels)
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Retraining:
+    r"""Adam on (1/N) sum_i \|f(x_i) - y_i\|^2 + proximity \|w - w*\|^2, all images in every step, in eval mode.
+
+    Attributes:
+        steps: Number of steps.
+        lr: Learning rate; it falls to zero along a half cosine.
+    """
+
+    steps: int = 300
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.lr < math.inf:
+            raise ArgumentError(f"steps must be at least 1 and lr positive, got {self.steps} and {self.lr}.")
+
+    def __call__(self, model: nn.Module, images: Tensor, targets: Tensor, *, proximity: float = 0.0) -> None:
+        """Train the parameters that require gradients, in place."""
+        start = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+        optimiser = torch.optim.Adam(start, lr=self.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
+        for _ in range(self.steps):
+            optimiser.zero_grad()
+            loss = (outputs_of(model, images) - targets).square().sum(1).mean()
+            for p, before in start.items():
+                loss = loss + proximity * (p - before).square().sum()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+
+
+@dataclass(frozen=True, eq=False)
+class LabelNoise:
+    r"""Training on noisy labels: w + dw minimises (1/N) sum_i \|f(x_i; w) - f(x_i; w*) - e_i\|^2 + proximity \|dw\|^2.
+
+    To first order dw = M e with M = J^T (J J^T + N proximity I)^+, the regularised pseudo-inverse of J ``[N K, P]`` on
+    all images: C = sigma^2 M M^T. It needs J as a matrix, so small nets only.
+
+    Args:
+        sigma: Standard deviation of the noise e on every output.
+        data: The training images; labels are not looked at, the targets are the model's own outputs plus noise.
+        proximity: Weight of the penalty; 0: the pseudo-inverse.
+        retrain: What `empirical` does for every draw. None: the closed form. A `Retraining`, or a function
+            ``train(model, images, targets)`` that trains the copy it gets, in place and in eval mode. Gradients are
+            on, what is perturbed requires them, and torch's global randomness is seeded from the draw.
+        samples: Images to keep, at most.
+
+    Raises:
+        ArgumentError: sigma that is not positive, a negative proximity; a Jacobian that is too large for the closed
+            form; a training function that does not move the weights.
+
+    Source:
+        Arpit, arXiv 2512.11089 (label noise).
+
+    Example:
+        >>> LabelNoise(0.1, torch.randn(8, 3, 2, 2)).proximity
+        0.001
+    """
+
+    sigma: float
+    data: object
+    proximity: float = 1e-3
+    retrain: Retraining | Train | None = None
+    samples: int | None = 1000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma < math.inf or not 0 <= self.proximity < math.inf:
+            raise ArgumentError(
+                f"sigma must be positive and proximity at least 0, got {self.sigma} and {self.proximity}."
+            )
+
+    def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Relabelled:
+        """The covariance of these weights."""
+        images = concatenate(materialise(self.data, images=self.samples)).images
+        return Relabelled(model, weights, images.to(preserve.device_of(model)), self)
+
+
+@dataclass(frozen=True, eq=False)
+class Relabelled:
+    """C = sigma^2 M M^T.
+
+    Attributes:
+        model: The model at w*.
+        weights: The weights that are perturbed.
+        images: The training images, on the model's device.
+        noise: The noise, and what is done with it.
+        warned: Texts of the warnings given: every draw would repeat them.
+    """
+
+    model: nn.Module
+    weights: Mapping[str, Tensor]
+    images: Tensor
+    noise: LabelNoise
+    warned: set[str] = field(default_factory=set)
+
+    def quadratic(self, gradients: Gradients) -> Tensor:
+        r"""``[B]`` sigma^2 \|(J J^T + N proximity I)^+ J g\|^2."""
+        jacobian, inverse = self._solved
+        g = torch.cat([gradients[name].flatten(1) for name in self.weights], 1).double().to(jacobian.device)
+        return self.noise.sigma**2 * (inverse @ (jacobian @ g.T)).square().sum(0)
+
+    def sample(self, generator: torch.Generator) -> Change:
+        """M e, or the difference of the retrained copy from w*."""
+        if self.noise.retrain is not None:
+            return self._retrain(self.noise.retrain, generator)
+        jacobian, inverse = self._solved
+        flat = jacobian.T @ (inverse @ self._draw(torch.Size([len(inverse)]), generator).to(inverse))
+        parts = flat.split([w.numel() for w in self.weights.values()])
+        return {name: part.view_as(w).to(w) for (name, w), part in zip(self.weights.items(), parts)}
+
+    def _draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        return self.noise.sigma * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    @cached_property
+    def _solved(self) -> tuple[Tensor, Tensor]:
+        """J ``[N K, P]`` and (J J^T + N proximity I)^+, in float64."""
+        samples, size = len(self.images), sum(w.numel() for w in self.weights.values())
+        with preserve.inference_state(self.model):
+            outputs = outputs_of(self.model, self.images[:1]).shape[1]
+            if samples * outputs * size > MOST_ENTRIES:
+                raise ArgumentError(
+                    f"The closed form of label noise needs a Jacobian of {samples * outputs:,} x {size:,} entries. Use "
+                    "fewer images (`samples=`), a smaller net, or empirical() with retrain=Retraining()."
+                )
+            rows = []
+            for m in torch.eye(outputs, device=self.images.device):
+                found = sample_gradients(self.model, self.weights, self.images, m.expand(samples, -1))
+                each = [torch.cat([g.flatten(1) for g in gradients.values()], 1) for _, gradients in found]
+                rows.append(torch.cat(each).double())
+        jacobian = torch.stack(rows, 1).flatten(0, 1)
+        values, vectors = torch.linalg.eigh(jacobian @ jacobian.T)
+        ridge = samples * self.noise.proximity
+        least = torch.finfo(torch.float32).eps * values.max() if ridge == 0 else -ridge
+        inverted = torch.where(values > least, 1 / (values + ridge), 0.0)
+        return jacobian, vectors * inverted @ vectors.T
+
+    @torch.inference_mode(False)  # copies that are made in inference mode cannot be trained
+    def _retrain(self, retrain: Retraining | Train, generator: torch.Generator) -> Change:
+        copy = copy_model(self.model).eval()
+        for name, p in copy.named_parameters():
+            p.requires_grad_(name in self.weights)
+        images = self.images.clone()
+        with preserve.inference_state(self.model):
+            outputs = outputs_of(self.model, images)
+        targets = outputs + self._draw(outputs.shape, generator).to(outputs)
+        buffers = {name: b.clone() for name, b in copy.named_buffers()}
+        before = float((outputs - targets).square().sum(1).mean())
+        if isinstance(retrain, Retraining):
+            retrain = partial(retrain, proximity=self.noise.proximity)
+        with preserve.same_randomness(images.device), torch.enable_grad():
+            torch.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
+            retrain(copy, images, targets)
+        with preserve.inference_state(copy):
+            after = float((outputs_of(copy, images) - targets).square().sum(1).mean())
+        if not math.isfinite(after):
+            raise NonFiniteError("Retraining diverged: the loss is not finite. Lower the learning rate.")
+        change = {name: p.detach() - self.weights[name] for name, p in copy.named_parameters() if name in self.weights}
+        if not any(bool(d.any()) for d in change.values()):
+            raise ArgumentError("The training function does not move the weights: no perturbation, nothing to measure.")
+        moved = [name for name, value in copy.named_buffers() if not torch.equal(value, buffers[name])]
+        if moved:
+            self._warn(
+                f"The training function moved buffers: {moved[0]} (and {len(moved) - 1} more). A batch norm that is in "
+                "train mode, even for a while, moves its statistics with the weights, which is no perturbation of the "
+                "weights, and is not seen here. Train in eval mode."
+            )
+        if not after < before:
+            self._warn(
+                "The loss of retraining on noisy labels does not fall. The learning rate is too large, or a batch norm "
+                "was trained in train mode. The TPV is not that of label noise."
+            )
+        return change
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(text, TPVWarning, stacklevel=4)
