@@ -27,13 +27,13 @@ import timm
 import torch
 from common import append, commit
 from fashion_mnist import fashion_mnist
+from jbrprune.tpv.recorded import check_recording, recorded
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from jbrprune.models import preserve
 from jbrprune.models.preserve import logits_of
 from jbrprune.tpv import Isotropic, signs, trace_form
-from jbrprune.tpv.recorded import check_recording, recorded
 
 GOAL = 0.02
 SMALL = {"in_chans": 1, "num_classes": 10}

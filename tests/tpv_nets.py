@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from jbrprune.tpv import Covariance, Estimate, Gradients, empirical, trace_form
+from jbrprune.tpv import Covariance, Estimate, empirical, trace_form
 
 
 def jacobian(model: nn.Module, images: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
@@ -84,18 +84,21 @@ def measured(model: nn.Module, images: object, covariance: Any, **options: Any) 
     return empirical(model, images, covariance, **{"progress": False, "rtol": 0, "validity": False} | options)
 
 
+def crossed(values: Tensor, *, shared: bool = True, walked: bool = False) -> Estimate:
+    """The estimate from ``[N, R]`` values."""
+    return Estimate(values.double(), shared, walked, "empirical", values.shape[1], 0, "squared logits")
+
+
 def bound(perturbation: Any, model: nn.Module) -> Covariance:
     return perturbation.of(model, {name: p.detach() for name, p in model.named_parameters()})
 
 
-def random_gradients(model: nn.Module, count: int, seed: int = 0) -> Gradients:
+def random_gradients(model: nn.Module, count: int, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return Gradients(
-        {
-            name: torch.randn(count, *p.shape, generator=generator, dtype=torch.float64)
-            for name, p in model.named_parameters()
-        }
-    )
+    return {
+        name: torch.randn(count, *p.shape, generator=generator, dtype=torch.float64)
+        for name, p in model.named_parameters()
+    }
 
 
 def attention() -> tuple[nn.Module, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from jbrprune.criteria.objectives import Objective, Target, confident
 from jbrprune.data.batches import Batch
-from jbrprune.errors import ArgumentError, DataError, ModelError
+from jbrprune.errors import DataError, ModelError
 from jbrprune.evaluation.agreement import raise_nonfinite
 
 
@@ -94,12 +93,6 @@ def check_logits(model: nn.Module, batch: Batch, number: int, logits: Tensor, au
 def own(tensor: Tensor) -> Tensor:
     """Apart from any graph of the user's; a tensor of inference mode cannot enter a graph at all."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def check_known(what: str, value: str, known: Iterable[str]) -> None:
-    """Refuse a choice that does not exist."""
-    if value not in known:
-        raise ArgumentError(f"{what} must be one of {', '.join(known)}, got {value!r}.")
 
 
 def check_samples(samples: int, skipped: int, confidence: float) -> None:

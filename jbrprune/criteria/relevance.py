@@ -30,7 +30,6 @@ from jbrprune.criteria.objectives import OBJECTIVES, Objective
 from jbrprune.criteria.passes import (
     Draws,
     Question,
-    check_known,
     check_logits,
     check_samples,
     losses_of,
@@ -39,7 +38,7 @@ from jbrprune.criteria.passes import (
 from jbrprune.criteria.scores import Accumulator, Scores, Settings
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
-from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError, check_known
 from jbrprune.evaluation.agreement import check_weights
 from jbrprune.evaluation.portions import Portions
 from jbrprune.models import layers, preserve

@@ -24,7 +24,6 @@ from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.passes import (
     Draws,
     Question,
-    check_known,
     check_logits,
     check_samples,
     losses_of,
@@ -35,7 +34,7 @@ from jbrprune.criteria.scores import Settings
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.data.files import tensor_file, write_tensors
-from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
+from jbrprune.errors import ArgumentError, ModelError, NonFiniteError, check_known
 from jbrprune.evaluation.agreement import check_weights
 from jbrprune.evaluation.portions import Portions
 from jbrprune.models import layers, preserve

@@ -53,7 +53,6 @@ class Covariance(Protocol):
         ...
 
 
-@runtime_checkable
 class Perturbation(Protocol):
     """A covariance that does not know its model yet."""
 
@@ -85,12 +84,10 @@ def square_norms(gradients: Gradients, variances: Mapping[str, float | Tensor]) 
         try:
             c.expand(g.shape[1:])
         except RuntimeError as error:
-            raise ArgumentError(
-                f"The covariance has variances of shape {list(c.shape)} for {name}, which is {list(g.shape[1:])}. It "
-                "was made for another model."
-            ) from error
+            shapes = f"shape {list(c.shape)} for {name}, which is {list(g.shape[1:])}"
+            raise ArgumentError(f"The covariance has variances of {shapes}: it is of another model.") from error
         c = c.reshape((1,) * (g.dim() - 1 - c.dim()) + c.shape)
-        alike = [dim for dim, size in enumerate(c.shape, 1) if size == 1]
+        alike = [dim for dim, size in enumerate(c.shape, 1) if size == 1 and dim > 1]  # float32 is enough for one row
         wide = torch.promote_types(g.dtype, torch.float32)
         squares = (torch.linalg.vector_norm(g, dim=alike, keepdim=True, dtype=wide) if alike else g.to(wide)).square()
         total = total + (squares.double().cpu() * c.cpu()).reshape(len(g), -1).sum(1)
@@ -118,10 +115,8 @@ def check_change(change: Change, weights: Mapping[str, Tensor]) -> None:
         if name not in weights:
             raise unknown("parameter", name, weights)
         if d.shape != weights[name].shape:
-            raise ArgumentError(
-                f"The change of weights has shape {list(d.shape)} for {name}, which is {list(weights[name].shape)}. It "
-                "was made for another model."
-            )
+            shapes = f"shape {list(d.shape)} for {name}, which is {list(weights[name].shape)}"
+            raise ArgumentError(f"The change of weights has {shapes}: it is of another model.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,9 +207,7 @@ class Isotropic:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma < float("inf"):
-            raise ArgumentError(
-                f"sigma must be a positive number, got {self.sigma}: a perturbation without variance changes nothing."
-            )
+            raise ArgumentError(f"sigma must be a positive number, got {self.sigma}.")
 
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Diagonal:
         """The covariance of these weights."""
@@ -258,27 +251,20 @@ class Quantization:
 
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Covariance:
         """The covariance of these weights."""
-        ranges = {name: self._range(weight) for name, weight in weights.items()}
-        if self.granularity == "global":
-            low = min(float(low) for low, _ in ranges.values())
-            high = max(float(high) for _, high in ranges.values())
-            ranges = dict.fromkeys(weights, (torch.tensor(low).double(), torch.tensor(high).double()))
-        steps = {name: (high - low) / (2**self.bits - 1) for name, (low, high) in ranges.items()}
-        if not self.rounding:
-            return Diagonal({name: step.square() / 12 for name, step in steps.items()}, weights, "uniform")
-        change = {}
-        for name, weight in weights.items():
-            low, step, exact = ranges[name][0].to(weight.device), steps[name].to(weight.device), weight.double()
-            grid = low + torch.round((exact - low) / step) * step
-            change[name] = torch.where(step > 0, grid, exact).to(weight.dtype) - weight
-        return FiniteRank([change], fixed=True)
 
-    def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and largest weight, in float64; for channels ``[out, 1, ...]``."""
-        if self.granularity == "channel" and weight.dim() > 1:
-            dims = tuple(range(1, weight.dim()))
-            return weight.amin(dims, keepdim=True).double(), weight.amax(dims, keepdim=True).double()
-        return weight.min().double(), weight.max().double()
+        def span(weight: Tensor) -> list[Tensor]:
+            dims = tuple(range(1, weight.dim())) if self.granularity == "channel" else ()  # (): all
+            return [f(weight, dims, keepdim=bool(dims)).double() for f in (torch.amin, torch.amax)]
+
+        whole = span(torch.cat([w.flatten() for w in weights.values()])) if self.granularity == "global" else None
+        variances, change = {}, {}
+        for name, weight in weights.items():
+            low, high = whole or span(weight)
+            step, exact = (high - low) / (2**self.bits - 1), weight.double()
+            variances[name] = step.square() / 12
+            grid = torch.where(step > 0, low + torch.round((exact - low) / step) * step, exact)
+            change[name] = grid.to(weight.dtype) - weight
+        return FiniteRank([change], fixed=True) if self.rounding else Diagonal(variances, weights, "uniform")
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,14 +299,11 @@ class Removal:
 
     def __post_init__(self) -> None:
         removed = self._removed()
-        if not isinstance(removed, Mapping) or not removed:
+        named = isinstance(removed, Mapping) and len(removed) > 0
+        if not named or (self.groups is None and not all(map(torch.is_tensor, removed.values()))):
             raise ArgumentError(
-                f"There is nothing to remove in {type(self.what).__name__}: pass name -> mask, or group -> units with "
-                "`groups`, or a report of prune() that removed channels or heads."
-            )
-        if self.groups is None and not all(isinstance(m, Tensor) and m.dim() for m in removed.values()):
-            raise ArgumentError(
-                "Units need `groups=`, the units of the dense model (jbrprune.structure.discovery.find_groups)."
+                "Removal needs parameter name -> mask; or group -> units (or a report of prune() that removed any) and "
+                f"`groups=` of the dense model. There is nothing to remove in {type(self.what).__name__}, or no groups."
             )
 
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> FiniteRank:
@@ -330,46 +313,36 @@ class Removal:
             check_change(removed, weights)
             masked = {name: -(weights[name] * (mask == 0).to(weights[name])) for name, mask in removed.items()}
             return FiniteRank([masked], fixed=True)
-        sizes = {group.name: group.size for group in self.groups}
+        groups = {group.name: group for group in self.groups}
         selection = {name: torch.as_tensor(u, dtype=torch.long).flatten().unique() for name, u in removed.items()}
         for name, units in selection.items():
-            if name not in sizes:
-                raise unknown("group", name, sizes)
-            if units.numel() and not 0 <= int(units.min()) <= int(units.max()) < sizes[name]:
+            if name not in groups:
+                raise unknown("group", name, groups)
+            if units.numel() and not 0 <= int(units[0]) <= int(units[-1]) < groups[name].size:
+                raise ArgumentError(f"{name} has units 0 to {groups[name].size - 1}, got {units.tolist()}.")
+            if not groups[name].side("in"):
+                raise ArgumentError(f"No layer reads the units of {name}: their removal is not a change of weights.")
+        names = {id(p): name for name, p in model.named_parameters()}
+        change: dict[str, Tensor] = {}
+        for (layer, side, _), channels in removed_channels(self.groups, selection).items():
+            if side != "in":
+                continue
+            module = model.get_submodule(layer)
+            name = names.get(id(module.weight), "")
+            if name not in weights:
                 raise ArgumentError(
-                    f"{name} has units 0 to {sizes[name] - 1}, got {int(units.min())} to {int(units.max())}."
+                    f"{layer}.weight reads the units that go, and is no parameter that is perturbed here."
                 )
-        change = self._change(model, weights, selection)
+            weight = weights[name]
+            rows, columns = torch.arange(len(weight))[:, None], torch.arange(weight.shape[1])
+            if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                read = rows  # the input channel of every entry
+            else:
+                read = rows // (len(weight) // getattr(module, "groups", 1)) * len(columns) + columns
+            gone = torch.isin(read, channels.cpu()).view(*read.shape, *(1,) * (weight.dim() - 2))
+            change[name] = change.get(name, 0) - gone.to(weight) * weight
         return FiniteRank([change], True, partial(masked_units, groups=self.groups, selection=selection))
 
     def _removed(self) -> Any:
         report = getattr(self.what, "report", self.what)
         return getattr(report, "removed", report)
-
-    def _change(self, model: nn.Module, weights: Mapping[str, Tensor], selection: Mapping[str, Tensor]) -> Change:
-        """Minus the entries of the consumers' weights that read the channels that go."""
-        groups: Sequence[Group] = self.groups  # type: ignore[assignment]
-        unread = [g.name for g in groups if g.name in selection and len(selection[g.name]) and not g.side("in")]
-        if unread:
-            raise ArgumentError(f"No layer reads the units of {unread[0]}: their removal is not a change of weights.")
-        names = {id(p): name for name, p in model.named_parameters()}
-        change: dict[str, Tensor] = {}
-        for (layer, side, _), channels in removed_channels(groups, selection).items():
-            if side != "in":
-                continue
-            module = model.get_submodule(layer)
-            name = names.get(id(module.weight))
-            if name is None or name not in weights:
-                raise ArgumentError(
-                    f"{layer}.weight reads the units that go, and is not a plain parameter that is perturbed here."
-                )
-            read, channels = torch.zeros_like(weights[name]), channels.to(weights[name].device)
-            if isinstance(module, nn.modules.conv._ConvTransposeNd):
-                read[channels] = 1
-            elif isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
-                each = module.in_channels // module.groups
-                read.unflatten(0, (module.groups, -1))[channels // each, :, channels % each] = 1
-            else:
-                read[:, channels] = 1
-            change[name] = change.get(name, 0) - read * weights[name]
-        return change

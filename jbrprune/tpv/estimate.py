@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from statistics import covariance, fmean, variance
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from jbrprune.errors import ArgumentError
@@ -19,169 +17,79 @@ LEAST_HALF = 4
 """Draws in half of a trajectory from which both halves are compared."""
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Sums over N samples and R draws of the values v_nr; those of disjoint sets of samples add up.
-
-    Attributes:
-        samples: N.
-        by_draw: For every draw, the sum over samples.
-        mean_squares: Sum over samples of the square of the sample's mean over draws.
-        squares: Sum over samples and draws of v_nr^2.
-        shared: All samples see the same random draws, so that the draws have a variance of their own.
-        walked: Every draw follows from the one before, so that neighbours are alike.
-    """
-
-    samples: int
-    by_draw: tuple[float, ...]
-    mean_squares: float
-    squares: float
-    shared: bool
-    walked: bool = False
-
-    @staticmethod
-    def of(values: Tensor, *, shared: bool, walked: bool = False) -> Sums:
-        """Sums of ``[N, R]`` values."""
-        values = values.cpu().double()
-        by_draw, mean_squares = tuple(values.sum(0).tolist()), float(values.mean(1).square().sum())
-        return Sums(len(values), by_draw, mean_squares, float(values.square().sum()), shared, walked)
-
-    def __add__(self, other: Sums) -> Sums:
-        """Sums over both sets of samples, which have seen the same draws."""
-        mine, others = ((len(s.by_draw), s.shared, s.walked) for s in (self, other))
-        if mine != others:
-            raise ArgumentError(
-                f"Cannot add estimates made with {mine[0]} and {others[0]} draws: every shard must see the same draws. "
-                "Give all of them the same seed, `signs` and number of draws, and rtol=0."
-            )
-        return replace(
-            self,
-            samples=self.samples + other.samples,
-            by_draw=tuple(a + b for a, b in zip(self.by_draw, other.by_draw)),
-            mean_squares=self.mean_squares + other.mean_squares,
-            squares=self.squares + other.squares,
-        )
-
-    @property
-    def mean(self) -> float:
-        """Mean over samples and draws."""
-        return sum(self.by_draw) / (self.samples * len(self.by_draw))
-
-    @property
-    def standard_error(self) -> float:
-        r"""Standard error of the mean over other samples and other draws; NaN with one sample, or one random draw.
-
-        Samples and draws are crossed: s_n^2/N + s_r^2/R - s_nr^2/(N R), with the variances s_n^2 of the samples' means,
-        s_r^2 of the draws' means, and s_nr^2 of the rest, which both of the first contain.
-        """
-        if self.samples < 2 or (self.shared and len(self.by_draw) < 2):
-            return math.nan
-        return math.sqrt(max(0.0, self.over_samples + self.over_draws))
-
-    @property
-    def over_samples(self) -> float:
-        """Variance of the mean over other samples, s_n^2/N; it includes the rest."""
-        return max(0.0, self.mean_squares - self.samples * self.mean**2) / (self.samples - 1) / self.samples
-
-    @property
-    def over_draws(self) -> float:
-        """Variance of the mean over other draws without the rest, s_r^2/R - s_nr^2/(N R); 0 if nothing is random.
-
-        The draws of a walk count as `effective_draws`.
-        """
-        if not self.shared:
-            return 0.0
-        n, draws, mean = self.samples, len(self.by_draw), self.mean
-        spread = sum((total / n - mean) ** 2 for total in self.by_draw)
-        rest = max(0.0, self.squares - draws * self.mean_squares - n * spread) / ((n - 1) * (draws - 1))
-        return spread / (draws - 1) / self.effective_draws - rest / (n * draws)
-
-    @property
-    def effective_draws(self) -> float:
-        """R (1 - c) / (1 + c), the number of independent draws that say as much; c: correlation of neighbours."""
-        draws = len(self.by_draw)
-        if not self.walked or draws < 3:
-            return float(draws)
-        apart = [total / self.samples - self.mean for total in self.by_draw]
-        whole = sum(a * a for a in apart)
-        c = sum(a * b for a, b in pairwise(apart)) / whole if whole > 0 else 0.0
-        c = min(max(0.0, c), 1 - 1 / draws)
-        return draws * (1 - c) / (1 + c)
-
-    def reached(self, rtol: float, least: int) -> bool:
-        """Whether the relative standard error is at most ``rtol``, with at least ``least`` samples."""
-        return rtol > 0 and self.samples >= least and relative_error(self.mean, self.standard_error) <= rtol
-
-    def warn(self) -> None:
-        """Warn if nothing changes, or if the two halves of a walk differ by more than three standard errors."""
-        if self.mean == 0:
-            warnings.warn(
-                "The perturbation changes nothing: the TPV is exactly 0. Is its variance zero (weights that are all "
-                "equal have no range to quantize), or do the outputs not depend on what is perturbed?",
-                TPVWarning,
-                stacklevel=4,
-            )
-        half = len(self.by_draw) // 2
-        if not self.walked or half < LEAST_HALF:
-            return
-        early, late = self.by_draw[:half], self.by_draw[-half:]
-        if abs(fmean(late) - fmean(early)) > 3 * math.sqrt((variance(early) + variance(late)) / half):
-            warnings.warn(
-                f"The trajectory drifts: the TPV of its second half is {fmean(late) / fmean(early):.3g} times that of "
-                "the first. The burn-in is too short (a direction without curvature needs (1 - momentum) / (2 lr "
-                "proximity) steps: raise burn_in, or proximity), or the draws are too close (raise every).",
-                TPVWarning,
-                stacklevel=4,
-            )
-
-
-def relative_error(value: float, error: float) -> float:
-    """Standard error over value; 0 where both are 0, NaN where the standard error is not known."""
-    if value == 0:
-        return 0.0 if error == 0 else math.nan
-    return error / abs(value)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Estimate:
     """A TPV: mean over samples of the sum over outputs of squared changes.
 
     Attributes:
-        value: The estimate, in ``unit``.
-        standard_error: Of the value, over samples and over what was drawn at random; NaN where it is not known (one
-            sample, or one random draw).
-        samples: Number of samples N.
-        seconds: Wall time.
-        unit: ``squared logits``, or ``squared outputs`` where ``output`` was given.
+        values: ``[N, R]`` float64, the squared change v_nr of every sample under every draw.
+        shared: All samples see the same random draws, so that the draws have a variance of their own.
+        walked: Every draw follows from the one before, so that neighbours are alike.
         method: ``exact``, ``projection``, ``jvp`` or ``empirical``.
         draws: Sign vectors per sample, or draws of the perturbation; 1 if nothing is random.
         seed: Seed of signs or draws: estimates with the same seed have seen the same ones.
+        unit: Unit of the value: ``squared logits``, or ``squared outputs`` where ``output`` was given.
+        seconds: Wall time.
         stopped: ``rtol``: the relative standard error was reached; ``budget``: the data or the draws came to an end.
         validity: Error of first order along the perturbation; None where it was not asked for.
-        sums: The sums that estimates on other samples are added to.
     """
 
-    value: float
-    standard_error: float
-    samples: int
-    seconds: float
-    unit: str
+    values: Tensor
+    shared: bool
+    walked: bool
     method: str
     draws: int
     seed: int
-    stopped: Literal["rtol", "budget"]
-    validity: Validity | None
-    sums: Sums
+    unit: str
+    seconds: float = 0.0
+    stopped: Literal["rtol", "budget"] = "budget"
+    validity: Validity | None = None
 
-    @staticmethod
-    def from_sums(sums: Sums, **facts: Any) -> Estimate:
-        """Value and standard error from the sums, the rest as given."""
-        return Estimate(value=sums.mean, standard_error=sums.standard_error, samples=sums.samples, sums=sums, **facts)
+    @property
+    def value(self) -> float:
+        """The estimate, in ``unit``: the mean over samples and draws."""
+        return float(self.values.mean())
+
+    @property
+    def samples(self) -> int:
+        """Number of samples N."""
+        return len(self.values)
+
+    @property
+    def standard_error(self) -> float:
+        r"""Standard error of the value over other samples and other draws; NaN with one sample, or one random draw.
+
+        Samples and draws are crossed: s_n^2/N + s_r^2/R - s_nr^2/(N R), with the variances s_n^2 of the samples' means,
+        s_r^2 of the draws' means, and s_nr^2 of the rest, which both of the first contain. The draws of a walk count as
+        `effective_draws`.
+        """
+        (n, draws), means = self.values.shape, self.values.mean(1)
+        if n < 2 or (self.shared and draws < 2):
+            return math.nan
+        variance = float(means.var()) / n
+        if self.shared:
+            by_draw = self.values.mean(0)
+            rest = (self.values - means[:, None] - by_draw + self.value).square().sum() / ((n - 1) * (draws - 1))
+            variance += float(by_draw.var() / self.effective_draws - rest / (n * draws))
+        return math.sqrt(max(0.0, variance))
 
     @property
     def relative_error(self) -> float:
         """Standard error over value; 0 where both are 0, NaN where the standard error is not known."""
-        return relative_error(self.value, self.standard_error)
+        if self.value == 0:
+            return 0.0 if self.standard_error == 0 else math.nan
+        return self.standard_error / self.value
+
+    @property
+    def effective_draws(self) -> float:
+        """R (1 - c) / (1 + c), the number of independent draws that say as much; c: correlation of neighbours."""
+        draws = self.values.shape[1]
+        if not self.walked or draws < 3:
+            return float(draws)
+        apart = self.values.mean(0) - self.value
+        c = float((apart[1:] * apart[:-1]).sum() / apart.square().sum().clamp_min(1e-300))
+        c = min(max(0.0, c), 1 - 1 / draws)
+        return draws * (1 - c) / (1 + c)
 
     def __add__(self, other: Estimate) -> Estimate:
         """The estimate on two disjoint sets of samples; the same number as one run on both.
@@ -189,18 +97,20 @@ class Estimate:
         Raises:
             ArgumentError: They were made by other methods, or with other draws.
         """
-        if not isinstance(other, Estimate):
-            return NotImplemented
-        mine, others = ((e.method, e.draws, e.unit) for e in (self, other))
+        mine, others = ((e.method, e.draws, e.seed, e.unit) for e in (self, other))
         if mine != others:
-            raise ArgumentError(f"Cannot add estimates made as {mine} and as {others} (method, draws, unit).")
-        facts = {name: getattr(self, name) for name in ("unit", "method", "draws", "seed", "validity")}
-        facts["stopped"] = "rtol" if "rtol" in (self.stopped, other.stopped) else "budget"
-        return Estimate.from_sums(self.sums + other.sums, seconds=self.seconds + other.seconds, **facts)
+            raise ArgumentError(
+                f"Cannot add estimates made as {mine} and as {others} (method, draws, seed, unit). Give all shards the "
+                "same seed, `signs` and `draws`, and rtol=0."
+            )
+        stopped = "rtol" if "rtol" in (self.stopped, other.stopped) else "budget"
+        values, seconds = torch.cat([self.values, other.values]), self.seconds + other.seconds
+        return replace(self, values=values, seconds=seconds, stopped=stopped)
 
     def to_dict(self) -> dict[str, Any]:
-        """Pure JSON types, without the sums; what is not known is None."""
-        facts = {name: value for name, value in vars(self).items() if name not in ("sums", "validity")}
+        """Pure JSON types, without the values of single samples; what is not known is None."""
+        names = ("value", "standard_error", "samples", "seconds", "unit", "method", "draws", "seed", "stopped")
+        facts: dict[str, Any] = {name: getattr(self, name) for name in names}
         facts["standard_error"] = None if math.isnan(self.standard_error) else self.standard_error
         return facts | {"validity": self.validity and self.validity.to_dict()}
 
@@ -210,6 +120,27 @@ class Estimate:
             f"{self.value:.4g} +- {self.standard_error:.2g} {self.unit} ({self.method}, {self.samples} samples, "
             f"{self.draws} draws, {self.seconds:.1f} s, stopped by {self.stopped})"
         )
+
+    def warn(self) -> None:
+        """Warn where nothing changes, where a walk drifts, and where first order is not valid."""
+        half, by_draw = self.values.shape[1] // 2, self.values.mean(0)
+        early, late = by_draw[:half], by_draw[half : 2 * half]
+        if self.value == 0:
+            text = (
+                "The perturbation changes nothing: the TPV is exactly 0. Is its variance zero (equal weights have no "
+                "range to quantize), or do the outputs not depend on what is perturbed?"
+            )
+            warnings.warn(text, TPVWarning, stacklevel=4)
+        error = ((early.var() + late.var()) / half).sqrt() if half > 1 else 0.0
+        if self.walked and half >= LEAST_HALF and (late.mean() - early.mean()).abs() > 3 * error:
+            text = (
+                f"The trajectory drifts: the TPV of its second half is {late.mean() / early.mean():.3g} times that of "
+                "the first. The burn-in is too short (a direction without curvature needs (1 - momentum) / (2 lr "
+                "proximity) steps: raise burn_in, or proximity), or the draws are too close (raise every)."
+            )
+            warnings.warn(text, TPVWarning, stacklevel=4)
+        if self.validity is not None:
+            self.validity.warn()
 
 
 @dataclass(frozen=True)
@@ -247,18 +178,17 @@ def train_test_ratio(train: Estimate, test: Estimate, *, tolerance: float = 0.2)
         Arpit, arXiv 2512.11089, theorem 3.1 (stability).
     """
     if (train.method, train.unit) != (test.method, test.unit):
-        raise ArgumentError(
-            f"Cannot compare estimates made as {train.method} in {train.unit} and {test.method} in {test.unit}."
-        )
+        raise ArgumentError(f"Cannot compare estimates made as {train.method} and {test.method}, or in other units.")
     if test.value == 0 or train.value == 0:
         raise ArgumentError("The TPV is zero: nothing is perturbed, so there is no ratio.")
-    value = train.value / test.value
-    both = (train.sums, test.sums)
-    if train.seed == test.seed and all(s.shared and len(s.by_draw) > 1 and s.samples > 1 for s in both):
-        apart = sum((sums.over_samples + sums.over_draws) / sums.mean**2 for sums in both)
-        error = value * math.sqrt(max(0.0, apart - 2 * _common_variance(both)))
-    else:
-        error = value * math.hypot(train.relative_error, test.relative_error)
+    both, value = (train, test), train.value / test.value
+    variance = train.relative_error**2 + test.relative_error**2
+    common = min(found.values.shape[1] for found in both)  # of these draws both are the same
+    if train.seed == test.seed and train.shared and test.shared and common > 1:
+        series = torch.stack([found.values[:, :common].mean(0) / found.value for found in both])
+        shared = float(torch.cov(series)[0, 1]) * common
+        variance -= 2 * shared / (train.effective_draws * test.effective_draws)
+    error = value * math.sqrt(max(variance, 0.0))
     agrees = abs(value - 1) <= max(tolerance, 3 * error)
     if not agrees:
         warnings.warn(
@@ -269,11 +199,3 @@ def train_test_ratio(train: Estimate, test: Estimate, *, tolerance: float = 0.2)
             stacklevel=2,
         )
     return Ratio(value, error, agrees)
-
-
-def _common_variance(both: Sequence[Sums]) -> float:
-    """Covariance of both means over draws, relative to the means; the first draws of both are the same."""
-    series = [[total / (s.samples * s.mean) for total in s.by_draw] for s in both]
-    common = min(map(len, series))
-    shared = covariance(series[0][:common], series[1][:common])
-    return shared * common / (both[0].effective_draws * both[1].effective_draws)

@@ -13,8 +13,9 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +31,8 @@ from jbrprune.models.preserve import logits_of
 from jbrprune.sparsity.masks import masks_of
 from jbrprune.structure.groups import match_names
 from jbrprune.tpv.covariances import Change, Covariance, Perturbation, check_change
-from jbrprune.tpv.estimate import Estimate, Sums
-from jbrprune.tpv.validity import (
-    Output,
-    Validity,
-    changed_outputs,
-    linear_outputs,
-    outputs_of,
-    taylor_error,
-    warn_if_invalid,
-    warn_if_rounded,
-)
+from jbrprune.tpv.estimate import Estimate
+from jbrprune.tpv.validity import Output, change_outputs, linear_outputs, outputs_of, taylor_error
 
 METHODS = ("auto", "exact", "projection", "jvp")
 EXACT_OUTPUTS = 4
@@ -53,86 +45,6 @@ LEAST_DRAWS = 16
 """Draws before which none is, unless that is all there are: a few may be alike by chance."""
 CHUNK_BYTES = 1 << 27
 """Bytes of per-sample gradients that are formed at a time; one sample's at least."""
-
-
-@dataclass(eq=False)
-class _Task:
-    """What is estimated of which model, and the images, which are the same in every pass; ranks share them."""
-
-    model: nn.Module
-    covariance: Covariance
-    weights: Mapping[str, Tensor]
-    output: Output
-    data: object
-    batch_size: int
-    samples: int | None
-    rtol: float
-    seed: int
-    progress: bool
-    began: float = field(default_factory=time.perf_counter)
-    prints: list[int] = field(default_factory=list)
-    head: Tensor | None = None
-
-    def visit(self, what: str, work: Callable[[int, int, Tensor], Tensor]) -> Iterator[Tensor]:
-        """Yield what ``work(number of the batch, number of its first image, images)`` returns, in the data's order.
-
-        Each of several ranks works on its own batches (and numbers them), and all receive the results of all: they
-        stop, or go on, together.
-
-        Args:
-            what: Text of the progress bar.
-            work: Returns ``[n]`` values, one per image, on the CPU.
-
-        Raises:
-            DataError: These are not the images of the first pass, or there are none.
-        """
-        parts = distributed.Parts(self.data, batch_size=self.batch_size)
-        mine = self._read(parts, what)
-        waiting: dict[int, Tensor] = {}
-        position = 0
-
-        def one() -> tuple[int, Tensor] | None:
-            batch = next(mine, None)
-            return None if batch is None else (batch[1], work(*batch))
-
-        while answers := [found for found in distributed.gathered(distributed.together(one)) if found is not None]:
-            waiting.update(answers)
-            while position in waiting:
-                values = waiting.pop(position)
-                position += len(values)
-                yield values
-        if self.samples is None:  # else the ranks stop reading at different places
-            parts.check()
-        if position == 0:
-            raise DataError(f"The data ({type(self.data).__name__}) hold no image for any rank.")
-
-    def _read(self, parts: distributed.Parts, what: str) -> Iterator[tuple[int, int, Tensor]]:
-        """One pass over the own part: the number of each batch, that of its first image, and the images."""
-        again, number = bool(self.prints), 0
-        for start, batch in tqdm(parts, what, unit="batch", disable=not self.progress, leave=False):
-            images = batch.images.detach()[: None if self.samples is None else max(0, self.samples - start)]
-            if not len(images):
-                break
-            found = zlib.crc32(images.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            if not again:
-                self.prints.append(found)
-            elif number >= len(self.prints) or self.prints[number] != found:
-                raise DataError(
-                    f"Batch {number} is not the one of the first pass: the data are shuffled (or augmented at random) "
-                    "anew every time they are read, but the changed and the unchanged model must see the same images. "
-                    "Use shuffle=False, or pass a tensor or a list of batches."
-                )
-            images = images.to(preserve.device_of(self.model))
-            self.head = images if self.head is None else self.head
-            yield number, start, images
-            number += 1
-        if again and number != len(self.prints):
-            raise DataError(f"The data gave {len(self.prints)} batches in the first pass and {number} in a later one.")
-
-    def check_finite(self, images: Tensor, outputs: Tensor, number: int) -> None:
-        """Raise a NonFiniteError that names the module which makes NaN or Inf."""
-        if not torch.isfinite(outputs).all():
-            raise_nonfinite(self.model, images, f"Batch {number}: the outputs")
 
 
 def trace_form(
@@ -200,27 +112,30 @@ def trace_form(
         Arpit, arXiv 2512.11089 (trace form, sign projections).
 
     Example:
+        >>> from jbrprune.tpv import Isotropic
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4, bias=False))
         >>> images = torch.ones(64, 3, 2, 2)
         >>> trace_form(net, images, Isotropic(0.5), progress=False).value  # 0.25 * 4 outputs * 12 inputs
         12.0
     """
     check_known("method", method, METHODS)
-    _check_least(signs=(signs, 1), first=(first, 0))
-    task = _prepare(model, data, covariance, draws, rtol, samples, batch_size, ignore, output, seed, progress)
+    common = (model, data, covariance, ignore, output, draws, rtol, samples, batch_size, validity, seed, progress)
+    task = _Task(*common, method, signs, first, autocast)
     directions = getattr(task.covariance, "directions", None)
-    if method != "jvp" and (method != "auto" or not (directions or getattr(task.covariance, "by_draws", False))):
-        return _by_gradients(task, method, signs, first, autocast, validity)
+    if task.method == "auto" and (directions or getattr(task.covariance, "by_draws", False)):
+        task.method = "jvp"
+    if task.method != "jvp":
+        return task.estimate(task.quadratic, once=True)
 
-    def squared(number: int, images: Tensor, change: Change) -> Tensor:
+    def squared(number: int, start: int, images: Tensor, change: Change) -> Tensor:
         total = torch.zeros(len(images), dtype=torch.float64)
         for d in directions or (change,):
             outputs, product = linear_outputs(model, images, d, output)
-            task.check_finite(images, outputs, number)
+            task.check_finite(number, images, outputs)
             total += product.double().square().sum(1).cpu()
         return total
 
-    return _by_draws(task, "jvp", squared, draws, validity, once=bool(directions))
+    return task.estimate(squared, once=bool(directions))
 
 
 def empirical(
@@ -262,28 +177,29 @@ def empirical(
         ArgumentError, DataError, ModelError, NonFiniteError: As for `trace_form`.
 
     Example:
+        >>> from jbrprune.tpv import Isotropic
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4, bias=False))
         >>> found = empirical(net, torch.ones(64, 3, 2, 2), Isotropic(0.5), draws=400, progress=False)
         >>> abs(found.value - 12) < 3 * found.standard_error
         True
     """
-    task = _prepare(model, data, covariance, draws, rtol, samples, batch_size, ignore, output, seed, progress)
+    common = (model, data, covariance, ignore, output, draws, rtol, samples, batch_size, validity, seed, progress)
+    task = _Task(*common, "empirical")
+    applied = getattr(task.covariance, "applied", None)
     unchanged: dict[int, Tensor] = {}
 
-    def squared(number: int, images: Tensor, change: Change) -> Tensor:
+    def squared(number: int, start: int, images: Tensor, change: Change) -> Tensor:
         if number not in unchanged:
-            outputs = outputs_of(model, images, output)
-            task.check_finite(images, outputs, number)
-            unchanged[number] = outputs.cpu()
-        applied = getattr(task.covariance, "applied", None)
+            unchanged[number] = outputs_of(model, images, output).cpu()
+            task.check_finite(number, images, unchanged[number])
         if applied is None:
-            outputs = changed_outputs(model, images, change, output)
+            outputs = change_outputs(model, images, change, output)
         else:
             with applied(model):
                 outputs = outputs_of(model, images, output)
         return (outputs.double().cpu() - unchanged[number].double()).square().sum(1)
 
-    return _by_draws(task, "empirical", squared, draws, validity)
+    return task.estimate(squared)
 
 
 def sample_gradients(
@@ -294,7 +210,7 @@ def sample_gradients(
     output: Output = logits_of,
     autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield the outputs and gradients J(x_n)^T m_n of every sample, some samples at a time.
+    """Yield outputs and gradients J(x_n)^T m_n of every sample, some samples at a time.
 
     By ``vmap(grad)`` over as many samples as `CHUNK_BYTES` hold; one sample after the other where one fills them, or
     where vmap fails on the model (in-place operations, branches).
@@ -313,245 +229,242 @@ def sample_gradients(
     Raises:
         ModelError: Autograd cannot differentiate the outputs by the weights.
     """
-    amp = {"enabled": autocast is not None, "cache_enabled": False}
 
     def product(weights: Mapping[str, Tensor], image: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(images.device.type, autocast, **amp):
+        with torch.autocast(images.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
             outputs = outputs_of(model, image[None], output, weights)[0]
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         return (outputs * direction).sum(), outputs.detach()
 
-    each = vmap(grad(product, has_aux=True), in_dims=(None, 0, 0))
     size = max(1, CHUNK_BYTES // sum(w.nbytes for w in weights.values()))
     start = 0
     while start < len(images):
         part, m = images[start : start + size], directions[start : start + size]
-        if size > 1:
-            try:
+        try:
+            if size > 1:
                 with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
-                    gradients, outputs = each(weights, part, m)
-            except RuntimeError:
-                size = 1
-                continue
-        else:
-            leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-            try:
+                    gradients, outputs = vmap(grad(product, has_aux=True), (None, 0, 0))(weights, part, m)
+            else:
+                leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
                 with torch.enable_grad():
                     value, outputs = product(leaves, part[0], m[0])
-                    found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True, allow_unused=True)
-            except RuntimeError as error:
+                    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+                gradients, outputs = {name: g[None] for name, g in zip(leaves, found)}, outputs[None]
+        except RuntimeError as error:
+            if size == 1:
                 raise ModelError(f"The model cannot be differentiated by its weights: {error}") from error
-            gradients, outputs = {name: g[None] for name, g in zip(leaves, found)}, outputs[None]
+            size = 1
+            continue
         yield outputs, gradients
         start += size
 
 
 def random_signs(seed: int, first: int, samples: int, *shape: int) -> Tensor:
     """``[samples, *shape]`` int8 independent random signs; those of a sample depend on the seed and its number only."""
-    generator = torch.Generator()
-    rows = []
+    generator, rows = torch.Generator(), []
     for number in range(first, first + samples):
         generator.manual_seed(seed * 1_000_003 + number)
         rows.append(2 * torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) - 1)
     return torch.stack(rows)
 
 
-def _check_least(**numbers: tuple[int | None, int]) -> None:
-    """Refuse numbers, name -> (value, least), that are too small."""
-    for name, (value, least) in numbers.items():
-        if value is not None and value < least:
-            raise ArgumentError(f"{name} must be at least {least}, got {value}.")
+@dataclass(eq=False)
+class _Task:
+    """Arguments of both estimators, checked; the images, known to be the same in every pass, are shared by the ranks.
 
+    After construction ``covariance`` knows its model, and ``weights`` are those that are perturbed.
+    """
 
-def _prepare(
-    model: nn.Module,
-    data: object,
-    covariance: Covariance | Perturbation,
-    draws: int,
-    rtol: float,
-    samples: int | None,
-    batch_size: int,
-    ignore: Sequence[str],
-    output: Output,
-    seed: int,
-    progress: bool,
-) -> _Task:
-    """The model with the covariance of its weights, except those that are ignored; everything is checked."""
-    _check_least(samples=(samples, 1), draws=(draws, 1))
-    if not 0 <= rtol < 1:
-        raise ArgumentError(f"rtol must satisfy 0 <= rtol < 1, got {rtol}.")
-    check_weights(model)
-    if masks_of(model):
-        raise ModelError(
-            f"{next(iter(masks_of(model)))} is masked by torch.nn.utils.prune, so that its parameter is not what the "
-            "model computes with. Call jbrprune.make_permanent(model) first (on a copy, if the masks are still needed)."
-        )
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
-    modules = [name for name, _ in model.named_modules() if name]
-    for name in match_names([*modules, *weights], ignore, "module and no parameter") if ignore else ():
-        weights.pop(name, None)
-    if not weights:
-        raise ModelError(f"{type(model).__name__} has no parameter that can be perturbed. Is everything in `ignore`?")
-    if isinstance(covariance, Perturbation):
-        covariance = covariance.of(model, weights)
-    if not isinstance(covariance, Covariance):
-        raise ArgumentError(
-            f"{type(covariance).__name__} is not a covariance: it needs the methods quadratic(gradients) and "
-            "sample(generator), see jbrprune.tpv.covariances."
-        )
-    return _Task(model, covariance, weights, output, data, batch_size, samples, rtol, seed, progress)
+    model: nn.Module
+    data: object
+    covariance: Any
+    ignore: Sequence[str]
+    output: Output
+    draws: int
+    rtol: float
+    samples: int | None
+    batch_size: int
+    validity: bool
+    seed: int
+    progress: bool
+    method: str
+    signs: int = 1
+    first: int = 0
+    autocast: torch.dtype | None = None
+    outputs: int = 0
+    prints: list[int] = field(default_factory=list)
+    head: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("draws", 1), ("signs", 1), ("first", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ArgumentError(f"{name} must be at least {least}, got {value}.")
+        if not 0 <= self.rtol < 1:
+            raise ArgumentError(f"rtol must satisfy 0 <= rtol < 1, got {self.rtol}.")
+        check_weights(self.model)
+        for name in masks_of(self.model):
+            raise ModelError(f"{name} is masked by torch.nn.utils.prune. Call jbrprune.make_permanent(model) first.")
+        self.weights = {name: p.detach() for name, p in self.model.named_parameters() if p.is_floating_point()}
+        modules = [name for name, _ in self.model.named_modules() if name]
+        for name in match_names([*modules, *self.weights], self.ignore, "module and no parameter"):
+            self.weights.pop(name, None)
+        if not self.weights:
+            raise ModelError(f"{type(self.model).__name__} has no parameter that can be perturbed. All in `ignore`?")
+        if hasattr(self.covariance, "of"):
+            self.covariance = self.covariance.of(self.model, self.weights)
+        if not isinstance(self.covariance, Covariance):
+            kind = type(self.covariance).__name__
+            raise ArgumentError(f"{kind} is not a covariance: it needs quadratic(gradients) and sample(generator).")
 
-def _by_gradients(
-    task: _Task, method: str, signs: int, first: int, autocast: torch.dtype | None, validity: bool
-) -> Estimate:
-    """Estimate from g^T C g with g = J^T m, m the unit vectors or random signs."""
-    count = 0
+    def estimate(self, work: Callable[[int, int, Tensor, Change], Tensor], *, once: bool = False) -> Estimate:
+        """Estimate from what ``work`` finds for every sample under every draw; ``once``: the samples share no draws."""
+        began, generator = time.perf_counter(), torch.Generator().manual_seed(self.seed)
+        once = once or getattr(self.covariance, "fixed", False)
+        unit = "squared logits" if self.output is logits_of else "squared outputs"
+        walked = getattr(self.covariance, "walked", False)
+        make = partial(Estimate, shared=not once, walked=walked, method=self.method, seed=self.seed, unit=unit)
+        columns: list[Tensor] = []
+        first, close = {}, 0
+        for draw in range(1, (1 if once else self.draws) + 1):
+            change = self.covariance.sample(generator) if self.method in ("jvp", "empirical") else {}
+            check_change(change, self.weights)
+            first = first or change
 
-    def quadratic(number: int, start: int, images: Tensor) -> Tensor:
-        nonlocal method, count
+            def one(number: int, start: int, images: Tensor, change: Change = change, draw: int = draw) -> Tensor:
+                with preserve.inference_state(self.model):
+                    values = work(number, start, images, change)
+                if not torch.isfinite(values).all():
+                    raise NonFiniteError(f"Draw {draw}, batch {number}: the changed outputs contain NaN or Inf.")
+                return values
+
+            parts: list[Tensor] = []
+            for values in self.visit(f"draw {draw}", one):
+                parts.append(values)
+                if once and self.reached(make(torch.cat(parts)[:, None], draws=1)):
+                    break
+            columns.append(torch.cat(parts))
+            found = make(torch.stack(columns, 1), draws=draw)
+            close = close + 1 if self.reached(found) else 0
+            if draw >= LEAST_DRAWS and close >= 2:
+                break
+        method = distributed.same(self.method)  # a rank without images has not chosen it
+        draws, stopped = self.signs if method == "projection" else len(columns), "rtol" if close else "budget"
+        found = replace(found, method=method, draws=draws, seconds=time.perf_counter() - began, stopped=stopped)
+        head = distributed.same(self.head) if self.validity else None
+        if head is not None:
+            direction = first or self.covariance.sample(torch.Generator().manual_seed(self.seed))
+            valid = taylor_error(self.model, head, direction, output=self.output, progress=False)
+            found = replace(found, validity=valid)
+        if distributed.rank() == 0:
+            found.warn()
+        return found
+
+    def visit(self, what: str, work: Callable[[int, int, Tensor], Tensor]) -> Iterator[Tensor]:
+        """Yield what ``work(number of the batch, number of its first image, images)`` returns, in the data's order.
+
+        Each of several ranks works on its own batches (and numbers them), and all receive the results of all: they
+        stop, or go on, together.
+
+        Args:
+            what: Text of the progress bar.
+            work: Returns ``[n]`` values, one per image, on the CPU.
+
+        Raises:
+            DataError: These are not the images of the first pass, or there are none.
+        """
+        parts = distributed.Parts(self.data, batch_size=self.batch_size)
+        mine, position = self._read(parts, what), 0
+        waiting: dict[int, Tensor] = {}
+
+        def one() -> tuple[int, Tensor] | None:
+            batch = next(mine, None)
+            return None if batch is None else (batch[1], work(*batch))
+
+        while answers := [found for found in distributed.gathered(distributed.together(one)) if found is not None]:
+            waiting.update(answers)
+            while position in waiting:
+                values = waiting.pop(position)
+                position += len(values)
+                yield values
+        if self.samples is None:  # else the ranks stop reading at different places
+            parts.check()
+        if position == 0:
+            raise DataError(f"The data ({type(self.data).__name__}) hold no image for any rank.")
+
+    def _read(self, parts: distributed.Parts, what: str) -> Iterator[tuple[int, int, Tensor]]:
+        """One pass over the own part: the number of each batch, that of its first image, and the images."""
+        first, number = not self.prints, 0
+        for start, batch in tqdm(parts, what, unit="batch", disable=not self.progress, leave=False):
+            images = batch.images.detach()[: None if self.samples is None else max(0, self.samples - start)]
+            if not len(images):
+                break
+            found = zlib.crc32(images.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            if first:
+                self.prints.append(found)
+            elif found not in self.prints[number : number + 1]:
+                raise DataError(
+                    f"Batch {number} is not the one of the first pass: the data are shuffled or augmented anew every "
+                    "time they are read. Use shuffle=False, or pass a tensor or a list of batches."
+                )
+            images = images.to(preserve.device_of(self.model))
+            self.head = images if self.head is None else self.head
+            yield number, start, images
+            number += 1
+        if number != len(self.prints):
+            raise DataError(f"The data gave {len(self.prints)} batches in the first pass and {number} in a later one.")
+
+    def reached(self, found: Estimate) -> bool:
+        """Whether the relative standard error is small enough to stop."""
+        return self.rtol > 0 and found.samples >= LEAST_SAMPLES and found.relative_error <= self.rtol
+
+    def check_finite(self, number: int, images: Tensor, outputs: Tensor) -> None:
+        """Raise a NonFiniteError that names the module which makes NaN or Inf."""
+        if not torch.isfinite(outputs).all():
+            raise_nonfinite(self.model, images, f"Batch {number}: the outputs")
+
+    def quadratic(self, number: int, start: int, images: Tensor, change: Change) -> Tensor:
+        """``[n]`` sum over outputs of g^T C g with g = J^T m, m the unit vectors or random signs."""
+        together = outputs_of(self.model, images, self.output) if number == 0 else None
+        if together is not None:
+            self.check_finite(number, images, together)
+            self.outputs = together.shape[1]
+            if self.method == "auto":
+                self.method = "exact" if self.outputs <= EXACT_OUTPUTS else "projection"
+            if self.method == "exact" and self.outputs > MOST_EXACT:
+                raise ArgumentError(f"'exact' takes a backward for each of {self.outputs:,} outputs. Use 'projection'.")
+        if self.method == "exact":
+            directions = torch.eye(self.outputs).expand(len(images), -1, -1)
+        else:
+            directions = random_signs(self.seed, self.first + start, len(images), self.signs, self.outputs)
         total = torch.zeros(len(images), dtype=torch.float64)
-        with preserve.inference_state(task.model):
-            if number == 0:
-                together = outputs_of(task.model, images, task.output)
-                task.check_finite(images, together, number)
-                count = together.shape[1]
-                method = _choose(method, count)
-            if method == "exact":
-                directions = torch.eye(count).expand(len(images), -1, -1)
-            else:
-                directions = random_signs(task.seed, first + start, len(images), signs, count)
-            for m in directions.to(images.device).unbind(1):
-                done = 0
-                for outputs, gradients in sample_gradients(
-                    task.model, task.weights, images, m, task.output, autocast
-                ):
-                    task.check_finite(images, outputs, number)
-                    if number == 0:
-                        _check_alone(outputs, together[done : done + len(outputs)], autocast)
-                    total[done : done + len(outputs)] += _quadratic(task.covariance, gradients, len(outputs))
-                    done += len(outputs)
-        return total if method == "exact" else total / signs
-
-    values: list[Tensor] = []
-    for found in task.visit("trace form", quadratic):
-        method = distributed.same(method)  # a rank without images has seen no outputs
-        values.append(found)
-        sums = Sums.of(torch.cat(values)[:, None], shared=False)
-        if sums.reached(task.rtol, LEAST_SAMPLES):
-            break
-    draws = 1 if method == "exact" else signs
-    return _finish(task, sums, method, draws, validity)  # type: ignore[reportPossiblyUnbound]
+        for m in directions.to(images.device).unbind(1):
+            stop = 0
+            for alone, gradients in sample_gradients(self.model, self.weights, images, m, self.output, self.autocast):
+                part = slice(stop, stop := stop + len(alone))
+                self.check_finite(number, images, alone)
+                if together is not None:
+                    _check_apart(alone, together[part], self.autocast)
+                value = self.covariance.quadratic(gradients)
+                if value.shape != alone.shape[:1]:
+                    raise ArgumentError(
+                        f"quadratic() must give [{len(alone)}], one per sample, got {list(value.shape)}."
+                    )
+                if not torch.isfinite(value).all():
+                    wrong = [name for name, g in gradients.items() if not torch.isfinite(g).all()]
+                    raise NonFiniteError(
+                        f"g^T C g contains NaN or Inf, and so do the gradients g by {wrong[:3]}; the outputs do not. A "
+                        "square root of zero or an overflow in half precision does that; try float32."
+                    )
+                total[part] += value.cpu().double()
+        return total if self.method == "exact" else total / self.signs
 
 
-def _choose(method: str, outputs: int) -> str:
-    """The method for so many outputs."""
-    if method == "auto":
-        return "exact" if outputs <= EXACT_OUTPUTS else "projection"
-    if method == "exact" and outputs > MOST_EXACT:
-        raise ArgumentError(
-            f"method='exact' takes one backward per output, and there are {outputs:,}: more than {MOST_EXACT:,}. Use "
-            "method='projection', which takes one per sign vector."
-        )
-    return method
-
-
-def _check_alone(alone: Tensor, together: Tensor, autocast: torch.dtype | None) -> None:
+def _check_apart(alone: Tensor, together: Tensor, autocast: torch.dtype | None) -> None:
     """Refuse a model whose outputs for single images are not those for a batch."""
     tolerance = torch.finfo(autocast or together.dtype).eps ** 0.5
     if not (alone - together).abs().max() <= tolerance * together.abs().max():
         raise ModelError(
-            "The outputs of an image alone differ from its outputs in a batch: samples influence each other (a batch "
-            "norm without stored statistics?), or the forward pass is random in eval mode. Gradients per sample are "
-            "not defined there; use method='jvp', which needs none."
+            "The outputs of an image alone are not those in a batch: samples influence each other (batch norm without "
+            "stored statistics?), or the forward pass is random. Use method='jvp'."
         )
-
-
-def _quadratic(covariance: Covariance, gradients: Mapping[str, Tensor], samples: int) -> Tensor:
-    """``[samples]`` g^T C g on the CPU, checked to be that."""
-    value = covariance.quadratic(gradients)
-    if not isinstance(value, Tensor) or value.shape != (samples,):
-        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ArgumentError(f"quadratic() must give one number per sample, [{samples}], got {got}.")
-    if not torch.isfinite(value).all():
-        for name, g in gradients.items():
-            if not torch.isfinite(g).all():
-                raise NonFiniteError(
-                    f"The gradient by {name} contains NaN or Inf although the outputs are finite. A square root of "
-                    "zero or an overflow in half precision does that; try float32."
-                )
-        raise NonFiniteError("quadratic() gave NaN or Inf although the gradients are finite: the covariance is not.")
-    return value.detach().cpu().double()
-
-
-def _by_draws(
-    task: _Task,
-    method: str,
-    squared: Callable[[int, Tensor, Change], Tensor],
-    draws: int,
-    validity: bool,
-    *,
-    once: bool = False,
-) -> Estimate:
-    """Estimate from what every draw does to every sample; one draw if it is not random, or is not used (``once``)."""
-    generator = torch.Generator().manual_seed(task.seed)
-    once = once or getattr(task.covariance, "fixed", False)
-    draws = 1 if once else draws
-    columns: list[Tensor] = []
-    first: Change = {}
-    close = 0
-    for draw in range(1, draws + 1):
-        change = task.covariance.sample(generator)
-        check_change(change, task.weights)
-        first = first or change
-
-        def one(number: int, start: int, images: Tensor, change: Change = change, draw: int = draw) -> Tensor:
-            with preserve.inference_state(task.model):
-                found = squared(number, images, change)
-            if not torch.isfinite(found).all():
-                raise NonFiniteError(f"Draw {draw}, batch {number}: the changed outputs contain NaN or Inf.")
-            return found
-
-        parts: list[Tensor] = []
-        for found in task.visit(f"draw {draw}", one):
-            parts.append(found)
-            if once and Sums.of(torch.cat(parts)[:, None], shared=False).reached(task.rtol, LEAST_SAMPLES):
-                break
-        columns.append(torch.cat(parts))
-        walked = getattr(task.covariance, "walked", False)
-        sums = Sums.of(torch.stack(columns, 1), shared=not once, walked=walked)
-        close = close + 1 if sums.reached(task.rtol, LEAST_SAMPLES) else 0
-        if draw >= LEAST_DRAWS and close == 2:
-            break
-    return _finish(task, sums, method, len(columns), validity, first)  # type: ignore[reportPossiblyUnbound]
-
-
-def _finish(
-    task: _Task, sums: Sums, method: str, draws: int, validity: bool, change: Change | None = None
-) -> Estimate:
-    """The estimate with its validity along the change (default: one draw), and warnings."""
-    seconds = time.perf_counter() - task.began
-
-    def look() -> Validity | None:
-        if not validity or task.head is None or distributed.rank() > 0:
-            return None
-        with distributed.alone():
-            direction = change or task.covariance.sample(torch.Generator().manual_seed(task.seed))
-            return taylor_error(task.model, task.head, direction, output=task.output, progress=False)
-
-    found = distributed.same(distributed.together(look))
-    if distributed.rank() == 0:
-        if method == "empirical" and change and getattr(task.covariance, "applied", None) is None:
-            warn_if_rounded(task.model, change)
-        warn_if_invalid(found)
-        sums.warn()
-    return Estimate.from_sums(
-        sums,
-        seconds=seconds,
-        unit="squared logits" if task.output is logits_of else "squared outputs",
-        method=method,
-        draws=draws,
-        seed=task.seed,
-        stopped="rtol" if sums.reached(task.rtol, LEAST_SAMPLES) else "budget",
-        validity=found,
-    )

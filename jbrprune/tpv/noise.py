@@ -51,13 +51,8 @@ class Trajectory:
     every: int = 20
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1 or not self.proximity >= 0:
-            raise ArgumentError(
-                f"momentum must satisfy 0 <= momentum < 1, proximity be at least 0; got {self.momentum}, "
-                f"{self.proximity}."
-            )
-        if self.burn_in < 0 or self.every < 1:
-            raise ArgumentError(f"burn_in must be at least 0, every at least 1; got {self.burn_in}, {self.every}.")
+        if not (0 <= self.momentum < 1 and self.proximity >= 0 and self.burn_in >= 0 and self.every >= 1):
+            raise ArgumentError(f"{self}: 0 <= momentum < 1, proximity >= 0, burn_in >= 0 and every >= 1 must hold.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +128,7 @@ class StationarySGD:
 
     @property
     def scale(self) -> float:
-        """lr / (2 B N)."""
+        """Factor of the sum over images: lr / (2 B N)."""
         return self.noise.lr / (2 * self.noise.batch_size) / sum(map(len, self.batches))
 
     def quadratic(self, gradients: Gradients) -> Tensor:
@@ -191,10 +186,7 @@ class SGDWalk(StationarySGD):
         Raises:
             ArgumentError: Always.
         """
-        raise ArgumentError(
-            "A trajectory of SGD can be drawn from, but its covariance is not known: use method='jvp' (or 'auto'), or "
-            "empirical(). The stationary law, which is another covariance, is SGDNoise without trajectory=."
-        )
+        raise ArgumentError("The covariance of a trajectory of SGD is not known: use method='jvp', or empirical().")
 
     def sample(self, generator: torch.Generator) -> Change:
         """The walker's weights minus w*, after the burn-in, then ``every`` steps later."""
@@ -211,10 +203,7 @@ class SGDWalk(StationarySGD):
                 loss = self._loss(whole.map(lambda tensor, picked=picked: tensor[picked]), generator)
                 found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
             if not torch.isfinite(loss):
-                raise NonFiniteError(
-                    f"SGD around w* diverged: its loss is {float(loss.detach())}. Lower lr={self.noise.lr}, or the "
-                    "momentum."
-                )
+                raise NonFiniteError(f"SGD around w* diverged. Lower lr={self.noise.lr}, or the momentum.")
             with torch.no_grad():
                 for (name, leaf), gradient in zip(leaves.items(), found):
                     slope = gradient + 2 * path.proximity * (leaf - self.weights[name])
@@ -306,9 +295,7 @@ class LabelNoise:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma < math.inf or not 0 <= self.proximity < math.inf:
-            raise ArgumentError(
-                f"sigma must be positive and proximity at least 0, got {self.sigma} and {self.proximity}."
-            )
+            raise ArgumentError(f"sigma must be positive, proximity at least 0; got {self.sigma}, {self.proximity}.")
 
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Relabelled:
         """The covariance of these weights."""
@@ -325,14 +312,12 @@ class Relabelled:
         weights: The weights that are perturbed.
         images: The training images, on the model's device.
         noise: The noise, and what is done with it.
-        warned: Texts of the warnings given: every draw would repeat them.
     """
 
     model: nn.Module
     weights: Mapping[str, Tensor]
     images: Tensor
     noise: LabelNoise
-    warned: set[str] = field(default_factory=set)
 
     def quadratic(self, gradients: Gradients) -> Tensor:
         r"""``[B]`` sigma^2 \|(J J^T + N proximity I)^+ J g\|^2."""
@@ -360,8 +345,8 @@ class Relabelled:
             outputs = outputs_of(self.model, self.images[:1]).shape[1]
             if samples * outputs * size > MOST_ENTRIES:
                 raise ArgumentError(
-                    f"The closed form of label noise needs a Jacobian of {samples * outputs:,} x {size:,} entries. Use "
-                    "fewer images (`samples=`), a smaller net, or empirical() with retrain=Retraining()."
+                    f"The closed form needs a Jacobian of {samples * outputs:,} x {size:,} entries. Use fewer images "
+                    "(`samples=`), a smaller net, or empirical() with retrain=Retraining()."
                 )
             rows = []
             for m in torch.eye(outputs, device=self.images.device):
@@ -399,20 +384,12 @@ class Relabelled:
         if not any(bool(d.any()) for d in change.values()):
             raise ArgumentError("The training function does not move the weights: no perturbation, nothing to measure.")
         moved = [name for name, value in copy.named_buffers() if not torch.equal(value, buffers[name])]
-        if moved:
-            self._warn(
-                f"The training function moved buffers: {moved[0]} (and {len(moved) - 1} more). A batch norm that is in "
-                "train mode, even for a while, moves its statistics with the weights, which is no perturbation of the "
-                "weights, and is not seen here. Train in eval mode."
-            )
-        if not after < before:
-            self._warn(
-                "The loss of retraining on noisy labels does not fall. The learning rate is too large, or a batch norm "
-                "was trained in train mode. The TPV is not that of label noise."
+        if moved or not after < before:
+            what = f"moved the buffer {moved[0]}" if moved else "did not lower the loss"
+            warnings.warn(
+                f"The training function {what}: a batch norm was in train mode, or the learning rate is too large. The "
+                "TPV is not that of label noise.",
+                TPVWarning,
+                stacklevel=4,
             )
         return change
-
-    def _warn(self, text: str) -> None:
-        if text not in self.warned:
-            self.warned.add(text)
-            warnings.warn(text, TPVWarning, stacklevel=4)

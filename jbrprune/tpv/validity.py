@@ -22,8 +22,6 @@ from jbrprune.tpv.covariances import Change, check_change
 
 Output = Callable[[object], Tensor]
 """What a model returns -> ``[B, K]``."""
-ROUNDING = 0.1
-"""Share of a change that may be lost in the rounding of the weights without a warning."""
 
 
 class TPVWarning(UserWarning):
@@ -39,23 +37,14 @@ def outputs_of(
         ModelError: The outputs are not one row of floating-point numbers for every image.
     """
     returned = functional_call(model, dict(weights or {}), (images.clone(),))  # a model may change its input in place
-    try:
-        outputs = output(returned)
-    except ModelError as error:
-        hint = "output=lambda out: out[0], or for a regression to one number output=lambda y: y[:, None]"
-        raise ModelError(f"{error} Or say with `output=` which of it counts: {hint}.") from error
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or not outputs.is_floating_point():
-        what = f"{list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ModelError(
-            f"The outputs must be floating point [B, K], got {what}. Say with `output=` which tensor of what the model "
-            "returns counts; for a regression to one number, output=lambda y: y[:, None]."
-        )
-    if len(outputs) != len(images):
-        raise ModelError(f"{len(images)} images went in, {len(outputs)} rows of outputs came out.")
+    outputs = output(returned)
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(images):
+        got = f"{list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ModelError(f"`output=` must give [B, K], one row for each of {len(images)} images; it gave {got}.")
     return outputs
 
 
-def changed_outputs(model: nn.Module, images: Tensor, change: Change, output: Output) -> Tensor:
+def change_outputs(model: nn.Module, images: Tensor, change: Change, output: Output) -> Tensor:
     """``[B, K]`` f(w + dw), in the model's dtype. The model keeps its weights."""
     weights = dict(model.named_parameters())
     moved = {name: weights[name].detach() + d.to(weights[name]) for name, d in change.items()}
@@ -74,10 +63,8 @@ def linear_outputs(model: nn.Module, images: Tensor, change: Change, output: Out
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
             found = jvp(lambda moved: outputs_of(model, images, output, moved), (weights,), (tangents,))
     except NotImplementedError as error:
-        raise ModelError(
-            f"The model has no forward-mode derivative: {str(error).splitlines()[0]} Use method='projection' (or "
-            "'exact'), and validity=False."
-        ) from error
+        why = str(error).splitlines()[0]
+        raise ModelError(f"No forward-mode derivative: {why} Use method='projection' and validity=False.") from error
     return found[0], found[1]
 
 
@@ -115,6 +102,23 @@ class Validity:
         """Pure JSON types; an infinite error is None."""
         facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         return facts | {"errors": [error if math.isfinite(error) else None for error in self.errors]}
+
+    def warn(self) -> None:
+        """Warn where first order does not hold at the size of the perturbation itself, t = 1."""
+        if self.valid or 1.0 not in self.scales:
+            return
+        cure = f"It is valid up to {self.largest_valid:g} times this size. Make the perturbation smaller, or measure."
+        if len(self.errors) > 1 and (self.errors[-1] < self.errors[0] or not math.isfinite(self.errors[0])):
+            cure = (
+                "The error does not grow with the size, as that of rounding: the perturbation may be too small for the "
+                "dtype of the weights. Make it larger, or use a model in float64."
+            )
+        warnings.warn(
+            f"First order is not valid at this size of the perturbation: the real change of the outputs differs from "
+            f"the predicted one by {self.at(1.0):.0%} (tolerance {self.tolerance:.0%}). {cure}",
+            TPVWarning,
+            stacklevel=4,
+        )
 
 
 def taylor_error(
@@ -169,7 +173,7 @@ def taylor_error(
             outputs, product = linear_outputs(model, images, direction, output)
             for i, scale in enumerate(ordered):
                 scaled = {name: scale * d for name, d in direction.items()}
-                difference = changed_outputs(model, images, scaled, output).double() - outputs.double()
+                difference = change_outputs(model, images, scaled, output).double() - outputs.double()
                 wrong[i] += float((difference - scale * product.double()).square().sum())
                 real[i] += float(difference.square().sum())
         seen += len(images)
@@ -187,44 +191,3 @@ def taylor_error(
             break
         largest = scale
     return Validity(ordered, errors, largest, tolerance, seen)
-
-
-def warn_if_invalid(validity: Validity | None) -> None:
-    """Warn where first order does not hold at the size of the perturbation itself."""
-    if validity is None or validity.valid or 1.0 not in validity.scales:
-        return
-    errors = validity.errors
-    cure = (
-        f"It is valid up to {validity.largest_valid:g} times this size. Make the perturbation smaller, or measure "
-        "with jbrprune.tpv.empirical."
-    )
-    if len(errors) > 1 and (errors[-1] < errors[0] or not math.isfinite(errors[0])):
-        cure = (
-            "The error does not grow with the size, as that of rounding: the real change may be too small to be "
-            "seen in this dtype. Make the perturbation larger, or use a model in float64."
-        )
-    warnings.warn(
-        f"First order is not valid at this size of the perturbation: the real change of the outputs differs from "
-        f"the predicted one by {validity.at(1.0):.0%} (tolerance {validity.tolerance:.0%}). {cure}",
-        TPVWarning,
-        stacklevel=3,
-    )
-
-
-def warn_if_rounded(model: nn.Module, change: Change) -> None:
-    r"""Warn where the dtype of the weights makes another change of dw: \|((w + dw) - w) - dw\| / \|dw\| > `ROUNDING`."""
-    weights = dict(model.named_parameters())
-    lost = meant = 0.0
-    for name, d in change.items():
-        weight = weights[name].detach()
-        wide = d.double().to(weight.device)
-        lost += float(((weight + d.to(weight)).double() - weight.double() - wide).square().sum())
-        meant += float(wide.square().sum())
-    if lost > ROUNDING**2 * meant:
-        warnings.warn(
-            f"The perturbation is too small for the dtype of the weights: added to them, it is rounded to something "
-            f"that is off by {math.sqrt(lost / meant):.0%}, and the rounding is what is measured. Use the model in "
-            "float32 or float64, a larger perturbation, or trace_form.",
-            TPVWarning,
-            stacklevel=3,
-        )

@@ -12,28 +12,22 @@ import torch
 from single import OWN, made
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tpv_nets import attention, bound, estimated, flat, jacobian, linear, measured, mlp, pixels, trace
+from tpv_nets import attention, bound, crossed, estimated, flat, jacobian, linear, measured, mlp, pixels, trace
 
-from jbrprune.criteria import norms
 from jbrprune.data.batches import Batch
-from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.models.preserve import logits_of
+from jbrprune.errors import ArgumentError
 from jbrprune.tpv import (
     Diagonal,
-    Gradients,
     Isotropic,
     Quantization,
     TPVWarning,
     empirical,
     estimators,
+    square_norms,
     taylor_error,
     trace_form,
 )
-from jbrprune.tpv.estimate import Sums
-from jbrprune.tpv.problem import bound_to
-from jbrprune.tpv.responses import rounding_error
-from jbrprune.tpv.signs import Signs
-from jbrprune.tpv.validity import warn_if_invalid
+from jbrprune.tpv.estimators import random_signs
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
@@ -110,7 +104,7 @@ def test_projection_is_the_dense_one_with_the_same_signs(name: str) -> None:
     net, images = nets()[name]
     dense = flat(jacobian(net, images), 2)
     found = estimated(net, images, Isotropic(1.0), method="projection", seed=5, signs=2, batch_size=2)
-    drawn = Signs(dense.shape[1], 2, 0, 5).take(len(images)).double()
+    drawn = random_signs(5, 0, len(images), 2, dense.shape[1]).double()
     expected = torch.einsum("nsk,nkp->nsp", drawn, dense).square().sum(2).mean(1)
     assert found.value == pytest.approx(float(expected.mean()), rel=1e-9)
     assert found.standard_error == pytest.approx(float(expected.std() / len(images) ** 0.5), rel=1e-9)
@@ -133,20 +127,11 @@ def test_curvlinops() -> None:
     assert found.value == pytest.approx(float(matrix.trace()) / 2 / 6, rel=1e-8)
 
 
-ROUTES = {
-    "as it is": {},
-    "gram": {"GRAM_OVERHEAD": 0.0},
-    "products": {"GRAM_OVERHEAD": 1e9, "UNFOLDED_POSITIONS": 10**6},
-    "kernels": {"GRAM_OVERHEAD": 1e9, "UNFOLDED_POSITIONS": 0},
-    "small blocks": {"GRAM_OVERHEAD": 1e9, "CACHE_BYTES": 200, "COPY_BYTES": 1},
-}
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-@pytest.mark.parametrize("route", ROUTES)
-def test_every_layer_by_every_route(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in ROUTES[route].items():
-        monkeypatch.setattr(norms, name, value)
+@pytest.mark.parametrize("loop", [False, True])
+def test_every_layer(loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if loop:
+        monkeypatch.setattr(estimators, "CHUNK_BYTES", 1)
     for case in OWN:
         net = made(OWN, case)
         check_against_autograd(net, cases.images(2), case)
@@ -183,7 +168,7 @@ def test_empirical_tends_to_the_trace_form(name: str) -> None:
     net, images = nets()[name]
     dense = trace(jacobian(net, images))
     small, large = (measured(net, images, Isotropic(sigma), draws=300, seed=2) for sigma in (1e-4, 1.0))
-    draws_only = small.sums.standard_error if len(images) < 2 else _error_over_draws(small)
+    draws_only = small.standard_error if len(images) < 2 else _error_over_draws(small)
     assert abs(small.value / 1e-8 - dense) < 3 * draws_only / 1e-8
     assert draws_only / small.value < 0.1
     assert abs(large.value - dense) > 0.1 * dense
@@ -191,7 +176,7 @@ def test_empirical_tends_to_the_trace_form(name: str) -> None:
 
 def _error_over_draws(found: Any) -> float:
     """The images are all there are here: only the draws are uncertain."""
-    means = torch.tensor(found.sums.by_draw) / found.samples
+    means = found.values.mean(0)
     return float(means.std() / len(means) ** 0.5)
 
 
@@ -220,9 +205,9 @@ def test_standard_error_of_crossed_values_that_are_drawn() -> None:
     ]
     values = (0.5 * normal[0]).exp() * (0.3 * normal[1]).exp() * (0.7 * normal[2]).exp()
     truth = math.exp((0.5**2 + 0.3**2 + 0.7**2) / 2)
-    sums = [Sums.of(each, shared=True) for each in values]
-    errors = torch.tensor([one.mean - truth for one in sums])
-    variance = torch.tensor([one.standard_error**2 for one in sums]).mean()
+    found = [crossed(each) for each in values]
+    errors = torch.tensor([one.value - truth for one in found])
+    variance = torch.tensor([one.standard_error**2 for one in found]).mean()
     assert float(errors.square().mean() / variance) == pytest.approx(1, abs=0.06)
 
 
@@ -256,32 +241,14 @@ def test_shards_of_the_empirical_form() -> None:
         whole + estimated(net, images, Isotropic(0.3), method="exact")
 
 
-def test_signs_are_balanced_over_blocks_and_uniform() -> None:
-    signs = Signs(5, 1, 0, 0)
-    assert signs.block == 8
-    blocks = signs.take(8 * 500).view(500, 8, 5).double()
-    assert torch.equal(blocks.mT @ blocks, 8 * torch.eye(5).double().expand(500, 5, 5))
-    every = blocks[:, 3]  # one place of the block: the signs of five outputs are independent
-    assert (every.T @ every / 500 - torch.eye(5)).abs().max() < 0.2
-    assert (every.mean(0)).abs().max() < 0.2
-    later = Signs(5, 1, 11, 0)
-    assert torch.equal(later.take(30), Signs(5, 1, 0, 0).take(41)[11:])
-    assert (Signs(100, 1, 0, 0).block, Signs(8, 2, 0, 0).block, Signs(1, 1, 0, 0).block) == (1, 4, 1)
-
-
-def test_balanced_signs_have_less_variance_and_the_standard_error_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs that move together: off the diagonal J J^T is the same for all samples."""
-    torch.manual_seed(0)
-    net, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8)).double(), pixels(1000)
-    net[3].weight.data += 2
-    balanced = estimated(net, images, Isotropic(1.0), method="projection", batch_size=250)
-    monkeypatch.setattr("jbrprune.tpv.signs.MOST_BALANCED", 1)
-    independent = [
-        estimated(net, images, Isotropic(1.0), method="projection", batch_size=250, seed=seed) for seed in range(2)
-    ]
-    assert balanced.standard_error < 0.7 * independent[0].standard_error
-    truth = estimated(net, images, Isotropic(1.0), method="exact", batch_size=250).value
-    assert abs(balanced.value - truth) < 3 * balanced.standard_error
+def test_signs_are_independent_and_depend_on_the_number_of_the_sample() -> None:
+    signs = random_signs(7, 0, 4000, 2, 5).flatten(1).double()
+    assert (signs.abs() == 1).all()
+    assert ((signs.T @ signs / 4000 - torch.eye(10)).abs() < 4 / 4000**0.5).all()
+    assert ((signs[1:] * signs[:-1]).mean(0).abs() < 4 / 4000**0.5).all()
+    assert (signs.mean(0).abs() < 4 / 4000**0.5).all()
+    assert torch.equal(random_signs(7, 11, 30, 2, 5), random_signs(7, 0, 41, 2, 5)[11:])
+    assert not torch.equal(random_signs(8, 0, 30, 2, 5), random_signs(7, 0, 30, 2, 5))
 
 
 def test_stops_at_the_relative_error_and_says_so() -> None:
@@ -303,19 +270,18 @@ def test_stops_at_the_relative_error_and_says_so() -> None:
 def test_standard_error_of_crossed_samples_and_draws() -> None:
     """v_nr = a_n + b_r: s_a^2/N + s_b^2/R exactly, without an interaction."""
     a, b = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 10.0])
-    sums = Sums.of(a[:, None] + b, shared=True)
-    assert sums.mean == pytest.approx(8)
-    assert sums.standard_error**2 == pytest.approx(float(a.var() / 3 + b.var() / 2))
-    assert Sums.of(a[:, None], shared=False).standard_error ** 2 == pytest.approx(float(a.var() / 3))
-    assert math.isnan(Sums.of(a[:, None], shared=True).standard_error)
+    found = crossed(a[:, None] + b)
+    assert found.value == pytest.approx(8)
+    assert found.standard_error**2 == pytest.approx(float(a.var() / 3 + b.var() / 2))
+    assert crossed(a[:, None], shared=False).standard_error ** 2 == pytest.approx(float(a.var() / 3))
+    assert math.isnan(crossed(a[:, None]).standard_error)
 
 
 def test_standard_error_with_an_interaction_by_hand() -> None:
     """Means of samples 1.5, 5.5 (variance 8), of draws 2, 5 (4.5), residuals +-1 (4 / 1): 8/2 + 4.5/2 - 4/4."""
-    sums = Sums.of(torch.tensor([[1.0, 2.0], [3.0, 8.0]]), shared=True)
-    assert sums.mean == 3.5
-    assert (sums.over_samples, sums.over_draws) == pytest.approx((4, 1.25))
-    assert sums.standard_error == pytest.approx(5.25**0.5)
+    found = crossed(torch.tensor([[1.0, 2.0], [3.0, 8.0]]))
+    assert found.value == 3.5
+    assert found.standard_error == pytest.approx(5.25**0.5)
 
 
 @pytest.mark.parametrize("form", [estimated, measured])
@@ -337,27 +303,11 @@ def test_all_draws_that_there_are_may_be_few() -> None:
     assert (few.draws, few.stopped) == (6, "rtol")
 
 
-def test_outputs_that_are_not_kept_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, images = mlp(), pixels(30)
-    kept = measured(net, images, Isotropic(0.3), draws=3, batch_size=10)
-    monkeypatch.setattr(estimators, "MOST_KEPT", 10 * 5 * 8)  # of one batch
-    again = measured(net, images, Isotropic(0.3), draws=3, batch_size=10)
-    assert again.sums == kept.sums
-    unchanged = estimators._Unchanged(bound_to(net, Isotropic(0.3), (), logits_of))
-    with torch.no_grad():
-        for number in (0, 1, 0):
-            unchanged(number, images[:10])
-    assert list(unchanged.kept) == [0]
-
-
 def test_changes_that_the_dtype_rounds_away() -> None:
     """bf16 has 8 bits: a hundred-thousandth of a weight is nothing, or far too much."""
     net, images = mlp().bfloat16(), pixels(64).bfloat16()
     with pytest.warns(TPVWarning, match="too small for the dtype of the weights"):
-        measured(net, images, Isotropic(3e-4), draws=2)
-    measured(net, images, Isotropic(0.1), draws=2)
-    assert rounding_error(net, {"1.bias": torch.full((7,), 1e-6)}) == pytest.approx(1, abs=0.05)
-    assert rounding_error(mlp(), {"1.bias": torch.full((7,), 1e-6).double()}) < 1e-9
+        measured(net, images, Isotropic(3e-4), draws=2, validity=True)
 
 
 def test_a_norm_in_low_precision() -> None:
@@ -484,15 +434,47 @@ def test_attention_of_timm_by_forward_mode() -> None:
     assert found.largest_valid == 1e-6
 
 
-def test_weight_standardisation_is_refused_and_forward_mode_is_not() -> None:
+def test_weight_standardisation() -> None:
+    """A weight that is transformed before it is used."""
     from timm.layers.std_conv import StdConv2d
 
+    torch.manual_seed(0)
     net = nn.Sequential(StdConv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(384, 5)).double().eval()
-    images = cases.images(3)
-    with pytest.raises(ModelError, match=r"0\.weight.*transformed.*method='jvp'"):
-        estimated(net, images, Isotropic(1.0))
-    assert estimated(net, images, Isotropic(1e-3), method="jvp", draws=2).value > 0
-    assert estimated(net, images, Isotropic(1.0), ignore=["0"]).value > 0
+    check_against_autograd(net, cases.images(2), "weight standardisation")
+    assert estimated(net, cases.images(3), Isotropic(1e-3), method="jvp", draws=2).value > 0
+
+
+class Branch(nn.Module):
+    """A branch that depends on values, and an in-place operation on a tensor that has no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x.flatten(1))
+        y = y.tanh() if bool((y.detach().sum() > 0).all()) else y.sin()
+        total = torch.zeros(1, 5, dtype=y.dtype)
+        total += y[:1]
+        return y
+
+
+def test_models_that_vmap_refuses_are_differentiated_sample_by_sample() -> None:
+    torch.manual_seed(0)
+    net, images = Branch().double(), pixels(2)
+    found = [estimated(net, one[None], Isotropic(1.0), method="exact") for one in images]
+    dense = [trace(jacobian(nn.Sequential(nn.Flatten(), net.layer, f), one[None])) for one, f in zip(images, wave(net))]
+    assert [one.value for one in found] == pytest.approx(dense, rel=1e-9)
+
+
+def wave(net: Branch) -> list[nn.Module]:
+    images = pixels(2)
+    return [nn.Tanh() if float(net.layer(one.flatten()).detach().sum()) > 0 else Sine() for one in images]
+
+
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
 
 
 def test_softmax_cross_entropy_is_not_what_is_measured() -> None:
@@ -514,7 +496,7 @@ def test_rounding_is_not_taken_for_curvature() -> None:
     assert found.largest_valid == 10
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_invalid(found)
+        found.warn()
 
 
 def test_a_change_too_small_to_be_seen_is_called_so() -> None:
@@ -524,7 +506,7 @@ def test_a_change_too_small_to_be_seen_is_called_so() -> None:
     assert (found.errors[-1], found.largest_valid) == (math.inf, 0)
     assert found.to_dict()["errors"] == [None] * 4
     with pytest.warns(TPVWarning, match="rounding.*larger"):
-        warn_if_invalid(found)
+        found.warn()
 
 
 def test_two_draws_that_are_alike_by_chance_do_not_stop() -> None:
@@ -534,8 +516,8 @@ def test_two_draws_that_are_alike_by_chance_do_not_stop() -> None:
         def __init__(self) -> None:
             self.left = iter([1.0, -1.001, 3.0, 0.1, 2.0, 0.5])
 
-        def quadratic(self, gradients: Gradients) -> Tensor:
-            return gradients.square_norms({"1.weight": 1.0})
+        def quadratic(self, gradients: dict[str, Tensor]) -> Tensor:
+            return square_norms(gradients, {"1.weight": 1.0})
 
         def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
             return {"1.weight": torch.full((1, 1), next(self.left), dtype=torch.float64)}

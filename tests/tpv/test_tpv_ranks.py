@@ -14,7 +14,6 @@ from tpv_nets import estimated, measured, mlp, pixels
 
 from jbrprune.errors import DataError, NonFiniteError
 from jbrprune.tpv import Estimate, Isotropic, Quantization, Removal, SGDNoise
-from jbrprune.tpv.signs import Signs
 
 IMAGES = pixels(90)
 MASK = {"1.weight": mlp().get_parameter("1.weight").detach().abs() > 0.01}
@@ -85,16 +84,6 @@ def test_all_ranks_stop_where_one_process_stops(rtol: float) -> None:
         lambda: measured(mlp(), IMAGES, NOISE, draws=60, **options),
     ):
         assert assert_as_one(work, 3).stopped == "rtol"
-
-
-def test_signs_that_are_skipped() -> None:
-    whole = Signs(5, 3, 0, 0).take(60)
-    signs = Signs(5, 3, 2, 0)
-    position = 2
-    for start, count in ((2, 1), (3, 7), (10, 0), (14, 5), (40, 20)):
-        signs.skip(start - position)
-        assert count == 0 or torch.equal(signs.take(count), whole[start : start + count])
-        position = start + count
 
 
 def test_an_error_on_one_rank_is_an_error_on_all() -> None:
