@@ -8,11 +8,9 @@ backward, makes the gradient of every parameter and adds up the squares; ``ours`
 also timed under autocast to bfloat16.
 
 Seconds per draw: processor time of this process, in turn in every round (what disturbs the machine disturbs all), the
-median of the rounds. Draws to 2 %: (relative standard deviation of a draw / 0.02)^2. A draw of ``published`` is a
-random image with random signs, so its deviation is that of ``ours`` with independent signs, measured on all images;
-``ours`` has that of its own standard error, which knows about balanced signs. Cases at 224 have random weights and
-random images: there the time per draw says something, the variance little. The comparison with autograd on two images,
-which `trace_form` makes once per call, is timed apart (``check_seconds``) and is part of ``seconds_to_2_percent``.
+median of the rounds. A draw of both is a random image with random signs, so that both need (relative standard deviation
+of a draw / 0.02)^2 draws to 2 %. Without ``--fashion-mnist`` images are random; cases at 224 have random weights as
+well: there the time per draw says something, the variance little.
 """
 
 from __future__ import annotations
@@ -27,13 +25,10 @@ import timm
 import torch
 from common import append, commit
 from fashion_mnist import fashion_mnist
-from jbrprune.tpv.recorded import check_recording, recorded
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from jbrprune.models import preserve
-from jbrprune.models.preserve import logits_of
-from jbrprune.tpv import Isotropic, signs, trace_form
+from jbrprune.tpv import Estimate, Isotropic, trace_form
 
 GOAL = 0.02
 SMALL = {"in_chans": 1, "num_classes": 10}
@@ -54,29 +49,24 @@ def main() -> None:
         net.load_state_dict({key: value.float() for key, value in load_file(args.checkpoint).items()})
     net.eval()
     images = shuffled(args)
-    deviations = {way: deviation(net, images, way, batch, args.seed) for way in ("independent", "balanced")}
-    seconds = timed(net, images, args.batch_size or batch, args)
-    check = seconds.pop("check")
-    facts = {"case": args.case, "images": len(images), "batch_size": args.batch_size or batch, "seed": args.seed}
+    size = args.batch_size or batch
+    spread = ours(net, images, size, None, args.seed).relative_error * len(images) ** 0.5
+    draws = (spread / GOAL) ** 2
+    seconds = {method: statistics.median(each) for method, each in timed(net, images, size, args).items()}
+    facts = {
+        "case": args.case,
+        "images": len(images),
+        "batch_size": size,
+        "seed": args.seed,
+        "draws_to_2_percent": draws,
+    }
     facts |= {"weights": "trained" if args.checkpoint else "random", "rounds": args.rounds, "commit": commit()}
-    facts |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    needed = {}
-    for method, rounds in seconds.items():
-        spread = deviations["balanced" if method.startswith("ours") else "independent"]
-        draws = (spread / GOAL) ** 2
-        each = statistics.median(rounds)
-        needed[method] = draws * each + (statistics.median(check) if method.startswith("ours") else 0.0)
-        line = {
-            "method": method,
-            "cpu_seconds_per_draw": each,
-            "relative_deviation": spread,
-            "draws_to_2_percent": draws,
-        }
-        line |= {"seconds_to_2_percent": needed[method], "check_seconds": statistics.median(check)}
-        line |= {"times_faster": needed["published"] / needed[method]}
-        line |= {"times_faster_per_draw": statistics.median(seconds["published"]) / each}
-        append(args.out, [facts | line])
-        print(facts | line, flush=True)
+    facts |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "relative_deviation": spread}
+    for method, each in seconds.items():
+        line = facts | {"method": method, "cpu_seconds_per_draw": each, "seconds_to_2_percent": draws * each}
+        line |= {"times_faster": seconds["published"] / each}
+        append(args.out, [line])
+        print(line, flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -94,24 +84,13 @@ def arguments() -> argparse.Namespace:
 
 
 def shuffled(args: argparse.Namespace) -> Tensor:
-    """Fashion-MNIST's training images in random order, or random images of 224 x 224."""
+    """Fashion-MNIST's training images in random order, or random images."""
     generator = torch.Generator().manual_seed(args.seed)
     if args.fashion_mnist is None:
-        return torch.randn(args.images, 3, 224, 224, generator=generator)
+        shape = (1, 32, 32) if args.case.endswith("32") else (3, 224, 224)
+        return torch.randn(args.images, *shape, generator=generator)
     images, _ = fashion_mnist(args.fashion_mnist, train=True)
     return images[torch.randperm(len(images), generator=generator)[: args.images]]
-
-
-def deviation(net: nn.Module, images: Tensor, way: str, batch: int, seed: int) -> float:
-    """Relative standard deviation of one draw: that of independent draws with the same standard error."""
-    most = signs.MOST_BALANCED
-    signs.MOST_BALANCED = most if way == "balanced" else 1
-    try:
-        options = {"rtol": 0.0, "validity": False, "method": "projection", "progress": False}
-        found = trace_form(net, images, Isotropic(1.0), batch_size=batch, seed=seed, **options)  # type: ignore[arg-type]
-    finally:
-        signs.MOST_BALANCED = most
-    return found.relative_error * len(images) ** 0.5
 
 
 def timed(net: nn.Module, images: Tensor, batch: int, args: argparse.Namespace) -> dict[str, list[float]]:
@@ -120,10 +99,9 @@ def timed(net: nn.Module, images: Tensor, batch: int, args: argparse.Namespace) 
     low = torch.bfloat16
     steps: dict[str, tuple[Callable[[], object], int]] = {
         "published": (lambda: published(net, images[: args.draws], None), args.draws),
-        "ours": (lambda: ours(net, images[:batch], None), batch),
+        "ours": (lambda: ours(net, images[:batch], batch, None, 0), batch),
         "published_bf16": (lambda: published(net, images[: args.draws], low), args.draws),
-        "ours_bf16": (lambda: ours(net, images[:batch], low), batch),
-        "check": (lambda: check(net, images[:batch]), 1),
+        "ours_bf16": (lambda: ours(net, images[:batch], batch, low, 0), batch),
     }
     for number in range(args.rounds + 1):
         for method, (step, draws) in steps.items():
@@ -147,19 +125,10 @@ def published(net: nn.Module, images: Tensor, low: torch.dtype | None) -> float:
     return total / len(images)
 
 
-def ours(net: nn.Module, images: Tensor, low: torch.dtype | None) -> float:
-    """One batch as `trace_form` runs it."""
-    names = [name for name, _ in net.named_parameters()]
-    with preserve.inference_state(net):
-        run = recorded(net, images, names, logits_of, low)
-        drawn = signs.Signs(run.outputs.shape[1], 1, 0, 0).take(len(images))[:, 0]
-        return float(run.gradients(drawn).square_norms(dict.fromkeys(names, 1.0)).mean())
-
-
-def check(net: nn.Module, images: Tensor) -> None:
-    """What `trace_form` does once per call."""
-    with preserve.inference_state(net):
-        check_recording(net, images, [name for name, _ in net.named_parameters()], logits_of)
+def ours(net: nn.Module, images: Tensor, batch: int, low: torch.dtype | None, seed: int) -> Estimate:
+    """The trace form of all images."""
+    options = {"method": "projection", "rtol": 0.0, "validity": False, "progress": False, "autocast": low}
+    return trace_form(net, images, Isotropic(1.0), batch_size=batch, seed=seed, **options)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python scripts/tpv_quantization.py resnet50 --checkpoint resnet50.safetensors --model-arg in_chans=1 \
         --model-arg num_classes=10 --fashion-mnist FOLDER --out results/tpv_quantization.jsonl
 
-One line per split (training and test images) and estimator; lines that are there are not measured again. ``--table``
-prints values with standard errors, and the ratios of training to test (`jbrprune.tpv.train_test_ratio`: both have seen
-the same draws); lines without their sums, from earlier versions, are left out and made again.
+One line per estimator, of training and test images and the ratio of both (`jbrprune.tpv.train_test_ratio`: both have
+seen the same draws); lines that are there are not measured again. ``--table`` prints values with standard errors; lines
+without a ratio, from earlier versions, are left out and made again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from jbrprune.models import timm_models
 from jbrprune.report.records import plain
 from jbrprune.tpv import Estimate, Quantization, empirical, trace_form, train_test_ratio
-from jbrprune.tpv.estimate import Moments, Sums
 
 ESTIMATORS = ("trace", "noise", "rounding")
 
@@ -54,24 +53,12 @@ def estimate(net: nn.Module, images: Tensor, cell: dict, args: argparse.Namespac
     return empirical(net, some, perturbation, draws=args.draws, rtol=args.rtol, batch_size=250, seed=args.seed)
 
 
-def read_again(line: dict) -> Estimate:
-    """The estimate that a line was made of."""
-    sums = line["sums"]
-    moments = {name: Moments(**sums[name]) for name in ("means", "blocks")}
-    facts = {name: line[name] for name in ("seconds", "unit", "method", "draws", "seed", "stopped")}
-    return Estimate.from_sums(Sums(**sums | moments | {"by_draw": tuple(sums["by_draw"])}), validity=None, **facts)
-
-
 def table(path: Path) -> str:
-    found = {(r["bits"], r["granularity"], r["estimator"], r["split"]): r for r in lines(path) if "sums" in r}
+    found = {(r["bits"], r["granularity"], r["estimator"]): r for r in lines(path) if "ratio" in r}
     rows = ["| bits, range | estimator | training images | test images | training / test |", "|---|---|---|---|---|"]
-    for bits, granularity, estimator in dict.fromkeys(key[:3] for key in found):
-        train, test = (found.get((bits, granularity, estimator, split)) for split in ("train", "test"))
-        if train is None or test is None:
-            continue
-        ratio = train_test_ratio(read_again(train), read_again(test))
-        cells = [f"{r['value']:.4g} +- {r['standard_error']:.2g}" for r in (train, test)]
-        cells.append(f"{ratio.value:.3f} +- {ratio.standard_error:.3f}")
+    for (bits, granularity, estimator), line in found.items():
+        cells = [f"{r['value']:.4g} +- {r['standard_error']:.2g}" for r in (line["train"], line["test"])]
+        cells.append(f"{line['ratio']:.3f} +- {line['ratio_error']:.3f}")
         rows.append(f"| {bits}, {granularity} | {estimator} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -86,20 +73,22 @@ def main() -> None:
     shared = {"model": args.model, "weights": weights_named(str(args.checkpoint)), "model_args": extra}
     shared |= {name: getattr(args, name) for name in ("seed", "images", "rtol")}
     done = lines(args.out)
+    splits = {}
     for split in ("train", "test"):
         images, _ = fashion_mnist(args.fashion_mnist, split == "train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
-        images = images[order[: args.images]]
-        for bits, granularity, name in (
-            (b, g, e) for b in args.bits for g in args.granularity for e in args.estimators
-        ):
-            cell = shared | {"bits": bits, "granularity": granularity, "estimator": name, "split": split}
-            cell |= {} if name == "trace" else {"empirical_images": args.empirical_images, "most_draws": args.draws}
-            if any(all(line.get(key) == value for key, value in cell.items()) for line in done):
-                continue
-            found = estimate(net, images, cell, args)
-            append(args.out, [plain(cell | found.to_dict() | {"sums": found.sums, "commit": commit()})])
-            print(cell, found, flush=True)
+        splits[split] = images[order[: args.images]]
+    for bits, granularity, name in ((b, g, e) for b in args.bits for g in args.granularity for e in args.estimators):
+        cell = shared | {"bits": bits, "granularity": granularity, "estimator": name}
+        cell |= {} if name == "trace" else {"empirical_images": args.empirical_images, "most_draws": args.draws}
+        if any("ratio" in line and all(line.get(key) == value for key, value in cell.items()) for line in done):
+            continue
+        found = {split: estimate(net, images, cell, args) for split, images in splits.items()}
+        ratio = train_test_ratio(**found)
+        line = cell | {split: one.to_dict() for split, one in found.items()}
+        line |= {"ratio": ratio.value, "ratio_error": ratio.standard_error, "commit": commit()}
+        append(args.out, [plain(line)])
+        print(cell, ratio, *found.values(), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

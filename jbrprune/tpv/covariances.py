@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from jbrprune.errors import ArgumentError, check_known, unknown
 from jbrprune.structure.groups import Group, removed_channels
-from jbrprune.structure.verification import masked_units
+from jbrprune.structure.slicing import masked_units
 
 Change = Mapping[str, Tensor]
 """Parameter name -> dw of the parameter's shape; parameters without a name stay as they are."""
