@@ -18,6 +18,7 @@ from torch import Tensor
 from jbrprune.errors import ArgumentError
 
 Side = Literal["in", "out", "param", "heads"]
+Kind = Literal["channel", "head", "group", "width"]
 Axis = tuple[str, Side, int]
 """(qualified name, side, dimension): ``in``/``out`` of a module (dimension 0, unused), one dimension of a
 bare parameter (``param``), or the heads of an attention module (``heads``, which holds no tensor of its own).
@@ -57,7 +58,7 @@ class Group:
     """
 
     name: str
-    kind: Literal["channel", "head", "group", "width"]
+    kind: Kind
     size: int
     members: tuple[Member, ...]
 

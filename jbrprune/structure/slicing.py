@@ -30,9 +30,8 @@ def remove_channels(model: nn.Module, gone: Mapping[Axis, Tensor]) -> None:
             takes whole groups together with their inputs; an ``in`` axis named as well must agree.
 
     Raises:
-        ModelError: A name does not exist, a module has no such side, indices are out of range, repeated or
-            all there are, part of a group would go, or two places that share a tensor disagree. The model
-            is unchanged.
+        ModelError: A name does not exist, a module has no such side, indices are out of range or all there are,
+            part of a group would go, or two places that share a tensor disagree. The model is unchanged.
 
     Example:
         >>> import torch
@@ -194,7 +193,7 @@ def plan_cuts(model: nn.Module, gone: Mapping[Axis, Tensor]) -> Cuts:
                 raise ModelError(f"{name}: the model has no parameter or buffer of this name.")
             if not -tensor.dim() <= dim < tensor.dim():
                 raise ModelError(f"{name}: there is no dimension {dim}, the shape is {tuple(tensor.shape)}.")
-            indices = _check_indices(indices, tensor.shape[dim], f"{name}, dimension {dim}")
+            indices = _sort_indices(indices, tensor.shape[dim], f"{name}, dimension {dim}")
             cuts.add(tensor, dim % tensor.dim(), indices, name)
             continue
         where = f"{name} ({type(module).__name__}), side {side!r}"
@@ -208,29 +207,19 @@ def plan_cuts(model: nn.Module, gone: Mapping[Axis, Tensor]) -> Cuts:
                     "torch.nn.utils.prune). Make it permanent first: torch.nn.utils.prune.remove or "
                     "torch.nn.utils.parametrize.remove_parametrizations."
                 )
-        cuts.sides.setdefault(name, {})[side] = _check_indices(indices, width, where)
+        cuts.sides.setdefault(name, {})[side] = _sort_indices(indices, width, where)
     for name, sides in cuts.sides.items():
         tensors = layers.own_tensors(model.get_submodule(name))
         for (own, dim), indices in _cut_tensors(model.get_submodule(name), sides, name).items():
             cuts.add(tensors[own], dim, indices, f"{name}.{own}")
-    _check_fit(model, cuts)
     return cuts
 
 
-def _check_indices(indices: Tensor, size: int, where: str) -> Tensor:
+def _sort_indices(indices: Tensor, size: int, where: str) -> Tensor:
     """Indices in ascending order on the CPU."""
-    if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
-        raise ModelError(
-            f"{where}: indices must be a one-dimensional integer tensor, got {indices.dtype} of shape "
-            f"{tuple(indices.shape)}."
-        )
-    ordered = indices.detach().cpu().long().sort().values
-    if (ordered[1:] == ordered[:-1]).any():
-        twice = int(ordered[1:][ordered[1:] == ordered[:-1]][0])
-        raise ModelError(f"{where}: index {twice} is given more than once.")
+    ordered = indices.cpu().unique()
     if ordered[0] < 0 or ordered[-1] >= size:
-        wrong = int(ordered[0] if ordered[0] < 0 else ordered[-1])
-        raise ModelError(f"{where}: index {wrong} is out of range, there are {size} channels.")
+        raise ModelError(f"{where}: there are {size} channels, indices {ordered.tolist()} are out of range.")
     if len(ordered) == size:
         raise ModelError(f"{where}: all {size} channels would go. At least one must stay.")
     return ordered
@@ -247,51 +236,22 @@ def _cut_tensors(module: nn.Module, sides: Mapping[Side, Tensor], name: str) -> 
     }
     if count == 1:
         return cuts
-    where = f"{name} ({type(module).__name__}, groups={count})"
-    if "out" not in sides:
-        raise ModelError(
-            f"{where}: only side 'in' was given; a group's inputs can go only together with its outputs. "
-            "Name the 'out' channels of the same groups."
-        )
-    whole = {}
+    whole = []
     for side, indices in sides.items():
         size = layers.width_of(module, side) // count  # type: ignore[operator]
-        whole[side], numbers = torch.unique(indices // size, return_counts=True)
-        if (numbers != size).any():
-            part = int(whole[side][numbers != size][0])
+        groups, numbers = torch.unique(indices // size, return_counts=True)
+        whole.append(groups)
+        if "out" not in sides or (numbers != size).any() or not torch.equal(groups, whole[0]):
             raise ModelError(
-                f"{where}, side {side!r}: group {part} would lose some of its {size} channels. Remove whole groups: "
-                f"channels {part * size} to {part * size + size - 1} together."
+                f"{name} ({type(module).__name__}, groups={count}), side {side!r}: a group goes as a whole, {size} "
+                f"channels on this side together with its outputs; got channels {indices.tolist()} of groups "
+                f"{groups.tolist()}."
             )
-    if not torch.equal(whole["out"], whole.get("in", whole["out"])):
-        raise ModelError(
-            f"{where}: side 'out' removes groups {whole['out'].tolist()} but side 'in' removes "
-            f"{whole['in'].tolist()}. Both must name the same groups."
-        )
     if "weight" in own:  # its rows are those of the groups, of either side
         cuts = {key: indices for key, indices in cuts.items() if key[0] != "weight"}
         rows = len(own["weight"]) // count
-        cuts["weight", 0] = (whole["out"][:, None] * rows + torch.arange(rows)).flatten()
+        cuts["weight", 0] = (whole[0][:, None] * rows + torch.arange(rows)).flatten()
     return cuts
-
-
-def _check_fit(model: nn.Module, cuts: Cuts) -> None:
-    """Tensors of one module still fit together, also where only some of them are shared."""
-    for name, module in model.named_modules():
-        own = layers.own_tensors(module)
-        if layers.group_count(module) > 1 or not any(id(tensor) in cuts.gone for tensor in own.values()):
-            continue
-        for side in ("out", "in"):
-            sizes = {}
-            for tensor, dim in layers.channel_tensors(module, side).items():
-                if tensor in own:
-                    gone = cuts.gone.get(id(own[tensor]), {}).get(dim % own[tensor].dim(), ())
-                    sizes[tensor] = own[tensor].shape[dim] - len(gone)
-            if len(set(sizes.values())) > 1:
-                raise ModelError(
-                    f"{name} ({type(module).__name__}), side {side!r}: its tensors would no longer fit "
-                    f"together: {sizes}. It shares a tensor that shrinks; name its channels as well."
-                )
 
 
 def shrink_tensor(tensor: Tensor, gone: Mapping[int, Tensor]) -> Tensor:

@@ -1,10 +1,10 @@
-"""Removing units by explicit indices: physically, or as a mask that computes the same."""
+"""The trial: units go from a copy, and what is left must compute what the masked model does, sample by sample."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from jbrprune.errors import ModelError, UnsupportedModelError
 from jbrprune.models import preserve
 from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.structure.discovery import Found
-from jbrprune.structure.groups import Group, Selection
+from jbrprune.structure.groups import Group
 from jbrprune.structure.slicing import masked_units, remove_units
 
 TOLERANCE = 1e-8
@@ -41,39 +41,34 @@ def verify_groups(model: nn.Module, images: Tensor, found: Found, *, seed: int =
         UnsupportedModelError: There was nothing to try, nothing passed, or what passed one by one fails together.
     """
     generator = torch.Generator().manual_seed(seed)
-    trial = _perturbed(model, generator)
+    trial = _perturb_copy(model, generator)
     images = images.to(preserve.device_of(trial), torch.float64)
     images = images + torch.randn(images.shape, generator=generator, dtype=torch.float64).to(images.device)
 
     def failure(groups: Sequence[Group]) -> str | None:
-        return _failure(trial, images, groups, generator)
+        return _find_failure(trial, images, groups, generator)
 
-    failed = _culprits(found.groups, failure)
-    kept = dict(found.skipped)
-    for name, why in failed.items():
-        kept[name] = f"removal does not equal the mask here: {why}"
+    failed = _find_culprits(found.groups, failure)
+    skipped = found.skipped | {name: f"removal does not equal the mask here: {why}" for name, why in failed.items()}
     passed = tuple(group for group in found.groups if group.name not in failed)
-    why = failure(passed) if passed and failed else None
-    if passed and not why:
+    together = failure(passed) if passed and failed else None
+    if passed and not together:
         unknown = unscorable(trial, images, passed)
-        kept |= unknown
+        skipped |= unknown
         passed = tuple(group for group in passed if group.name not in unknown)
-    if why or not passed:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: nothing can be removed safely: "
-            + (f"what can go one by one fails together: {why}" if why else "no group of channels passed the trial")
-            + f". {_reasons(kept)}"
-        )
-    return Found(passed, kept)
+    if together or not passed:
+        what = "no group of channels passed the trial"
+        if together:
+            what = f"what can go one by one fails together: {together}"
+        why = "It has no channels that one layer makes and another reads"
+        if skipped:
+            reasons = [f"{name}: {reason}" for name, reason in skipped.items()]
+            why = f"Why layers are kept: {'; '.join(reasons[:5])}"
+        raise UnsupportedModelError(f"{type(model).__name__}: nothing can be removed safely: {what}. {why}.")
+    return Found(passed, skipped)
 
 
-def _reasons(kept: Mapping[str, str]) -> str:
-    if not kept:
-        return "It has no channels that one layer makes and another reads."
-    return f"Why layers are kept: {'; '.join(f'{name}: {reason}' for name, reason in list(kept.items())[:5])}."
-
-
-def _culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]], str | None]) -> dict[str, str]:
+def _find_culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]], str | None]) -> dict[str, str]:
     """The groups that fail, and why, by halving the set as long as it fails."""
     why = failure(groups) if groups else None
     if why is None:
@@ -81,10 +76,11 @@ def _culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]], str 
     if len(groups) == 1:
         return {groups[0].name: why}
     middle = len(groups) // 2
-    return _culprits(groups[:middle], failure) | _culprits(groups[middle:], failure)
+    return _find_culprits(groups[:middle], failure) | _find_culprits(groups[middle:], failure)
 
 
-def _perturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:
+def _perturb_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in float64 and eval mode without weights, scales and statistics that would hide a wrong coupling."""
     trial = copy_model(model)
     if preserve.device_of(trial).type == "mps":  # no float64 there
         trial = trial.cpu()
@@ -106,12 +102,23 @@ def _perturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:
     return trial
 
 
-def _failure(trial: nn.Module, images: Tensor, groups: Sequence[Group], generator: torch.Generator) -> str | None:
-    """What goes wrong when units of these groups go, or None."""
-    for count in (_some_units, _one_or_all_but_one):
-        selection = {g.name: _drawn(g, count(g, i, generator), generator) for i, g in enumerate(groups) if g.size > 1}
+@torch.no_grad()
+def _find_failure(trial: nn.Module, images: Tensor, groups: Sequence[Group], generator: torch.Generator) -> str | None:
+    """What goes wrong when units of these groups go, or None: some of each, then by turns all but one and one."""
+    for some in (True, False):
+        selection = {}
+        for number, group in enumerate(groups):
+            if group.size > 1:
+                drawn = int(torch.randint(1, group.size, (), generator=generator)) if some else 0
+                count = drawn or (1 if number % 2 else group.size - 1)
+                selection[group.name] = torch.randperm(group.size, generator=generator)[:count].sort().values
         try:
-            difference = _difference(trial, images, groups, selection)
+            smaller = copy_model(trial, share=True)  # removal replaces tensors, it does not change them
+            remove_units(smaller, groups, selection)
+            got = logits_of(smaller(images))
+            with masked_units(trial, groups, selection):
+                expected = logits_of(trial(images))
+            difference = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
         except Exception as error:  # whatever a foreign forward raises is the answer
             return f"{type(error).__name__}: {error}"
         if not difference <= TOLERANCE:
@@ -119,30 +126,7 @@ def _failure(trial: nn.Module, images: Tensor, groups: Sequence[Group], generato
     return None
 
 
-def _some_units(group: Group, number: int, generator: torch.Generator) -> int:
-    return int(torch.randint(1, group.size, (), generator=generator))
-
-
-def _one_or_all_but_one(group: Group, number: int, generator: torch.Generator) -> int:
-    return 1 if number % 2 else group.size - 1
-
-
-def _drawn(group: Group, count: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(group.size, generator=generator)[:count].sort().values
-
-
-@torch.no_grad()
-def _difference(model: nn.Module, images: Tensor, groups: Sequence[Group], selection: Selection) -> float:
-    """Largest difference between the logits of mask and removal, relative to the largest logit."""
-    smaller = copy_model(model, share=True)  # removal replaces tensors, it does not change them
-    remove_units(smaller, groups, selection)
-    got = logits_of(smaller(images))
-    with masked_units(model, groups, selection):
-        expected = logits_of(model(images))
-    return float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
-
-
-# --- samples apart -----
+# --- samples apart --------------------------------------------------------------------------------
 
 
 def unscorable(model: nn.Module, images: Tensor, groups: Sequence[Group]) -> dict[str, str]:
@@ -160,7 +144,7 @@ def unscorable(model: nn.Module, images: Tensor, groups: Sequence[Group]) -> dic
     """
     readers = {group.name: [member.axis[0] for member in group.side("in")] for group in groups}
     with preserve.inference_state(model):
-        _, reasons = mixing(model, images[:1], sorted({name for names in readers.values() for name in names}))
+        _, reasons = find_mixed_rows(model, images[:1], sorted({name for names in readers.values() for name in names}))
     if "the logits" in reasons:
         return {}
     return {group: reasons[name] for group, names in readers.items() for name in names if name in reasons}
@@ -182,13 +166,13 @@ def check_samples_apart(model: nn.Module, images: Tensor, names: Sequence[str]) 
     Raises:
         ModelError: Names the first such layer, or the logits.
     """
-    called, mixed = mixing(model, images, names)
+    called, mixed = find_mixed_rows(model, images, names)
     for why in mixed.values():
         raise ModelError(why)
     return called
 
 
-def mixing(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[set[str], dict[str, str]]:
+def find_mixed_rows(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[set[str], dict[str, str]]:
     """Change one of three samples: only its rows may change, in the middle third of every activation.
 
     Returns:

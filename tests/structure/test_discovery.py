@@ -225,13 +225,13 @@ def test_a_walk_through_many_partial_shortcuts_ends() -> None:
     ("name", "layer"), [("products of features", "b"), ("shortcuts over some channels", "layers.8")]
 )
 def test_a_walk_that_finds_ever_new_channels_ends(name: str, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, mapped = [0], tracing._mapped
+    steps, mapped = [0], tracing._map_channels
 
     def counted(*arguments: Any) -> Any:
         steps[0] += 1
         return mapped(*arguments)
 
-    monkeypatch.setattr(tracing, "_mapped", counted)
+    monkeypatch.setattr(tracing, "_map_channels", counted)
     result = found(nets.CASES[name].make(), 12)
     assert result.skipped[layer].startswith("the dependency graph does not follow its channels")
     assert steps[0] < 2_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,14 +30,14 @@ def as_listed(rule: Any, channel: list[int], source: list[int]) -> list[tuple[in
 def test_rules_on_arrays_say_what_the_rules_on_lists_say(kind: type, reverse: bool) -> None:
     rule = kind(offset=[3, 7], reverse=reverse)
     channel, source = [1, 3, 4, 6, 7, 9], [5, 0, 2, 2, 8, 1]
-    got = tracing._RULES[kind](rule, np.array(channel), np.array(source))
+    got = tracing._map_channels(SimpleNamespace(index_mapping=[rule]), np.array(channel), np.array(source))
     assert list(zip(*(side.tolist() for side in got), strict=True)) == as_listed(rule, channel, source)
 
 
 @pytest.mark.parametrize("kind", [index_mapping._SplitIndexMapping, index_mapping._ConcatIndexMapping])
 def test_a_part_without_an_end_is_lost(kind: type) -> None:
     with pytest.raises(tracing._Lost):
-        tracing._RULES[kind](kind(offset=[3]), np.arange(4), np.arange(4))
+        tracing._map_channels(SimpleNamespace(index_mapping=[kind(offset=[3])]), np.arange(4), np.arange(4))
 
 
 class Tangled(nn.Module):

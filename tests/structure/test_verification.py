@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import UnsupportedModelError
-from jbrprune.structure import verification as removal
+from jbrprune.structure import verification
 from jbrprune.structure.discovery import Found, find_groups
 from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.slicing import masked_units, remove_units
@@ -234,6 +234,25 @@ def test_widths_tied_unknown_to_the_graph_do_not_fit_by_chance() -> None:
         assert {group.name for group in verify_groups(model, nets.example(), found, seed=seed).groups} == {"b"}
 
 
+def _equally_wide(net: nets.Net, x: Tensor) -> Tensor:
+    p, q = net.a(x).relu(), net.b(x).relu()  # type: ignore[operator]
+    if p.shape != q.shape:
+        raise ValueError("branches of other widths")
+    return nets.pooled(net, net.c(p) + net.d(q))  # type: ignore[operator]
+
+
+def test_equal_shares_do_not_hide_that_two_branches_must_be_equally_wide() -> None:
+    """Where every second draw takes equally many of both, only all but one here and one there tells."""
+    parts = {"a": nets.conv(3, 3), "b": nets.conv(3, 3), "c": nets.conv(3, 5), "d": nets.conv(3, 5)}
+    model = nets.Net(_equally_wide, **parts, fc=nets.linear(5)).eval()
+    found = find_groups(model, nets.example())
+    assert {group.name: group.size for group in found.groups} == {"a": 3, "b": 3, "c": 5}
+    for seed in range(8):
+        result = verify_groups(model, nets.example(), found, seed=seed)
+        assert [group.name for group in result.groups] == ["c"]
+        assert "ValueError: branches of other widths" in result.skipped["a"]
+
+
 def test_an_error_of_the_smaller_model_is_the_reason() -> None:
     model = nets.mapped(lambda x: x * torch.ones(16, 1, 1).to(x)).make().eval()
     result = verify_groups(model, nets.example(), find_groups(model, nets.example()))
@@ -255,8 +274,8 @@ def test_nothing_to_remove_is_an_error_that_says_why(name: str) -> None:
 
 
 def test_what_fails_only_together_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(removal, "_culprits", lambda groups, failure: {groups[0].name: "for a test"})
-    monkeypatch.setattr(removal, "_failure", lambda *_: "together")
+    monkeypatch.setattr(verification, "_find_culprits", lambda groups, failure: {groups[0].name: "for a test"})
+    monkeypatch.setattr(verification, "_find_failure", lambda *_: "together")
     model = nets.TwoBlocks().eval()
     with pytest.raises(UnsupportedModelError, match="one by one fails together: together"):
         verify_groups(model, nets.example(), find_groups(model, nets.example()))
@@ -271,9 +290,9 @@ def test_culprits_by_halving() -> None:
         bad = [g.name for g in subset if g.name in ("g3", "g10")]
         return "bad" if bad else None
 
-    assert removal._culprits(groups, failure) == {"g3": "bad", "g10": "bad"}
+    assert verification._find_culprits(groups, failure) == {"g3": "bad", "g10": "bad"}
     assert len(calls) < 17
-    assert removal._culprits([], failure) == {}
+    assert verification._find_culprits([], failure) == {}
 
 
 @pytest.mark.parametrize("fails", [False, True])
