@@ -12,7 +12,6 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from jbrprune.criteria.objectives import Target, label
-from jbrprune.criteria.passes import own
 from jbrprune.criteria.scores import Scores, Settings
 from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, NonFiniteError
@@ -177,7 +176,7 @@ def check_labels(name: str, batches: Sequence[Batch]) -> None:
 
 def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     """``[B]`` cross-entropy with the label, with its graph."""
-    batch = batch.to(preserve.device_of(model)).map(own)
+    batch = batch.to(preserve.device_of(model))
     logits = logits_of(model(batch.images.clone()))
     return label(logits, Target(logits.detach(), batch.labels, torch.Generator()))
 
@@ -221,7 +220,7 @@ def read_inputs(
     device = preserve.device_of(model)
     with preserve.inference_state(model), preserve.hooked(model, forward_pre=hooks):
         for batch in shown(batches, "activations", progress):
-            model(batch.to(device).map(own).images.clone())
+            model(batch.to(device).images.clone())
 
 
 def squared_inputs(

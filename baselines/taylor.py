@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from baselines.common import Values, check_labels, made, shown
-from jbrprune.criteria.objectives import label
-from jbrprune.criteria.relevance import per_sample_relevances
+from jbrprune.criteria.relevance import Relevance, relevances
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch
+from jbrprune.data.distributed import numbered
 from jbrprune.structure.groups import Group
 
 
@@ -75,7 +75,7 @@ def _summed(
     check_labels(name, batches)
     sums = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
     data = shown(batches, name, progress)
-    for relevances, _ in per_sample_relevances(model, data, groups, objective=label, site="all"):
-        for group, v in relevances.items():
+    for values, _ in relevances(model, numbered(data), groups, Relevance("label", "all")):
+        for group, v in values.items():
             sums[group] += of_sample(v).cpu().double().sum(0)
     return sums, sum(map(len, batches))

@@ -40,10 +40,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jbrprune.criteria.objectives import pseudo_label
-from jbrprune.criteria.relevance import per_sample_relevances
+from jbrprune.criteria.relevance import Relevance, relevances
 from jbrprune.criteria.scores import Accumulator
 from jbrprune.data.batches import Batch
+from jbrprune.data.distributed import numbered
 from jbrprune.structure.discovery import find_groups
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -136,7 +136,7 @@ def _step(method: str, model: nn.Module, images: Tensor, first: Tensor | None = 
         yield Batch(images[:1] if first is None else first)
         yield from itertools.repeat(Batch(images))
 
-    stream = per_sample_relevances(model, batches(), groups, objective=pseudo_label, site=method)  # type: ignore[arg-type]
+    stream = relevances(model, numbered(batches()), groups, Relevance(site=method))  # type: ignore[arg-type]
     next(stream)
     return lambda: accumulator.add(next(stream)[0])
 

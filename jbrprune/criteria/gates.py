@@ -1,255 +1,205 @@
-"""What a forward and a backward leave behind: the relevance of every unit on every sample."""
+r"""One gate on every axis that is scored: relevance is the derivative with respect to it.
+
+A gate stands where a layer reads its input (side ``in``) or gives its output (side ``out``). It is the identity,
+x -> x + z a + y at z = y = 0, with one z and one y for every sample and channel; a is the activation x itself. For a
+layer that is affine in its parameters (out = W a + b), with L(x) any scalar of sample x:
+
+* over all weights that *consume* input channel c:      sum_p w_p dL/dw_p = sum over positions of a * dL/da = dL/dz
+* over all parameters that *produce* output channel c:  sum_p w_p dL/dw_p = sum over positions of out * dL/dout = dL/dz
+
+where dL/da is the gradient through this layer only: others may read the same input, each through a gate of its own.
+dL/dy = sum over positions of dL/da is what a constant in the channel's place contributes, so dL/dz - mean(a) dL/dy is
+the part of the relevance that goes when the channel's mean stays. No gradient of a weight is formed, and the
+backward stops at the first gate. W is the weight as the layer applies it: where a class standardises its weight first
+(StdConv2d), that is the standardised one.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
-from jbrprune.criteria.members import Site, scored_members
 from jbrprune.errors import ModelError
 from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import logits_of
-from jbrprune.structure.groups import Group
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Key = tuple[str, str]
+"""(qualified name of a layer, ``in`` or ``out``): where a gate stands."""
 
 CACHE_ELEMENTS = 1 << 18
 """Products of activation and gradient are formed in pieces of this size, which stay in the cache."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Watched:
-    """An activation until its gradient arrives."""
+class Gate(torch.autograd.Function):
+    """The identity; its backward gives dL/dz, and dL/dy if asked for, in the gradient of ``gate``."""
 
-    name: str
-    kept: list[Tensor]
-    version: int
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, gate: Tensor, channels_first: bool) -> Tensor:
+        """Pass ``x`` on; ``gate`` is ``[1, n, C]`` zeros (z) or ``[2, n, C]`` (z and y)."""
+        ctx.save_for_backward(a)
+        ctx.state = a.data_ptr(), a._version
+        ctx.shape, ctx.dtype, ctx.channels_first = gate.shape, gate.dtype, channels_first
+        return x.detach()  # the same memory, but no view for autograd: an in-place operation may follow
 
-    @property
-    def overwritten(self) -> bool:
-        """Whether the activation was changed in place after the layer had seen it."""
-        return self.kept[0]._version != self.version
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        """Sum over positions, in pieces of a few samples."""
+        (a,), (kinds, samples, _) = ctx.saved_tensors, ctx.shape
+        if a.data_ptr() == ctx.state[0] and a._version != ctx.state[1]:  # neither as it was, nor a copy
+            raise ModelError("The model overwrites a part of an activation in place: no relevance can be read from it.")
+        a, g = (by_sample(tensor, samples, ctx.channels_first) for tensor in (a, gradient))
+        rows = max(1, CACHE_ELEMENTS // max(1, a[0].numel()))
+        sums = []
+        for some, of_some in zip(a.split(rows), g.split(rows), strict=True):
+            z = (some.to(ctx.dtype) * of_some.to(ctx.dtype)).sum((1, 3))
+            sums.append(torch.stack([z, of_some.sum((1, 3), dtype=ctx.dtype)][:kinds]))
+        return gradient, None, torch.cat(sums, 1), None
 
 
-class Tape:
-    """Collects, during one backward, the relevance of every member into ``[B, units]`` per group."""
+def by_sample(x: Tensor, samples: int, channels_first: bool) -> Tensor:
+    """``[n, positions, C, positions]`` view of an activation that may hold several rows of each sample."""
+    if channels_first:
+        return x.reshape(samples, len(x) // samples, x.shape[1], -1)
+    return x.reshape(samples, -1, x.shape[-1], 1)
 
-    def __init__(
-        self, model: nn.Module, groups: Sequence[Group], site: Site, means: Mapping[str, Tensor] | None
-    ) -> None:
-        self.model = model
-        self.groups = tuple(groups)
-        self.means = means or {}
-        self.copied: set[str] = set()
-        self.watched: list[_Watched] = []
-        self.totals: dict[str, Tensor] = {}
-        self.samples = 0
-        self.dtype = torch.float32
-        self._members = scored_members(model, self.groups, site)
-        self.names = sorted({name for name, _ in self._members})
 
-    def start(self, images: Tensor) -> None:
-        """Zero the totals for a batch of images."""
-        self.samples = len(images)
-        self.dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-        self.watched = []
-        self.totals = {g.name: images.new_zeros(self.samples, g.size, dtype=self.dtype) for g in self.groups}
+def gated_logits(
+    model: nn.Module,
+    images: Tensor,
+    axes: Iterable[Key],
+    *,
+    constants: bool = False,
+    autocast: torch.dtype | None = None,
+) -> tuple[Tensor, dict[Key, Tensor]]:
+    """Logits with their graph, and the gates to differentiate them by.
 
-    def hooks(self) -> tuple[dict[str, preserve.Hook], dict[str, preserve.Hook]]:
-        """Forward hooks and forward-pre hooks by module name."""
-        forward: dict[str, preserve.Hook] = {}
-        before: dict[str, preserve.Hook] = {}
-        for name, side in self._members:
-            module = self.model.get_submodule(name)
-            if side == "in":
-                before[name] = self._consumer(name, module)
-                continue
-            if layers.has_running_statistics(module):
-                before[name], late = self._batch_norm(name, module)
-            elif layers.adds_input(module):
-                before[name], late = self._adding(name, module)
-            else:
-                late = self._producer(name, module)
-            part = layers.affine_part(module)
-            if part:
-                before[f"{name}.{part}".removeprefix(".")] = _on_input(late)
-            else:
-                forward[name] = _on_output(late)
-        return forward, before
+    Args:
+        model: In `preserve.inference_state`.
+        images: ``[n, C, H, W]`` on the model's device; left as they are.
+        axes: Where gates stand.
+        constants: Every gate has a y beside its z.
+        autocast: Low-precision dtype of the forward pass.
 
-    def keep_copies(self) -> bool:
-        """Find activations that the model has overwritten in place; copy them from now on. Whether there are any."""
-        overwritten = {watched.name for watched in self.watched if watched.overwritten}
-        self.watched = []
-        if again := overwritten & self.copied:
-            raise ModelError(f"{min(again)} overwrites its own input; per-sample relevances are not defined there.")
-        if overwritten:
-            log.debug("Overwritten in place, copied from now on: %s", ", ".join(sorted(overwritten)))
-        self.copied |= overwritten
-        return bool(overwritten)
+    Returns:
+        ``[n, K]`` logits, and axis -> ``[1, n, C]`` gates z, or ``[2, n, C]`` z and y, of every layer that was called.
 
-    def _consumer(self, name: str, module: nn.Module) -> preserve.Hook:
-        mean = self.means.get(name)
+    Raises:
+        ModelError: A layer runs without gradients, or the rows of its activation are no multiple of n.
+    """
+    gates: dict[Key, Tensor] = {}
+    samples, dtype = len(images), torch.float64 if images.dtype == torch.float64 else torch.float32
 
-        def finish(activation: Tensor, gradient: Tensor) -> None:
-            if mean is None:
-                v = self._products(name, module, activation, gradient)
-            else:
-                v, total = self._moments(name, module, activation, gradient)
-                v -= mean.to(v) * total
-            self._add(name, "in", v)
+    def passed(key: Key, layer: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise ModelError(
+                f"{key[0]} runs without gradients: the model's forward has a torch.no_grad() around it, or a reentrant "
+                "checkpoint. Its relevance would be zero. Switch that off while scoring, or put it into `ignore`."
+            )
+        if len(x) % samples:
+            raise ModelError(
+                f"{key[0]}: the first dimension of its activation {tuple(x.shape)} is not a multiple of the "
+                f"batch size {samples}; per-sample relevances are not defined. Put this layer into `ignore`."
+            )
+        channels_first = layers.channel_dim(layer) == 1
+        if key not in gates:  # a layer that is called twice has the same gate twice, so that its effects add up
+            shape = (1 + constants, samples, x.shape[1 if channels_first else -1])
+            gates[key] = torch.zeros(shape, dtype=dtype, device=x.device, requires_grad=True)
+        return Gate.apply(x, a.detach(), gates[key], channels_first)
 
+    def on_input(key: Key, layer: nn.Module) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            # A view, because others may read the same input: only the gradient through this layer counts.
             x = preserve.input_of(args, kwargs)
-            x = x.clone() if name in self.copied else x
-            seen = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            self._watch(name, x, seen, finish)
-            return _with_input(seen, args, kwargs)
+            return replace_input(passed(key, layer, x, x), args, kwargs)
 
         return hook
 
-    def _producer(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        def finish(activation: Tensor, gradient: Tensor) -> None:
-            self._add(name, "out", self._products(name, module, activation, gradient))
+    def on_output(key: Key, layer: nn.Module) -> preserve.Hook:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            added = layers.adds_input(layer)  # then only the rest of the output is affine in the parameters
+            a = output.detach() - preserve.input_of(args, kwargs).detach() if added else output
+            return passed(key, layer, output, a)
 
-        def late(output: Tensor) -> Tensor:
-            seen = _started(output, apart=name in self.copied)
-            self._watch(name, output, seen, finish)
-            return seen
+        return hook
 
-        return late
-
-    def _adding(self, name: str, module: nn.Module) -> tuple[preserve.Hook, Callable[[Tensor], Tensor]]:
-        inputs: list[Tensor] = []
-
-        def early(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs.append(preserve.input_of(args, kwargs).detach())
-
-        def finish(added: Tensor, gradient: Tensor) -> None:
-            self._add(name, "out", self._products(name, module, added, gradient))
-
-        def late(output: Tensor) -> Tensor:
-            # What is kept is not the output, so nobody would notice a view that is overwritten: its hook is lost.
-            output = _started(output, apart=output._is_view())
-            self._watch(name, output.detach() - inputs.pop(), output, finish)
-            return output
-
-        return early, late
-
-    def _batch_norm(self, name: str, module: nn.Module) -> tuple[preserve.Hook, Callable[[Tensor], Tensor]]:
-        # From the input, which autograd keeps anyway: the output is often overwritten in place.
-        inputs: list[Tensor] = []
-
-        def early(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            x = preserve.input_of(args, kwargs)
-            inputs.append(x.clone() if name in self.copied else x)
-            return _with_input(inputs[-1], args, kwargs)
-
-        def finish(x: Tensor, gradient: Tensor) -> None:
-            products, total = self._moments(name, module, x, gradient)
-            mean, variance, weight, bias = _batch_norm_tensors(module, self.dtype)
-            v = weight * torch.rsqrt(variance + module.eps) * (products - mean * total)  # type: ignore[operator]
-            self._add(name, "out", v if bias is None else v + bias * total)
-
-        def late(output: Tensor) -> Tensor:
-            # What is kept is not the output, so nobody would notice a view that is overwritten: its hook is lost.
-            output = _started(output, apart=output._is_view())
-            self._watch(name, inputs.pop(), output, finish)
-            return output
-
-        return early, late
-
-    def _watch(self, name: str, activation: Tensor, seen: Tensor, finish: Callable[[Tensor, Tensor], None]) -> None:
-        if not torch.is_grad_enabled():
-            raise ModelError(
-                f"{name} runs without gradients: the model's forward has a torch.no_grad() around it, or a reentrant "
-                "checkpoint. Its relevance would be zero. Switch that off while scoring, or put it into `ignore`."
-            )
-        activation = activation.detach()
-        watched = _Watched(name, [activation], activation._version)
-        self.watched.append(watched)
-        # The activation is dropped when its gradient has come, as autograd does with what it keeps.
-        seen.register_hook(lambda gradient: finish(watched.kept.pop(), gradient))
-
-    def _products(self, name: str, module: nn.Module, activation: Tensor, gradient: Tensor) -> Tensor:
-        """``[n, channels]`` sums of activation * gradient over positions."""
-        a, g = (self._by_sample(name, module, t) for t in (activation, gradient))
-        return torch.cat([_product(x, y, self.dtype).sum((1, 3)) for x, y in _pieces(a, g)])
-
-    def _moments(self, name: str, module: nn.Module, activation: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """``[n, channels]`` sums of activation * gradient, and of the gradient, over positions."""
-        a, g = (self._by_sample(name, module, t) for t in (activation, gradient))
-        pairs = [(_product(x, y, self.dtype).sum((1, 3)), y.sum((1, 3), dtype=self.dtype)) for x, y in _pieces(a, g)]
-        products, sums = zip(*pairs, strict=True)
-        return torch.cat(products), torch.cat(sums)
-
-    def _by_sample(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor:
-        """``[n, positions, channels, positions]`` view, whatever the layout."""
-        n = self.samples
-        if tensor.shape[0] % n:
-            raise ModelError(
-                f"{name}: the first dimension of its activation {tuple(tensor.shape)} is not a multiple of the "
-                f"batch size {n}; per-sample relevances are not defined. Put this layer into `ignore`."
-            )
-        if layers.channel_dim(module) == 1:
-            return tensor.reshape(n, tensor.shape[0] // n, tensor.shape[1], -1)
-        return tensor.reshape(n, -1, tensor.shape[-1], 1)
-
-    def _add(self, name: str, side: str, v: Tensor) -> None:
-        for group, member, in_order in self._members[name, side]:
-            mine = v if len(member.channel) == v.shape[1] else v[:, member.channel.to(v.device)]
-            if in_order:
-                self.totals[group] += mine
-            else:
-                self.totals[group].index_add_(1, member.unit.to(v.device), mine)
+    before: dict[str, preserve.Hook] = {}
+    after: dict[str, preserve.Hook] = {}
+    for name, side in axes:
+        layer = model.get_submodule(name)
+        part = layers.affine_part(layer)
+        if side == "out" and part is None:
+            after[name] = on_output((name, side), layer)
+        else:  # the affine output of a layer with an activation is the input of a part of it
+            place = name if side == "in" else f"{name}.{part}".removeprefix(".")
+            before[place] = on_input((name, side), layer)
+    amp = torch.autocast(images.device.type, autocast, enabled=autocast is not None)
+    with torch.enable_grad(), preserve.hooked(model, after, before), amp:
+        return logits_of(model(images.clone())), gates  # a clone, for a model that changes its input in place
 
 
-def recorded(model: nn.Module, images: Tensor, tape: Tape, autocast: torch.dtype | None) -> Tensor:
-    """Logits ``[B, K]``, with the activations on the tape as the layers saw them."""
-    while True:
-        forward, before = tape.hooks()
-        amp = torch.autocast(images.device.type, autocast, enabled=autocast is not None)
-        with torch.enable_grad(), preserve.hooked(model, forward, before), amp:
-            logits = logits_of(model(images.clone()))  # a clone, for a model that changes its input in place
-        if not tape.keep_copies():
-            return logits
-
-
-def _with_input(x: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def replace_input(x: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Arguments of a layer with another input; see `preserve.input_of`."""
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
 
-def _on_output(late: Callable[[Tensor], Tensor]) -> preserve.Hook:
-    return lambda module, args, kwargs, output: late(output)
+def effects(
+    logits: Tensor, direction: Tensor, gates: Mapping[Key, Tensor], *, again: bool = False
+) -> dict[Key, Tensor]:
+    """Derivatives of sum_k m_k(x) f_k(x) with respect to every gate, for every sample, from one backward.
+
+    Args:
+        logits: ``[n, K]`` f from `gated_logits`.
+        direction: ``[n, K]`` m.
+        gates: From `gated_logits`.
+        again: Keep the graph for another direction.
+
+    Returns:
+        Axis -> ``[1, n, C]`` dL/dz, or ``[2, n, C]`` dL/dz and dL/dy; zero where the axis takes no part in the logits.
+
+    Raises:
+        ModelError: No gate takes part in the logits.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4, bias=False))
+        >>> logits, gates = gated_logits(net, torch.randn(5, 3, 2, 2), [("1", "in")])
+        >>> one_hot = nn.functional.one_hot(logits.argmax(1), 4)
+        >>> found = effects(logits, one_hot, gates)["1", "in"][0]  # what every input adds to the predicted logit
+        >>> torch.testing.assert_close(found.sum(1), logits.amax(1))
+    """
+    if not logits.requires_grad:
+        raise ModelError("No scored layer takes part in the logits: there is nothing to differentiate.")
+    with torch.enable_grad():
+        total = (logits * direction).sum()
+    found = torch.autograd.grad(total, list(gates.values()), retain_graph=again, allow_unused=True)
+    return {
+        key: torch.zeros_like(gate) if gradient is None else gradient
+        for (key, gate), gradient in zip(gates.items(), found, strict=True)
+    }
 
 
-def _on_input(late: Callable[[Tensor], Tensor]) -> preserve.Hook:
-    return lambda module, args, kwargs: _with_input(late(preserve.input_of(args, kwargs)), args, kwargs)
+def differentiate(run: Callable[[], T], copying: bool) -> tuple[T, bool]:
+    """Run a forward and its backward passes, also where the model overwrites in place what a backward reads.
 
+    Args:
+        run: What to run; it may be run twice.
+        copying: Copy what is overwritten from the start: what this function returned for the batch before.
 
-def _started(tensor: Tensor, *, apart: bool) -> Tensor:
-    """The tensor if autograd tracks it; a clone if it is to stay apart, or would be a leaf (not to change in place)."""
-    if not tensor.requires_grad:
-        return tensor.detach().requires_grad_().clone()
-    return tensor.clone() if apart else tensor
-
-
-def _batch_norm_tensors(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Running mean and variance, weight and bias."""
-    names = ("running_mean", "running_var", "weight", "bias")
-    return tuple(None if getattr(module, n) is None else getattr(module, n).to(dtype) for n in names)  # type: ignore[return-value]
-
-
-def _pieces(a: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both tensors in pieces of a few samples, whose product stays in the cache."""
-    rows = max(1, CACHE_ELEMENTS // max(1, a[0].numel()))
-    return zip(a.split(rows), g.split(rows), strict=True)
-
-
-def _product(a: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    return a.to(dtype) * g.to(dtype)
+    Returns:
+        What ``run`` returns, and whether anything had to be copied.
+    """
+    if not copying:
+        try:
+            return run(), False
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            log.debug("What the model overwrites in place is copied from now on: %s", error)
+    with allow_mutation_on_saved_tensors():
+        return run(), True

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError
 
 
@@ -83,9 +84,61 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def confident(reference: Tensor, threshold: float) -> Tensor:
-    """``[B]`` samples whose largest dense probability exceeds the threshold (published code: 0.9)."""
-    return reference.softmax(1).amax(1) > threshold
+class Directions:
+    """m(x), the gradient of an objective with respect to the logits, for the batches of one pass over the data.
+
+    The random numbers of a sample depend on the seed and on its position in the data only: they are those that one
+    generator draws sample by sample, whoever looks at which batch, and in which order.
+
+    Args:
+        objective: The objective.
+        confidence: Samples whose largest dense probability is not above this are left out.
+        seed: Seeds the generator.
+    """
+
+    def __init__(self, objective: Objective, confidence: float = 0.0, seed: int = 0) -> None:
+        self.objective, self.confidence, self.seed = objective, confidence, seed
+        self._generator = torch.Generator().manual_seed(seed)
+        self._position = 0
+
+    def __call__(self, logits: Tensor, batch: Batch, start: int) -> tuple[Tensor, Tensor]:
+        """Directions of one batch.
+
+        Args:
+            logits: ``[n, K]`` of the model.
+            batch: The samples.
+            start: Position of the first of them in the data.
+
+        Returns:
+            ``[n, K]`` m, in float32 or wider, and ``[n]`` which samples stay; m of the others is zero.
+
+        Raises:
+            DataError: No labels where the objective needs them, or a reference of another shape.
+        """
+        if batch.reference is not None and batch.reference.shape != logits.shape:
+            raise DataError(
+                f"Image {start} and later: the reference logits are {list(batch.reference.shape)}, the model's are "
+                f"{list(logits.shape)}. Attach the logits of the dense model on the same images."
+            )
+        # A cross-entropy of half precision would lose confident samples.
+        logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_()
+        reference = logits.detach() if batch.reference is None else batch.reference
+        generator = self._generator_at(start, len(logits), logits.shape[1])
+        with torch.enable_grad():
+            total = self.objective(logits, Target(reference, batch.labels, generator)).sum()
+        (m,) = torch.autograd.grad(total, logits)
+        stays = reference.softmax(1).amax(1) > self.confidence  # always, where the threshold is 0
+        return m.masked_fill(~stays[:, None], 0), stays
+
+    def _generator_at(self, start: int, count: int, each: int) -> torch.Generator:
+        """Ready to draw ``each`` numbers for each of ``count`` samples from ``start`` on."""
+        if start < self._position:
+            self._generator.manual_seed(self.seed)
+            self._position = 0
+        for first in range(self._position, start, 1024):  # to let numbers pass is cheap beside a forward pass
+            torch.randint(0, 2, (min(1024, start - first), each), generator=self._generator, dtype=torch.int8)
+        self._position = start + count
+        return self._generator
 
 
 def _cross_entropy(logits: Tensor, index: Tensor) -> Tensor:

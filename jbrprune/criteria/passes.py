@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jbrprune.criteria.objectives import Objective, Target, confident
+from jbrprune.criteria.objectives import Objective, Target
 from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, ModelError
 from jbrprune.evaluation.agreement import raise_nonfinite
@@ -70,7 +70,7 @@ def losses_of(batch: Batch, logits: Tensor, question: Question, start: int) -> t
         reference = logits.detach() if batch.reference is None else batch.reference
         generator = question.draws.at(start, len(logits), logits.shape[1])
         losses = question.objective(logits, Target(reference, batch.labels, generator))
-        keep = confident(reference, question.confidence) if question.confidence > 0 else None
+        keep = reference.softmax(1).amax(1) > question.confidence if question.confidence > 0 else None
         losses = losses if keep is None else losses[keep]
     if not losses.requires_grad:
         raise ModelError("No scored layer takes part in the logits: there is nothing to differentiate.")
@@ -81,11 +81,6 @@ def check_logits(model: nn.Module, batch: Batch, number: int, logits: Tensor, au
     """Refuse logits that do not belong to the images, or are not finite."""
     if len(logits) != len(batch):
         raise ModelError(f"Batch {number}: {len(batch)} images went in, {len(logits)} rows of logits came out.")
-    if batch.reference is not None and batch.reference.shape != logits.shape:
-        raise DataError(
-            f"Batch {number}: the reference logits are {list(batch.reference.shape)}, the model's are "
-            f"{list(logits.shape)}. Attach the logits of the dense model on the same images."
-        )
     if not torch.isfinite(logits).all():
         raise_nonfinite(model, batch.images, f"Batch {number}: the logits", autocast_dtype=autocast)
 

@@ -1,20 +1,9 @@
-"""The streaming pass for channels: exact per-sample relevances from one forward and one backward.
-
-For a layer that is affine in its parameters (out = W a + b), with L(x) the objective on sample x:
-
-* over all weights that *consume* input channel c:      sum_p w_p dL/dw_p = sum over positions of a * dL/da
-* over all parameters that *produce* output channel c:  sum_p w_p dL/dw_p = sum over positions of out * dL/dout
-
-where dL/da is the gradient through this layer only. No weight gradient is formed. Parameters are frozen
-during the pass, so the backward stops at the first activation that is scored. W is the weight as the layer applies
-it: where a class standardises its weight first (StdConv2d), that is the standardised one.
-"""
+"""Relevance of removable units: what is squared, for whom, and by what name."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -24,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+<<<<<<< HEAD
 from jbrprune.criteria import members as scoring
 from jbrprune.criteria.gates import Tape, recorded
 from jbrprune.criteria.objectives import OBJECTIVES, Objective
@@ -35,21 +25,23 @@ from jbrprune.criteria.passes import (
     losses_of,
     own,
 )
+=======
+from jbrprune.criteria.gates import Key, by_sample, differentiate, effects, gated_logits
+from jbrprune.criteria.objectives import OBJECTIVES, Directions, Objective
+from jbrprune.criteria.passes import check_known, check_logits, check_samples
+>>>>>>> 573c7a6 ([REF] criteria/gates.py: one gate replaces the tape; relevances, Directions)
 from jbrprune.criteria.scores import Accumulator, Scores, Settings
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError, check_known
 from jbrprune.evaluation.agreement import check_weights
-from jbrprune.evaluation.portions import Portions
 from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import logits_of
-from jbrprune.structure.groups import Group
+from jbrprune.structure.groups import Group, Member
 from jbrprune.structure.verification import check_samples_apart
 
 Site = Literal["consumer", "all", "layers"]
 Statistic = Literal["second_moment", "batched", "mean_replaced", "signed"]
-_Relevances = tuple[dict[str, Tensor], int]
-"""Group name -> ``[n, units]`` relevances, and the number of samples left out."""
 
 
 @dataclass(frozen=True)
@@ -165,35 +157,36 @@ class Relevance:
             raise ArgumentError("groups is empty, nothing to score. See `jbrprune.structure.discovery.find_groups`.")
         if len({group.name for group in groups}) < len(groups):
             raise ArgumentError("Two groups have the same name; the scores of one would overwrite those of the other.")
-        if self.site == "layers":
-            single = scoring.single_members(model, groups)
-            every = [one for ones in single.values() for one in ones]
-            scores = replace(self, site="all")(model, batches, every, batch_size=batch_size, progress=progress)
-            sums = {name: torch.stack([scores.sums[one.name] for one in ones]).sum(0) for name, ones in single.items()}
-            return replace(scores, sums=sums, groups=groups, settings=self.settings(self.site))
         check_weights(model)
         means = None
         if self.statistic == "mean_replaced":
-            _require_two_passes(batches)
+            if isinstance(batches, Iterator):
+                raise DataError(
+                    "statistic 'mean_replaced' reads the data twice, but an iterator can be read only once: pass a "
+                    "list, a tensor, a Dataset or a DataLoader."
+                )
             means = channel_means(model, batches, groups, batch_size=batch_size)
-        accumulator = Accumulator(groups, self.batch if self.statistic == "batched" else None)
-        parts = distributed.Parts(batches, batch_size=batch_size, block=accumulator.batch)
-        shown = tqdm(parts, "scoring", unit="batch", disable=None if progress else True, leave=False)
-        question = Question(OBJECTIVES[self.objective], self.confidence, self.autocast, Draws(self.seed))
+        # What is squared by itself: a unit, or a unit's share in one layer.
+        parts = {group.name: split_by_layer(model, group) if self.site == "layers" else [group] for group in groups}
+        squared = [part for own in parts.values() for part in own]
+        accumulator = Accumulator(squared, self.batch if self.statistic == "batched" else None)
+        share = distributed.Parts(batches, batch_size=batch_size, block=accumulator.batch)
+        shown = tqdm(share, "scoring", unit="batch", disable=None if progress else True, leave=False)
+        skipped = 0
 
-        def added() -> int:
-            skipped = 0
-            for relevances, left_out in _visited(model, shown, Tape(model, groups, self.site, means), question):  # type: ignore[arg-type]
-                skipped += left_out
-                if len(next(iter(relevances.values()))):
-                    accumulator.add(relevances)
-            return skipped
+        def score_share() -> None:
+            nonlocal skipped
+            for values, stays in relevances(model, shown, squared, self, means=means):
+                accumulator.add({name: v[stays] for name, v in values.items()})
+                skipped += int((~stays).sum())
 
-        skipped = distributed.together(added)
-        parts.check()
+        distributed.together(score_share)
+        share.check()
         samples, skipped = distributed.total(accumulator.samples, skipped)
         check_samples(samples, skipped, self.confidence)
-        return Scores(distributed.all_sum(accumulator.finish()), groups, samples, skipped, self.settings(self.site))
+        totals = distributed.all_sum(accumulator.finish())
+        sums = {name: torch.stack([totals[part.name] for part in own]).sum(0) for name, own in parts.items()}
+        return Scores(sums, groups, samples, skipped, self.settings(self.site))
 
     def settings(self, site: str) -> Settings:
         """What scores made at a site mean."""
@@ -237,124 +230,118 @@ on which the dense model is more than 0.9 confident.
 """
 
 
-def per_sample_relevances(
+def relevances(
     model: nn.Module,
-    batches: Iterable[Batch],
+    numbered: Iterable[tuple[int, Batch]],
     groups: Sequence[Group],
+    how: Relevance,
     *,
-    objective: Objective,
-    site: Site = "consumer",
+    objective: Objective | None = None,
     means: Mapping[str, Tensor] | None = None,
-    confidence: float = 0.0,
-    autocast: torch.dtype | None = None,
-    seed: int = 0,
-) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """Yield, batch by batch, group name -> ``[n, units]`` relevances v_u(x), and how many samples were left out.
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Yield the relevances v_u(x) of every sample, batch by batch.
 
-    The primitive under `Relevance`; arguments as there, ``means`` from `channel_means`.
+    Args:
+        model: The model; between two batches, and after the last, it is as it was.
+        numbered: Batches, each with the position of its first sample (`jbrprune.data.distributed.numbered`).
+        groups: The units.
+        how: Objective, site, confidence, autocast and seed.
+        objective: A function instead of the objective of ``how``.
+        means: Consumer -> ``[C_in]`` what stays of its input (`channel_means`); None: nothing.
+
+    Yields:
+        Group name -> ``[n, units]`` v, in float32 or float64, and ``[n]`` which samples stay: v of the others is zero.
     """
-    question = Question(objective, confidence, autocast, Draws(seed))
-    return _visited(model, distributed.numbered(batches), Tape(model, groups, site, means), question)
-
-
-def _visited(
-    model: nn.Module, numbered: Iterable[tuple[int, Batch]], tape: Tape, question: Question
-) -> Iterator[_Relevances]:
-    device = preserve.device_of(model)
-    portions = Portions()
-    with ExitStack() as visit:
-        # Everything is undone between two batches as well, because a generator may be left unfinished.
-        for number, (start, batch) in enumerate(numbered):
-            visit.enter_context(preserve.inference_state(model))
-            batch = batch.to(device).map(own)
+    members = scored_members(model, groups, how.site)
+    directions = Directions(objective or OBJECTIVES[how.objective], how.confidence, how.seed)
+    copying = False
+    for number, (start, batch) in enumerate(numbered):
+        with preserve.inference_state(model):
+            batch = batch.to(preserve.device_of(model))
             if number == 0:
-                called = check_samples_apart(model, batch.images, tape.names)
-                _check_unused(model, batch.images, [name for name in tape.names if name not in called])
+                _check_layers(model, batch.images, sorted({name for name, _ in members}))
 
-            def one(
-                part: Batch, before: int, number: int = number, start: int = start
-            ) -> tuple[dict[str, Tensor], int]:
-                return _relevances(model, part, number, start + before, tape, question)
+            def run(number: int = number, start: int = start, batch: Batch = batch) -> tuple[dict[Key, Tensor], Tensor]:
+                logits, gates = gated_logits(
+                    model, batch.images, members, constants=means is not None, autocast=how.autocast
+                )
+                check_logits(model, batch, number, logits, how.autocast)
+                m, stays = directions(logits, batch, start)
+                return effects(logits, m, gates), stays
 
-            found = portions.run(batch, one)
-            visit.close()
-            yield _together(found)
-
-
-def _together(found: Sequence[_Relevances]) -> _Relevances:
-    """The portions of a batch as one."""
-    if len(found) == 1:
-        return found[0]
-    names = found[0][0]
-    return {name: torch.cat([v[name] for v, _ in found]) for name in names}, sum(skipped for _, skipped in found)
-
-
-def channel_means(
-    model: nn.Module, data: object, groups: Sequence[Group], *, batch_size: int = 32
-) -> dict[str, Tensor]:
-    """Module name -> ``[C_in]`` mean over samples and positions of each consumer's input (float64, CPU)."""
-    names = sorted({m.axis[0] for g in groups for m in g.side("in")})
-    totals: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64))
-
-    def record(name: str) -> preserve.Hook:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = preserve.input_of(args, kwargs)
-            x = x.flatten(2) if layers.channel_dim(module) == 1 else x.reshape(len(x), -1, x.shape[-1]).mT
-            by_row = x.sum(2, dtype=torch.promote_types(x.dtype, torch.float32)) if x.dim() == 3 else x
-            totals[name] = totals.get(name, 0) + by_row.cpu().double().sum(0)
-            counts[name] += x.numel() // x.shape[1]
-
-        return hook
-
-    device = preserve.device_of(model)
-    parts = distributed.Parts(data, batch_size=batch_size)
-
-    def looked() -> None:
-        with ExitStack() as visit:
-            for _, batch in parts:
-                visit.enter_context(preserve.inference_state(model))
-                visit.enter_context(preserve.hooked(model, forward_pre={name: record(name) for name in names}))
-                model(batch.to(device).map(own).images.clone())
-                visit.close()
-
-    distributed.together(looked)
-    parts.check()
-    sums, numbers = distributed.all_sum(totals), distributed.all_sum(counts)
-    return {name: sums[name] / numbers[name] for name in sums}
+            (found, stays), copying = differentiate(run, copying)
+        dtype = torch.float64 if batch.images.dtype == torch.float64 else torch.float32
+        values = {g.name: batch.images.new_zeros(len(batch), g.size, dtype=dtype) for g in groups}
+        for key, effect in found.items():
+            v = effect[0] if means is None else effect[0] - means[key[0]].to(effect) * effect[1]
+            for name, member in members[key]:
+                values[name].index_add_(1, member.unit.to(v.device), v[:, member.channel.to(v.device)])
+        for name, v in values.items():
+            if not torch.isfinite(v).all():
+                raise NonFiniteError(
+                    f"Batch {number}: the relevances of group {name} contain NaN or Inf although the logits are "
+                    "finite: the gradient is not. A square root of zero or an overflow in half precision does that; "
+                    "try float32."
+                )
+        yield values, stays
 
 
-def _relevances(
-    model: nn.Module, batch: Batch, number: int, start: int, tape: Tape, question: Question
-) -> tuple[dict[str, Tensor], int]:
-    """Relevances ``[n, units]`` of one batch, and the number of samples left out."""
-    tape.start(batch.images)
-    logits = recorded(model, batch.images, tape, question.autocast)
-    check_logits(model, batch, number, logits, question.autocast)
-    losses, keep = losses_of(batch, logits, question, start)
-    if len(losses):
-        with torch.enable_grad():
-            total = losses.sum()
-        total.backward()
-    totals, tape.totals = tape.totals, {}
-    _check_relevances(totals, number)
-    if keep is None:
-        return totals, 0
-    return {name: v[keep] for name, v in totals.items()}, int((~keep).sum())
+def scored_members(model: nn.Module, groups: Sequence[Group], site: Site) -> dict[Key, list[tuple[str, Member]]]:
+    """(layer, side) -> the members there that count at a site, each with the name of its group.
 
+    At site ``consumer``, grouped convolutions whose outputs go with the unit do not count: what reads those outputs is
+    the same cut again.
 
-def _check_relevances(totals: Mapping[str, Tensor], number: int) -> None:
-    for name, v in totals.items():
-        if not torch.isfinite(v).all():
-            raise NonFiniteError(
-                f"Batch {number}: the relevances of group {name} contain NaN or Inf although the logits are finite: "
-                "the gradient is not. A square root of zero or an overflow in half precision does that; try float32."
+    Raises:
+        ArgumentError: A group names a module or a channel that the model does not have.
+        ModelError: A group has no layer to score.
+    """
+    modules = dict(model.named_modules())
+    found: dict[Key, list[tuple[str, Member]]] = defaultdict(list)
+    for group in groups:
+        members = [m for m in group.members if m.axis[1] == "in" or (m.axis[1] == "out" and site != "consumer")]
+        for member in members:
+            _check_member(modules.get(member.axis[0]), group, member)
+        members = [member for member in members if _has_term(modules[member.axis[0]])]
+        if site == "consumer":
+            again = {m.axis[0] for m in group.side("out") if layers.is_grouped(modules[m.axis[0]])}
+            members = [member for member in members if member.axis[0] not in again] or members
+        if not members:
+            raise ModelError(
+                f"Group {group.name} has no layer to score at site {site!r}. Score it at site 'all', or leave it out."
             )
+        for member in members:
+            found[member.axis[0], member.axis[1]].append((group.name, member))
+    return found
 
 
-def _check_unused(model: nn.Module, images: Tensor, names: Sequence[str]) -> None:
-    """Refuse layers that are never called although their weights take part in the logits."""
-    for name in names:
+def split_by_layer(model: nn.Module, group: Group) -> list[Group]:
+    """The same units with one scored member each."""
+    members = [m for side in ("in", "out") for m in group.side(side) if _has_term(model.get_submodule(m.axis[0]))]
+    return [replace(group, name=f"{group.name}: {m.axis[1]} {m.axis[0]}", members=(m,)) for m in members] or [group]
+
+
+def _has_term(layer: nn.Module) -> bool:
+    return layers.channel_dim(layer) is not None and layers.has_parameters(layer)
+
+
+def _check_member(layer: nn.Module | None, group: Group, member: Member) -> None:
+    name, side, _ = member.axis
+    if layer is None:
+        raise ArgumentError(
+            f"Group {group.name}: the model has no module {name!r}. Find the groups of this very model."
+        )
+    width = layers.width_of(layer, side)
+    if width is not None and len(member.channel) and int(member.channel.max()) >= width:
+        raise ArgumentError(
+            f"Group {group.name}: {name} has {width} channels on side {side!r}, the group names channel "
+            f"{int(member.channel.max())}. Find the groups again after every change of the model."
+        )
+
+
+def _check_layers(model: nn.Module, images: Tensor, names: Sequence[str]) -> None:
+    """Refuse layers whose rows are not the samples, or that are never called although their weights are read."""
+    for name in set(names) - check_samples_apart(model, images, names):
         layer = model.get_submodule(name)
         with preserve.requiring_grad(layer, True), torch.enable_grad():
             logits = logits_of(model(images[:1].clone()))
@@ -367,9 +354,32 @@ def _check_unused(model: nn.Module, images: Tensor, names: Sequence[str]) -> Non
             )
 
 
-def _require_two_passes(data: object) -> None:
-    if isinstance(data, Iterator):
-        raise DataError(
-            "statistic 'mean_replaced' reads the data twice, but an iterator can be read only once: pass a list, a "
-            "tensor, a Dataset or a DataLoader."
-        )
+def channel_means(
+    model: nn.Module, batches: object, groups: Sequence[Group], *, batch_size: int = 32
+) -> dict[str, Tensor]:
+    """Consumer -> ``[C_in]`` mean over samples and positions of its input (float64, CPU)."""
+    totals: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64))
+
+    def record(name: str) -> preserve.Hook:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = preserve.input_of(args, kwargs)
+            x = by_sample(x, len(x), layers.channel_dim(module) == 1)
+            sums = x.sum((1, 3), dtype=torch.promote_types(x.dtype, torch.float32)).cpu().double().sum(0)
+            totals[name] = totals.get(name, 0) + sums
+            counts[name] += x.numel() // len(sums)
+
+        return hook
+
+    hooks = {name: record(name) for name in sorted({m.axis[0] for g in groups for m in g.side("in")})}
+    share = distributed.Parts(batches, batch_size=batch_size)
+
+    def read_share() -> None:
+        for _, batch in share:
+            with preserve.inference_state(model), preserve.hooked(model, forward_pre=hooks):
+                model(batch.to(preserve.device_of(model)).images.clone())
+
+    distributed.together(read_share)
+    share.check()
+    sums, numbers = distributed.all_sum(totals), distributed.all_sum(counts)
+    return {name: total / numbers[name] for name, total in sums.items()}

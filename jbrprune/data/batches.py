@@ -41,8 +41,12 @@ class Batch:
         return Batch(*(None if t is None else function(t) for t in self._tensors()))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to a device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        """On a device, and apart from any graph of the user's. Tensors of inference mode are copied."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return (tensor.clone() if tensor.is_inference() else tensor.detach()).to(device, non_blocking=True)
+
+        return self.map(move)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return self.images, self.labels, self.reference

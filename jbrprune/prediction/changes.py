@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune.criteria.members import scored_members
-from jbrprune.criteria.passes import own
+from jbrprune.criteria.relevance import scored_members
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
 from jbrprune.models import layers, preserve
@@ -109,7 +108,7 @@ def logit_changes(
         shown = tqdm(batches, "predicting", unit="batch", disable=None if progress else True, leave=False)
         for number, batch in enumerate(shown):
             visit.enter_context(preserve.inference_state(model))
-            images = batch.to(device).map(own).images
+            images = batch.to(device).images
             if number == 0:
                 check_samples_apart(model, images, list(masks))
             parts.append(_changes(model, images, lost, rows, generator, number))
@@ -125,8 +124,13 @@ def cut_masks(model: nn.Module, groups: Sequence[Group], cuts: Sequence[Selectio
     """Consumer -> ``[C_in, cuts]``, one where a channel of its input goes."""
     masks: dict[str, Tensor] = {}
     for (name, _), members in scored_members(model, groups, "consumer").items():
+<<<<<<< HEAD
         mask = torch.zeros(layers.width_of(model.get_submodule(name), "in") or 0, len(cuts))
         for group, member, _ in members:
+=======
+        mask = torch.zeros(layers.in_channels(model.get_submodule(name)) or 0, len(cuts))
+        for group, member in members:
+>>>>>>> 573c7a6 ([REF] criteria/gates.py: one gate replaces the tape; relevances, Directions)
             for number, cut in enumerate(cuts):
                 if group in cut:
                     mask[member.without(cut[group])[0], number] = 1

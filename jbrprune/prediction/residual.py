@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jbrprune.criteria.passes import own
 from jbrprune.data.batches import Batch
 from jbrprune.models import layers, preserve
 
@@ -50,7 +49,7 @@ def input_moments(model: nn.Module, batches: Iterable[Batch], names: Iterable[st
         for batch in batches:
             visit.enter_context(preserve.inference_state(model))
             visit.enter_context(preserve.hooked(model, forward_pre={name: record(name) for name in names}))
-            model(batch.to(device).map(own).images.clone())
+            model(batch.to(device).images.clone())
             visit.close()
     means = {name: total / counts[name] for name, total in sums.items()}
     return {

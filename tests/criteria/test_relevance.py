@@ -6,7 +6,7 @@ import copy
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import cases
@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from jbrprune.criteria.gates import Tape
+from jbrprune.criteria import relevance as criterion
 from jbrprune.criteria.objectives import OBJECTIVES, Target
-from jbrprune.criteria.relevance import Relevance, per_sample_relevances
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.data.batches import Batch, iterate
+from jbrprune.data.distributed import numbered
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from jbrprune.structure.discovery import find_groups, layer_groups
 from jbrprune.structure.groups import Group, Member
@@ -45,8 +46,15 @@ def curved_direction(logits: Tensor) -> Tensor:
 
 def relevances(model: nn.Module, images: Tensor, groups: tuple[Group, ...], **options: Any) -> dict[str, Tensor]:
     """Of all images, in one batch."""
-    options = {"objective": curved, "site": "all"} | options
-    return next(per_sample_relevances(model, iterate(images, batch_size=len(images)), groups, **options))[0]
+    options = {"site": "all"} | options
+    objective = options.pop("objective", curved)
+    return next(stream(model, [Batch(images)], groups, Relevance(**options), objective=objective))[0]
+
+
+def stream(
+    model: nn.Module, batches: Iterable[Batch], groups: tuple[Group, ...], *how: Any, **options: Any
+) -> Iterator:
+    return criterion.relevances(model, numbered(batches), groups, *how, **options)
 
 
 def along(m: Tensor, by_output: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -170,13 +178,11 @@ def test_timm_models_for_every_objective_and_both_sites(case: str) -> None:
         logits = model(images)
     for site in ("consumer", "all"):
         by_output = reference.outputs_by_unit(copy.deepcopy(model), images, groups, site)
-        for name, objective in OBJECTIVES.items():
+        for name in OBJECTIVES:
             expected = along(reference.directions(name, logits, labels, signs), by_output)
             batches = [Batch(images, labels)]
-            found, skipped = next(
-                per_sample_relevances(model, batches, groups, objective=objective, site=site, seed=SEED)  # type: ignore[arg-type]
-            )
-            assert skipped == 0
+            found, stays = next(stream(model, batches, groups, Relevance(name, site, seed=SEED)))  # type: ignore[arg-type]
+            assert stays.all()
             assert_close(found, expected)
 
 
@@ -487,11 +493,13 @@ def test_sequence_first_and_window_first_layers_are_refused_by_name() -> None:
 
 
 def test_rows_that_are_no_multiple_of_the_batch_are_refused() -> None:
-    model = built(cases.Concat)
-    tape = Tape(model, layer_groups(model), "all", None)
-    tape.start(cases.images(4))
-    with pytest.raises(ModelError, match=r"mix: the first dimension .*\(6, 6, 8, 8\) is not a multiple .* 4"):
-        tape._by_sample("mix", model.mix, torch.zeros(6, 6, 8, 8))  # type: ignore[arg-type]
+    class Dropping(cases.Concat):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if len(x) == 3 else x[:-1])  # the check that samples are apart sees three
+
+    model = built(Dropping)
+    with pytest.raises(ModelError, match=r"the first dimension .*\(3, \d+, 8, 8\) is not a multiple .* 4"):
+        relevances(model, cases.images(4), layer_groups(model))
 
 
 class ReadDirectly(nn.Module):
@@ -606,7 +614,7 @@ def test_data_are_refused() -> None:
         Relevance(objective="label")(model, HAND_IMAGES, groups)
     with pytest.raises(DataError, match=r"Labels must be .*0 <= label < 2.* from 0 to 2"):
         Relevance(objective="label")(model, [Batch(HAND_IMAGES, torch.tensor([0, 2]))], groups)
-    with pytest.raises(DataError, match=r"Batch 0: the reference logits are \[2, 3\], the model's are \[2, 2\]"):
+    with pytest.raises(DataError, match=r"Image 0 .*: the reference logits are \[2, 3\], the model's are \[2, 2\]"):
         Relevance()(model, [Batch(HAND_IMAGES, None, torch.zeros(2, 3))], groups)
     with pytest.raises(DataError, match="yielded no batch"):
         Relevance()(model, [], groups)
@@ -778,13 +786,12 @@ class _Interrupted(torch.utils.data.Dataset):
 def test_a_generator_that_is_not_read_to_its_end(fingerprint: Fingerprint) -> None:
     model = lived_in(built(cases.Concat))
     before = fingerprint(model)
-    stream = per_sample_relevances(
-        model, iterate(cases.images(6), batch_size=2), site_groups(model, "all"), objective=curved, site="all"
-    )
-    next(stream)
+    batches = iterate(cases.images(6), batch_size=2)
+    found = stream(model, batches, site_groups(model, "all"), Relevance(site="all"), objective=curved)
+    next(found)
     assert fingerprint(model) == before
-    next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    next(found)
+    found.close()  # type: ignore[attr-defined]
     assert fingerprint(model) == before
 
 
@@ -805,13 +812,12 @@ def test_nothing_is_kept_alive() -> None:
     model, images = built(cases.Concat), cases.images(4)
     activations: list[weakref.ref] = []
     handle = model.mix.register_forward_hook(lambda module, args, out: activations.append(weakref.ref(out)))  # type: ignore[union-attr]
-    stream = per_sample_relevances(
-        model, iterate(images, batch_size=2), site_groups(model, "all"), objective=curved, site="all"
-    )
+    batches = iterate(images, batch_size=2)
+    found = stream(model, batches, site_groups(model, "all"), Relevance(site="all"), objective=curved)
     gc.disable()  # no cycles either: activations go with the batch, not when the collector happens to run
     try:
         for _ in range(2):
-            next(stream)
+            next(found)
             assert activations
             assert all(reference() is None for reference in activations)
     finally:
@@ -823,5 +829,5 @@ def test_an_in_place_activation_costs_one_more_forward_once() -> None:
     model, images = built(cases.VGG), cases.images(6)
     calls = itertools.count()
     model.register_forward_pre_hook(lambda module, args: (next(calls), None)[1])
-    list(per_sample_relevances(model, iterate(images, batch_size=2), layer_groups(model), objective=curved, site="all"))
+    list(stream(model, iterate(images, batch_size=2), layer_groups(model), Relevance(site="all"), objective=curved))
     assert next(calls) == 2 + 3 + 1  # samples apart, batches, the repetition

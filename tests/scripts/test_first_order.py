@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from jbrprune.criteria.objectives import OBJECTIVES
-from jbrprune.criteria.relevance import per_sample_relevances
+from jbrprune.criteria.relevance import Relevance, relevances
 from jbrprune.data.batches import Batch
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.slicing import masked_units
@@ -44,7 +44,7 @@ def test_the_score_is_the_change_that_removal_makes(middle: str) -> None:
     groups = find_groups(model, images).groups
     assert groups
     objective = OBJECTIVES["predicted_logit"]
-    ((relevance, _),) = per_sample_relevances(model, [Batch(images)], groups, objective=objective)
+    ((relevance, _),) = relevances(model, [(0, Batch(images))], groups, Relevance(), objective=objective)
     with torch.no_grad():
         dense = model(images)
         predicted = dense.argmax(1, keepdim=True)
