@@ -17,6 +17,7 @@ backward stops at the first gate. W is the weight as the layer applies it: where
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -42,31 +43,43 @@ class Gate(torch.autograd.Function):
     """The identity; its backward gives dL/dz, and dL/dy if asked for, in the gradient of ``gate``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, gate: Tensor, channels_first: bool) -> Tensor:
-        """Pass ``x`` on; ``gate`` is ``[1, n, C]`` zeros (z) or ``[2, n, C]`` (z and y)."""
+    def forward(ctx: Any, x: Tensor, a: Tensor, line: tuple[Tensor, Tensor] | None, gate: Tensor, dim: int) -> Tensor:
+        """Pass ``x`` on.
+
+        Args:
+            ctx: Of autograd.
+            x: Any activation; dimension ``dim`` (1 or -1) holds its channels.
+            a: What z multiplies, of the same shape: x, or
+            line: what x is made from, with ``[C]`` slope and intercept: x = slope * a + intercept.
+            gate: ``[1, n, C]`` zeros (z) or ``[2, n, C]`` (z and y).
+            dim: 1 or -1.
+        """
         ctx.save_for_backward(a)
-        ctx.state = a.data_ptr(), a._version
-        ctx.shape, ctx.dtype, ctx.channels_first = gate.shape, gate.dtype, channels_first
+        ctx.version = a.data_ptr(), a._version
+        ctx.line, ctx.shape, ctx.dtype, ctx.dim = line, gate.shape, gate.dtype, dim
         return x.detach()  # the same memory, but no view for autograd: an in-place operation may follow
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
         """Sum over positions, in pieces of a few samples."""
         (a,), (kinds, samples, _) = ctx.saved_tensors, ctx.shape
-        if a.data_ptr() == ctx.state[0] and a._version != ctx.state[1]:  # neither as it was, nor a copy
+        if a.data_ptr() == ctx.version[0] and a._version != ctx.version[1]:  # neither as it was, nor a copy
             raise ModelError("The model overwrites a part of an activation in place: no relevance can be read from it.")
-        a, g = (by_sample(tensor, samples, ctx.channels_first) for tensor in (a, gradient))
+        a, g = (by_sample(tensor, samples, ctx.dim) for tensor in (a, gradient))
         rows = max(1, CACHE_ELEMENTS // max(1, a[0].numel()))
-        sums = []
-        for some, of_some in zip(a.split(rows), g.split(rows), strict=True):
-            z = (some.to(ctx.dtype) * of_some.to(ctx.dtype)).sum((1, 3))
-            sums.append(torch.stack([z, of_some.sum((1, 3), dtype=ctx.dtype)][:kinds]))
-        return gradient, None, torch.cat(sums, 1), None
+        pairs = list(zip(a.split(rows), g.split(rows), strict=True))
+        z = torch.cat([(x.to(ctx.dtype) * y.to(ctx.dtype)).sum((1, 3)) for x, y in pairs])
+        if kinds == 1 and ctx.line is None:
+            return gradient, None, None, z[None], None
+        y = torch.cat([part.sum((1, 3), dtype=ctx.dtype) for _, part in pairs])
+        if ctx.line is not None:
+            z = ctx.line[0] * z + ctx.line[1] * y
+        return gradient, None, None, torch.stack([z, y][:kinds]), None
 
 
-def by_sample(x: Tensor, samples: int, channels_first: bool) -> Tensor:
+def by_sample(x: Tensor, samples: int, dim: int) -> Tensor:
     """``[n, positions, C, positions]`` view of an activation that may hold several rows of each sample."""
-    if channels_first:
+    if dim == 1:
         return x.reshape(samples, len(x) // samples, x.shape[1], -1)
     return x.reshape(samples, -1, x.shape[-1], 1)
 
@@ -95,37 +108,36 @@ def gated_logits(
         ModelError: A layer runs without gradients, or the rows of its activation are no multiple of n.
     """
     gates: dict[Key, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
     samples, dtype = len(images), torch.float64 if images.dtype == torch.float64 else torch.float32
 
-    def passed(key: Key, layer: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+    def gated(name: str, side: str, layer: nn.Module, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             raise ModelError(
-                f"{key[0]} runs without gradients: the model's forward has a torch.no_grad() around it, or a reentrant "
+                f"{name} runs without gradients: the model's forward has a torch.no_grad() around it, or a reentrant "
                 "checkpoint. Its relevance would be zero. Switch that off while scoring, or put it into `ignore`."
             )
         if len(x) % samples:
             raise ModelError(
-                f"{key[0]}: the first dimension of its activation {tuple(x.shape)} is not a multiple of the "
+                f"{name}: the first dimension of its activation {tuple(x.shape)} is not a multiple of the "
                 f"batch size {samples}; per-sample relevances are not defined. Put this layer into `ignore`."
             )
-        channels_first = layers.channel_dim(layer) == 1
-        if key not in gates:  # a layer that is called twice has the same gate twice, so that its effects add up
-            shape = (1 + constants, samples, x.shape[1 if channels_first else -1])
-            gates[key] = torch.zeros(shape, dtype=dtype, device=x.device, requires_grad=True)
-        return Gate.apply(x, a.detach(), gates[key], channels_first)
+        dim = layers.channel_dim(layer) or 1
+        if (name, side) not in gates:  # a layer that is called twice has one gate twice, so that its effects add up
+            shape = (1 + constants, samples, x.shape[dim])
+            gates[name, side] = torch.zeros(shape, dtype=dtype, device=x.device, requires_grad=True)
+        a, line = x.detach(), None
+        if inputs[name]:
+            a = inputs[name].pop()
+            if layers.adds_input(layer):
+                a = x.detach() - a
+            else:
+                line = _line_of(layer, dtype)
+        return Gate.apply(x, a, line, gates[name, side], dim)
 
-    def on_input(key: Key, layer: nn.Module) -> preserve.Hook:
+    def on_input(name: str, side: str, layer: nn.Module) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            x = preserve.input_of(args, kwargs)
-            return replace_input(passed(key, layer, x, x), args, kwargs)
-
-        return hook
-
-    def on_output(key: Key, layer: nn.Module) -> preserve.Hook:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-            added = layers.adds_input(layer)  # then only the rest of the output is affine in the parameters
-            a = output.detach() - preserve.input_of(args, kwargs).detach() if added else output
-            return passed(key, layer, output, a)
+            return replace_input(gated(name, side, layer, preserve.input_of(args, kwargs)), args, kwargs)
 
         return hook
 
@@ -133,15 +145,27 @@ def gated_logits(
     after: dict[str, preserve.Hook] = {}
     for name, side in axes:
         layer = model.get_submodule(name)
+        if side == "in":
+            before[name] = on_input(name, side, layer)
+            continue
+        if layers.has_running_statistics(layer) or layers.adds_input(layer):
+            before[name] = lambda _, args, kw, name=name: inputs[name].append(preserve.input_of(args, kw).detach())
         part = layers.affine_part(layer)
-        if side == "out" and part is None:
-            after[name] = on_output((name, side), layer)
-        else:  # the affine output of a layer with an activation is the input of a part of it
-            place = name if side == "in" else f"{name}.{part}".removeprefix(".")
-            before[place] = on_input((name, side), layer)
+        if part is None:
+            after[name] = lambda _, args, kw, output, at=(name, side, layer): gated(*at, output)
+        else:  # an activation follows: the affine output is the input of a part of the layer
+            before[f"{name}.{part}".removeprefix(".")] = on_input(name, side, layer)
     amp = torch.autocast(images.device.type, autocast, enabled=autocast is not None)
     with torch.enable_grad(), preserve.hooked(model, after, before), amp:
         return logits_of(model(images.clone())), gates  # a clone, for a model that changes its input in place
+
+
+def _line_of(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Slope and intercept of a batch norm, whose input autograd keeps, while its output is often overwritten."""
+    names = ("running_mean", "running_var", "weight", "bias")
+    mean, variance, weight, bias = (None if (t := getattr(norm, n)) is None else t.to(dtype) for n in names)
+    slope = weight * torch.rsqrt(variance + norm.eps)
+    return slope, (0 if bias is None else bias) - mean * slope
 
 
 def replace_input(x: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -364,7 +364,7 @@ def channel_means(
     def record(name: str) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = preserve.input_of(args, kwargs)
-            x = by_sample(x, len(x), layers.channel_dim(module) == 1)
+            x = by_sample(x, len(x), layers.channel_dim(module) or 1)
             sums = x.sum((1, 3), dtype=torch.promote_types(x.dtype, torch.float32)).cpu().double().sum(0)
             totals[name] = totals.get(name, 0) + sums
             counts[name] += x.numel() // len(sums)
