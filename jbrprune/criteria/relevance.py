@@ -13,28 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-<<<<<<< HEAD
-from jbrprune.criteria import members as scoring
-from jbrprune.criteria.gates import Tape, recorded
-from jbrprune.criteria.objectives import OBJECTIVES, Objective
-from jbrprune.criteria.passes import (
-    Draws,
-    Question,
-    check_logits,
-    check_samples,
-    losses_of,
-    own,
-)
-=======
 from jbrprune.criteria.gates import Key, by_sample, differentiate, effects, gated_logits
 from jbrprune.criteria.objectives import OBJECTIVES, Directions, Objective
-from jbrprune.criteria.passes import check_known, check_logits, check_samples
->>>>>>> 573c7a6 ([REF] criteria/gates.py: one gate replaces the tape; relevances, Directions)
+from jbrprune.criteria.passes import check_logits, check_samples
 from jbrprune.criteria.scores import Accumulator, Scores, Settings
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError, check_known
-from jbrprune.evaluation.agreement import check_weights
+from jbrprune.evaluation.agreement import check_weights, explain_out_of_memory
 from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import logits_of
 from jbrprune.structure.groups import Group, Member
@@ -256,7 +242,7 @@ def relevances(
     directions = Directions(objective or OBJECTIVES[how.objective], how.confidence, how.seed)
     copying = False
     for number, (start, batch) in enumerate(numbered):
-        with preserve.inference_state(model):
+        with preserve.inference_state(model), explain_out_of_memory(len(batch)):
             batch = batch.to(preserve.device_of(model))
             if number == 0:
                 _check_layers(model, batch.images, sorted({name for name, _ in members}))

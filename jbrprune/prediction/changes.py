@@ -124,13 +124,8 @@ def cut_masks(model: nn.Module, groups: Sequence[Group], cuts: Sequence[Selectio
     """Consumer -> ``[C_in, cuts]``, one where a channel of its input goes."""
     masks: dict[str, Tensor] = {}
     for (name, _), members in scored_members(model, groups, "consumer").items():
-<<<<<<< HEAD
         mask = torch.zeros(layers.width_of(model.get_submodule(name), "in") or 0, len(cuts))
-        for group, member, _ in members:
-=======
-        mask = torch.zeros(layers.in_channels(model.get_submodule(name)) or 0, len(cuts))
         for group, member in members:
->>>>>>> 573c7a6 ([REF] criteria/gates.py: one gate replaces the tape; relevances, Directions)
             for number, cut in enumerate(cuts):
                 if group in cut:
                     mask[member.without(cut[group])[0], number] = 1
