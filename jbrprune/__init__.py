@@ -6,8 +6,12 @@ from jbrprune.checkpoint.checkpoint import load
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.data import distributed
-from jbrprune.integrations.semi_structured import to_semi_structured
-from jbrprune.integrations.torch_prune import JBRUnstructured, jbr_global_unstructured, jbr_unstructured
+from jbrprune.integrations.torch_prune import (
+    JBRUnstructured,
+    jbr_global_unstructured,
+    jbr_unstructured,
+    to_semi_structured,
+)
 from jbrprune.integrations.torch_pruning import JBRImportance
 from jbrprune.prediction.degradation import Degradation, degradation
 from jbrprune.prediction.predict import predict

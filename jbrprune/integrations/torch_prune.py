@@ -1,4 +1,7 @@
-"""The seam to ``torch.nn.utils.prune``: its classes and functions, with relevance in the place of magnitude."""
+"""The seam to ``torch.nn.utils.prune``: its classes and functions, with relevance in the place of magnitude.
+
+And to its 2:4 sparse linear layers, for hardware that computes with them.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,12 @@ from torch.nn.utils import prune
 
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
-from jbrprune.sparsity.masks import Slot, slots
+from jbrprune.models import preserve
+from jbrprune.sparsity.masks import Slot, masks_of, slots
 from jbrprune.sparsity.patterns import smallest
+
+LEAST_CAPABILITY = (8, 0)
+"""CUDA compute capability from which on tensor cores know 2:4 sparsity (Ampere)."""
 
 
 class JBRUnstructured(prune.BasePruningMethod):
@@ -24,9 +31,6 @@ class JBRUnstructured(prune.BasePruningMethod):
 
     Args:
         amount: Share in [0, 1), or an absolute number below the number of weights.
-
-    Raises:
-        ArgumentError: Another amount.
 
     Example:
         >>> from jbrprune.criteria.weight_relevance import weight_scores
@@ -40,13 +44,12 @@ class JBRUnstructured(prune.BasePruningMethod):
     PRUNING_TYPE = "unstructured"
 
     def __init__(self, amount: float | int) -> None:
-        _check_amount(amount)
         self.amount = amount
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The mask of `BasePruningMethod`: zeros at the smallest of the scores ``t``, and where it was zero before."""
-        _check_values(t, "importance_scores")
-        count = _count(self.amount, t.numel())
+        _check_scores(t, "importance_scores")
+        count = _count(self.amount, t.numel(), "importance_scores")
         gone = smallest(t.detach().double().flatten(), count).view(t.shape)
         return default_mask.clone(memory_format=torch.contiguous_format).masked_fill_(gone, 0)
 
@@ -55,10 +58,9 @@ class JBRUnstructured(prune.BasePruningMethod):
         cls, module: nn.Module, name: str, amount: float | int, importance_scores: Tensor | None = None
     ) -> prune.BasePruningMethod:
         """Add the mask and the hook to a module, as all methods of ``torch.nn.utils.prune`` do."""
-        found = {slot.kind: slot for slot in slots(module) if slot.module is module}
-        if name in found:  # torch takes the hook of an earlier mask away before it asks for the new one
-            _check_values(found[name].effective if importance_scores is None else importance_scores, name)
-            _check_left(_left(found[name]), amount, name)
+        slot = _find_slot(module, name)  # torch takes the hook of an earlier mask away before it asks for the new one
+        _check_scores(slot.effective if importance_scores is None else importance_scores, name)
+        _count(amount, _left(slot), name)
         return super().apply(module, name, amount=amount, importance_scores=importance_scores)
 
 
@@ -87,21 +89,22 @@ def jbr_unstructured(
         >>> int(jbr_unstructured(layer, "weight", 3, torch.rand(2, 4)).weight_mask.sum())
         5
     """
-    found = {slot.kind: slot for slot in slots(module) if slot.module is module}
-    if name not in found:
+    where = parameter or name
+    slot = _find_slot(module, name)
+    if isinstance(scores, WeightScores):
+        if parameter not in scores.sums:
+            raise ArgumentError(
+                f"parameter={parameter!r} is not scored; give its name in the scored model, such as "
+                f"{next(iter(scores.sums))!r}."
+            )
+        scores = scores[parameter]
+    if not isinstance(scores, Tensor):
         raise ArgumentError(
-            f"{type(module).__name__} has no parameter {name!r} of its own that can be pruned; it has {sorted(found)}."
+            f"scores must be a tensor or scores of single weights (granularity='weight'), got {type(scores).__name__}."
         )
-    values = _values(scores, parameter)
-    slot = found[name]
-    if values.shape != slot.stored.shape:
-        raise ArgumentError(
-            f"The scores have shape {tuple(values.shape)}, but {name} has {tuple(slot.stored.shape)}: they are of "
-            "another parameter."
-        )
-    _check_values(values, parameter or name)
-    _check_left(_left(slot), amount, parameter or name)
-    JBRUnstructured.apply(module, name, amount, values.to(slot.stored.device))
+    _check_scores(scores, where, slot)
+    _count(amount, _left(slot), where)
+    JBRUnstructured.apply(module, name, amount, scores.to(slot.stored.device))
     return module
 
 
@@ -130,77 +133,57 @@ def jbr_global_unstructured(
         4
     """
     pairs = list(parameters)
-    if not pairs:
-        raise ArgumentError("parameters is empty: give (module, 'weight') pairs.")
-    first: dict[int, tuple[nn.Module, str]] = {}
-    owners: dict[tuple[nn.Module, str], Slot] = {}
-    left = 0
+    owners: dict[int, Slot] = {}
     for module, name in pairs:
+        where = f"{type(module).__name__}.{name}"
         if (module, name) not in importance_scores:
-            raise ArgumentError(f"{type(module).__name__}.{name} has no scores. Score it, or leave it out.")
-        stored = next((slot for slot in slots(module) if slot.module is module and slot.kind == name), None)
-        values = importance_scores[module, name]
-        if stored is None or values.shape != stored.stored.shape:
-            raise ArgumentError(
-                f"{type(module).__name__}.{name}: scores of shape {tuple(values.shape)} do not fit. They are of "
-                "another parameter."
-            )
-        _check_values(values, f"{type(module).__name__}.{name}")
-        if first.setdefault(id(stored.stored), (module, name)) == (module, name):
-            left += _left(stored)
-            owners[module, name] = stored
-    _check_left(left, amount, f"{len(owners)} parameters")
-    prune.global_unstructured(list(owners), JBRUnstructured, dict(importance_scores), amount=amount)
-    for module, name in pairs:  # a shared weight counts once, and all its modules get the same mask
-        owner = owners.get((module, name))
-        if owner is None:
-            mask = owners[first[id(_slot(module, name).stored)]].mask
-            prune.custom_from_mask(module, name, mask)
+            raise ArgumentError(f"{where} has no scores. Score it, or leave it out.")
+        slot = _find_slot(module, name)
+        _check_scores(importance_scores[module, name], where, slot)
+        owners.setdefault(id(slot.stored), slot)
+    if not owners:
+        raise ArgumentError("parameters is empty: give (module, 'weight') pairs.")
+    _count(amount, sum(map(_left, owners.values())), f"{len(owners)} parameters")
+    distinct = [(slot.module, slot.kind) for slot in owners.values()]
+    prune.global_unstructured(distinct, JBRUnstructured, dict(importance_scores), amount=amount)
+    for module, name in pairs:
+        owner = owners[id(_find_slot(module, name).stored)]
+        if owner.module is not module:
+            prune.custom_from_mask(module, name, owner.mask)
 
 
-def _slot(module: nn.Module, name: str) -> Slot:
-    return next(slot for slot in slots(module) if slot.module is module and slot.kind == name)
+def _find_slot(module: nn.Module, name: str) -> Slot:
+    """The weight or bias of a module itself, plain or masked."""
+    own = {slot.kind: slot for slot in slots(module) if slot.module is module}
+    if name not in own:
+        raise ArgumentError(
+            f"{type(module).__name__} has no parameter {name!r} of its own that can be pruned; it has {sorted(own)}."
+        )
+    return own[name]
 
 
 def _left(slot: Slot) -> int:
     return slot.stored.numel() if slot.mask is None else int(slot.mask.sum())
 
 
-def _values(scores: WeightScores | Tensor, parameter: str | None) -> Tensor:
-    if isinstance(scores, Tensor):
-        return scores
-    if not isinstance(scores, WeightScores):
-        raise ArgumentError(
-            f"scores must be a tensor or scores of single weights (granularity='weight'), got {type(scores).__name__}."
-        )
-    if parameter is None or parameter not in scores.sums:
-        raise ArgumentError(
-            f"parameter={parameter!r} is not scored; give its name in the scored model, such as "
-            f"{next(iter(scores.sums))!r}."
-        )
-    return scores[parameter]
-
-
-def _check_amount(amount: float | int) -> None:
+def _count(amount: float | int, left: int, where: str) -> int:
+    """How many weights a share or a number are, of so many that are left."""
     whole = isinstance(amount, Integral) and not isinstance(amount, bool)
     if not (whole and amount >= 0) and not (isinstance(amount, float) and 0 <= amount < 1):
         raise ArgumentError(f"amount must be a share in [0, 1) or a number of weights >= 0, got {amount!r}.")
-
-
-def _count(amount: float | int, size: int) -> int:
-    if isinstance(amount, Integral) and amount > size:
-        raise ArgumentError(f"amount={amount} is more than the {size} weights that are left.")
-    return int(amount) if isinstance(amount, Integral) else round(amount * size)
-
-
-def _check_left(left: int, amount: float | int, where: str) -> None:
-    _check_amount(amount)
     if left == 0:
         raise ModelError(f"{where}: fully pruned already, nothing is left.")
-    _count(amount, left)
+    if whole and amount > left:
+        raise ArgumentError(f"amount={amount} is more than the {left} weights of {where} that are left.")
+    return int(amount) if whole else round(amount * left)
 
 
-def _check_values(values: Tensor, where: str) -> None:
+def _check_scores(values: Tensor, where: str, slot: Slot | None = None) -> None:
+    if slot is not None and values.shape != slot.stored.shape:
+        raise ArgumentError(
+            f"The scores of {where} have shape {tuple(values.shape)}, but it has {tuple(slot.stored.shape)}: they are "
+            "of another parameter."
+        )
     if not torch.isfinite(values).all():
         raise NonFiniteError(f"The scores of {where} contain NaN or Inf: nothing can be ranked by them. Score again.")
     if (values < 0).any():
@@ -208,3 +191,68 @@ def _check_values(values: Tensor, where: str) -> None:
             f"The scores of {where} are negative in places: relevances are not. Pass "
             "importance_scores=scores.importance_scores(model); without it torch hands over the weights themselves."
         )
+
+
+# --- 2:4 sparse linear layers ---------------------------------------------------------------------
+
+
+def to_semi_structured(model: nn.Module) -> dict[str, str]:
+    """Store the 2:4 sparse weights of linear layers as ``torch.sparse.to_sparse_semi_structured`` does, in place.
+
+    The model must be on a CUDA device of compute capability 8.0 or later, in a dtype of its sparse kernels (float16,
+    bfloat16). It computes the same, up to rounding, and can no longer be trained or saved: do this last.
+
+    Args:
+        model: A plain model, as ``jbrprune.sparsify(..., pattern="2:4")`` gives it; `jbrprune.make_permanent` makes
+            one of a masked model.
+
+    Returns:
+        Name of a linear layer -> why it stays dense; empty where all were converted.
+
+    Raises:
+        ModelError: The device has no such kernels, the model is masked, or no linear layer is 2:4 sparse.
+
+    Source:
+        Mishra et al., arXiv 2104.08378.
+    """
+    masked = masks_of(model)
+    if masked:
+        raise ModelError(f"{min(masked)} is masked by torch.nn.utils.prune: call jbrprune.make_permanent(model) first.")
+    device = preserve.device_of(model)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < LEAST_CAPABILITY:
+        raise ModelError(
+            f"The model is on {device} (compute capability {capability[0]}.{capability[1]}), which has no 2:4 sparse "
+            "kernels: that takes a CUDA device of compute capability 8.0 or later. The zeros are in the plain weights "
+            "already; move the model there first."
+        )
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    left = {name: "its weight is not 2:4 sparse" for name, m in linear.items() if not is_two_to_four(m.weight)}
+    if len(left) == len(linear):
+        raise ModelError(
+            f"None of {len(linear)} linear layers is 2:4 sparse (at most two of every four weights along the inputs). "
+            "Prune with pattern='2:4' first; convolutions have no such kernels."
+        )
+    for name in [name for name in linear if name not in left]:
+        try:
+            weight = torch.sparse.to_sparse_semi_structured(linear[name].weight.detach())
+        except (RuntimeError, ValueError) as error:  # noqa: PERF203 (shapes and dtypes that the kernels do not know)
+            left[name] = str(error).splitlines()[0]
+        else:
+            linear[name].weight = nn.Parameter(weight, requires_grad=False)
+    return left
+
+
+def is_two_to_four(weight: Tensor) -> bool:
+    """Whether of every four weights along the inputs at most two are not zero.
+
+    Args:
+        weight: ``[outputs, inputs]``.
+
+    Example:
+        >>> is_two_to_four(torch.tensor([[0.0, 1.0, 2.0, 0.0]])), is_two_to_four(torch.ones(1, 4))
+        (True, False)
+    """
+    if weight.shape[1] % 4:
+        return False
+    return bool((weight.detach().unflatten(1, (-1, 4)) != 0).sum(-1).le(2).all())

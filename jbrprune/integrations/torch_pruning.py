@@ -64,7 +64,7 @@ class JBRImportance(tp.importance.Importance):
 
     def __init__(self, scores: Scores) -> None:
         self.scores = scores
-        self._by_channel = _by_channel(scores)
+        self._by_channel = _share_scores(scores)
         self._whole = {group.members[0].axis for group in scores.groups}
 
     @torch.no_grad()
@@ -82,7 +82,20 @@ class JBRImportance(tp.importance.Importance):
         """
         graph: tp.DependencyGraph = group._DG  # type: ignore[assignment]
         dependency, indices = group[0]
-        _check_widths(graph, self._by_channel, self._whole)
+        modules = {name: module for module, name in graph._module2name.items()}
+        for axis, table in self._by_channel.items():
+            name, side, _ = axis
+            module = modules.get(name)
+            pruner = None if module is None else graph.get_pruner_of_module(module)
+            if pruner is None:
+                raise ArgumentError(f"There are scores for {name}, which this model does not have: score this model.")
+            width = pruner.get_out_channels(module) if side == "out" else pruner.get_in_channels(module)
+            # Consumers may be wider than what is scored (part of a concatenation stays); what names a group may not.
+            if width is not None and (width < len(table) or (axis in self._whole and width != len(table))):
+                raise ArgumentError(
+                    f"{name}: there are scores for {len(table)} channels (side '{side}'), but the module has {width}. "
+                    "The model was pruned since, or is another one: score again."
+                )
         side = "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"
         known = self._by_channel.get((graph._module2name.get(dependency.target.module, ""), side, 0))
         if known is None:
@@ -130,39 +143,16 @@ class _LayerNormPruner(tp.pruner.function.BasePruningFunc):
     get_in_channels = get_out_channels
 
 
-def _by_channel(scores: Scores) -> dict[Axis, Tensor]:
+def _share_scores(scores: Scores) -> dict[Axis, Tensor]:
     """Axis -> ``[c]`` each channel's share of its unit's score; infinite where a channel belongs to no unit."""
-    parts: dict[Axis, list[tuple[Tensor, Tensor]]] = {}
+    tables: dict[Axis, Tensor] = {}
     for group in scores.groups:
-        value = scores[group.name]
         for member in group.members:
-            share = value[member.unit] * group.size / len(member.channel)
-            parts.setdefault(member.axis, []).append((member.channel, share))
-    return {axis: _scattered(shares) for axis, shares in parts.items() if axis[1] in ("in", "out")}
-
-
-def _scattered(shares: list[tuple[Tensor, Tensor]]) -> Tensor:
-    table = torch.full((1 + max(int(channel.max()) for channel, _ in shares),), torch.inf, dtype=torch.float64)
-    for channel, share in shares:
-        table[channel] = share.double()
-    return table
-
-
-def _check_widths(graph: tp.DependencyGraph, known: dict[Axis, Tensor], whole: set[Axis]) -> None:
-    """The model is the one that was scored, as it was then.
-
-    Consumers may be wider than what is scored (where a part of a concatenation stays); what names a group may not.
-    """
-    modules = {name: module for module, name in graph._module2name.items()}
-    for axis, table in known.items():
-        name, side, _ = axis
-        module = modules.get(name)
-        pruner = None if module is None else graph.get_pruner_of_module(module)
-        if pruner is None:
-            raise ArgumentError(f"There are scores for {name}, which this model does not have: score this model.")
-        width = pruner.get_out_channels(module) if side == "out" else pruner.get_in_channels(module)
-        if width is not None and (width < len(table) or (axis in whole and width != len(table))):
-            raise ArgumentError(
-                f"{name}: there are scores for {len(table)} channels (side '{side}'), but the module has {width}. The "
-                "model was pruned since, or is another one: score again."
-            )
+            if member.axis[1] not in ("in", "out"):
+                continue
+            known = tables.get(member.axis, torch.empty(0, dtype=torch.float64))
+            missing = max(0, int(member.channel.max()) + 1 - len(known))
+            table = torch.cat([known, known.new_full((missing,), torch.inf)])
+            table[member.channel] = (scores[group.name][member.unit] * group.size / len(member.channel)).double()
+            tables[member.axis] = table
+    return tables

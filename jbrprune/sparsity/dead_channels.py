@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jbrprune.errors import ArgumentError, UnsupportedModelError
 from jbrprune.models import layers, preserve
 from jbrprune.structure.discovery import find_groups
-from jbrprune.structure.groups import Group, Selection, removed_channels
+from jbrprune.structure.groups import Group, Side, removed_channels
 from jbrprune.structure.slicing import plan_cuts, remove_units, shrink_tensor
 from jbrprune.structure.verification import verify_groups
 
@@ -25,7 +25,7 @@ class Shrunk:
         removed: Name of a group -> units that went; only groups that lost some.
         constant: Name of a group -> units that send the same for every image, but not zero, and so stayed.
         widths: Name of a convolution or linear layer -> output channels before and after; only where they changed.
-        kept: Name of a layer -> why its channels were not looked at.
+        skipped: Name of a layer -> why its channels were not looked at.
         masks: The masks that were passed, in the new shapes.
         notes: What else there is to say.
     """
@@ -33,7 +33,7 @@ class Shrunk:
     removed: dict[str, int] = field(default_factory=dict)
     constant: dict[str, int] = field(default_factory=dict)
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -97,159 +97,99 @@ def shrink(
         torch.Size([3, 3, 3, 3])
     """
     preserve.refuse_masked(model)
-    left_masks = _checked(model, masks or {})
-    images = _two(model, example)
+    left = dict(masks or {})
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, mask in left.items():
+        if name not in parameters or mask.shape != parameters[name].shape:
+            raise ArgumentError(
+                f"masks: the model has no parameter {name!r} of shape {tuple(mask.shape)}. Pass masks by the names of "
+                "named_parameters(), of the model as it is before it shrinks."
+            )
+    tensor = preserve.first_tensor(model)
+    images = example[:2] if tensor is None else example[:2].to(tensor)
+    images = images if len(images) > 1 else images.repeat(2, 1, 1, 1)
     try:
         found = verify_groups(model, images, find_groups(model, images, ignore=ignore), seed=seed)
     except UnsupportedModelError as error:
-        return Shrunk(masks=left_masks, notes=(str(error),))
-    mixed = {group.name: why for group in found.groups if (why := _mixed(model, group))}
+        return Shrunk(masks=left, notes=(str(error),))
+    # Global response normalisation compares each channel with the mean over all, also with those nobody reads.
+    outputs = ((group.name, member.axis[0]) for group in found.groups for member in group.side("out"))
+    mixed = {group: name for group, name in outputs if hasattr(model.get_submodule(name), "channel_dim")}
     groups = tuple(group for group in found.groups if group.name not in mixed)
-    before, sizes = _widths(model), {group.name: group.size for group in groups}
-    while True:
-        observed = _Observed()  # what nobody reads is known from the weights alone
-        selection = _removable(model, groups, observed)
-        if not selection:
-            observed = _observed(model, images, seed)
-            selection = _removable(model, groups, observed)
-        if not selection:
-            break
-        left_masks = _cut(model, left_masks, groups, selection)
-        groups = remove_units(model, groups, selection)
-    return Shrunk(
-        removed={g.name: sizes[g.name] - g.size for g in groups if g.size < sizes[g.name]},
-        constant={g.name: count for g in groups if (count := _constant(model, g, observed))},
-        widths={name: (old, new) for name, new in _widths(model).items() if (old := before[name]) != new},
-        kept=found.skipped | mixed,
-        masks=left_masks,
-        notes=tuple(
-            f"{g.name}: the unit that is left contributes nothing; a layer keeps one."
-            for g in groups
-            if _idle(model, g, observed).all()
-        ),
-    )
-
-
-def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks, after checking that each fits its parameter."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, mask in masks.items():
-        if name not in parameters:
-            raise ArgumentError(f"masks: the model has no parameter {name!r}. Names are those of named_parameters().")
-        if mask.shape != parameters[name].shape:
-            raise ArgumentError(
-                f"masks: {name} has shape {tuple(parameters[name].shape)}, its mask {tuple(mask.shape)}. Pass masks of "
-                "the model as it is before it shrinks."
-            )
-    return dict(masks)
-
-
-def _two(model: nn.Module, example: Tensor) -> Tensor:
-    """Two images on the model's device and of its dtype; the same one twice if there is one only."""
-    images = example[:2].to(preserve.device_of(model))
-    tensor = preserve.first_tensor(model)
-    images = images if tensor is None else images.to(tensor.dtype)
-    return images if len(images) > 1 else images.repeat(2, 1, 1, 1)
-
-
-def _mixed(model: nn.Module, group: Group) -> str | None:
-    """Why even a channel that nobody reads cannot go: the other channels are compared with it."""
-    for name, _, _ in (member.axis for member in group.side("out")):
-        if hasattr(model.get_submodule(name), "channel_dim"):  # global response normalisation: the mean over channels
-            return f"{name} ({type(model.get_submodule(name)).__name__}) divides by a mean over all channels"
-    return None
-
-
-def _widths(model: nn.Module) -> dict[str, int]:
-    """Name of a convolution or linear layer -> output channels."""
-    return {name: layers.width_of(module, "out") for name, module in _weighted(model).items()}  # type: ignore[misc]
-
-
-def _weighted(model: nn.Module) -> dict[str, nn.Module]:
-    """Convolutions and linear layers."""
-    return {
+    weighted = {
         name: module
         for name, module in model.named_modules()
         if layers.is_consumer(module) or layers.is_depthwise(module)
     }
+    before = {name: layers.width_of(module, "out") for name, module in weighted.items()}
+    sizes = {group.name: group.size for group in groups}
+    while True:
+        observed = _Observed()  # what nobody reads is known from the weights alone
+        idle = {group.name: _find_units(model, group, observed.zero) for group in groups}
+        if not any(_leave_one(units).any() for units in idle.values()):
+            observed = _observe(model, weighted, images, seed)
+            idle = {group.name: _find_units(model, group, observed.zero) for group in groups}
+        selection = {name: _leave_one(units).nonzero().flatten() for name, units in idle.items()}
+        selection = {name: units for name, units in selection.items() if len(units)}
+        if not selection:
+            break
+        gone = {axis: gone for axis, gone in removed_channels(groups, selection).items() if axis[1] != "heads"}
+        cuts, parameters = plan_cuts(model, gone).gone, dict(model.named_parameters(remove_duplicate=False))
+        left = {name: shrink_tensor(mask, cuts.get(id(parameters[name]), {})) for name, mask in left.items()}
+        groups = remove_units(model, groups, selection)
+    constant = {g.name: int((_find_units(model, g, observed.constant) & ~idle[g.name]).sum()) for g in groups}
+    after = {name: layers.width_of(module, "out") for name, module in weighted.items()}
+    return Shrunk(
+        removed={g.name: sizes[g.name] - g.size for g in groups if g.size < sizes[g.name]},
+        constant={name: count for name, count in constant.items() if count},
+        widths={name: (before[name], width) for name, width in after.items() if width != before[name]},  # type: ignore[misc]
+        skipped=found.skipped | {group: f"{name} divides by a mean over all channels" for group, name in mixed.items()},
+        masks=left,
+        notes=tuple(
+            f"{name}: the unit that is left contributes nothing; a layer keeps one."
+            for name, units in idle.items()
+            if units.all()
+        ),
+    )
 
 
-def _cut(
-    model: nn.Module, masks: Mapping[str, Tensor], groups: Sequence[Group], selection: Selection
-) -> dict[str, Tensor]:
-    """The masks after a removal, along the dimensions in which the parameters shrink."""
-    gone = {axis: index for axis, index in removed_channels(groups, selection).items() if axis[1] != "heads"}
-    cuts = plan_cuts(model, gone)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {name: shrink_tensor(mask, cuts.gone.get(id(parameters[name]), {})) for name, mask in masks.items()}
+def _leave_one(units: Tensor) -> Tensor:
+    """The same units, but not all of them: the first one stays."""
+    return units & (torch.arange(len(units)) > 0) if units.all() else units
 
 
-# --- which units ----------------------------------------------------------------------------------
-
-
-def _removable(model: nn.Module, groups: Sequence[Group], observed: _Observed) -> dict[str, Tensor]:
-    """Group -> units that contribute nothing, but one at least stays."""
-    selection = {}
-    for group in groups:
-        idle = _idle(model, group, observed)
-        if idle.all():
-            idle[0] = False
-        if idle.any():
-            selection[group.name] = idle.nonzero().flatten()
-    return selection
-
-
-def _idle(model: nn.Module, group: Group, observed: _Observed) -> Tensor:
-    """``[size]`` units whose every channel is zero, or not read, wherever it is consumed."""
-    return _everywhere(model, group, observed.zero)
-
-
-def _constant(model: nn.Module, group: Group, observed: _Observed) -> int:
-    """Units whose every channel is constant, or not read, and which are not idle."""
-    return int((_everywhere(model, group, observed.constant) & ~_idle(model, group, observed)).sum())
-
-
-def _everywhere(model: nn.Module, group: Group, state: Mapping[str, Tensor]) -> Tensor:
-    """``[size]`` units whose channels are all in a state, or not read.
+def _find_units(model: nn.Module, group: Group, inputs: Mapping[str, Tensor]) -> Tensor:
+    """``[size]`` units whose every channel is not read, or in a state, wherever it is consumed.
 
     The inputs of a grouped convolution do not count: its outputs belong to the same unit and have their own readers.
+
+    Args:
+        model: The model.
+        group: The units.
+        inputs: Name of a consumer -> ``[in]`` which of its input channels are in the state.
     """
     units = torch.ones(group.size, dtype=torch.bool)
     for member in group.side("in"):
         name = member.axis[0]
         module = model.get_submodule(name)
-        if layers.is_grouped(module):
-            continue
-        fine = ~_reads(module)
-        if name in state:
-            fine = fine | state[name]
-        units[member.unit[~fine[member.channel]]] = False
+        if not layers.is_grouped(module):
+            read = _nonzero(module, "in")
+            counts = read & ~inputs[name] if name in inputs else read
+            units[member.unit[counts[member.channel]]] = False
     return units
 
 
-def _reads(module: nn.Module) -> Tensor:
-    """``[in]`` input channels of a convolution or linear layer with a weight that is not zero."""
-    return _nonzero(module, "in")
-
-
-def _nonzero(module: nn.Module, side: str) -> Tensor:
-    """``[in]`` or ``[out]`` channels with a weight that is not zero."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    table = weight.detach().cpu() != 0
+def _nonzero(module: nn.Module, side: Side) -> Tensor:
+    """``[in]`` or ``[out]`` channels of a convolution or linear layer with a weight that is not zero."""
+    table = module.weight.detach().cpu() != 0  # type: ignore[union-attr,operator]
     table = table.flatten(2).any(2) if table.dim() > 2 else table  # [out, in / groups], or the other way round
-    if layers.channel_tensors(module, side)["weight"] == 0:  # type: ignore[index]
+    if layers.channel_tensors(module, side)["weight"] == 0:
         return table.any(1)
-    groups = getattr(module, "groups", 1)
-    return table.unflatten(0, (groups, -1)).any(1).flatten()  # channels of one group stand in its rows only
+    # channels of one group stand in its rows only
+    return table.unflatten(0, (layers.group_count(module), -1)).any(1).flatten()
 
 
-# --- what arrives ---------------------------------------------------------------------------------
-
-_Mark = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(layer, its input, its output) -> the output to go on with."""
-
-
-def _observed(model: nn.Module, images: Tensor, seed: int) -> _Observed:
+def _observe(model: nn.Module, weighted: Mapping[str, nn.Module], images: Tensor, seed: int) -> _Observed:
     """What arrives at each consumer on the example, and when all that depends on the image is NaN, or noise.
 
     NaN is passed on by whatever computes with it, also by what adds one channel to all; but a function may decide
@@ -257,68 +197,49 @@ def _observed(model: nn.Module, images: Tensor, seed: int) -> _Observed:
     of a constant the noise stands for the values that other image sizes would show.
     """
     generator = torch.Generator().manual_seed(seed)
-    noise = partial(_drawn, generator=generator)
-    seen = _largest(model, images, lambda layer, into, out: out)
-    unknown = _largest(model, torch.full_like(images, torch.nan), _keep_constants)
-    noisy = _largest(model, noise(images), partial(_replace_signals, noise=noise))
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+    seen = _find_largest(model, weighted, images, None)
+    unknown = _find_largest(model, weighted, torch.full_like(images, torch.nan), lambda out: out)
+    noisy = _find_largest(model, weighted, draw(images), draw)
     return _Observed(
         zero={name: (seen[name] == 0) & (unknown[name] == 0) & (noisy[name] == 0) for name in seen},
         constant={name: ~unknown[name].isnan() for name in unknown},
     )
 
 
-def _drawn(like: Tensor, *, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+def _find_largest(
+    model: nn.Module,
+    weighted: Mapping[str, nn.Module],
+    images: Tensor,
+    mark: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Tensor]:
+    """One forward pass; name of a layer -> ``[in]`` largest absolute value of each input channel, over all calls.
 
-
-def _largest(model: nn.Module, images: Tensor, mark: _Mark) -> dict[str, Tensor]:
-    """One forward pass; name of a layer -> ``[in]`` largest absolute value of each input channel, over all calls."""
+    Args:
+        model: The model.
+        weighted: Its convolutions and linear layers by name.
+        images: ``[B, C, H, W]``.
+        mark: Output of a layer -> what goes on in the channels that depend on an input that is not zero; the other
+            channels show what they are without an input, because NaN times a row of zeros is NaN. None: no marks.
+    """
     largest: dict[str, Tensor] = {}
 
     def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor, *, name: str) -> Tensor:
-        into = preserve.input_of(args, kwargs)
-        value = _size(layer, into).cpu()
-        largest[name] = torch.maximum(largest[name], value) if name in largest else value  # NaN if one is NaN
-        return mark(layer, into, output)
+        into, order = preserve.input_of(args, kwargs), layer.weight.dim()  # type: ignore[union-attr,operator]
+        value = into.abs().movedim(into.dim() + 1 - order, 0).flatten(1).amax(1).cpu()  # NaN if one is NaN
+        largest[name] = torch.maximum(largest[name], value) if name in largest else value
+        if mark is None:
+            return output
+        signal = _nonzero(layer, "out")
+        if layers.is_depthwise(layer):
+            signal = signal & (value != 0).repeat_interleave(len(signal) // len(value))
+        signal = signal.to(output.device).view(-1, *[1] * (order - 2))
+        return torch.where(signal, mark(output), layer.forward(torch.zeros_like(into)))  # not through hooks
 
-    with (
-        preserve.inference_state(model),
-        preserve.hooked(model, {name: partial(hook, name=name) for name in _weighted(model)}),
-    ):
+    hooks = {name: partial(hook, name=name) for name in weighted}
+    with preserve.inference_state(model), preserve.hooked(model, hooks):
         model(images)
     return largest
-
-
-def _size(layer: nn.Module, values: Tensor) -> Tensor:
-    """``[c]`` largest absolute value in each channel; NaN where there is one."""
-    dim = values.dim() + _channel_dim(layer)
-    return values.abs().movedim(dim, 0).flatten(1).amax(1)
-
-
-def _channel_dim(layer: nn.Module) -> int:
-    return 1 - layer.weight.dim()  # type: ignore[union-attr,operator]
-
-
-def _where(layer: nn.Module, channel: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """One in the given output channels, the other elsewhere."""
-    shape = (-1, *[1] * (-1 - _channel_dim(layer)))
-    return torch.where(channel.to(one.device).view(shape), one, other)
-
-
-def _without_input(layer: nn.Module, into: Tensor) -> Tensor:
-    """The output where no weight counts; not through hooks."""
-    return layer.forward(torch.zeros_like(into))
-
-
-def _keep_constants(layer: nn.Module, into: Tensor, out: Tensor) -> Tensor:
-    """NaN times a row of zeros is what it is without an input."""
-    return _where(layer, _nonzero(layer, "out"), out, _without_input(layer, into))
-
-
-def _replace_signals(layer: nn.Module, into: Tensor, out: Tensor, *, noise: Callable[[Tensor], Tensor]) -> Tensor:
-    """Noise wherever a row has weights; of a depthwise convolution: where there is something to weigh, too."""
-    signal = _nonzero(layer, "out")
-    if layers.is_depthwise(layer):
-        sent = _size(layer, into).cpu() != 0
-        signal = signal & sent.repeat_interleave(len(signal) // len(sent))
-    return _where(layer, signal, noise(out), _without_input(layer, into))

@@ -44,12 +44,13 @@ class Slot:
     @property
     def mask(self) -> Tensor | None:
         """The mask of ``torch.nn.utils.prune``, if there is one."""
-        return self.module._buffers.get(f"{self.kind}_mask") if self.masked else None
+        there = self.module._parameters.get(f"{self.kind}_orig") is not None
+        return self.module._buffers.get(f"{self.kind}_mask") if there else None
 
     @property
     def masked(self) -> bool:
         """Whether ``torch.nn.utils.prune`` has masked it."""
-        return _is_masked(self.module, self.kind)
+        return self.mask is not None
 
     @property
     def used(self) -> Tensor:
@@ -65,12 +66,12 @@ class Slot:
 
 def slots(model: nn.Module) -> list[Slot]:
     """Every plain or masked ``weight`` and ``bias``."""
-    return [
+    possible = [
         Slot(f"{name}.{kind}".removeprefix("."), module, kind)
         for name, module in model.named_modules()
         for kind in KINDS
-        if module._parameters.get(kind) is not None or _is_masked(module, kind)
     ]
+    return [slot for slot in possible if slot.module._parameters.get(slot.kind) is not None or slot.masked]
 
 
 def is_weight_layer(module: nn.Module) -> bool:
@@ -116,8 +117,8 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     A shared parameter appears under its first name.
 
     Raises:
-        ModelError: Modules that share a parameter mask it differently: no single tensor stands for both. Or a mask of
-            something else than ``weight`` or ``bias`` of a module.
+        ModelError: Modules that share a parameter mask it differently, so that no single tensor stands for both. Or a
+            mask of something else than ``weight`` or ``bias`` of a module, or of other values than 0 and 1.
     """
     _refuse_foreign(model)
     refuse_hidden_sharing(model, [slot.name for slot in slots(model) if slot.masked])
@@ -129,7 +130,8 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
                 f"{slot.name}: its mask must hold nothing but 0 and 1. Make it permanent: "
                 "torch.nn.utils.prune.remove(module, name)."
             )
-        if not _alike(other.mask, slot.mask):
+        one, two = other.mask, slot.mask
+        if (one is None) != (two is None) or (one is not None and not torch.equal(one.bool(), two.bool())):  # type: ignore[union-attr]
             raise ModelError(
                 f"{other.name} and {slot.name} are one shared parameter, but their masks differ. Mask both alike "
                 "(torch.nn.utils.prune.custom_from_mask), or make the masks permanent: "
@@ -241,11 +243,3 @@ def _refuse_foreign(model: nn.Module) -> None:
                 f"{name} is masked by torch.nn.utils.prune and is neither a weight nor a bias: call "
                 "torch.nn.utils.prune.remove(module, name) for it."
             )
-
-
-def _alike(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one.bool(), other.bool()))
-
-
-def _is_masked(module: nn.Module, kind: str) -> bool:
-    return module._parameters.get(f"{kind}_orig") is not None and module._buffers.get(f"{kind}_mask") is not None

@@ -40,9 +40,7 @@ class Pattern:
         """
         found = re.fullmatch(r"(\d+):(\d+)", text)
         if not found or not 0 < int(found[1]) < int(found[2]):
-            raise ArgumentError(
-                f"structure must be 'channels', 'unstructured' or 'N:M' with 0 < N < M such as '2:4', got {text!r}."
-            )
+            raise ArgumentError(f"A pattern is written N:M with 0 < N < M such as '2:4', got {text!r}.")
         return Pattern(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
@@ -118,11 +116,6 @@ def keep_pattern(score: Tensor, mask: Tensor, pattern: Pattern, dim: int, remain
     order = padded.argsort(dim=-1, descending=True, stable=True)
     best = torch.zeros_like(padded, dtype=torch.bool).scatter_(-1, order[..., : pattern.keep], True)
     return best.flatten(-2)[..., :width].movedim(-1, dim) & mask
-
-
-def least_density(masks: Mapping[str, Tensor], floor: float) -> float:
-    """Share of the weights that the floors keep."""
-    return sum(_floor(mask.numel(), floor) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
 def at_floor(masks: Mapping[str, Tensor], floor: float) -> list[str]:

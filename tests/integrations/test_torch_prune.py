@@ -128,8 +128,8 @@ SCORES = torch.rand(3, 4)
         (("weight", -1, SCORES), ArgumentError, "got -1"),
         (("weight", True, SCORES), ArgumentError, "got True"),
         (("weight", "half", SCORES), ArgumentError, "got 'half'"),
-        (("weight", 13, SCORES), ArgumentError, "amount=13 is more than the 12 weights that are left"),
-        (("weight", 0.5, SCORES.T), ArgumentError, r"The scores have shape \(4, 3\), but weight has \(3, 4\)"),
+        (("weight", 13, SCORES), ArgumentError, "amount=13 is more than the 12 weights of weight that are left"),
+        (("weight", 0.5, SCORES.T), ArgumentError, r"The scores of weight have shape \(4, 3\), but it has \(3, 4\)"),
         (
             ("gain", 0.5, SCORES),
             ArgumentError,
@@ -171,7 +171,7 @@ def test_wrong_global_arguments_leave_every_module_plain() -> None:
         jbr_global_unstructured(pairs(model), 0.5, some)
     with pytest.raises(ArgumentError, match="parameters is empty"):
         jbr_global_unstructured([], 0.5, scores)
-    with pytest.raises(ArgumentError, match=r"Linear.weight: scores of shape \(2, 2\) do not fit"):
+    with pytest.raises(ArgumentError, match=r"The scores of Linear.weight have shape \(2, 2\), but it has"):
         jbr_global_unstructured(pairs(model), 0.5, scores | {(model[3], "weight"): torch.ones(2, 2)})
     with pytest.raises(NonFiniteError, match=r"Linear.weight contain NaN"):
         jbr_global_unstructured(pairs(model), 0.5, scores | {(model[3], "weight"): torch.full((5, 144), torch.nan)})

@@ -143,7 +143,7 @@ def test_patterns(text: str, shape: tuple[int, ...], dim: int) -> None:
 
 @pytest.mark.parametrize("text", ["4:2", "0:4", "4:4", "2-4", "2:4:8", ":4", "n:m", "", "-1:4"])
 def test_what_is_no_pattern(text: str) -> None:
-    with pytest.raises(ArgumentError, match="structure must be 'channels', 'unstructured' or 'N:M'"):
+    with pytest.raises(ArgumentError, match="A pattern is written N:M"):
         Pattern.of_text(text)
 
 
