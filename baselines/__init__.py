@@ -34,7 +34,7 @@ from baselines import (
 )
 from baselines import torch_pruning_shipped as shipped
 from jbrprune.criteria.relevance import PRESETS, Relevance
-from jbrprune.pruning.loop import Criterion
+from jbrprune.pruning.channels import Criterion
 
 CRITERIA: dict[str, Relevance | Criterion] = {
     **{name: preset for name, preset in PRESETS.items() if name != "jbr_label"},  # that is `group_fisher`

@@ -15,17 +15,29 @@ from jbrprune.sparsity.masks import weights_of
 
 
 def magnitude(
-    model: nn.Module, batches: Sequence[Batch], *, ignore: Sequence[str] = (), seed: int = 0, progress: bool = False
+    model: nn.Module,
+    batches: Sequence[Batch],
+    names: Sequence[str] = (),
+    *,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool = False,
 ) -> WeightScores:
     """s_j = |w_j| (Han et al., NeurIPS 2015, arXiv 1506.02626).
 
-    Departs from it in nothing; ``scope="layer"`` of `jbrprune.prune` gives the layerwise form. The images are not read.
+    Departs from it in nothing; ``scope="layer"`` of `jbrprune.sparsify` gives the layerwise form. Images are not read.
     """
     return _of_weights(model, ignore, "magnitude", lambda weight: weight.abs())
 
 
 def random(
-    model: nn.Module, batches: Sequence[Batch], *, ignore: Sequence[str] = (), seed: int = 0, progress: bool = False
+    model: nn.Module,
+    batches: Sequence[Batch],
+    names: Sequence[str] = (),
+    *,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool = False,
 ) -> WeightScores:
     """Uniform in (0, 1): what any criterion has to beat. The images are not read."""
     generator = torch.Generator().manual_seed(seed)
@@ -33,7 +45,13 @@ def random(
 
 
 def snip(
-    model: nn.Module, batches: Sequence[Batch], *, ignore: Sequence[str] = (), seed: int = 0, progress: bool = False
+    model: nn.Module,
+    batches: Sequence[Batch],
+    names: Sequence[str] = (),
+    *,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool = False,
 ) -> WeightScores:
     """s_j = |w_j E_x[dL/dw_j]|, L the cross-entropy with the label (Lee et al., ICLR 2019, arXiv 1810.02340).
 
@@ -46,7 +64,13 @@ def snip(
 
 
 def fisher(
-    model: nn.Module, batches: Sequence[Batch], *, ignore: Sequence[str] = (), seed: int = 0, progress: bool = False
+    model: nn.Module,
+    batches: Sequence[Batch],
+    names: Sequence[str] = (),
+    *,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool = False,
 ) -> WeightScores:
     """s_j = w_j^2 E_x[(dL/dw_j)^2], L the cross-entropy with the label (OBD, LeCun et al., NeurIPS 1989).
 
@@ -60,7 +84,13 @@ def fisher(
 
 
 def lamp(
-    model: nn.Module, batches: Sequence[Batch], *, ignore: Sequence[str] = (), seed: int = 0, progress: bool = False
+    model: nn.Module,
+    batches: Sequence[Batch],
+    names: Sequence[str] = (),
+    *,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool = False,
 ) -> WeightScores:
     """s_j = w_j^2 / sum of w_i^2 over all i of the layer with |w_i| >= |w_j| (Lee et al., ICLR 2021, arXiv 2010.07611).
 
@@ -77,7 +107,7 @@ WEIGHT_CRITERIA: dict[str, Callable[..., WeightScores]] = {
     "snip": snip,
     "fisher": fisher,
 }
-"""Name -> ``criterion(model, batches, *, ignore, seed, progress)``; pass one as ``criterion=`` to `jbrprune.prune`."""
+"""Name -> ``criterion(model, batches, names)``; pass one as ``criterion=`` to `jbrprune.sparsify`."""
 
 
 def _lamp(weight: Tensor) -> Tensor:

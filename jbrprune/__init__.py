@@ -2,7 +2,9 @@
 
 from importlib.metadata import version
 
+from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint.checkpoint import load
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.data import distributed
@@ -15,22 +17,26 @@ from jbrprune.integrations.torch_prune import (
 from jbrprune.integrations.torch_pruning import JBRImportance
 from jbrprune.prediction.degradation import Degradation, degradation
 from jbrprune.prediction.predict import predict
-from jbrprune.pruning.api import PruneResult, prune, sweep
-from jbrprune.pruning.scoring import score
+from jbrprune.pruning.api import PruneResult, create, info, prune, score, sparsify, sweep
 from jbrprune.report.records import Report
 from jbrprune.sparsity.masks import make_permanent
 
 __version__ = version("jbrprune")
 
 __all__ = [
-    # the one call
+    # the calls
     "prune",
+    "sparsify",
     "sweep",
+    "create",
+    "info",
+    "Floors",
     "PruneResult",
     "Report",
     "load",
     # the criterion
     "score",
+    "Relevance",
     "Scores",
     "JBRImportance",
     # what it would cost

@@ -35,8 +35,7 @@ from jbrprune.data.batches import Batch
 from jbrprune.errors import JBRError, unknown
 from jbrprune.models import preserve
 from jbrprune.models.preserve import copy_model, logits_of
-from jbrprune.pruning.runs import provenance
-from jbrprune.pruning.scoring import example_of
+from jbrprune.pruning.prepare import provenance
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group
 
@@ -99,7 +98,7 @@ def records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]:
     """One line per criterion."""
     loaded(setup)[1].check_labels("the yardstick")
     dense, batches = opened(setup), calibrated(setup, args.images, 0)
-    groups = find_groups(copy_model(dense.model), example_of(dense.model, batches[0])).groups
+    groups = find_groups(copy_model(dense.model), batches[0].images[:2]).groups
     result = measured(dense.model, batches, groups, args.criterion, args.rounds)
     shared = {
         **setup_named(setup),

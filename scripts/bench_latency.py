@@ -11,7 +11,6 @@ process, in turns; `speedup` is the median of the ratios of the rounds, `spread`
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import time
 import warnings
@@ -27,23 +26,27 @@ from torch import nn
 
 from baselines.magnitude import l1
 from jbrprune import prune
-from jbrprune.budgets import timing
-from jbrprune.budgets.timing_cache import machine
-from jbrprune.models import preserve
+from jbrprune.budgets.selection import Floors
+from jbrprune.evaluation.latency import describe_hardware, time_in_turns
 
 MODELS = ("resnet50", "vit_small_patch16_224", "efficientnet_lite0", "mobilenetv2_100")
 SETTINGS: dict[str, dict[str, object]] = {
-    "macs=0.5, round_to=1": {"macs": 0.5, "round_to": 1},
-    "macs=0.5, round_to=8": {"macs": 0.5, "round_to": 8},
-    "macs=0.5, round_to=auto": {"macs": 0.5, "round_to": "auto"},
+    "macs=0.5, round_to=1": {"macs": 0.5},
+    "macs=0.5, round_to=8": {"macs": 0.5, "floors": Floors(round_to=8)},
     "latency=0.5": {"latency": 0.5},
 }
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """What timings depend on, beside the models."""
+    threads, hardware = torch.get_num_threads(), describe_hardware(device)
+    return {"device": device.type, "hardware": hardware, "threads": threads, "torch": torch.__version__}
 
 
 def pruned(dense: nn.Module, images: torch.Tensor, setting: str, steps: int) -> tuple[nn.Module, dict[str, object]]:
     """The pruned model, and what is known of it."""
     began = time.perf_counter()
-    options = {"repair": None, "measure_latency": False, "progress": False, "steps": steps}
+    options = {"repair": None, "progress": False, "steps": None if "latency" in SETTINGS[setting] else steps}
     result = prune(dense, images, criterion=l1, **SETTINGS[setting], **options)  # type: ignore[arg-type]
     report = result.report
     facts = {
@@ -57,23 +60,19 @@ def pruned(dense: nn.Module, images: torch.Tensor, setting: str, steps: int) -> 
 
 
 def measured(
-    dense: nn.Module, model: nn.Module, images: torch.Tensor, mode: str, rounds: int
+    dense: nn.Module, model: nn.Module, images: torch.Tensor, mode: str, seconds: float
 ) -> dict[str, float | int | str]:
     """Both models in turns, in eager mode or compiled."""
     if mode == "compile":
         dense, model = (torch.compile(m, dynamic=False) for m in (dense, model))  # type: ignore[assignment]
-    with preserve.inference_state(dense), preserve.inference_state(model):
-        before, after = timing.race(
-            [functools.partial(m, images) for m in (dense, model)], images.device, rounds=rounds
-        )
-    speedup = timing.ratio(before.seconds, after.seconds)
-    one, other = (1e3 * torch.tensor(laps.seconds).median().item() for laps in (before, after))
+    found = time_in_turns([model, dense], images, seconds=seconds, threads=torch.get_num_threads())
+    after, before = found.latencies
     return {
-        "dense_ms": round(one, 3),
-        "pruned_ms": round(other, 3),
-        "speedup": round(speedup.median, 3),
-        "spread": round(speedup.spread, 3),
-        "rounds": rounds,
+        "dense_ms": round(before.median_ms, 3),
+        "pruned_ms": round(after.median_ms, 3),
+        "speedup": round(found.ratios[1], 3),
+        "spread": round(found.spreads[1], 3),
+        "clock": before.clock,
     }
 
 
@@ -94,11 +93,10 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
                 continue
             model, facts = pruned(dense, images[:2], setting, arguments.steps)
             for mode, batch in wanted:
-                rounds = arguments.rounds if batch == 1 else max(3, arguments.rounds // 3)
                 yield {
                     **{"model": name, "setting": setting, "mode": mode, "batch": batch, **facts},
-                    **measured(dense, model, images[:batch], mode, rounds),
-                    **{"clock": timing.clock_of(device), **machine(device), "timm": version("timm")},
+                    **measured(dense, model, images[:batch], mode, arguments.seconds),
+                    **{**machine(device), "timm": version("timm")},
                     **{"commit": common.commit(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds")},
                 }
                 torch.compiler.reset()
@@ -141,7 +139,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--modes", nargs="+", default=["eager", "compile"], choices=["eager", "compile"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--rounds", type=int, default=15, help="rounds at batch 1; a third of them otherwise")
+    parser.add_argument("--seconds", type=float, default=30, help="time for all rounds of one measurement")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")

@@ -54,9 +54,7 @@ def run(args: argparse.Namespace, drop: float, seed: int, train: tuple, test: tu
     model = timm_models.create(args.model, checkpoint=args.checkpoint, pretrained=False, **keywords(args.model_arg))
     data = [(train[0][chosen], train[1][chosen])] if args.labels else train[0][chosen]
     began = time.process_time()
-    result = prune(
-        model, data, max_drop=drop, eval_data=[test], seed=seed, batch_size=64, measure_latency=False, progress=False
-    )
+    result = prune(model, data, max_drop=drop, eval_data=[test], seed=seed, batch_size=64, progress=False)
     report = result.report
     assert report.search is not None
     assert report.final is not None

@@ -28,7 +28,6 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from baselines import CRITERIA
-from jbrprune.budgets.budget import Budget
 from jbrprune.data.batches import Batch, attach_reference, rebatch
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models import timm_models
@@ -37,10 +36,9 @@ from jbrprune.prediction.correction import corrected
 from jbrprune.prediction.damage import measured_damage
 from jbrprune.prediction.forecast import forecast
 from jbrprune.prediction.predict import CALIBRATED_AT, masked_logits
-from jbrprune.pruning import loop as engine
-from jbrprune.pruning.arguments import channel_settings
-from jbrprune.pruning.defaults import CHANNELS
-from jbrprune.pruning.plan import Cut, planned_cuts
+from jbrprune.pruning.channels import Channels, Cut, find_channels
+from jbrprune.pruning.options import ChannelOptions
+from jbrprune.pruning.prepare import open_problem
 from jbrprune.report.records import plain
 
 KEY = ("model", "weights", "model_args", "criterion", "ratio", "seed", "images", "eval_images")
@@ -64,28 +62,22 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def settings_of(criterion: str, ratio: float, seed: int) -> engine.Settings:
-    """One step to a share of the channels, ranked by a criterion of `baselines`."""
-    chosen = dict.fromkeys(CHANNELS) | {"criterion": CRITERIA[criterion], "steps": 1, "repair": None, "ignore": ()}
-    chosen |= {"ridge": 0.1, "seed": seed, "measure_latency": False, "progress": False}
-    return channel_settings(Budget("channels", 1 - ratio), (1 - ratio,), chosen)
-
-
 def cuts_of(
     model: nn.Module, batches: Sequence[Batch], wanted: Iterable[tuple[str, float]], seed: int
-) -> tuple[engine.State, dict[tuple[str, float], Cut]]:
+) -> tuple[Channels, dict[tuple[str, float], Cut]]:
     """(criterion, ratio) -> what goes; a ratio that the floors do not allow is left out."""
     by_criterion: dict[str, list[float]] = defaultdict(list)
     for criterion, ratio in wanted:
         by_criterion[criterion].append(ratio)
     found = {}
-    state = engine.start(model, batches[0].images[:2], settings_of(next(iter(by_criterion)), 0.01, seed))
+    problem = open_problem(model, batches, len(batches[0]))
+    state = find_channels(problem, ChannelOptions(channels=0.99, seed=seed), ())
     for criterion, ratios in by_criterion.items():
-        settings = settings_of(criterion, min(ratios), seed)
-        scores = engine.scored(state, batches, settings, 0).values()
+        options = ChannelOptions(channels=0.99, criterion=CRITERIA[criterion], seed=seed, progress=False)
+        scores = state.score(batches, options, 0)
         allowed = [ratio for ratio in ratios if 1 - ratio >= state.least]
         print(f"{criterion}: {len(allowed)} of {len(ratios)} ratios are within the floors", flush=True)
-        cuts = planned_cuts(state, scores, settings, [1 - ratio for ratio in allowed])
+        cuts = [state.plan(scores, 1 - ratio) for ratio in allowed]
         found |= {(criterion, ratio): cut for ratio, cut in zip(allowed, cuts, strict=True)}
     return state, found
 

@@ -31,7 +31,7 @@ from protocols import PROTOCOLS
 from sources import Source, open_source
 from torch import nn
 
-from jbrprune import prune, sweep
+from jbrprune import prune, sparsify, sweep
 from jbrprune.data.batches import Batch, attach_reference
 from jbrprune.demo import lite0, train_digits
 from jbrprune.errors import JBRError, NonFiniteError
@@ -123,7 +123,7 @@ def reports(run: Run) -> Iterator[Report]:
     criterion = protocol.known[run.criterion]
     how: dict[str, Any] = {
         **{"steps": protocol.steps, "repair": protocol.repair, "seed": run.seed, "batch_size": run.batch_size},
-        **{"images": None, "eval_data": dense.test, "measure_latency": run.timed, "progress": False},
+        **{"images": None, "eval_data": dense.test, "progress": False},
         **protocol.options,
     }
     if not protocol.from_dense:
@@ -132,7 +132,8 @@ def reports(run: Run) -> Iterator[Report]:
         return
     scored = once(criterion) if protocol.steps == 1 else criterion
     for budget in protocol.budgets:
-        yield prune(dense.model, batches, criterion=scored, **{protocol.kind: budget}, **how).report
+        call = sparsify if protocol.kind == "sparsity" else prune
+        yield call(dense.model, batches, criterion=scored, **{protocol.kind: budget}, **how).report
 
 
 def once(criterion: Callable[..., Any]) -> Callable[..., Any]:

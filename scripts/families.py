@@ -23,7 +23,7 @@ from jbrprune.budgets.selection import Floors, select
 from jbrprune.errors import JBRError
 from jbrprune.models import timm_models
 from jbrprune.models.preserve import copy_model, logits_of
-from jbrprune.pruning.info import Inventory, inventory
+from jbrprune.pruning.api import Info
 from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.slicing import masked_units, remove_units
 from jbrprune.structure.verification import TOLERANCE
@@ -166,7 +166,7 @@ class _Walk:
 
 def _walked(model: nn.Module, images: Tensor, walk: _Walk) -> dict:
     walk.to("info")
-    listed = inventory(model, images[:2], min_channels=FLOOR)
+    listed = jbrprune.info(model, images[:2], floors=Floors(channels=FLOOR))
     share = max(TARGET, listed.least_macs + 0.002)
     walk.known |= {"least": round(listed.least_macs, 4), "groups": len(listed.rows), "kept": _why_kept(listed)}
     if share >= 1:
@@ -177,7 +177,7 @@ def _walked(model: nn.Module, images: Tensor, walk: _Walk) -> dict:
     _check(all(bool(values.isfinite().all()) for values in scores.values().values()), "scores are not finite")
     _check(any(float(values.max()) > 0 for values in scores.values().values()), "every score is zero")
     walk.to("prune")
-    options: dict = {"macs": share, "min_channels": FLOOR, "batch_size": 4, "measure_latency": False, "progress": False}
+    options: dict = {"macs": share, "floors": Floors(channels=FLOOR), "batch_size": 4, "progress": False}
     result = jbrprune.prune(model, images, criterion=scores, repair=None, **options)
     before, after = (sum(count_macs(m, images[:1]).values()) for m in (model, result.model))
     walk.known["reached"] = round(after / before, 4)
@@ -278,13 +278,13 @@ def _check_defaults(model: nn.Module, images: Tensor, options: dict) -> None:
     _check(result.report.kept <= options["macs"] * 1.0001, f"in steps: {result.report.kept:.4f} of the MACs are left")
 
 
-def _why_kept(listed: Inventory) -> dict[str, int]:
+def _why_kept(listed: Info) -> dict[str, int]:
     """Reason -> how many groups of channels it keeps; numbers and names left out."""
-    plain = (re.sub(r"\s+", " ", re.sub(r"\d+(\.\d+)?(e-?\d+)?", "#", reason)) for reason in listed.kept.values())
+    plain = (re.sub(r"\s+", " ", re.sub(r"\d+(\.\d+)?(e-?\d+)?", "#", reason)) for reason in listed.skipped.values())
     return dict(Counter(reason[:160] for reason in plain).most_common())
 
 
-def _shown(listed: Inventory) -> str:
+def _shown(listed: Info) -> str:
     expected = ("the classifier", "reaches the model's output")
     reasons = [f"{why} ({n})" for why, n in _why_kept(listed).items() if why not in expected]
     can = f"{len(listed.rows)} groups can shrink, which leaves {listed.least_macs:.3f} of the MACs"

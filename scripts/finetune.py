@@ -45,7 +45,7 @@ from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, BudgetError, JBRError, unknown
 from jbrprune.evaluation.agreement import agreement_on, parameters_of
 from jbrprune.models import preserve
-from jbrprune.pruning.runs import provenance
+from jbrprune.pruning.prepare import provenance
 from jbrprune.report.records import plain
 from jbrprune.sparsity.masks import masks_of
 

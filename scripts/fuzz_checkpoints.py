@@ -64,15 +64,16 @@ def made(folder: Path) -> list[Path]:
     """Real ones: a ViT, a ResNet and a Swin (tables of positions) with channels removed; a ViT with masked weights."""
     torch.manual_seed(0)
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    quick: dict[str, Any] = {"repair": None, "measure_latency": False, "progress": False, "pretrained": False}
+    quick: dict[str, Any] = {"repair": None, "progress": False}
     found = []
-    for name, arguments in (
-        ("test_vit", {"macs": 0.8, "steps": 1, "img_size": 32}),
-        ("test_resnet", {"macs": 0.8, "steps": 1}),
-        ("test_vit", {"sparsity": 0.7, "permanent": False, "img_size": 32}),
-        ("swin_tiny_patch4_window7_224", {"macs": 0.9, "steps": 1, "img_size": 32, **SMALL_SWIN}),
+    sized = {"img_size": 32}
+    for name, made_with, call, budget in (
+        ("test_vit", sized, jbrprune.prune, {"macs": 0.8, "steps": 1}),
+        ("test_resnet", {}, jbrprune.prune, {"macs": 0.8, "steps": 1}),
+        ("test_vit", sized, jbrprune.sparsify, {"sparsity": 0.7, "permanent": False}),
+        ("swin_tiny_patch4_window7_224", sized | SMALL_SWIN, jbrprune.prune, {"macs": 0.9, "steps": 1}),
     ):
-        result = jbrprune.prune(name, images, **quick, **arguments)
+        result = call(jbrprune.create(name, pretrained=False, **made_with), images, **quick, **budget)
         path = folder / f"base-{len(found)}"
         save(path, result.model, recipe=result.recipe, config=result.config)
         found.append(path)

@@ -20,7 +20,7 @@ from jbrprune.budgets.budget import Budget
 from jbrprune.commands.options import device_named
 from jbrprune.errors import ArgumentError, unknown
 from jbrprune.models.timm_models import check_name
-from jbrprune.pruning.arguments import sparsity_of
+from jbrprune.pruning.options import WeightOptions
 from jbrprune.repair.repair import METHODS
 from jbrprune.report.records import plain
 
@@ -226,7 +226,10 @@ def variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Protocol
     given = protocol.budgets if wanted["budgets"] is None else wanted["budgets"]
     budgets = tuple(
         sorted(
-            {sparsity_of(share) if sparse else Budget.of(**{protocol.kind: share}).share for share in given},
+            {
+                WeightOptions(sparsity=share).sparsity if sparse else Budget.of(**{protocol.kind: share}).share
+                for share in given
+            },
             reverse=not sparse,
         )
     )

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from baselines import CRITERIA, LABELS
 from baselines.weights import WEIGHT_CRITERIA
+from jbrprune.budgets.selection import Floors
 from jbrprune.criteria.relevance import PRESETS
 
 BY_WEIGHT: Mapping[str, Callable] = {
@@ -73,7 +74,7 @@ PROTOCOLS: dict[str, Protocol] = {
         steps=1,
         repair=None,
         images=50 * 128,
-        options=MappingProxyType({"min_channels": 1}),
+        options=MappingProxyType({"floors": Floors(channels=1)}),
     ),
     "budget": Protocol(
         about="budgets of MACs in steps of 5 %, ranked by score per MAC, repaired without labels after every step",
@@ -84,7 +85,7 @@ PROTOCOLS: dict[str, Protocol] = {
         repair="auto",
     ),
     "latency": Protocol(
-        about="budgets of measured time, in the same steps, ranked by score per time saved, widths that lose no time",
+        about="budgets of measured time, in the same steps, ranked by score per MAC, the whole model timed",
         kind="latency",
         budgets=(0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
         criteria=("jbr",),
@@ -116,7 +117,6 @@ PROTOCOLS: dict[str, Protocol] = {
         criteria=tuple(name for name in CRITERIA if name not in NEED_BATCH_NORM),
         steps=None,
         repair="auto",
-        options=MappingProxyType({"width": False}),
     ),
     "vit_mlp": Protocol(
         about="vision transformers: MLP channels only, shares of them cut in one step, their mean put in their place",
@@ -126,6 +126,6 @@ PROTOCOLS: dict[str, Protocol] = {
         steps=1,
         repair="mean_shift",
         from_dense=True,
-        options=MappingProxyType({"ignore": ("*.attn", "*.attn.*"), "min_channels": 1}),
+        options=MappingProxyType({"ignore": ("*.attn", "*.attn.*"), "floors": Floors(channels=1)}),
     ),
 }

@@ -35,7 +35,7 @@ from jbrprune.data.files import replacing
 from jbrprune.errors import JBRError
 from jbrprune.evaluation.agreement import agreement_on, compute_logits
 from jbrprune.models import timm_models
-from jbrprune.pruning.runs import provenance
+from jbrprune.pruning.prepare import provenance
 
 
 def created(args: argparse.Namespace, arguments: Mapping[str, object]) -> nn.Module:

@@ -28,7 +28,8 @@ from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Selection
-from jbrprune.structure.verification import remove_units, verify_groups
+from jbrprune.structure.slicing import remove_units
+from jbrprune.structure.verification import verify_groups
 
 Batches = list[tuple[Tensor, Tensor]]
 """Images ``[B, 3, 32, 32]`` and labels ``[B]``."""
@@ -65,8 +66,7 @@ def remove(model: nn.Module, groups: Sequence[Group], selection: Selection) -> N
 
 def prune_channels(model: nn.Module, images: Tensor, seed: int) -> tuple[nn.Module, dict[str, list[int]], list[str]]:
     """A pruned copy, group name -> units of the dense model that are gone, and the repair of every step."""
-    how = {"repair": "auto", "width": True, "seed": seed, "measure_latency": False, "progress": False}
-    result = jbrprune.prune(model, images, macs=0.6, steps=3, **how)  # type: ignore[arg-type]
+    result = jbrprune.prune(model, images, macs=0.6, steps=3, floors=Floors(width=True), seed=seed, progress=False)
     repairs = [step.repair if step.unrepaired.kl > 1e-12 else "nothing to repair" for step in result.report.steps]  # type: ignore[union-attr]
     return result.model, dict(result.report.removed), repairs
 
@@ -75,9 +75,8 @@ def sparsify_weights(
     model: nn.Module, images: Tensor, goal: float | str, repair: str | None, seed: int
 ) -> tuple[nn.Module, list[str]]:
     """A copy with zeros, and the repair of every step; the goal is a sparsity or a pattern."""
-    target = {"structure": goal} if isinstance(goal, str) else {"sparsity": goal}
-    how = {"repair": repair, "seed": seed, "measure_latency": False, "progress": False}
-    result = jbrprune.prune(model, images, **target, **how)  # type: ignore[arg-type]
+    target = {"pattern": goal} if isinstance(goal, str) else {"sparsity": goal}
+    result = jbrprune.sparsify(model, images, **target, repair=repair, seed=seed, progress=False)  # type: ignore[arg-type]
     return result.model, [step.repair for step in result.report.steps]
 
 

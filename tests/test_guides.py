@@ -15,7 +15,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jbrprune import PruneResult, Report, cli
-from jbrprune.budgets import timing
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (
@@ -55,8 +54,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pixels = torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8, generator=generator)
         Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{number}.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JBRPRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-4)
     return tmp_path
 
 

@@ -29,7 +29,7 @@ from jbrprune.errors import ArgumentError
 from jbrprune.evaluation.agreement import Agreement, agreement, bytes_of, combine, compute_logits, parameters_of
 from jbrprune.evaluation.latency import time_in_turns
 from jbrprune.models import preserve
-from jbrprune.pruning.scoring import peeked
+from jbrprune.pruning.prepare import peek
 
 
 def eval_command(
@@ -57,7 +57,7 @@ def eval_command(
     module = loaded_model(model, checkpoint, pretrained, model_arg).to(place)
     other = loaded_model(reference, checkpoint, pretrained, model_arg).to(place) if reference else None
     opened = loading.open_data(data, module, batch_size=batch_size, skip_corrupt=skip_corrupt)
-    first, opened = peeked(opened, batch_size)
+    first, opened = peek(opened, batch_size)
     agreed = measured(module, other, opened, images=images, batch_size=batch_size)
     if distributed.rank() > 0:
         return  # the others' work would disturb the timing

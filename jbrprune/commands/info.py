@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
+from jbrprune.budgets.selection import Floors
 from jbrprune.commands.options import AsJson, ModelArguments, TimmName, model_arguments
 from jbrprune.commands.output import say, table_of
 from jbrprune.models import timm_models
-from jbrprune.pruning.info import Inventory, inventory
+from jbrprune.pruning.api import Info, info
 
 
 def info_command(
@@ -27,17 +28,17 @@ def info_command(
     Example: `jbrprune info vit_small_patch16_224`
     """
     module = timm_models.create(model, pretrained=False, **model_arguments(model_arg))
-    found = inventory(module, ignore=ignore or (), width=width, min_channels=min_channels)
-    say(as_json, {"model": model} | found.to_dict(), _inventory_text(model, found))
+    found = info(module, ignore=ignore or (), floors=Floors(channels=min_channels, width=width))
+    say(as_json, {"model": model} | found.to_dict(), _info_text(model, found))
 
 
-def _inventory_text(model: str, found: Inventory) -> str:
+def _info_text(model: str, found: Info) -> str:
     head = (
         f"{model}: {found.macs / 1e6:,.1f} MMACs, {found.params / 1e6:,.2f} M parameters at "
         f"{' x '.join(map(str, found.input_size))}.\n"
         f"It can go down to {found.least_macs:.1%} of the MACs and {found.least_params:.1%} of the parameters.\n"
     )
-    kept = "\n".join(f"  {name}: {reason}" for name, reason in found.kept.items())
+    kept = "\n".join(f"  {name}: {reason}" for name, reason in found.skipped.items())
     return (
         head
         + "\n"

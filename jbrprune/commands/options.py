@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,10 +15,10 @@ import typer
 from torch import nn
 
 from jbrprune.checkpoint import checkpoint as files
-from jbrprune.criteria.relevance import Site
-from jbrprune.errors import ArgumentError, CheckpointError
+from jbrprune.criteria.relevance import PRESETS, Relevance, Site
+from jbrprune.errors import ArgumentError, CheckpointError, unknown
 from jbrprune.models import timm_models
-from jbrprune.pruning.api import prune
+from jbrprune.pruning.api import prune, sparsify
 
 Objective = Annotated[
     Literal["pseudo_label", "predicted_logit", "margin", "label", "projection"] | None,
@@ -59,7 +60,9 @@ def loaded_model(name: str, checkpoint: Path | None, pretrained: bool, model_arg
     return timm_models.create(name, checkpoint=checkpoint, pretrained=pretrained, **model_arguments(model_arg)).eval()
 
 
-_OWN_ARGUMENTS = frozenset(("name", "pretrained", *inspect.signature(prune).parameters))
+_OWN_ARGUMENTS = frozenset(
+    ("name", "pretrained", *inspect.signature(prune).parameters, *inspect.signature(sparsify).parameters)
+)
 
 
 def model_arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -80,12 +83,11 @@ def model_arguments(pairs: Sequence[str] | None) -> dict[str, Any]:
     return arguments
 
 
-def multiple(text: str | None) -> int | str | None:
-    """A whole number where it is one."""
-    try:
-        return text if text is None else int(text)
-    except ValueError:
-        return text
+def relevance_of(preset: str, **changes: Any) -> Relevance:
+    """A preset of relevance with what was said on the command line."""
+    if preset not in PRESETS:
+        raise unknown("criterion", preset, PRESETS)
+    return replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
 
 
 def check_file(path: Path | None) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from jbrprune.budgets.selection import Floors
 from jbrprune.commands.options import (
     AsJson,
     BatchSize,
@@ -23,9 +24,11 @@ from jbrprune.commands.options import (
     check_file,
     device_named,
     model_arguments,
+    relevance_of,
 )
 from jbrprune.commands.output import interactive, say, table_of
 from jbrprune.data.files import replacing
+from jbrprune.models import timm_models
 from jbrprune.prediction.predict import predict
 from jbrprune.report.records import plain
 
@@ -61,7 +64,7 @@ def predict_command(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Glob of module names that keep their width. Repeatable.")
     ] = None,
-    min_channels: Annotated[int | None, typer.Option(help="Channels of every layer that stay (8).")] = None,
+    min_channels: Annotated[int, typer.Option(help="Channels of every layer that stay.")] = 8,
     checkpoint: Weights = None,
     model_arg: ModelArguments = None,
     pretrained: Pretrained = True,
@@ -75,8 +78,9 @@ def predict_command(
     Example: `jbrprune predict resnet50 --data photos/ --macs 0.8 --macs 0.6`
     """
     check_file(out)
+    module = timm_models.create(model, checkpoint=checkpoint, pretrained=pretrained, **model_arguments(model_arg))
     frame = predict(
-        model,
+        module.to(device_named(device)),
         data,
         macs=macs or None,
         params=params or None,
@@ -85,18 +89,12 @@ def predict_command(
         checked=checked,
         images=images,
         repair=None if repair == "none" else repair,
-        objective=objective,
-        site=site,
-        statistic=statistic,
+        criterion=relevance_of("jbr", objective=objective, site=site, statistic=statistic),
         ignore=ignore or (),
-        min_channels=min_channels,
+        floors=Floors(channels=min_channels),
         batch_size=batch_size,
         seed=seed,
-        device=device_named(device),
         progress=interactive(as_json),
-        checkpoint=checkpoint,
-        pretrained=pretrained,
-        **model_arguments(model_arg),
     )
     if out is not None:
         with replacing(out) as path:

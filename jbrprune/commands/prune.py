@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from torch import nn
 
-from jbrprune.budgets.budget import KINDS
+from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint import checkpoint as files
 from jbrprune.commands.options import (
     AsJson,
@@ -29,13 +29,15 @@ from jbrprune.commands.options import (
     check_file,
     device_named,
     model_arguments,
-    multiple,
+    relevance_of,
 )
 from jbrprune.commands.output import interactive, say
 from jbrprune.data import distributed
-from jbrprune.errors import JBRError
+from jbrprune.data.images import open_data
+from jbrprune.errors import BudgetError, JBRError
+from jbrprune.models import timm_models
 from jbrprune.prediction.predict import predict
-from jbrprune.pruning.api import prune
+from jbrprune.pruning.api import prune, sparsify
 from jbrprune.report.records import Report
 
 if TYPE_CHECKING:
@@ -62,8 +64,8 @@ def prune_command(
             "images set aside, such as 0.01. A share beside it is the least to keep."
         ),
     ] = None,
-    structure: Annotated[
-        str | None, typer.Option(help="`channels`, `unstructured`, or N:M such as `2:4`. Default: as the budget says.")
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M such as `2:4`: of every M weights along the inputs, N stay.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the pruned model.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that was saved there.")] = False,
@@ -74,7 +76,6 @@ def prune_command(
         str | None, typer.Option(help="Measure the agreement on these images instead of a fifth of --data.")
     ] = None,
     images: Annotated[int, typer.Option(help="Calibration images to read.")] = 512,
-    eval_images: Annotated[int | None, typer.Option(help="Images to read from --eval-data; default: all.")] = None,
     steps: Annotated[
         int | None, typer.Option(help="Number of steps; default: one for every 5 %, for single weights one.")
     ] = None,
@@ -90,7 +91,6 @@ def prune_command(
         str | None,
         typer.Option(help="Variant of relevance to rank by, such as `jbr_published`, instead of its parts."),
     ] = None,
-    ridge: Annotated[float, typer.Option(help="Ridge of the least-squares repair.")] = 0.1,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Glob of module names that keep their width. Repeatable.")
     ] = None,
@@ -98,10 +98,8 @@ def prune_command(
     floor: Annotated[
         float | None, typer.Option(help="Share of every layer's width (0) or of its weights (0.001) that stays.")
     ] = None,
-    min_channels: Annotated[int | None, typer.Option(help="Channels of every layer that stay (8).")] = None,
-    round_to: Annotated[
-        str | None, typer.Option(help="Kept widths are multiples of this (1); `auto` (latency): what is fast here.")
-    ] = None,
+    min_channels: Annotated[int, typer.Option(help="Channels of every layer that stay.")] = 8,
+    round_to: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1,
     scope: Annotated[
         Literal["global", "layer"] | None, typer.Option(help="Rank single weights together (default) or by layer.")
     ] = None,
@@ -127,53 +125,43 @@ def prune_command(
     """Prune a timm model to a budget and say what it cost.
 
     Example: `jbrprune prune resnet50 --data photos/ --macs 0.5 --out pruned/`; single weights with `--sparsity 0.9`
-    or `--structure 2:4` in the place of `--macs`.
+    or `--pattern 2:4` in the place of `--macs`.
     """
     if out is not None:
         files.check_target(out, overwrite=overwrite)
     for file in (plot, report):
         check_file(file)
-    arguments: dict[str, Any] = dict(
-        macs=macs,
-        params=params,
-        channels=channels,
-        latency=latency,
-        latency_ms=latency_ms,
-        sparsity=sparsity,
-        max_drop=max_drop,
-        structure=structure,
-        scope=scope,
-        remainder=remainder,
-        shrink=shrink or None,
-        permanent=False if keep_masks else None,
-        steps=steps,
-        repair=None if repair == "none" else repair,
-        objective=objective,
-        site=site,
-        statistic=statistic,
-        batch=batch,
-        confidence=confidence,
-        criterion=criterion,
-        ridge=ridge,
-        ignore=ignore or (),
-        width=width or None,
-        floor=floor,
-        min_channels=min_channels,
-        round_to=multiple(round_to),
-        images=images,
-        eval_data=eval_data,
-        eval_images=eval_images,
-        batch_size=batch_size,
-        skip_corrupt=skip_corrupt,
-        seed=seed,
-        device=device_named(device),
-        progress=interactive(as_json),
-        checkpoint=checkpoint,
-        resume=resume,
-        pretrained=pretrained,
-        **model_arguments(model_arg),
-    )
-    result = prune(model, data, **arguments)
+    sparse = sparsity is not None or pattern is not None
+    module = timm_models.create(model, checkpoint=checkpoint, pretrained=pretrained, **model_arguments(model_arg))
+    relevance: dict[str, Any] = {"objective": objective, "site": site, "statistic": statistic, "batch": batch}
+    preset = criterion or ("jbr_projection" if sparse else "jbr")
+    changed = any(value is not None for value in (*relevance.values(), confidence))
+    opened = open_data(data, module, batch_size=batch_size, skip_corrupt=skip_corrupt)
+    shared: dict[str, Any] = {
+        "criterion": relevance_of(preset, **relevance, confidence=confidence) if changed else preset,
+        "repair": None if repair == "none" else repair,
+        "ignore": ignore or (),
+        "images": images,
+        "eval_data": eval_data,
+        "batch_size": batch_size,
+        "seed": seed,
+        "resume": resume,
+        "progress": interactive(as_json),
+    }
+    budgets = {"macs": macs, "params": params, "channels": channels, "latency": latency, "latency_ms": latency_ms}
+    budgets |= {"max_drop": max_drop}
+    floors = Floors(0.0 if sparse else floor or 0.0, min_channels, round_to, width)
+    module = module.to(device_named(device))
+    if sparse:
+        others = [name for name, value in budgets.items() if value is not None]
+        if others:
+            raise BudgetError(f"--sparsity and --pattern are of single weights, --{others[0]} is not: leave one out.")
+        own = {"scope": scope, "remainder": remainder, "floor": floor, "steps": steps}
+        own = {name: value for name, value in own.items() if value is not None}
+        how = {"sparsity": sparsity, "pattern": pattern, "shrink": shrink, "permanent": not keep_masks}
+        result = sparsify(module, opened, **how, **own, **shared)
+    else:
+        result = prune(module, opened, **budgets, steps=steps, floors=floors, **shared)
     one = distributed.rank() == 0
     if out is not None and one:
         result.save(out, card=card, overwrite=overwrite)
@@ -181,12 +169,14 @@ def prune_command(
     say(as_json, result.report.to_dict() | saved, str(result.report) + (f"\n\nSaved to {out}" if out else ""))
     if report is not None and one:
         result.report.to_html(report)  # should the prediction not come to its end
-        result.report.to_html(report, predicted=_foreseen(result.report, model, data, arguments))
+        own = ("criterion", "repair", "ignore", "images", "batch_size", "seed", "progress")
+        how = {name: shared[name] for name in own} | {"floors": floors}
+        result.report.to_html(report, predicted=_foreseen(result.report, module, opened, how))
     if plot is not None and one:
         result.report.plot(plot)
 
 
-def _foreseen(report: Report, model: str, data: str, arguments: Mapping[str, Any]) -> DataFrame | None:
+def _foreseen(report: Report, model: nn.Module, data: object, options: Mapping[str, Any]) -> DataFrame | None:
     """What is predicted for the shares of MACs that the steps reached, to be drawn beside what was measured.
 
     None, with a warning unless it has no meaning there, where nothing can be predicted.
@@ -197,12 +187,9 @@ def _foreseen(report: Report, model: str, data: str, arguments: Mapping[str, Any
     if distributed.size() > 1:
         log.warning("The page shows no prediction: it is made by one process only.")
         return None
-    not_its_own = {*KINDS, *(inspect.signature(prune).parameters.keys() - inspect.signature(predict).parameters.keys())}
-    own = {name: value for name, value in arguments.items() if name not in not_its_own}
-    own["round_to"] = report.settings["round_to"]
     margin = 1 + 1e-9  # a step may have reached the floors
     try:
-        return predict(model, data, macs=[share * margin for share in shares], checked=1, **own)
+        return predict(model, data, macs=[share * margin for share in shares], checked=1, **options)
     except (JBRError, ImportError) as error:
         log.warning("The page shows no prediction: %s", error)
         return None

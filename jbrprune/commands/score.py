@@ -23,11 +23,13 @@ from jbrprune.commands.options import (
     check_file,
     device_named,
     model_arguments,
+    relevance_of,
 )
 from jbrprune.commands.output import interactive, say, table_of
 from jbrprune.data import distributed
+from jbrprune.data.images import open_data
 from jbrprune.models import timm_models
-from jbrprune.pruning.scoring import score
+from jbrprune.pruning.api import score
 
 
 def score_command(
@@ -59,14 +61,16 @@ def score_command(
     )
     scores = score(
         module,
-        data,
+        open_data(data, module, batch_size=batch_size, skip_corrupt=skip_corrupt),
+        criterion=relevance_of(
+            "jbr_projection" if granularity == "weight" else "jbr",
+            objective=objective,
+            site=site,
+            statistic=statistic,
+            seed=seed,
+        ),
         granularity=granularity,
-        objective=objective,
-        site=site,
-        statistic=statistic,
         batch_size=batch_size,
-        skip_corrupt=skip_corrupt,
-        seed=seed,
         progress=interactive(as_json),
     )
     if out is not None and distributed.rank() == 0:

@@ -12,19 +12,15 @@ from torch import Tensor, nn
 from jbrprune.data.batches import Batch, count
 from jbrprune.errors import ArgumentError, DataError
 from jbrprune.evaluation.agreement import compute_logits
-from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.checking import TOLERANCE, check
 from jbrprune.prediction.damage import Damage, measured_damage
 from jbrprune.prediction.forecast import forecast
 from jbrprune.prediction.predict import masked_logits, warn_if_constant
 from jbrprune.pruning.api import PruneResult
-from jbrprune.pruning.calibration import calibration
-from jbrprune.pruning.prepare import opened_with
-from jbrprune.pruning.scoring import check_model
+from jbrprune.pruning.channels import find_units
+from jbrprune.pruning.prepare import open_problem, read_calibration
 from jbrprune.report.records import Report
-from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group
-from jbrprune.structure.verification import verify_groups
 
 
 @dataclass(frozen=True)
@@ -74,13 +70,11 @@ def degradation(
     saturate: bool = True,
     tolerance: float = TOLERANCE,
     refits: bool = True,
-    ridge: float = 0.1,
     ignore: Sequence[str] | None = None,
     width: bool | None = None,
     images: int | None = 512,
     batch_size: int = 32,
     seed: int = 0,
-    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Degradation:
     r"""Predict what removing given units does to the outputs, and measure it on the same images.
@@ -96,13 +90,11 @@ def degradation(
         saturate: As for `jbrprune.predict`.
         tolerance: Relative error of the predicted change up to which it is called valid.
         refits: Whether the repair refits weights by least squares.
-        ridge: Its ridge.
         ignore: As it was when the units were found; a report knows it.
         width: As it was when the units were found; a report knows it.
         images: Images to read; None: all.
         batch_size: Images per pass.
         seed: Seeds the order of the images and the random signs.
-        device: Where to work; default: where the model is.
         progress: Show progress bars.
 
     Raises:
@@ -121,32 +113,28 @@ def degradation(
     Source:
         Arpit, arXiv 2512.11089.
     """
-    arguments: dict[str, Any] = {"batch_size": batch_size, "device": device, "skip_corrupt": False}
-    check_model(model)
     if isinstance(removed, PruneResult):
         removed, pruned = removed.report, removed.model if pruned is None else pruned
     units, how = (removed.removed, removed.settings) if isinstance(removed, Report) else (removed, {})
     left_out: Any = how.get("ignore", ()) if ignore is None else ignore
     widths = bool(how.get("width", False) if width is None else width)
-    opened = opened_with(copy_model(model), data, arguments)
-    opened.check_classes("degradation")
-    work = copy_model(opened.dense)
-    found = verify_groups(work, opened.example, find_groups(work, opened.example, ignore=left_out, width=widths))
+    problem = open_problem(model, data, batch_size)
+    problem.check_classes("degradation")
+    _, found = find_units(problem.dense, problem.example, left_out, widths)
     cut = checked_units(units, found.groups)
-    batches = _read(opened.dense, opened.images, images, batch_size, seed, progress)
+    batches = _read(problem.dense, problem.data, images, batch_size, seed, progress)
     predicted = forecast(
-        opened.dense,
+        problem.dense,
         batches,
         found.groups,
         [cut],
         refits=refits,
-        ridge=ridge,
         saturate=saturate,
         seed=seed,
         progress=progress,
     )
     reference = torch.cat([batch.reference for batch in batches if batch.reference is not None])
-    masked = masked_logits(opened.dense, batches, found.groups, cut)
+    masked = masked_logits(problem.dense, batches, found.groups, cut)
     seen = check(predicted, 0, masked, reference, tolerance=tolerance)
     warn_if_constant(reference)
     return Degradation(
@@ -194,7 +182,7 @@ def _read(
     model: nn.Module, data: object, images: int | None, batch_size: int, seed: int, progress: bool
 ) -> list[Batch]:
     """The images in one order for both passes, with the dense model's logits."""
-    parts = calibration(model, data, images=images, batch_size=batch_size, seed=seed, progress=progress)
+    parts = read_calibration(model, data, images=images, batch_size=batch_size, seed=seed, progress=progress)
     return [*parts.heldout, *parts.score]
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from jbrprune.budgets.budget import STEP
 from jbrprune.data import distributed
@@ -23,10 +22,10 @@ from jbrprune.errors import DataError
 from jbrprune.evaluation.agreement import Drop, compute_logits, measure_drop
 from jbrprune.prediction.damage import Damage, measured_damage
 from jbrprune.prediction.forecast import Forecast, forecast
-from jbrprune.pruning import loop as engine
-from jbrprune.pruning.calibration import Calibration
-from jbrprune.pruning.loop import Settings, State
-from jbrprune.pruning.plan import planned_cuts
+from jbrprune.pruning.channels import Channels
+from jbrprune.pruning.loop import Delivery, run
+from jbrprune.pruning.options import ChannelOptions
+from jbrprune.pruning.prepare import Calibration, Problem
 from jbrprune.report.records import Report, Search, Trial
 
 log = logging.getLogger(__name__)
@@ -76,34 +75,30 @@ class Outlook:
         return self.forecast.damage(number, repaired=self.repaired, scale=self.scale)
 
 
-def run(
-    dense: nn.Module, state: State, images: Calibration, settings: Settings, name: str, allowed: float
-) -> tuple[nn.Module, Report]:
-    """Prune a copy of the dense model as far as no more than ``allowed`` is lost on the images that decide.
+def search(problem: Problem, images: Calibration, state: Channels, options: ChannelOptions) -> tuple[Delivery, Report]:
+    """Prune a copy of the dense model as far as no more than ``max_drop`` is lost on the images that decide.
 
     Args:
-        dense: The dense model, in eval mode; left as it was.
-        state: From `jbrprune.pruning.loop.start`.
+        problem: The dense model; left as it was.
         images: Read with ``judged=True``.
-        settings: How to prune; the share of its budget is the least to keep.
-        name: What to call the model in reports.
-        allowed: Largest fall of the accuracy, or of the agreement where there are no labels.
+        state: The units, before any step.
+        options: How to prune; a budget is the least to keep.
 
     Returns:
         The model, which is the dense one if no smaller one is allowed, and the report.
 
     Raises:
-        DataError: Too few images to set some aside, or so few of them that one is more than ``allowed``.
+        DataError: Too few images to set some aside, or so few of them that one is more than ``max_drop``.
         NonFiniteError: NaN or Inf on the way.
     """
+    allowed = float(options.max_drop or 0)
     if not images.judge:
         raise DataError(f"max_drop needs images that decide, but there are only {count(images.score)}: pass more.")
     check_resolution(images, allowed)
-    outlook = _outlook(state, images, settings, _grid(state, settings))
-    walk = _Walk(state, images.judge, allowed, outlook)
-    model, report = next(engine.run(dense, state, images, settings, name, shares=walk.shares()))
-    search = Search(allowed, images.judged, tuple(walk.trials), walk.chosen(), walk.limit)
-    return model, replace(report, search=search, notes=(*report.notes, *_notes(search)))
+    walk = _Walk(state, images.judge, allowed, _outlook(state, images, options, _grid(state)))
+    delivery, report = next(run(problem, images, state, options, goals=walk.shares()))
+    found = Search(allowed, images.judged, tuple(walk.trials), walk.chosen(), walk.limit)
+    return delivery, replace(report, search=found, notes=(*report.notes, *_notes(found)))
 
 
 def check_resolution(images: Calibration, allowed: float) -> None:
@@ -121,36 +116,35 @@ def check_resolution(images: Calibration, allowed: float) -> None:
         )
 
 
-def _grid(state: State, settings: Settings) -> list[float]:
+def _grid(state: Channels) -> list[float]:
     """Shares in steps, falling; the last is the least that the floors, or the user, allow."""
-    least = settings.budget.share if settings.stops else min(1.0, state.least + 0.001)
+    least = state.stops[0] if state.stops else min(1.0, state.least + 0.001)
     steps = math.ceil((1 - least) / STEP - 1e-9)
     return [1 - STEP * number for number in range(1, steps)] + [least] * (least < 1)
 
 
-def _outlook(state: State, images: Calibration, settings: Settings, shares: Sequence[float]) -> Outlook:
-    scores = engine.scored(state, images.score, settings, 1).values()
-    cuts = planned_cuts(state, scores, settings, shares)
-    refits = "auto" in settings.repair or "least_squares" in settings.repair
+def _outlook(state: Channels, images: Calibration, options: ChannelOptions, shares: Sequence[float]) -> Outlook:
+    scores = state.score(images.score, options, 1)
+    cuts = [state.plan(scores, share) for share in shares]
+    refits = "auto" in options.methods or "least_squares" in options.methods
     predicted = forecast(
         state.model,
         images.score,
         state.groups,
         [cut.units for cut in cuts],
         refits=refits,
-        ridge=settings.ridge,
         rows=ROWS,
-        seed=settings.seed,
-        progress=settings.progress,
+        seed=options.seed,
+        progress=options.progress,
     )
-    return Outlook(shares, predicted, repaired=bool(settings.repair) and bool(images.gate))
+    return Outlook(shares, predicted, repaired=bool(options.methods) and bool(images.gate))
 
 
 @dataclass(eq=False)
 class _Walk:
     """Where to go next, and what was found on the way."""
 
-    state: State
+    state: Channels
     judge: Sequence[Batch]
     allowed: float
     outlook: Outlook
@@ -171,7 +165,7 @@ class _Walk:
         """Shares for the engine, which has carried out each when the next is asked for."""
         at, good, failed = 1.0, self.state.copy(), None
         while failed is None and (ahead := self._ahead(at)):
-            passed: list[tuple[float, State]] = []
+            passed: list[tuple[float, Channels]] = []
             for share in ahead:
                 yield share
                 passed.append((share, self.state.copy()))
@@ -196,7 +190,7 @@ class _Walk:
         wanted = distributed.same(self.outlook.proposed(self.allowed, at))  # another processor predicts other bits
         return [share for share in below if share >= wanted - 1e-9] or below[:1]
 
-    def _bisected(self, passed: Sequence[tuple[float, State]]) -> tuple[tuple[float, State] | None, float]:
+    def _bisected(self, passed: Sequence[tuple[float, Channels]]) -> tuple[tuple[float, Channels] | None, float]:
         """The smallest model that is allowed of those on the way to one that is not, and the share that failed."""
         low, high = -1, len(passed) - 1
         while high - low > 1:
@@ -215,7 +209,7 @@ class _Walk:
             logits = torch.cat(compute_logits(self.state.model, self.judge))
         drop = measure_drop(logits, self.reference, self.labels)
         accepted = drop.within(self.allowed)
-        self.trials.append(Trial(share, self.state.rows[-1].macs, drop, accepted, predicted))
+        self.trials.append(Trial(share, self.state.steps[-1].macs, drop, accepted, predicted))
         log.info("Share %.4f: %s falls by %.4f, %s", share, drop.of, drop.lost, "kept" if accepted else "too much")
         if accepted:
             self.logits = logits

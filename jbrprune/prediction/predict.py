@@ -8,28 +8,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from numbers import Integral, Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from jbrprune.budgets.budget import KINDS, Budget
+from jbrprune.budgets.selection import Floors
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch, concatenate, count, rebatch
 from jbrprune.errors import ArgumentError, BudgetError, DataError
 from jbrprune.evaluation.agreement import compute_logits
-from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.checking import FLIPS, TOLERANCE, Check, check, constant, tpvs_agree
 from jbrprune.prediction.correction import Correction, corrected
 from jbrprune.prediction.damage import Damage, measured_damage
 from jbrprune.prediction.forecast import Forecast, forecast
-from jbrprune.pruning import loop as engine
-from jbrprune.pruning.arguments import channel_settings
-from jbrprune.pruning.calibration import Calibration
-from jbrprune.pruning.plan import planned_cuts
-from jbrprune.pruning.prepare import Opened, opened_with
-from jbrprune.pruning.scoring import check_model, resolved
+from jbrprune.pruning.channels import Channels, find_channels
+from jbrprune.pruning.loop import run
+from jbrprune.pruning.options import ChannelOptions
+from jbrprune.pruning.prepare import Calibration, Problem, open_problem, read_calibration
 from jbrprune.report.records import import_optional
 from jbrprune.structure.groups import Group
 from jbrprune.structure.slicing import masked_units
@@ -56,27 +54,13 @@ def predict(
     saturate: bool = True,
     tolerance: float = TOLERANCE,
     repair: str | Sequence[str] | None = "auto",
-    criterion: Callable[..., Scores] | Scores | None = None,
-    objective: str | None = None,
-    site: str | None = None,
-    statistic: str | None = None,
-    batch: int | None = None,
-    confidence: float | None = None,
+    criterion: str | Relevance | Scores | Callable[..., Any] = "jbr",
     ignore: Sequence[str] = (),
-    width: bool | None = None,
-    floor: float | None = None,
-    min_channels: int | None = None,
-    round_to: int | str | None = None,
+    floors: Floors = Floors(),  # noqa: B008
     images: int | None = 512,
-    ridge: float = 0.1,
     batch_size: int = 32,
     seed: int = 0,
-    autocast: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    skip_corrupt: bool = False,
     progress: bool = True,
-    checkpoint: str | Path | None = None,
-    **model_arguments: object,
 ) -> DataFrame:
     r"""Predict what pruning to each budget would do to the outputs; nothing is cut.
 
@@ -108,26 +92,12 @@ def predict(
         repair: As for `jbrprune.prune`; whether least squares is among what is tried. None: the ``_repaired`` columns
             are NaN.
         criterion: As for `jbrprune.prune`.
-        objective: As for `jbrprune.prune`.
-        site: As for `jbrprune.prune`.
-        statistic: As for `jbrprune.prune`.
-        batch: As for `jbrprune.prune`.
-        confidence: As for `jbrprune.prune`.
         ignore: As for `jbrprune.prune`.
-        width: As for `jbrprune.prune`.
-        floor: As for `jbrprune.prune`.
-        min_channels: As for `jbrprune.prune`.
-        round_to: As for `jbrprune.prune`.
+        floors: As for `jbrprune.prune`.
         images: Images to read; None: all. They are kept in memory.
-        ridge: As for `jbrprune.prune`.
         batch_size: Images per pass.
         seed: Seeds the split of the images and everything random.
-        autocast: Low-precision dtype for scoring.
-        device: Where to work; default: where the model is.
-        skip_corrupt: As for `jbrprune.prune`.
         progress: Show progress bars.
-        checkpoint: Local weights for a timm name.
-        **model_arguments: For a timm name, passed to ``timm.create_model``.
 
     Returns:
         One row per budget, largest first. ``target``; ``macs`` and ``params``, the shares that would stay;
@@ -152,57 +122,63 @@ def predict(
 
     Example:
         >>> import torch
-        >>> made = {"pretrained": False, "zero_init_last": False}  # at zero, blocks would do nothing
-        >>> table = predict("resnet10t", torch.randn(8, 3, 32, 32), macs=[0.9, 0.7], progress=False, **made)
+        >>> from jbrprune.models.timm_models import create
+        >>> net = create("resnet10t", pretrained=False, zero_init_last=False)  # at zero, blocks would do nothing
+        >>> table = predict(net, torch.randn(8, 3, 32, 32), macs=[0.9, 0.7], progress=False)
         >>> bool(table.predicted_tpv[0] < table.predicted_tpv[1])
         True
 
     Source:
         Arpit, arXiv 2512.11089 (TPV as the cost of a removal).
     """
-    arguments = dict(locals())
     pandas = import_optional("pandas")
-    given_shares = {name: arguments.pop(name) for name in KINDS}
+    given_shares = {"macs": macs, "params": params, "channels": channels}
     kind, shares = _shares(given_shares)
     by_default = not any(share is not None for share in given_shares.values())
     _check(calibrate, checked, tolerance)
     if calibrate > 1 and isinstance(criterion, Scores):
         raise ArgumentError("Scores made before hold for one step: calibrate at one budget, or pass a function.")
-    arguments |= {"steps": None, "measure_latency": False, "eval_data": None, "eval_images": None}
-    steps = 1 if isinstance(criterion, Scores) else None
     least = shares[0 if by_default else -1]
-    settings = channel_settings(Budget(kind, least), (least,), arguments | {"steps": steps})
-    given = resolved(model, checkpoint, model_arguments)
-    check_model(given)
-    opened = opened_with(copy_model(given), data, arguments)
-    opened.check_classes("predict")
-    settings = engine.settled(settings, opened.dense, opened.example)
-    state = engine.start(opened.dense, opened.example, settings)
+    options = ChannelOptions(
+        criterion=criterion,
+        ignore=ignore,
+        batch_size=batch_size,
+        progress=progress,
+        repair=repair,
+        images=images,
+        seed=seed,
+        floors=floors,
+        **{kind: least},
+    )
+    problem = open_problem(model, data, batch_size)
+    problem.check_classes("predict")
+    state = find_channels(problem, options, (least,))
     shares = [share for share in shares if share >= state.least]
-    read = opened.read(arguments)
+    how: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
+    read = read_calibration(problem.dense, problem.data, images=images, **how)
     if calibrate and not read.gate:
         raise DataError(f"calibrate= prunes and repairs, which {count(read.score)} images are too few for.")
-    cuts = planned_cuts(state, engine.scored(state, read.score, settings, 1).values(), settings, shares)
+    scores = state.score(read.score, options, 1)
+    cuts = [state.plan(scores, share) for share in shares]
     every = rebatch([*read.heldout, *read.score], batch_size)
     predicted = forecast(
-        opened.dense,
+        state.model,
         every,
         state.groups,
         [cut.units for cut in cuts],
-        refits=_refits(settings),
-        ridge=ridge,
+        refits=_refits(options),
         saturate=saturate,
         seed=seed,
         progress=progress,
     )
     chosen = _chosen(predicted, len(cuts), calibrate)
     seen = [
-        masked_logits(opened.dense, every if number in chosen else first(every, checked), state.groups, cut.units)
+        masked_logits(state.model, every if number in chosen else first(every, checked), state.groups, cut.units)
         for number, cut in enumerate(cuts)
     ]
     reference = _references(every)
     measured = {number: measured_damage(reference, seen[number]) for number in chosen}
-    repaired = _really_pruned(opened, state, read, settings, {number: cuts[number].target for number in chosen})
+    repaired = _really_pruned(problem, state, read, options, {number: cuts[number].target for number in chosen})
     bent = corrected((predicted.damage(number).tpv, measured[number].tpv) for number in chosen)
     heldout = predicted.first(count(read.heldout))
     bent_repaired = corrected((heldout.damage(i, repaired=True).tpv, repaired[i].tpv) for i in chosen)
@@ -218,7 +194,7 @@ def predict(
         row |= _predicted(predicted, number, bent) | _predicted(predicted, number, bent_repaired, repaired=True)
         row |= _checked(found[number]) | {"valid_repaired": supported.get(number, pandas.NA)}
         row |= _measured(measured.get(number)) | _measured(repaired.get(number), "_repaired")
-        rows.append(row if settings.repair else row | dict.fromkeys(_of_repair(row), math.nan))
+        rows.append(row if options.methods else row | dict.fromkeys(_of_repair(row), math.nan))
     return pandas.DataFrame(rows)
 
 
@@ -271,8 +247,8 @@ def _check(calibrate: int, checked: int | None, tolerance: float) -> None:
         raise ArgumentError(f"tolerance must satisfy 0 < tolerance < inf, got {tolerance!r}.")
 
 
-def _refits(settings: engine.Settings) -> bool:
-    return "auto" in settings.repair or "least_squares" in settings.repair
+def _refits(options: ChannelOptions) -> bool:
+    return "auto" in options.methods or "least_squares" in options.methods
 
 
 def _references(batches: Sequence[Batch]) -> Tensor:
@@ -291,18 +267,17 @@ def _chosen(predicted: Forecast, cuts: int, number: int) -> list[int]:
 
 
 def _really_pruned(
-    opened: Opened, state: engine.State, read: Calibration, settings: engine.Settings, targets: Mapping[int, float]
+    problem: Problem, state: Channels, read: Calibration, options: ChannelOptions, targets: Mapping[int, float]
 ) -> dict[int, Damage]:
     """Number of a cut -> what pruning to its target did to held-out images, with all steps and repairs."""
     if not targets:
         return {}
-    stops = tuple(targets.values())
-    chosen = replace(settings, budget=Budget(settings.budget.kind, stops[-1]), stops=stops)
+    stopping = replace(state.copy(), stops=tuple(targets.values()))
     reference = _references(read.heldout)
-    pruned = engine.run(opened.dense, state.copy(), read, chosen, opened.name)
+    pruned = run(problem, read, stopping, options)
     return {
-        number: measured_damage(reference, torch.cat(compute_logits(model, read.heldout)))
-        for number, (model, _) in zip(targets, pruned, strict=True)
+        number: measured_damage(reference, torch.cat(compute_logits(delivery.model, read.heldout)))
+        for number, (delivery, _) in zip(targets, pruned, strict=True)
     }
 
 

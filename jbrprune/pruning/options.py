@@ -12,21 +12,26 @@ A type such as ``str | object`` begins with what the command line can read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jbrprune.budgets.selection import Floors
+from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.criteria.scores import Scores
-from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.criteria.weight_relevance import WeightScores
+from jbrprune.errors import ArgumentError, BudgetError, unknown
 from jbrprune.repair.repair import METHODS
 from jbrprune.sparsity.patterns import Pattern, Remainder, Scope
 
 PANELS = ("Budget", "Criterion", "Repair", "Data", "Output")
 BUDGETS = ("macs", "params", "channels", "latency", "latency_ms")
 Check = Callable[[str, Any], None]
+Function = TypeVar("Function", bound=Callable[..., Any])
+_RANK_BY = "What to rank by: the name of a preset of relevance, a Relevance, scores made before, or a function."
 
 
 def option(default: Any, text: str, panel: str | None, check: Check | None = None) -> Any:
@@ -34,85 +39,90 @@ def option(default: Any, text: str, panel: str | None, check: Check | None = Non
     return field(default=default, metadata={"help": text, "panel": panel, "check": check})
 
 
-def check_share(name: str, value: object) -> None:
-    """Accept a number in (0, 1)."""
-    if not _is_number(value) or not 0 < value < 1:
-        raise BudgetError(f"{name} must satisfy 0 < {name} < 1, got {value!r}.")
+def describe(table: type) -> Callable[[Function], Function]:
+    """Decorator: replace ``{options}`` in a docstring by the help of a table."""
+
+    def decorate(function: Function) -> Function:
+        lines = (f"{item.name}: {item.metadata['help']}" for item in fields(table))
+        function.__doc__ = (function.__doc__ or "").replace("{options}", "\n        ".join(lines))
+        return function
+
+    return decorate
 
 
-def check_milliseconds(name: str, value: object) -> None:
-    """Accept a positive, finite number."""
-    if not _is_number(value) or not 0 < value < float("inf"):
-        raise BudgetError(f"{name} must satisfy 0 < {name} < inf, got {value!r}.")
+def between(low: float, high: float, error: type[ArgumentError] = BudgetError, *, closed: bool = False) -> Check:
+    """Accept a number between two bounds; ``closed``: or the lower bound itself."""
+
+    def check(name: str, value: Any) -> None:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not (low <= value < high if closed else low < value < high):
+            raise error(f"{name} must satisfy {low} {'<=' if closed else '<'} {name} < {high}, got {value!r}.")
+
+    return check
 
 
-def check_part(name: str, value: object) -> None:
-    """Accept a number in [0, 1)."""
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ArgumentError(f"{name} must satisfy 0 <= {name} < 1, got {value!r}.")
+def whole(least: float, *, optional: bool = False) -> Check:
+    """Accept an integer of at least ``least``; ``optional``: or None."""
+
+    def check(name: str, value: Any) -> None:
+        if value is None and optional:
+            return
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            bound = f" of at least {least}" if least > -math.inf else ""
+            raise ArgumentError(f"{name} must be a whole number{bound}, got {value!r}.")
+
+    return check
 
 
-def check_integer(name: str, value: object) -> None:
-    """Accept an integer."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise ArgumentError(f"{name} must be an integer, got {value!r}.")
-
-
-def check_count(name: str, value: object) -> None:
-    """Accept an integer of at least 1."""
-    check_integer(name, value)
-    if value < 1:
-        raise ArgumentError(f"{name} must be at least 1, got {value!r}.")
-
-
-def check_images(name: str, value: object) -> None:
-    """Accept a count, or None for all."""
-    if value is not None:
-        check_count(name, value)
-
-
-def check_choice(*known: str) -> Check:
+def one_of(*known: str) -> Check:
     """Accept one of several words."""
 
-    def check(name: str, value: object) -> None:
+    def check(name: str, value: Any) -> None:
         if value not in known:
             raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
 
     return check
 
 
+def check_criterion(name: str, value: Any) -> None:
+    """Accept the name of a preset, a function, or scores."""
+    if isinstance(value, str) and value not in PRESETS:
+        raise unknown(name, value, PRESETS)
+    if not isinstance(value, str | Scores | WeightScores) and not callable(value):
+        raise ArgumentError(f"{name} must be the name of a preset, a function or scores, got {value!r}.")
+
+
 def check_repair(name: str, value: Any) -> None:
     """Accept ``"auto"``, one or several methods, or None."""
-    methods = repair_methods(value)
+    methods = as_methods(value)
     if any(method not in (*METHODS, "auto") for method in methods) or ("auto" in methods and len(methods) > 1):
         raise ArgumentError(f"{name} must be 'auto', None, or some of {', '.join(METHODS)}; got {value!r}.")
 
 
-def check_pattern(name: str, value: str) -> None:
-    """Accept N:M."""
-    Pattern.of_text(value)
-
-
-def repair_methods(repair: str | Sequence[str] | None) -> tuple[str, ...]:
+def as_methods(repair: str | Sequence[str] | None) -> tuple[str, ...]:
     """The methods that ``repair=`` names."""
     return () if repair is None else (repair,) if isinstance(repair, str) else tuple(repair)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def criterion_name(criterion: object) -> str:
+    """What a report calls a criterion."""
+    if isinstance(criterion, str):
+        return criterion
+    if isinstance(criterion, Relevance):
+        chosen = (f"{f.name}={v!r}" for f in fields(criterion) if (v := getattr(criterion, f.name)) != f.default)
+        return f"Relevance({', '.join(chosen)})"
+    if isinstance(criterion, Scores | WeightScores):
+        return f"scores made before ({criterion.settings.objective}, {criterion.settings.statistic})"
+    return getattr(criterion, "__name__", type(criterion).__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Options:
     """Options of scoring and pruning alike."""
 
-    criterion: str | object = option(
-        "jbr",
-        "What to rank by: the name of a preset of relevance, a Relevance, scores made before, or a function.",
-        "Criterion",
-    )
+    criterion: str | object = option("jbr", _RANK_BY, "Criterion", check_criterion)
     ignore: Sequence[str] = option((), "Globs of modules that keep their width, or their weights.", "Criterion")
-    batch_size: int = option(32, "Images per pass.", "Data", check_count)
+    batch_size: int = option(32, "Images per pass.", "Data", whole(1))
     progress: bool = option(True, "Show progress bars.", None)
 
     def __post_init__(self) -> None:
@@ -122,27 +132,58 @@ class Options:
             if check is not None and not (value is None and item.default is None):
                 check(item.name, value)
 
+    @property
+    def ranking(self) -> Any:
+        """The criterion, a preset in the place of its name."""
+        return PRESETS[self.criterion] if isinstance(self.criterion, str) else self.criterion
 
-@dataclass(frozen=True, kw_only=True)
+    def refuse_criterion(self, scores: type, units: str) -> None:
+        """Refuse scores, or a relevance, of something else than these units."""
+        if isinstance(self.ranking, scores):
+            raise ArgumentError(f"criterion holds {criterion_name(self.ranking)} of something else than {units}.")
+        if isinstance(self.ranking, Relevance):
+            self.ranking.check(units)
+
+
+@dataclass(frozen=True)
 class ScoreOptions(Options):
     """Options of `jbrprune.score`."""
 
+    criterion: str | object = option(
+        None,
+        "The name of a preset of relevance, or a Relevance; default: jbr, for single weights jbr_projection.",
+        "Criterion",
+        check_criterion,
+    )
     granularity: Literal["unit", "layer", "weight"] = option(
         "unit",
         "Score removable units, every channel of every layer by itself, or every single weight.",
         "Criterion",
-        check_choice("unit", "layer", "weight"),
+        one_of("unit", "layer", "weight"),
     )
     parameters: Literal["weights", "all"] = option(
         "weights",
         "With granularity weight: the weights of convolutions and linear layers, or all parameters.",
         "Criterion",
-        check_choice("weights", "all"),
+        one_of("weights", "all"),
     )
     width: bool = option(False, "Include the residual width under LayerNorms.", "Criterion")
 
+    def __post_init__(self) -> None:
+        """Check every option."""
+        super().__post_init__()
+        if not isinstance(self.ranking, Relevance):
+            raise ArgumentError(f"criterion must be a preset or a Relevance, got {criterion_name(self.criterion)}.")
+        self.ranking.check("weights" if self.granularity == "weight" else "units")
 
-@dataclass(frozen=True, kw_only=True)
+    @property
+    def ranking(self) -> Any:
+        """The criterion; by default that of `jbrprune.prune`, or for single weights of `jbrprune.sparsify`."""
+        default = "jbr_projection" if self.granularity == "weight" else "jbr"
+        return PRESETS[default] if self.criterion is None else super().ranking
+
+
+@dataclass(frozen=True)
 class RunOptions(Options):
     """Options of every pruning run."""
 
@@ -153,11 +194,13 @@ class RunOptions(Options):
         "Repair",
         check_repair,
     )
-    images: int | None = option(512, "Calibration images to read; they are kept in memory.", "Data", check_images)
+    images: int | None = option(
+        512, "Calibration images to read, None for all; they are kept in memory.", "Data", whole(1, optional=True)
+    )
     eval_data: str | object = option(
         None, "Images to measure the agreement on; default: a fifth of the calibration images.", "Data"
     )
-    seed: int = option(0, "Seed of the split of the images and of everything random.", "Data", check_integer)
+    seed: int = option(0, "Seed of the split of the images and of everything random.", "Data", whole(-math.inf))
     resume: str | Path | None = option(
         None,
         "Directory for this run alone: every finished step is written there, and the same call goes on behind the "
@@ -173,37 +216,46 @@ class RunOptions(Options):
     @property
     def methods(self) -> tuple[str, ...]:
         """Methods of repair."""
-        return repair_methods(self.repair)
+        return as_methods(self.repair)
+
+    def described(self) -> dict[str, Any]:
+        """The options that a report lists, without the budget and the data."""
+        hidden = {"eval_data", "resume", "max_drop", "sparsity", "pattern", *BUDGETS}
+        names = [item.name for item in fields(self) if item.metadata["panel"] and item.name not in hidden]
+        shown = {name: getattr(self, name) for name in names}
+        shown |= {"criterion": criterion_name(self.criterion), "repair": list(self.methods)}
+        shown |= {"ignore": list(self.ignore)}
+        return shown | asdict(shown.pop("floors")) if "floors" in shown else shown
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ChannelOptions(RunOptions):
     """Options of `jbrprune.prune`: exactly one budget, or ``max_drop`` with at most one of the first three."""
 
-    macs: float | None = option(None, "Share of the multiply-accumulates to keep.", "Budget", check_share)
-    params: float | None = option(None, "Share of the parameters to keep.", "Budget", check_share)
-    channels: float | None = option(None, "Share of the removable channels to keep.", "Budget", check_share)
+    macs: float | None = option(None, "Share of the multiply-accumulates to keep.", "Budget", between(0, 1))
+    params: float | None = option(None, "Share of the parameters to keep.", "Budget", between(0, 1))
+    channels: float | None = option(None, "Share of the removable channels to keep.", "Budget", between(0, 1))
     latency: float | None = option(
         None,
-        "Share of the time of a forward pass of one image to keep: the whole model is timed in turns with the dense "
-        "one after every step.",
+        "Share of the time of a forward pass of one image to keep: after every step the whole model is timed in turns "
+        "with the dense one.",
         "Budget",
-        check_share,
+        between(0, 1),
     )
     latency_ms: float | None = option(
-        None, "Milliseconds of a forward pass of one image.", "Budget", check_milliseconds
+        None, "Milliseconds of a forward pass of one image.", "Budget", between(0, math.inf)
     )
     max_drop: float | None = option(
         None,
         "Prune as far as accuracy (without labels: agreement with the dense model) falls by no more than this on "
         "images set aside; macs, params or channels beside it is the least to keep.",
         "Budget",
-        check_part,
+        between(0, 1, closed=True),
     )
     steps: int | None = option(
-        None, "Number of steps; default: one for every 5 % of the dense cost.", "Budget", check_count
+        None, "Number of steps; default: one for every 5 % of the dense cost.", "Budget", whole(1)
     )
-    floors: Floors = option(Floors(channels=8), "How narrow a group of channels may become.", "Budget")
+    floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget")
 
     @property
     def budgets(self) -> dict[str, float]:
@@ -213,61 +265,54 @@ class ChannelOptions(RunOptions):
     def __post_init__(self) -> None:
         """Check every option, and that they fit together."""
         super().__post_init__()
-        names = [f"{name}=" for name in self.budgets]
-        if self.max_drop is None and len(names) != 1:
-            raise BudgetError(
-                f"Give exactly one of {', '.join(f'{name}=' for name in BUDGETS)} or max_drop=; got "
-                f"{' and '.join(names) or 'none'}."
-            )
-        timed = self.latency is not None or self.latency_ms is not None
-        if self.max_drop is not None and (timed or len(names) > 1):
-            raise BudgetError(
-                "max_drop= takes at most one of macs=, params=, channels= beside it, the least to keep; got "
-                f"{', '.join(names)}."
-            )
-        if self.steps is not None and (timed or self.max_drop is not None):
-            raise ArgumentError(
-                "steps= has no meaning beside max_drop= or a latency, which choose their own: leave it out."
-            )
-        if self.max_drop is not None and self.resume is not None:
+        self.refuse_criterion(WeightScores, "units")
+        given, searched = [f"{name}=" for name in self.budgets], self.max_drop is not None
+        chosen = searched or "latency=" in given or "latency_ms=" in given  # the run chooses its steps
+        if len(given) > 1 or not (given or searched):
+            kinds = ", ".join(f"{name}=" for name in BUDGETS)
+            raise BudgetError(f"Give exactly one of {kinds} or max_drop=; got {' and '.join(given) or 'none'}.")
+        if searched and {"latency=", "latency_ms="} & {*given}:
+            raise BudgetError(f"Beside max_drop=, macs=, params= or channels= is the least to keep; got {given[0]}.")
+        if self.steps is not None and chosen:
+            raise ArgumentError("steps= has no meaning beside max_drop= or a latency: the run chooses them.")
+        if self.resume is not None and searched:
             raise ArgumentError("resume= cannot follow the steps back and forth of max_drop=: leave one of them out.")
-        if isinstance(self.criterion, Scores) and (self.max_drop is not None or timed or self.steps not in (None, 1)):
+        if isinstance(self.criterion, Scores) and (chosen or self.steps not in (None, 1)):
             raise ArgumentError(
                 "Scores made before hold for one step: the channels of the next step are others. Pass a Relevance or "
                 "a function as criterion=, or steps=1."
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class WeightOptions(RunOptions):
     """Options of `jbrprune.sparsify`: either ``sparsity`` or ``pattern``."""
 
-    criterion: str | object = option(
-        "jbr_projection",
-        "What to rank by: the name of a preset of relevance, a Relevance, scores made before, or a function.",
-        "Criterion",
-    )
+    criterion: str | object = option("jbr_projection", _RANK_BY, "Criterion", check_criterion)
     sparsity: float | None = option(
-        None, "Share of the weights of convolutions and linear layers to set to zero.", "Budget", check_share
+        None, "Share of the weights of convolutions and linear layers to set to zero.", "Budget", between(0, 1)
     )
     pattern: str | None = option(
-        None, "N:M such as 2:4: of every M weights in a row along the inputs, N stay.", "Budget", check_pattern
+        None,
+        "N:M such as 2:4: of every M weights in a row along the inputs, N stay.",
+        "Budget",
+        lambda name, value: Pattern.of_text(value),
     )
     scope: Scope = option(
-        "global",
-        "Rank all weights together, or each layer by itself.",
-        "Budget",
-        check_choice("global", "layer"),
+        "global", "Rank all weights together, or each layer by itself.", "Budget", one_of("global", "layer")
     )
-    steps: int = option(1, "Number of steps.", "Budget", check_count)
+    steps: int = option(1, "Number of steps.", "Budget", whole(1))
     remainder: Remainder = option(
         "skip",
         "Where M does not divide a layer's inputs: skip the layer, or pad its last group.",
         "Budget",
-        check_choice("skip", "pad"),
+        one_of("skip", "pad"),
     )
     floor: float = option(
-        0.001, "Share of every layer's weights that stays, at least one weight.", "Budget", check_part
+        0.001,
+        "Share of every layer's weights that stays, at least one weight.",
+        "Budget",
+        between(0, 1, ArgumentError, closed=True),
     )
     shrink: bool = option(False, "Remove the channels that contribute nothing once their weights are zero.", "Output")
     permanent: bool = option(
@@ -277,15 +322,15 @@ class WeightOptions(RunOptions):
     def __post_init__(self) -> None:
         """Check every option, and that they fit together."""
         super().__post_init__()
+        self.refuse_criterion(Scores, "weights")
         if (self.sparsity is None) == (self.pattern is None):
             raise BudgetError(
                 f"Give either sparsity= or pattern=, got {'neither' if self.sparsity is None else 'both'}."
             )
         foreign = ("scope", "floor") if self.pattern else ("remainder",)
-        defaults = {item.name: item.default for item in fields(self)}
-        for name in foreign:
-            if getattr(self, name) != defaults[name]:
-                raise ArgumentError(f"{name}= has no meaning for {'pattern=' if self.pattern else 'sparsity='}.")
+        for item in fields(self):
+            if item.name in foreign and getattr(self, item.name) != item.default:
+                raise ArgumentError(f"{item.name}= has no meaning for {'pattern' if self.pattern else 'sparsity'}=.")
         if self.shrink and self.pattern:
             raise ArgumentError(
                 f"shrink=True would move the inputs of layers out of their groups and end the {self.pattern} pattern: "

@@ -1,35 +1,52 @@
-"""A dense model and images that are known to fit it: what every run starts from."""
+"""What a run starts from: a dense model, images that fit it, and the split of these images by purpose."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
 
-from jbrprune.data import images as loading
-from jbrprune.errors import JBRError, ModelError
+from jbrprune.data import distributed
+from jbrprune.data.batches import Batch, concatenate, iterate, materialise, rebatch
+from jbrprune.data.images import open_data
+from jbrprune.errors import ArgumentError, DataError, JBRError, ModelError
+from jbrprune.evaluation.agreement import agreement, check_weights, compute_logits
+from jbrprune.evaluation.latency import describe_hardware
 from jbrprune.models import preserve, timm_models
-from jbrprune.pruning.calibration import Calibration, calibration, check_runs
-from jbrprune.pruning.scoring import example_of, peeked
+from jbrprune.sparsity.masks import fresh, make_permanent, masks_of
 
-log = logging.getLogger(__name__)
+FEWEST_TO_HOLD_BACK = 10
+"""With fewer images none is held back, so nothing is repaired and no agreement is measured."""
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
-    """The dense model, and images that are known to fit it."""
+class Problem:
+    """A dense model and images that are known to fit it.
 
+    Attributes:
+        given: The user's model, or what was made from a name; it is only read.
+        dense: The same; of a masked model a copy with zeros in the place of masks.
+        example: ``[2, C, H, W]`` on the model's device: the first two images (the first one twice if there is one).
+        data: What the images are read from.
+        outputs: Number of outputs K.
+        recipe: How timm makes the model; None for other models.
+        config: timm's preprocessing for the model; None for other models.
+        name: What reports call the model.
+    """
+
+    given: nn.Module
     dense: nn.Module
     example: Tensor
-    images: object
+    data: object
+    outputs: int
     recipe: timm_models.Recipe | None
     config: Mapping[str, object] | None
     name: str
-    outputs: int
 
     def check_classes(self, what: str) -> None:
         """Refuse a model with one output for what asks whether the top-1 stays.
@@ -41,57 +58,229 @@ class Opened:
             raise ModelError(
                 f"{what} asks whether the largest of several logits stays the largest, but {self.name} has one output: "
                 "that never changes, whatever is removed. For a regression, prune to a budget (macs=, params=) and "
-                "measure its error; jbrprune.tpv knows how far one output moves."
+                "measure its error; jbrprune.tpv estimates how far one output moves."
             )
 
-    def read(self, arguments: Mapping[str, Any], *, judged: bool = False) -> Calibration:
-        """All calibration images; with ``judged``, some of them to decide how far to prune."""
-        names = ("images", "eval_data", "eval_images", "batch_size", "seed", "progress", "skip_corrupt")
-        read = {name: arguments[name] for name in names}
-        return calibration(self.dense, self.images, judged=judged, **read)
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Calibration images with the dense model's logits, by purpose.
+
+    Attributes:
+        score: Units are scored on these (``repair`` and ``gate`` together).
+        repair: The repair is fitted on these.
+        gate: A repair is kept only if it helps on these.
+        heldout: Agreement is reported on these, which are used for nothing else.
+        described: Which images the held-out ones are.
+        judge: How far to prune is decided on these; none unless asked for.
+        judged: Which images these are.
+    """
+
+    score: list[Batch]
+    repair: list[Batch]
+    gate: list[Batch]
+    heldout: list[Batch]
+    described: str
+    judge: list[Batch] = field(default_factory=list)
+    judged: str = ""
+
+    def notes(self, wants_repair: bool) -> list[str]:
+        """What the number of images did not allow."""
+        few = f"fewer than {FEWEST_TO_HOLD_BACK} images"
+        unrepaired = f"Nothing was repaired: with {few} none can be held back to check it."
+        unmeasured = f"No agreement was measured: {few}."
+        return [unrepaired] * (wants_repair and not self.gate) + [unmeasured] * (not self.heldout)
 
 
-def opened_with(dense: nn.Module, data: object, arguments: Mapping[str, Any]) -> Opened:
-    """See that the model runs on the first images; nothing else is read yet.
+def open_problem(
+    model: nn.Module | str, data: object, batch_size: int, *, masked: bool = False, as_given: bool = False
+) -> Problem:
+    """See that a model can be worked on and runs on the first image; no other image is read.
 
     Args:
-        dense: A copy of the user's model; moved to the device, in eval mode.
+        model: A timm name or a module; left as it was.
         data: As for `jbrprune.prune`.
-        arguments: Those of `jbrprune.prune`.
+        batch_size: Images per pass.
+        masked: Whether masks of `torch.nn.utils.prune` are welcome.
+        as_given: Whether the images must have the model's precision already; otherwise they are converted.
 
     Raises:
+        ArgumentError: Neither a name nor a module.
         DataError: The images cannot be used.
+        ModelError: The model is masked, in half precision, or does not return logits.
+        NonFiniteError: NaN or Inf in weights or logits.
     """
-    dense = dense.to(arguments["device"] or preserve.device_of(dense)).eval()
-    images = loading.open_data(data, dense, batch_size=arguments["batch_size"], skip_corrupt=arguments["skip_corrupt"])
-    first, images = peeked(images, arguments["batch_size"])
-    example = example_of(dense, first)
-    outputs = check_runs(dense, first.images.to(example.dtype))
-    recipe = _recipe(dense)
-    config = timm_models.data_config(dense) if timm_models.recipe(dense) else None
-    return Opened(dense, example, images, recipe, config, recipe.name if recipe else type(dense).__name__, outputs)
-
-
-def _recipe(dense: nn.Module) -> timm_models.Recipe | None:
-    """How timm makes this very model; None if it was changed by hand, so that a file of it needs ``load(model=)``."""
-    recipe = timm_models.recipe(dense)
-    if recipe is None:
-        return None
-    try:
-        with preserve.same_randomness(torch.device("cpu")):
-            made = timm_models.build(recipe)
-    except JBRError as error:
-        log.warning("timm cannot make this model again (%s): a saved copy needs load(..., model=).", error)
-        return None
-    if _within(dense.state_dict(), made.state_dict()):
-        return recipe
-    log.warning("This is not timm's %s as it was made: a saved copy needs load(..., model=).", recipe.name)
-    return None
-
-
-def _within(smaller: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> bool:
-    """The same tensors, none of them larger."""
-    return smaller.keys() == dense.keys() and all(
-        tensor.dim() == dense[name].dim() and all(n <= most for n, most in zip(tensor.shape, dense[name].shape))
-        for name, tensor in smaller.items()
+    given = model = create_model(model)
+    check_model(given)
+    if not masked:
+        preserve.refuse_masked(given)
+    if masks_of(given):
+        with torch.no_grad(), fresh(given):  # deepcopy refuses a tensor with a graph, which a masked weight is
+            model = make_permanent(preserve.copy_model(given))
+    opened = open_data(data, model, batch_size=batch_size)
+    batch, opened = peek(opened, batch_size)
+    first, parameter = batch.images, preserve.first_tensor(model)
+    converted = first if parameter is None else first.to(parameter.dtype)
+    recipe = timm_models.recipe(model)
+    return Problem(
+        given=given,
+        dense=model,
+        example=(converted if len(first) > 1 else converted.repeat(2, 1, 1, 1))[:2].to(preserve.device_of(model)),
+        data=opened,
+        outputs=check_runs(model, first if as_given else converted),
+        recipe=recipe,
+        config=timm_models.data_config(model) if recipe else None,
+        name=recipe.name if recipe else type(model).__name__,
     )
+
+
+def peek(data: object, batch_size: int) -> tuple[Batch, object]:
+    """The first batch, and data that still yield it."""
+    with preserve.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
+        batches = iterate(data, batch_size=batch_size)
+        first = next(batches)
+    return first, itertools.chain([first], batches) if isinstance(data, Iterator) else data
+
+
+def create_model(model: nn.Module | str) -> nn.Module:
+    """The model of a timm name, or the model itself.
+
+    Raises:
+        ArgumentError: Neither a name nor a module.
+    """
+    if isinstance(model, str):
+        with preserve.same_randomness(torch.device("cpu")):  # initial weights are drawn
+            return timm_models.create(model)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a timm name or an nn.Module, got {type(model).__name__}.")
+    return model
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be scored or pruned as it is.
+
+    Raises:
+        ModelError: Parameters in half precision.
+        NonFiniteError: NaN or Inf in the weights.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ModelError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}: relevances and repairs need full precision. "
+                "Call model.float(), then this, and .half() afterwards; Relevance(autocast=torch.bfloat16) makes "
+                "scoring cheap."
+            )
+    check_weights(model)
+
+
+def check_runs(model: nn.Module, images: Tensor) -> int:
+    """The number of outputs K of a model that accepts such images, by running it on the first one.
+
+    Raises:
+        DataError: It does not; says what it was made for, if it tells.
+        ModelError: It does, but what comes out is not logits.
+        NonFiniteError: NaN or Inf come out.
+    """
+    size = timm_models.image_size(model)
+    wanted = f" It was made for {' x '.join(map(str, size))} (channels, height, width)." if size else ""
+    if size and images.shape[1] != size[0]:
+        raise DataError(f"The images have {images.shape[1]} channels, shape {tuple(images.shape)}.{wanted}")
+    try:
+        with distributed.alone():
+            return compute_logits(model, [Batch(images[:1])])[0].shape[1]
+    except JBRError:
+        raise
+    except Exception as error:  # whatever a foreign forward raises is the answer
+        raise DataError(
+            f"{type(model).__name__} does not run on {str(images.dtype).removeprefix('torch.')} images of shape "
+            f"{tuple(images.shape)}: {str(error).rstrip('.')}.{wanted}"
+        ) from error
+
+
+def read_calibration(
+    model: nn.Module,
+    data: object,
+    *,
+    images: int | None,
+    eval_data: object = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = False,
+    judged: bool = False,
+) -> Calibration:
+    """Read the images, compute the dense model's logits on them, and split them at random.
+
+    A fifth is held out for the report, unless ``eval_data`` is given; another fifth gates the repair. With ``judged``,
+    two fifths decide how far to prune; without ``eval_data`` the report is about these, and says so.
+
+    Args:
+        model: The dense model.
+        data: As for `jbrprune.prune`; batches that carry the dense model's logits as reference keep them.
+        images: Images to read; None: all.
+        eval_data: Images to report the agreement on; all are read.
+        batch_size: Images per pass.
+        seed: Seeds the split.
+        progress: Show a progress bar.
+        judged: Set images aside that decide how far to prune.
+
+    Raises:
+        DataError: The images cannot be used, or the model does not run on them.
+        NonFiniteError: NaN or Inf in images or logits.
+    """
+    whole = _read(model, data, images, batch_size, progress)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    whole = whole.map(lambda tensor: tensor[order])
+    fifth = len(whole) // 5 if len(whole) >= FEWEST_TO_HOLD_BACK else 0
+    apart = 2 * fifth if judged else fifth if eval_data is None else 0
+
+    def part(start: int, stop: int) -> list[Batch]:
+        return rebatch([whole.map(lambda tensor: tensor[start:stop])], batch_size) if stop > start else []
+
+    if eval_data is None:
+        heldout, purpose = part(0, apart), "also decided how far to prune" if judged else "were used for nothing else"
+        described = f"{apart} calibration images that {purpose}"
+    else:
+        others = _read(model, eval_data, None, batch_size, progress)
+        heldout, described = rebatch([others], batch_size), f"{len(others)} images of eval_data"
+    cut = len(whole) - fifth
+    return Calibration(
+        score=part(apart, len(whole)),
+        repair=part(apart, cut),
+        gate=part(cut, len(whole)),
+        heldout=heldout,
+        described=described,
+        judge=part(0, apart) if judged else [],
+        judged=f"{apart} calibration images that neither score, repair nor gate" if judged else "",
+    )
+
+
+def _read(model: nn.Module, data: object, images: int | None, batch_size: int, progress: bool) -> Batch:
+    """Images in the model's precision, with the dense model's logits."""
+    opened = open_data(data, model, batch_size=batch_size)
+    with preserve.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
+        batches = distributed.together(lambda: materialise(opened, images=images, batch_size=batch_size))
+    batches = distributed.same(batches)  # a loader that shuffles gives every rank others
+    parameter = preserve.first_tensor(model)
+    if parameter is not None:
+        batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
+    check_runs(model, batches[0].images)
+    if any(batch.reference is None for batch in batches):
+        logits = compute_logits(model, batches, progress=progress)
+        batches = [replace(batch, reference=reference) for batch, reference in zip(batches, logits)]
+    whole = concatenate(batches)
+    if whole.reference is not None:
+        agreement(whole.reference, whole.reference, whole.labels)  # refuses labels that are not the model's classes
+    return whole
+
+
+def provenance(seed: int, device: torch.device) -> dict[str, object]:
+    """Versions, seed and hardware."""
+    packages = ("jbrprune", "torch", "timm", "torch-pruning")
+    return {
+        "versions": {package: version(package) for package in packages},
+        "seed": seed,
+        "device": str(device),
+        "hardware": describe_hardware(device),
+        "threads": torch.get_num_threads(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

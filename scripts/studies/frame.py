@@ -34,7 +34,7 @@ from scipy import stats
 from jbrprune.data.files import replacing
 from jbrprune.errors import JBRError
 from jbrprune.models.preserve import same_randomness
-from jbrprune.pruning.runs import provenance
+from jbrprune.pruning.prepare import provenance
 from jbrprune.report.records import plain
 
 sys.path.append(str(Path(__file__).parents[1]))

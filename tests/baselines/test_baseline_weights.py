@@ -89,10 +89,11 @@ def test_masked_weights_have_the_least_magnitude() -> None:
 
 @pytest.mark.parametrize("name", WEIGHT_CRITERIA)
 def test_all_have_one_form(name: str) -> None:
-    """What `prune(criterion=)` calls; ignored layers have no scores."""
+    """What `sparsify(criterion=)` calls; ignored layers have no scores."""
     assert list(inspect.signature(WEIGHT_CRITERIA[name]).parameters) == [
         "model",
         "batches",
+        "names",
         "ignore",
         "seed",
         "progress",

@@ -21,6 +21,7 @@ import jbrprune
 from baselines import CRITERIA, LABELS, hrank
 from baselines.common import parts
 from baselines.torch_pruning_shipped import KNOWN_FAULTS
+from jbrprune.budgets.selection import Floors
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, ModelError, NonFiniteError, UnsupportedModelError
@@ -688,7 +689,7 @@ def test_a_criterion_prunes() -> None:
     """The unit that a criterion puts last goes first."""
     model = tiny().float()
     lowest = int(scored("l2_grouped", tiny())["fc"].argmin())
-    options = {"ignore": ("a", "b", "c"), "min_channels": 1, "repair": None, "progress": False}
+    options = {"ignore": ("a", "b", "c"), "floors": Floors(channels=1), "repair": None, "progress": False}
     result = jbrprune.prune(model, IMAGES.float(), channels=0.95, criterion=CRITERIA["l2_grouped"], **options)  # type: ignore[arg-type]
     kept = [u for u in range(5) if u != lowest]
     torch.testing.assert_close(result.model.fc.weight, model.fc.weight[kept])  # type: ignore[union-attr, index]

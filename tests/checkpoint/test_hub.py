@@ -24,7 +24,7 @@ def result() -> jbrprune.PruneResult:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=4)
     labelled = torch.utils.data.TensorDataset(IMAGES, torch.arange(len(IMAGES)) % 4)
-    return jbrprune.prune(model, labelled, macs=0.6, steps=1, progress=False, measure_latency=False)
+    return jbrprune.prune(model, labelled, macs=0.6, steps=1, progress=False)
 
 
 def front_matter(text: str) -> dict:

@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from jbrprune import prune, sweep
+from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint.checkpoint import describe, load, save
 from jbrprune.data.files import tensor_file, write_tensors
 
@@ -39,7 +40,7 @@ FILES = (
     "os.scandir",
 )
 """Audit events, which Python raises just before it does what they say; a rename is also a replace."""
-OPTIONS: dict[str, Any] = {"macs": 0.6, "steps": 3, "min_channels": 2, **QUICK}
+OPTIONS: dict[str, Any] = {"macs": 0.6, "steps": 3, "floors": Floors(channels=2), **QUICK}
 
 
 def forked(work: Callable[[], object], death: Callable[[], object]) -> int:
@@ -173,7 +174,7 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
     """Dozens of deaths of a sweep and of a save, wherever they are just then, also in the middle of a write."""
     source = random.Random(0)
     shares = [0.85, 0.7]
-    options = {"steps": 2, "min_channels": 2, **QUICK}
+    options = {"steps": 2, "floors": Floors(channels=2), **QUICK}
     whole = sweep(own(), IMAGES, shares, **options)
     large = nn.Sequential(nn.Flatten(), nn.Linear(3000, 1500))
     target = tmp_path / "large"

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
-from jbrprune import PruneResult, Scores, prune, score, sweep
+from jbrprune import PruneResult, Scores, prune, score, sparsify, sweep
+from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint.resume import ResumeLog, fingerprint_run, hash_tensors, open_log
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.data.batches import Batch
 from jbrprune.errors import CheckpointError
-from jbrprune.pruning import loop as engine
-from jbrprune.pruning import weights as thinning
+from jbrprune.pruning import loop
 
 IMAGES = cases.images(40, 16).float()
-QUICK: dict[str, Any] = {"progress": False, "measure_latency": False}
+QUICK: dict[str, Any] = {"progress": False}
 
 
 class Own(nn.Module):
@@ -59,28 +59,29 @@ class _Killed(BaseException):
 
 
 KINDS: dict[str, Any] = {
-    "channels": (engine, {"macs": 0.6, "steps": 4, "min_channels": 2}),
-    "random signs": (engine, {"macs": 0.6, "steps": 4, "min_channels": 2, "objective": "projection"}),
-    "weights": (thinning, {"sparsity": 0.8, "steps": 4}),
-    "pattern": (thinning, {"structure": "1:4", "steps": 3}),
-    "masks": (thinning, {"sparsity": 0.8, "steps": 4, "permanent": False}),
+    "channels": (prune, {"macs": 0.6, "steps": 4, "floors": Floors(channels=2)}),
+    "random signs": (prune, {"macs": 0.6, "steps": 4, "floors": Floors(channels=2), "criterion": "jbr_projection"}),
+    "latency": (prune, {"latency": 0.85, "floors": Floors(channels=2)}),
+    "weights": (sparsify, {"sparsity": 0.8, "steps": 4}),
+    "pattern": (sparsify, {"pattern": "1:4", "steps": 3}),
+    "masks": (sparsify, {"sparsity": 0.8, "steps": 4, "permanent": False}),
 }
 
 
-def interrupted(module: Any, after: int, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupted(after: int, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Die in the middle of the step behind ``after`` finished ones."""
-    real, calls = module._step, 0
+    real, calls = loop.repair_and_evaluate, 0
 
     def step(*arguments: Any) -> object:
         nonlocal calls
         calls += 1
-        row = real(*arguments)
+        found = real(*arguments)
         if calls > after:
             raise _Killed
-        return row
+        return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_step", step)
+        patch.setattr(loop, "repair_and_evaluate", step)
         with pytest.raises(_Killed):
             call()
 
@@ -100,26 +101,26 @@ def assert_same(one: PruneResult, other: PruneResult) -> None:
 def test_an_interrupted_run_ends_as_an_undisturbed_one(
     kind: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, options = KINDS[kind]
-    whole = prune(own(), IMAGES, **options, **QUICK)
-    interrupted(module, after, lambda: prune(own(), IMAGES, **options, **QUICK, resume=tmp_path / "run"), monkeypatch)
+    call, options = KINDS[kind]
+    whole = call(own(), IMAGES, **options, **QUICK)
+    interrupted(after, lambda: call(own(), IMAGES, **options, **QUICK, resume=tmp_path / "run"), monkeypatch)
     assert sum(name.startswith("step") for name in os.listdir(tmp_path / "run")) == after
-    steps = counted(module, monkeypatch)
-    resumed = prune(own(), IMAGES, **options, **QUICK, resume=tmp_path / "run")
+    steps = counted(monkeypatch)
+    resumed = call(own(), IMAGES, **options, **QUICK, resume=tmp_path / "run")
     assert_same(resumed, whole)
-    assert len(steps) == len(whole.report.steps) - after
+    assert steps == list(range(after + 1, len(whole.report.steps) + 1))
 
 
-def counted(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps that are really made from now on."""
     made: list[int] = []
-    real = module._step
+    real = loop.repair_and_evaluate
 
-    def step(*arguments: Any) -> object:
-        made.append(arguments[3])
-        return real(*arguments)
+    def step(structure: loop.Structure, *arguments: Any) -> object:
+        made.append(len(structure.steps) + 1)
+        return real(structure, *arguments)
 
-    monkeypatch.setattr(module, "_step", step)
+    monkeypatch.setattr(loop, "repair_and_evaluate", step)
     return made
 
 
@@ -128,10 +129,9 @@ def counted(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_sweeps_hand_over_every_model_again(
     budget: str, shares: list[float], after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"budget": budget, "steps": 2, **QUICK} | ({"min_channels": 2} if budget == "macs" else {})
-    module = engine if budget == "macs" else thinning
+    options = {"budget": budget, "steps": 2, **QUICK} | ({"floors": Floors(channels=2)} if budget == "macs" else {})
     whole = sweep(own(), IMAGES, shares, **options)
-    interrupted(module, after, lambda: sweep(own(), IMAGES, shares, **options, resume=tmp_path), monkeypatch)
+    interrupted(after, lambda: sweep(own(), IMAGES, shares, **options, resume=tmp_path), monkeypatch)
     for again, result in zip(sweep(own(), IMAGES, shares, **options, resume=tmp_path), whole, strict=True):
         assert_same(again, result)
     kept = sorted(name for name in os.listdir(tmp_path) if name.startswith("model"))
@@ -140,7 +140,7 @@ def test_sweeps_hand_over_every_model_again(
 
 def test_a_finished_run_is_handed_over_without_another_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
-    steps = counted(engine, monkeypatch)
+    steps = counted(monkeypatch)
     assert_same(prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path), first)
     assert not steps
     assert sorted(os.listdir(tmp_path)) == [
@@ -161,10 +161,10 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "model": ({"model": _other_weights()}, r"the model \(SHA-256 of its tensors\) was"),
     "images": ({"data": IMAGES.flip(0)}, r"the images \(SHA-256, with labels and reference\) was"),
     "seed": ({"seed": 1}, r"seed was 0 there and is 1 now"),
-    "objective": ({"objective": "margin"}, r"objective was 'pseudo_label' there and is 'margin' now"),
-    "budget": ({"macs": 0.69}, r"budget was .*0\.7.* there and is .*0\.69.* now"),
+    "objective": ({"criterion": "jbr_margin"}, r"criterion was 'jbr' there and is 'jbr_margin' now"),
+    "budget": ({"macs": 0.69}, r"macs was 0\.7 there and is 0\.69 now"),
     "steps": ({"steps": 3}, r"steps was 2 there and is 3 now"),
-    "repair": ({"repair": None}, r"repair was \['auto'\] there and is \[\] now"),
+    "repair": ({"repair": None}, r"repair was 'auto' there and is None now"),
     "criterion": ({"criterion": "scores", "steps": 1}, r"(criterion|steps) was"),
 }
 
@@ -175,7 +175,7 @@ def test_other_runs_are_refused_with_words(case: str, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     changed, message = OTHERS[case]
     options = {"model": own(), "data": IMAGES, "macs": 0.7, "steps": 2, **QUICK, **changed}
-    if "criterion" in options:
+    if options.get("criterion") == "scores":
         options["criterion"] = score(own(), IMAGES, progress=False)
     with pytest.raises(CheckpointError, match=message):
         prune(**options, resume=tmp_path)
@@ -188,21 +188,21 @@ class _Scaled:
 
     by: float
 
-    def __call__(self, model: nn.Module, batches: Any, groups: Any, **options: Any) -> Scores:
-        return _scaled(self.by, model, batches, groups, **options)
+    def __call__(self, model: nn.Module, batches: Any, groups: Any) -> Scores:
+        return _scaled(self.by, model, batches, groups)
 
 
-def _scaled(by: float, model: nn.Module, batches: Any, groups: Any, **options: Any) -> Scores:
-    found = Relevance(seed=options["seed"])(model, batches, groups, progress=options["progress"])
+def _scaled(by: float, model: nn.Module, batches: Any, groups: Any) -> Scores:
+    found = Relevance()(model, batches, groups)
     return replace(found, sums={name: by * values for name, values in found.sums.items()})
 
 
-def _once_scaled(*args: Any, **options: Any) -> Scores:
-    return _scaled(1.0, *args, **options)
+def _once_scaled(*args: Any) -> Scores:
+    return _scaled(1.0, *args)
 
 
-def _other_scaled(*args: Any, **options: Any) -> Scores:
-    return _scaled(2.0, *args, **options)
+def _other_scaled(*args: Any) -> Scores:
+    return _scaled(2.0, *args)
 
 
 CRITERIA: dict[str, list[Callable[..., Scores]]] = {
@@ -245,7 +245,7 @@ def _fingerprint() -> str:
 
 def test_a_directory_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second run is refused at once; the first goes on, and gives the directory back."""
-    real = engine._step
+    real = loop.repair_and_evaluate
 
     def step(*arguments: Any) -> object:
         with pytest.raises(CheckpointError, match="is in use by another process"):
@@ -253,7 +253,7 @@ def test_a_directory_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_step", step)
+        patch.setattr(loop, "repair_and_evaluate", step)
         first = prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
     assert_same(prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path), first)
 
@@ -261,9 +261,9 @@ def test_a_directory_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_masks_of_the_given_model_count(tmp_path: Path) -> None:
     model = own()
     torch_prune.random_unstructured(model.get_submodule("a"), "weight", 0.2)
-    prune(model, IMAGES, sparsity=0.6, **QUICK, resume=tmp_path)
+    sparsify(model, IMAGES, sparsity=0.6, **QUICK, resume=tmp_path)
     with pytest.raises(CheckpointError, match=r"the model \(SHA-256 of its tensors\) was"):
-        prune(own(), IMAGES, sparsity=0.6, **QUICK, resume=tmp_path)
+        sparsify(own(), IMAGES, sparsity=0.6, **QUICK, resume=tmp_path)
 
 
 def test_other_versions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_directories_are_looked_at_first(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_run_and_leaves_the_finished_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"macs": 0.6, "steps": 4, "min_channels": 2, **QUICK}
+    options: dict[str, Any] = {"macs": 0.6, "steps": 4, "floors": Floors(channels=2), **QUICK}
     real, written = save_file, []
 
     def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -20,7 +20,8 @@ from test_resume import QUICK, own
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from jbrprune import Scores, prune, score, sweep
+from jbrprune import Scores, prune, score, sparsify, sweep
+from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint.resume import hash_tensors
 from jbrprune.commands import evaluate
 from jbrprune.criteria.passes import Draws
@@ -31,7 +32,7 @@ from jbrprune.data.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, CheckpointError, DataError, NonFiniteError, RankError
 from jbrprune.evaluation.agreement import Agreement, agreement, compute_logits
 from jbrprune.prediction import max_drop as search
-from jbrprune.pruning.calibration import calibration
+from jbrprune.pruning.prepare import read_calibration
 from jbrprune.repair import repair
 from jbrprune.repair.repair import record_targets, repair_model
 from jbrprune.structure.discovery import layer_groups
@@ -216,8 +217,8 @@ def test_repair_sees_the_images_of_all_ranks(images: int) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"macs": 0.7, "steps": 2, "min_channels": 2},
-        {"macs": 0.7, "steps": 2, "min_channels": 2, "objective": "projection"},
+        {"macs": 0.7, "steps": 2, "floors": Floors(channels=2)},
+        {"macs": 0.7, "steps": 2, "floors": Floors(channels=2), "criterion": "jbr_projection"},
         {"sparsity": 0.8, "steps": 2},
     ],
 )
@@ -225,7 +226,8 @@ def test_pruning_decides_as_one_process_and_alike_on_all_ranks(options: dict[str
     images = cases.images(40, 16).float()
 
     def work() -> tuple[str, dict[str, Tensor], Any]:
-        result = prune(own(), images, batch_size=4, **options, **QUICK)
+        call = sparsify if "sparsity" in options else prune
+        result = call(own(), images, batch_size=4, **options, **QUICK)
         return hash_tensors(result.model.state_dict()), result.model.state_dict(), result.report.repaired
 
     _, expected, agreement = work()
@@ -265,12 +267,12 @@ def test_a_loader_that_shuffles_shows_all_ranks_the_same(tmp_path: Path) -> None
         loader = DataLoader(TensorDataset(images), batch_size=4, shuffle=True)
         states = distributed.gathered(hash_tensors({"state": torch.get_rng_state()}))
         assert len(set(states)) == len(states)
-        read = calibration(net, loader, images=None)
+        read = read_calibration(net, loader, images=None)
         orders = distributed.gathered([hash_tensors({"images": batch.images}) for batch in read.score])
         assert all(order == orders[0] for order in orders)
         found = score(net, loader, progress=False)
         assert isinstance(found, Scores)
-        results = sweep(net, loader, [0.9, 0.8], min_channels=2, steps=1, **QUICK, resume=tmp_path)
+        results = sweep(net, loader, [0.9, 0.8], floors=Floors(channels=2), steps=1, **QUICK, resume=tmp_path)
         return (
             found.samples,
             [hash_tensors(result.model.state_dict()) for result in results],

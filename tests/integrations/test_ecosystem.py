@@ -26,7 +26,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     torch.manual_seed(0)
     options = {"img_size": 32, "depth": 2} if request.param == "test_vit" else {}
     dense = cases.randomised(timm.create_model(request.param, num_classes=4, **options)).float()
-    result = jbrprune.prune(dense, IMAGES, macs=0.7, steps=1, progress=False, measure_latency=False)
+    result = jbrprune.prune(dense, IMAGES, macs=0.7, steps=1, progress=False)
     path = tmp_path_factory.mktemp("saved") / "m"
     result.save(path)
     return jbrprune.load(path)

@@ -12,21 +12,22 @@ from test_api import own, resnet, vit
 from torch import Tensor, nn
 
 import jbrprune
+from jbrprune.budgets.selection import Floors
 from jbrprune.data.batches import Batch, concatenate
 from jbrprune.errors import ArgumentError, BudgetError, DataError
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.prediction import max_drop as search_module
-from jbrprune.pruning import calibration as reading
+from jbrprune.pruning.prepare import read_calibration
 from jbrprune.report.records import Search
 
 IMAGES = cases.images(60, 32).float()
-QUICK: dict[str, Any] = {"progress": False, "measure_latency": False, "min_channels": 1}
+QUICK: dict[str, Any] = {"progress": False, "floors": Floors(channels=1)}
 
 
 def judges(model: nn.Module, labels: Tensor | None = None, seed: int = 0) -> Batch:
     """The images that decide, found by an own reading of the same split."""
     data = IMAGES if labels is None else [(IMAGES, labels)]
-    return concatenate(reading.calibration(model.eval(), data, images=512, seed=seed, judged=True).judge)
+    return concatenate(read_calibration(model.eval(), data, images=512, seed=seed, judged=True).judge)
 
 
 def lost(pruned: nn.Module, images: Batch) -> int:
@@ -97,13 +98,13 @@ def test_with_labels_the_accuracy_decides() -> None:
 
 
 def test_images_that_decide_are_used_for_nothing_else() -> None:
-    parts = reading.calibration(own(), IMAGES, images=None, judged=True)
+    parts = read_calibration(own(), IMAGES, images=None, judged=True)
     sizes = [sum(map(len, part)) for part in (parts.score, parts.repair, parts.gate, parts.judge, parts.heldout)]
     assert sizes == [36, 24, 12, 24, 24]
     scored = {image.sum().item() for batch in parts.score for image in batch.images}
     assert not scored & {image.sum().item() for batch in parts.judge for image in batch.images}
     assert parts.described == "24 calibration images that also decided how far to prune"
-    other = reading.calibration(own(), IMAGES, images=None, eval_data=IMAGES[:7] + 1, judged=True)
+    other = read_calibration(own(), IMAGES, images=None, eval_data=IMAGES[:7] + 1, judged=True)
     assert [sum(map(len, part)) for part in (other.score, other.judge, other.heldout)] == [36, 24, 7]
 
 
@@ -124,11 +125,9 @@ def test_refuses_what_is_no_share(drop: Any) -> None:
 @pytest.mark.parametrize(
     ("extra", "error", "match"),
     [
-        ({"sparsity": 0.5}, BudgetError, "how many channels"),
-        ({"structure": "2:4"}, BudgetError, "how many channels"),
         ({"steps": 3}, ArgumentError, "steps= has no meaning beside max_drop="),
-        ({"macs": 0.5, "params": 0.5}, BudgetError, "exactly one budget"),
-        ({"macs": 0.001, "min_channels": 8}, BudgetError, "cannot be reached"),
+        ({"macs": 0.5, "params": 0.5}, BudgetError, "exactly one of"),
+        ({"macs": 0.001, "floors": Floors(channels=8)}, BudgetError, "cannot be reached"),
     ],
 )
 def test_refuses_what_has_no_meaning_beside_it(extra: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -16,29 +16,33 @@ from typer.testing import CliRunner
 
 import jbrprune
 from jbrprune import Scores, degradation, predict, prune, score
+from jbrprune.budgets.selection import Floors
 from jbrprune.cli import app
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, BudgetError, DataError, ModelError, NonFiniteError
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models.preserve import copy_model
+from jbrprune.prediction import degradation as degradation_module
+from jbrprune.prediction import predict as predict_module
 from jbrprune.prediction.changes import Changes
 from jbrprune.prediction.damage import Damage
 from jbrprune.prediction.forecast import Forecast
 from jbrprune.prediction.predict import _supported
-from jbrprune.pruning import loop as engine
-from jbrprune.pruning.calibration import calibration
+from jbrprune.pruning import api
+from jbrprune.pruning.channels import Channels
+from jbrprune.pruning.prepare import read_calibration
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.slicing import remove_units
 from jbrprune.tpv import TPVWarning
 
 IMAGES = cases.images(40, 32).float()
-QUICK: dict[str, Any] = {"progress": False, "min_channels": 1}
+QUICK: dict[str, Any] = {"progress": False, "floors": Floors(channels=1)}
 SHARES = [0.5, 0.9, 0.7]
 
 
 def heldout(model: nn.Module) -> list[Batch]:
     """What predict() measures the pruned models on."""
-    return calibration(model.eval(), IMAGES, images=512, seed=0).heldout
+    return read_calibration(model.eval(), IMAGES, images=512, seed=0).heldout
 
 
 def rows(frame: pandas.DataFrame) -> list[dict[str, Any]]:
@@ -66,7 +70,7 @@ def test_the_cut_is_the_one_that_one_step_of_prune_makes() -> None:
     """Masked flips and TPV, measured without a cut, are those of the pruned model."""
     model = own()
     row = rows(predict(model, IMAGES, macs=[0.7], checked=None, **QUICK))[0]
-    result = prune(model, IMAGES, macs=0.7, steps=1, repair=None, measure_latency=False, **QUICK)
+    result = prune(model, IMAGES, macs=0.7, steps=1, repair=None, **QUICK)
     dense, pruned = (torch.cat(compute_logits(each.eval(), [Batch(IMAGES)])) for each in (model, result.model))
     assert row["masked_tpv"] == pytest.approx(float((pruned - dense).square().sum(1).mean()), rel=1e-4)
     assert row["masked_flips"] == float((pruned.argmax(1) != dense.argmax(1)).double().mean())
@@ -98,7 +102,7 @@ def test_calibration_really_prunes_and_bends_the_curve_through_what_it_measured(
     images = heldout(model)
     stops = [row["target"] for row in measured]
     dense = torch.cat([batch.reference for batch in images if batch.reference is not None])
-    results = jbrprune.sweep(model, IMAGES, stops, measure_latency=False, **QUICK)
+    results = jbrprune.sweep(model, IMAGES, stops, **QUICK)
     for row, result in zip(measured, results, strict=True):
         real = torch.cat(compute_logits(result.model, images))
         assert row["measured_tpv_repaired"] == pytest.approx(float((real - dense).square().sum(1).mean()), rel=1e-4)
@@ -129,12 +133,14 @@ def test_the_curve_with_repair_holds_where_each_neighbour_is_predicted_from_the_
 
 def test_one_output_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest of one stays the largest, whatever goes."""
-    monkeypatch.setattr(engine, "start", lambda *_: pytest.fail("started"))
+    for module in (predict_module, degradation_module, api):
+        for name in {"find_channels", "find_units"} & vars(module).keys():
+            monkeypatch.setattr(module, name, lambda *_: pytest.fail("started"))
     net = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 1))
     for work in (
         lambda: predict(net, IMAGES, macs=[0.8], **QUICK),
         lambda: degradation(net, {"0": [0]}, IMAGES, progress=False),
-        lambda: prune(net, IMAGES, max_drop=0.1, measure_latency=False, **QUICK),
+        lambda: prune(net, IMAGES, max_drop=0.1, **QUICK),
     ):
         with pytest.raises(ModelError, match="Sequential has one output"):
             work()
@@ -158,7 +164,7 @@ def test_other_budgets(kind: str) -> None:
 
 
 def test_without_budgets_it_goes_as_far_as_the_floors_allow() -> None:
-    frame = predict(own(), IMAGES, progress=False, min_channels=8)
+    frame = predict(own(), IMAGES, progress=False, floors=Floors(channels=8))
     assert list(frame.target) == [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
 
 
@@ -201,12 +207,12 @@ def test_the_model_is_untouched() -> None:
         ({"macs": []}, BudgetError, "one or more different shares"),
         ({"macs": [1.5]}, BudgetError, "macs must satisfy"),
         ({"macs": [0.5], "params": [0.5]}, BudgetError, "shares of one kind"),
-        ({"macs": [0.0001], "min_channels": 8}, BudgetError, "cannot be reached"),
+        ({"macs": [0.0001], "floors": Floors(channels=8)}, BudgetError, "cannot be reached"),
         ({"calibrate": 4}, ArgumentError, "calibrate must be 0, 1, 2 or 3"),
         ({"checked": 0}, ArgumentError, "checked must be a number of images"),
         ({"tolerance": 0.0}, ArgumentError, "tolerance must satisfy"),
-        ({"objective": "nonsense"}, ArgumentError, "objective must be one of"),
-        ({"objective": "label"}, DataError, "needs labels"),
+        ({"criterion": "jbr_nonsense"}, ArgumentError, "Unknown criterion"),
+        ({"criterion": "jbr_label"}, DataError, "needs labels"),
     ],
 )
 def test_refuses_nonsense(extra: dict[str, Any], error: type[Exception], match: str) -> None:
@@ -220,7 +226,7 @@ def test_refuses_to_calibrate_on_too_few_images() -> None:
 
 
 def test_errors_come_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "scored", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(Channels, "score", lambda *_: pytest.fail("scored"))
     broken = own()
     broken.fc.weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"fc\.weight"):
@@ -245,7 +251,7 @@ def test_degradation_of_units_is_that_of_the_model_without_them() -> None:
 @pytest.mark.parametrize("repair", [None, "auto"])
 def test_degradation_of_a_result_measures_its_model(repair: str | None) -> None:
     model = resnet()
-    result = prune(model, IMAGES, macs=0.8, repair=repair, measure_latency=False, **QUICK)
+    result = prune(model, IMAGES, macs=0.8, repair=repair, **QUICK)
     found = degradation(model, result, IMAGES, progress=False)
     assert found.measured_repaired is not None
     real = torch.cat(compute_logits(result.model, [Batch(IMAGES)])) - torch.cat(
@@ -260,7 +266,7 @@ def test_degradation_of_a_result_measures_its_model(repair: str | None) -> None:
 
 
 def test_removed_units_of_a_report_add_up_to_the_widths() -> None:
-    result = prune(vit(), IMAGES, macs=0.7, measure_latency=False, **QUICK)
+    result = prune(vit(), IMAGES, macs=0.7, **QUICK)
     assert sum(map(len, result.report.removed.values())) == sum(
         layer.before - layer.after for layer in result.report.layers if layer.name in result.report.removed
     )

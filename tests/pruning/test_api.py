@@ -22,19 +22,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import jbrprune
-from jbrprune import PruneResult, prune, sweep
-from jbrprune.budgets import pricing
+from jbrprune import PruneResult, create, prune, sweep
 from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint import checkpoint
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import ArgumentError, BudgetError, CheckpointError
 from jbrprune.evaluation import latency
-from jbrprune.pruning import loop as engine
-from jbrprune.pruning import runs
+from jbrprune.pruning import channels, loop
 from jbrprune.structure.groups import Group
 
 CLASSES = 4
-QUICK: dict[str, Any] = {"progress": False, "measure_latency": False, "steps": 2}
+QUICK: dict[str, Any] = {"progress": False, "steps": 2}
 IMAGES = cases.images(40, 32).float()
 LABELS = torch.arange(40) % CLASSES
 
@@ -98,8 +96,8 @@ class Watch:
     """Checks every selection: the last block that went was needed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.select, self.calls = pricing.select, 0
-        monkeypatch.setattr(pricing, "select", self)
+        self.select, self.calls = channels.select, 0
+        monkeypatch.setattr(channels, "select", self)
 
     def __call__(
         self, scores: dict[str, Tensor], groups: tuple[Group, ...], account: Any, target: float, **options: Any
@@ -128,14 +126,17 @@ class Watch:
         return first if gone == first else step
 
 
-@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 3}, {"steps": 2, "round_to": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"steps": 1}, {"steps": 3}, {"steps": 2, "floors": Floors(channels=1, round_to=8)}], ids=str
+)
 @pytest.mark.parametrize(("kind", "share"), [("macs", 0.6), ("params", 0.71), ("channels", 0.55)])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_budget_is_met_and_overshot_by_less_than_one_unit(
     name: str, kind: str, share: float, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch, model = Watch(monkeypatch), MODELS[name]()
-    result = prune(model, IMAGES, **{**QUICK, **options}, **{kind: share}, repair=None, min_channels=1)
+    options = {"floors": Floors(channels=1), **options}
+    result = prune(model, IMAGES, **{**QUICK, **options}, **{kind: share}, repair=None)
     assert watch.calls == options["steps"]
     report = result.report
     kept = {
@@ -144,7 +145,9 @@ def test_the_budget_is_met_and_overshot_by_less_than_one_unit(
         "channels": removable(result.model, report) / removable(model, report),
     }
     assert kept[kind] <= share
-    assert kept[kind] > share - (0.3 if "round_to" in options else 0.15)  # no more than one of the larger blocks
+    assert kept[kind] > share - (
+        0.3 if options["floors"].round_to > 1 else 0.15
+    )  # no more than one of the larger blocks
     for step in report.steps:
         value = {"macs": step.macs / report.dense.macs, "params": step.params / report.dense.params}.get(kind, 0.0)
         assert value <= step.target + 1e-12
@@ -165,32 +168,32 @@ def removable(model: nn.Module, report: jbrprune.Report) -> int:
 @pytest.mark.parametrize("name", ["resnet", "vit"])
 def test_widths_are_multiples(name: str) -> None:
     model = MODELS[name]()
-    report = prune(model, IMAGES, macs=0.5, round_to=8, **QUICK).report
+    report = prune(model, IMAGES, macs=0.5, floors=Floors(round_to=8), **QUICK).report
     rows = [row for row in report.layers if row.kind == "channel"]
     assert all(row.after % 8 == 0 for row in rows)
     assert any(row.after < row.before for row in rows)
 
 
 def test_widths_that_are_no_multiples_become_some() -> None:
-    rows = {row.name: row for row in prune(own(), IMAGES, macs=0.5, round_to=8, **QUICK).report.layers}
+    rows = {row.name: row for row in prune(own(), IMAGES, macs=0.5, floors=Floors(round_to=8), **QUICK).report.layers}
     assert (rows["a"].before, rows["a"].after % 8) == (20, 0)
 
 
 @pytest.mark.parametrize(
-    ("options", "least"),
+    ("floors", "least"),
     [
-        ({"min_channels": 1}, lambda before: 1),
-        ({"min_channels": 10}, lambda before: min(before, 10)),
-        ({"min_channels": 1, "floor": 0.4}, lambda before: -(-before * 2 // 5)),
+        (Floors(channels=1), lambda before: 1),
+        (Floors(channels=10), lambda before: min(before, 10)),
+        (Floors(0.4, 1), lambda before: -(-before * 2 // 5)),
     ],
 )
-def test_floors_are_kept(options: dict[str, Any], least: Callable[[int], int]) -> None:
-    report = prune(own(), IMAGES, macs=0.5 if len(options) == 1 else 0.6, **QUICK, **options).report
+def test_floors_are_kept(floors: Floors, least: Callable[[int], int]) -> None:
+    report = prune(own(), IMAGES, macs=0.6 if floors.share else 0.5, floors=floors, **QUICK).report
     assert all(row.after >= least(row.before) for row in report.layers)
     with pytest.raises(BudgetError, match="cannot be reached: with every group at its floor") as caught:
-        prune(own(), IMAGES, macs=1e-4, **QUICK, **options)
+        prune(own(), IMAGES, macs=1e-4, floors=floors, **QUICK)
     share = float(str(caught.value).partition("at its floor ")[2].split()[0])
-    report = prune(own(), IMAGES, macs=share + 0.001, **{**QUICK, "steps": 3}, **options).report
+    report = prune(own(), IMAGES, macs=share + 0.001, floors=floors, **{**QUICK, "steps": 3}).report
     assert report.kept <= share + 0.001
     assert all(row.after >= least(row.before) for row in report.layers)
 
@@ -207,7 +210,7 @@ def test_what_is_ignored_keeps_its_width() -> None:
 
 
 def test_residual_width_of_a_transformer_goes_only_when_asked_for() -> None:
-    narrow = prune(vit(), IMAGES, macs=0.5, width=True, **QUICK)
+    narrow = prune(vit(), IMAGES, macs=0.5, floors=Floors(width=True), **QUICK)
     assert narrow.model.embed_dim == narrow.model.norm.weight.shape[0] < 64  # type: ignore[union-attr]
     assert narrow.model(IMAGES).shape == (40, CLASSES)
     assert any("changes the norm's statistics" in note for note in narrow.report.notes)
@@ -304,7 +307,7 @@ def test_a_forward_that_raises_leaves_the_model_as_it_was(
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt("no")])
 @pytest.mark.parametrize(
-    "where", ["_step", "_report", "remove_units", "repair_model", "record_targets", "heldout_agreement"]
+    "where", ["_report", "repair_and_evaluate", "remove_units", "repair_model", "record_targets", "agreement_on"]
 )
 def test_an_exception_in_the_middle_leaves_the_model_as_it_was(
     where: str,
@@ -313,7 +316,7 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
     fingerprint: Callable[[nn.Module], dict],
 ) -> None:
-    place = runs if where in ("repair_model", "heldout_agreement") else engine
+    place = channels if where == "remove_units" else loop
     model, original, calls = own().train(), getattr(place, where), itertools.count(1)
     model.bn.eval()  # type: ignore[union-attr]
     before = fingerprint(model)
@@ -359,9 +362,9 @@ def test_it_works_where_gradients_are_off(context: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_seed_gives_the_same_model(name: str) -> None:
     torch.manual_seed(1)
-    one = prune(MODELS[name](), IMAGES, macs=0.6, seed=3, objective="projection", **QUICK)
+    one = prune(MODELS[name](), IMAGES, macs=0.6, seed=3, criterion="jbr_projection", **QUICK)
     torch.manual_seed(2)
-    other = prune(MODELS[name](), IMAGES, macs=0.6, seed=3, objective="projection", **QUICK)
+    other = prune(MODELS[name](), IMAGES, macs=0.6, seed=3, criterion="jbr_projection", **QUICK)
     assert_same(one.model, other.model)
     assert (one.report.layers, one.report.repaired) == (other.report.layers, other.report.repaired)
 
@@ -369,12 +372,12 @@ def test_the_same_seed_gives_the_same_model(name: str) -> None:
 def test_every_step_draws_its_own_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     original, seeds = Relevance.__call__, []
     monkeypatch.setattr(Relevance, "__call__", lambda *a, **k: (seeds.append(a[0].seed), original(*a, **k))[1])
-    prune(own(), IMAGES, macs=0.6, seed=10, objective="projection", **QUICK)
+    prune(own(), IMAGES, macs=0.6, seed=10, criterion="jbr_projection", **QUICK)
     assert seeds == [11, 12]
 
 
 def test_nothing_changes_when_nothing_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pricing, "select", lambda *_, **__: {})
+    monkeypatch.setattr(channels, "select", lambda *_, **__: {})
     for make in MODELS.values():
         model = make()
         result = prune(model, IMAGES, macs=0.99, **QUICK)
@@ -388,7 +391,7 @@ def test_nothing_changes_when_nothing_is_removed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_share_just_below_one_takes_one_unit() -> None:
-    report = prune(own(), IMAGES, macs=0.9999, min_channels=1, progress=False, measure_latency=False).report
+    report = prune(own(), IMAGES, macs=0.9999, floors=Floors(channels=1), progress=False).report
     assert sorted(row.before - row.after for row in report.layers)[-1] == 1
     assert len(report.steps) == 1
 
@@ -409,14 +412,14 @@ def test_labels_change_nothing_but_the_accuracy(name: str) -> None:
 
 def test_labels_count_where_the_objective_asks_for_them() -> None:
     one, other = (
-        prune(resnet(), [(IMAGES, labels)], macs=0.6, objective="label", repair=None, **QUICK).model.state_dict()
+        prune(resnet(), [(IMAGES, labels)], macs=0.6, criterion="jbr_label", repair=None, **QUICK).model.state_dict()
         for labels in (LABELS, LABELS * 0)
     )
     assert any(one[name].shape != other[name].shape or not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_sweep_ends_where_one_run_with_the_same_steps_ends() -> None:
-    options = {"progress": False, "measure_latency": False}
+    options = {"progress": False}
     model = own()
     results = sweep(model, IMAGES, [0.8, 0.9, 0.7], **options)
     assert [result.report.steps[-1].target for result in results] == [0.9, 0.8, 0.7]
@@ -450,7 +453,7 @@ def test_models_of_a_sweep_share_nothing() -> None:
             "one of macs, params, channels, latency, latency_ms, sparsity; got budget='flops'",
         ),
         ([0.5], {"params": 0.3}, "got budget='macs' and params="),
-        ([0.5], {"inplace": True}, "inplace=True has no meaning"),
+        ([0.5], {"inplace": True}, "got budget='macs' and inplace="),
     ],
 )
 def test_a_sweep_refuses(shares: list[Any], options: dict[str, Any], message: str) -> None:
@@ -509,11 +512,14 @@ def test_a_folder_of_pictures(classes: tuple[str, ...], tmp_path: Path, caplog: 
     assert ("the labels mean something else" in caplog.text) == (len(classes) == 2)
 
 
-def test_a_timm_name_gives_what_its_module_gives(tmp_path: Path) -> None:
+def test_a_created_model_gives_what_its_module_gives(tmp_path: Path) -> None:
     module = resnet()
     save_file(module.state_dict(), tmp_path / "weights.safetensors")
     named = prune(
-        "test_resnet", IMAGES, macs=0.6, checkpoint=tmp_path / "weights.safetensors", num_classes=CLASSES, **QUICK
+        create("test_resnet", checkpoint=tmp_path / "weights.safetensors", num_classes=CLASSES),
+        IMAGES,
+        macs=0.6,
+        **QUICK,
     )
     given = prune(module, IMAGES, macs=0.6, **QUICK)
     assert_same(named.model, given.model)
@@ -542,7 +548,9 @@ def test_the_report_says_what_can_be_measured(make: Callable[[], nn.Module]) -> 
         assert size.macs == macs_of(net)
         assert size.params == params_of(net)
         assert size.bytes == sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers()))
-    assert report.timings is None
+    assert [round(t.median_ms, 6) for t in report.timings.latencies] == [
+        round(1e-3 + 1e-6 * params_of(net), 6) for net in (model, result.model)
+    ]  # of the clock in conftest
     with torch.no_grad():
         p, q = model.eval()(test).double().softmax(1), result.model(test).double().softmax(1)
     agreed = report.final
@@ -629,7 +637,7 @@ def test_what_is_saved_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
     described = checkpoint.describe(tmp_path / "out")
     assert described.report["budget"] == {"macs": 0.6}
     assert described.provenance["seed"] == 0
-    assert described.report["settings"]["objective"] == "pseudo_label"
+    assert described.report["settings"]["criterion"] == "jbr"
 
 
 def test_the_image_size_a_model_was_made_for_is_saved(tmp_path: Path) -> None:
@@ -669,7 +677,7 @@ def test_results_are_not_overwritten_unless_asked(tmp_path: Path) -> None:
 
 
 def test_without_repair_nothing_is_recorded_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "record_targets", lambda *_, **__: pytest.fail("recorded for no repair"))
+    monkeypatch.setattr(loop, "record_targets", lambda *_, **__: pytest.fail("recorded for no repair"))
     report = prune(own(), IMAGES, macs=0.7, repair=None, **QUICK).report
     assert "repair" not in report.seconds
     assert {step.repair for step in report.steps} == {"none"}

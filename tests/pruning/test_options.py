@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from jbrprune import prune, score, sparsify
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.pruning import api
 from jbrprune.pruning.options import PANELS, ChannelOptions, ScoreOptions, WeightOptions
 
 TABLES = (ScoreOptions, ChannelOptions, WeightOptions)
@@ -22,6 +28,45 @@ def test_every_option_is_described(table: type) -> None:
         assert option.metadata["panel"] in (*PANELS, None), option.name
 
 
+@pytest.mark.parametrize(("call", "table"), [(prune, ChannelOptions), (sparsify, WeightOptions), (score, ScoreOptions)])
+def test_signatures_are_those_of_the_table(call: Callable[..., Any], table: type) -> None:
+    parameters = dict(inspect.signature(call).parameters)
+    assert [parameters.pop(name).kind.name for name in ("model", "data")] == ["POSITIONAL_OR_KEYWORD"] * 2
+    assert {parameter.kind.name for parameter in parameters.values()} == {"KEYWORD_ONLY"}
+    options = {option.name: option for option in dataclasses.fields(table)}
+    assert {name: parameter.default for name, parameter in parameters.items()} == {
+        name: option.default for name, option in options.items()
+    }
+    assert len(parameters) <= 18
+    for name, option in options.items():
+        assert f"        {name}: {option.metadata['help']}" in (call.__doc__ or "")
+
+
+@pytest.mark.parametrize(("call", "table"), [(prune, ChannelOptions), (sparsify, WeightOptions), (score, ScoreOptions)])
+def test_every_argument_becomes_its_option(
+    call: Callable[..., Any], table: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def record(*values: object, **named: object) -> None:
+        raise Seen(dict(zip([option.name for option in dataclasses.fields(table)], values, strict=True)) | named)
+
+    monkeypatch.setattr(api, table.__name__, record)
+    given = {option.name: f"the {option.name}" for option in dataclasses.fields(table)}
+    with pytest.raises(Seen) as caught:
+        call("model", "data", **given)
+    assert caught.value.args[0] == given
+
+
+def test_what_a_report_lists() -> None:
+    shown = ChannelOptions(macs=0.5, criterion=Relevance("margin"), repair=None, seed=3).described()
+    assert shown["criterion"] == "Relevance(objective='margin')"
+    assert (shown["repair"], shown["seed"], shown["channels"], shown["width"]) == ([], 3, 8, False)
+    assert not {"macs", "floors", "eval_data", "progress"} & shown.keys()
+    json.dumps(shown)
+
+
 WRONG: list[tuple[type, dict[str, Any], type[Exception], str]] = [
     (ChannelOptions, {}, BudgetError, "Give exactly one of macs=, params=.*or max_drop=; got none"),
     (ChannelOptions, {"macs": 0.5, "params": 0.5}, BudgetError, "got macs= and params="),
@@ -31,16 +76,26 @@ WRONG: list[tuple[type, dict[str, Any], type[Exception], str]] = [
     ],
     (ChannelOptions, {"latency_ms": 0.0}, BudgetError, "latency_ms must satisfy 0 < latency_ms < inf, got 0.0"),
     (ChannelOptions, {"max_drop": 1}, ArgumentError, "max_drop must satisfy 0 <= max_drop < 1, got 1"),
-    (ChannelOptions, {"max_drop": 0.1, "latency": 0.5}, BudgetError, "max_drop= takes at most one of macs="),
-    (ChannelOptions, {"max_drop": 0.1, "macs": 0.5, "params": 0.5}, BudgetError, "got macs=, params="),
+    (
+        ChannelOptions,
+        {"max_drop": 0.1, "latency": 0.5},
+        BudgetError,
+        "Beside max_drop=, macs=, .*; got latency=",
+    ),
+    (ChannelOptions, {"max_drop": 0.1, "macs": 0.5, "params": 0.5}, BudgetError, "got macs= and params="),
     (ChannelOptions, {"max_drop": 0.1, "steps": 3}, ArgumentError, "steps= has no meaning"),
     (ChannelOptions, {"latency": 0.5, "steps": 3}, ArgumentError, "steps= has no meaning"),
     (ChannelOptions, {"max_drop": 0.1, "resume": "there"}, ArgumentError, "resume= cannot follow"),
-    (ChannelOptions, {"macs": 0.5, "steps": 0}, ArgumentError, "steps must be at least 1, got 0"),
-    (ChannelOptions, {"macs": 0.5, "steps": 2.0}, ArgumentError, "steps must be an integer, got 2.0"),
-    (ChannelOptions, {"macs": 0.5, "images": 0}, ArgumentError, "images must be at least 1, got 0"),
-    (ChannelOptions, {"macs": 0.5, "batch_size": None}, ArgumentError, "batch_size must be an integer, got None"),
-    (ChannelOptions, {"macs": 0.5, "seed": "a"}, ArgumentError, "seed must be an integer, got 'a'"),
+    (ChannelOptions, {"macs": 0.5, "steps": 0}, ArgumentError, "steps must be a whole number of at least 1, got 0"),
+    (ChannelOptions, {"macs": 0.5, "steps": 2.0}, ArgumentError, "steps must be a whole number of at least 1, got 2.0"),
+    (ChannelOptions, {"macs": 0.5, "images": 0}, ArgumentError, "images must be a whole number of at least 1, got 0"),
+    (
+        ChannelOptions,
+        {"macs": 0.5, "batch_size": None},
+        ArgumentError,
+        "batch_size must be a whole number of at least 1, got None",
+    ),
+    (ChannelOptions, {"macs": 0.5, "seed": "a"}, ArgumentError, "seed must be a whole number, got 'a'"),
     (ChannelOptions, {"macs": 0.5, "repair": "batchnorm"}, ArgumentError, "repair must be 'auto', None, or some of"),
     (ChannelOptions, {"macs": 0.5, "repair": ["auto", "batch_norm"]}, ArgumentError, "repair must be 'auto', None"),
     (WeightOptions, {}, BudgetError, "either sparsity= or pattern=, got neither"),
@@ -54,6 +109,15 @@ WRONG: list[tuple[type, dict[str, Any], type[Exception], str]] = [
     (WeightOptions, {"pattern": "2:4", "remainder": "cut"}, ArgumentError, "remainder must be one of skip, pad"),
     (WeightOptions, {"pattern": "2:4", "shrink": True}, ArgumentError, "end the 2:4 pattern"),
     (WeightOptions, {"sparsity": 0.5, "floor": 1.0}, ArgumentError, "0 <= floor < 1, got 1.0"),
+    (ChannelOptions, {"macs": 0.5, "criterion": "jbr_publised"}, ArgumentError, "did you mean 'jbr_published'"),
+    (
+        ChannelOptions,
+        {"macs": 0.5, "criterion": 3},
+        ArgumentError,
+        "must be the name of a preset, a function",
+    ),
+    (ChannelOptions, {"macs": 0.5, "criterion": Relevance(statistic="signed")}, ArgumentError, "not defined for units"),
+    (ScoreOptions, {"criterion": len}, ArgumentError, "must be a preset or a Relevance, got len"),
     (ScoreOptions, {"granularity": "row"}, ArgumentError, "granularity must be one of unit, layer, weight, got 'row'"),
     (ScoreOptions, {"parameters": "biases"}, ArgumentError, "parameters must be one of weights, all, got 'biases'"),
 ]

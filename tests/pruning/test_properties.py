@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import jbrprune
+from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint.checkpoint import save
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
@@ -178,7 +179,7 @@ def with_one_more(recipe: Recipe, model: nn.Module, images: Tensor, removed: dic
     return costs
 
 
-QUICK: dict[str, Any] = {"repair": None, "measure_latency": False, "progress": False, "min_channels": 1}
+QUICK: dict[str, Any] = {"repair": None, "progress": False, "floors": Floors(channels=1)}
 
 
 @few_and_many
@@ -309,7 +310,7 @@ def test_what_is_saved_comes_back_to_the_bit(examples: int, untouched: Untouched
     def check(recipe: Recipe, keep: float, seed: int, weights: bool, dtype: torch.dtype) -> None:
         model, images = alive(recipe).to(dtype), recipe.images(16).to(dtype)
         if weights:
-            pruned = jbrprune.prune(model, images, sparsity=1 - keep, progress=False, measure_latency=False).model
+            pruned = jbrprune.sparsify(model, images, sparsity=1 - keep, progress=False).model
         else:
             groups = units(recipe, recipe.build())
             pruned = copy.deepcopy(model)

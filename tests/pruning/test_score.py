@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import cases
@@ -12,12 +10,11 @@ import pytest
 import reference
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune as masks
 from torch.utils.data import DataLoader, TensorDataset
 
-from jbrprune import Scores, prune, score
+from jbrprune import Scores, score
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from jbrprune.structure.discovery import find_groups, layer_groups
@@ -44,7 +41,7 @@ def assert_equal(one: Scores, other: Scores, rtol: float = 1e-9) -> None:
 
 def test_it_is_the_mean_square_of_the_slow_twin() -> None:
     model, images = own(), cases.images(5)
-    scores = score(model, images, objective="predicted_logit", progress=False)
+    scores = score(model, images, criterion="jbr_predicted_logit", progress=False)
     groups = find_groups(model, images).groups
     with torch.no_grad():
         m = reference.directions("predicted_logit", model(images))
@@ -83,15 +80,7 @@ def test_a_generator_is_read_once_and_to_its_end() -> None:
 
 def test_a_statistic_that_reads_twice_refuses_a_generator() -> None:
     with pytest.raises(DataError, match="twice"):
-        score(vit(), iter(IMAGES.split(5)), statistic="mean_replaced", progress=False)
-
-
-def test_a_timm_name_gives_what_its_module_gives(tmp_path: Path) -> None:
-    module, images = vit().float(), IMAGES.float()
-    save_file(module.state_dict(), tmp_path / "weights.safetensors")
-    arguments = {"num_classes": cases.CLASSES, "img_size": 32, "depth": 1}
-    named = score("test_vit", images, checkpoint=tmp_path / "weights.safetensors", progress=False, **arguments)
-    assert_equal(named, score(module, images, progress=False))
+        score(vit(), iter(IMAGES.split(5)), criterion="jbr_mean_replaced", progress=False)
 
 
 @pytest.mark.parametrize("granularity", ["unit", "layer"])
@@ -115,7 +104,7 @@ def test_it_works_where_gradients_are_off(context: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("site", ["consumer", "all"])
 def test_layer_by_layer(site: Any) -> None:
     """At the consumer site only inputs have a term."""
-    scores = score(own(), cases.images(4), granularity="layer", site=site, progress=False)
+    scores = score(own(), cases.images(4), granularity="layer", criterion=Relevance(site=site), progress=False)
     names = {name for name in scores.values() if name.endswith(":out")}
     assert bool(names) == (site == "all")
     assert scores["fc:in"].shape == (80,)
@@ -146,7 +135,7 @@ def test_ignored_layers_are_left_out() -> None:
 def test_arguments_reach_the_pass(options: dict[str, Any]) -> None:
     model = vit()
     expected = Relevance(**options)(model, IMAGES, find_groups(model, IMAGES).groups)
-    got = score(model, IMAGES, progress=False, **options)
+    got = score(model, IMAGES, criterion=Relevance(**options), progress=False)
     assert_equal(got, expected)
     assert (got.settings, got.skipped) == (expected.settings, expected.skipped)
 
@@ -155,12 +144,9 @@ def test_one_image_is_enough() -> None:
     assert score(vit(), IMAGES[:1], progress=False).samples == 1
 
 
-def test_what_both_calls_take_means_the_same() -> None:
-    """The same names with the same defaults."""
-    scoring_arguments, pruning_arguments = (inspect.signature(f).parameters for f in (score, prune))
-    shared = scoring_arguments.keys() & pruning_arguments.keys()
-    assert {"objective", "site", "statistic", "batch", "confidence", "ignore", "width", "seed"} <= shared
-    assert {n: scoring_arguments[n].default for n in shared} == {n: pruning_arguments[n].default for n in shared}
+def test_single_weights_are_scored_as_sparsify_ranks_them() -> None:
+    assert score(vit(), IMAGES, granularity="weight", progress=False).settings.objective == "projection"
+    assert score(vit(), IMAGES, progress=False).settings.objective == "pseudo_label"
 
 
 # --- errors, before the pass ---------------------------------------------------------------------
@@ -183,11 +169,9 @@ WRONG: dict[str, tuple[Callable[[], Any], object, dict[str, Any], type[Exception
     "no model": (lambda: None, SMALL, {}, ArgumentError, "timm name or an nn.Module, got NoneType"),
     "a class": (lambda: cases.Concat, SMALL, {}, ArgumentError, "timm name or an nn.Module, got type"),
     "a name": (lambda: "resnet5O", SMALL, {}, ArgumentError, "Nearest names: .*resnet50"),
-    "arguments": (own, SMALL, {"num_classes": 3}, ArgumentError, "made already: num_classes"),
-    "weights": (own, SMALL, {"checkpoint": "w.pth"}, ArgumentError, "made already: checkpoint"),
-    "objective": (own, SMALL, {"objective": "loss"}, ArgumentError, "objective.*pseudo_label.*loss"),
-    "site": (own, SMALL, {"site": "both"}, ArgumentError, "site.*consumer.*both"),
-    "statistic": (own, SMALL, {"statistic": "mean"}, ArgumentError, "statistic.*second_moment.*mean"),
+    "criterion": (own, SMALL, {"criterion": "jbr_loss"}, ArgumentError, "Unknown criterion 'jbr_loss'"),
+    "function": (own, SMALL, {"criterion": len}, ArgumentError, "must be a preset or a Relevance, got len"),
+    "statistic": (own, SMALL, {"criterion": Relevance(statistic="signed")}, ArgumentError, "not defined for units"),
     "granularity": (
         own,
         SMALL,

@@ -15,14 +15,12 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 import bench_latency
 import common
 
-from jbrprune.budgets.timing_cache import machine
-
 SETTING = "macs=0.5, round_to=1"
 
 
 def row(threads: int, speedup: float) -> dict:
     facts = {"model": "net", "setting": SETTING, "mode": "eager", "batch": 1, "round_to": 1, "macs": 0.5, "spread": 0.0}
-    return {**machine(torch.device("cpu")), **facts, "threads": threads, "speedup": speedup}
+    return {**bench_latency.machine(torch.device("cpu")), **facts, "threads": threads, "speedup": speedup}
 
 
 def test_every_number_of_threads_has_a_table_of_its_own() -> None:
@@ -41,6 +39,6 @@ def test_only_what_was_measured_here_is_done(
     monkeypatch.setattr(bench_latency.timm, "create_model", lambda name: nn.Conv2d(3, 4, 1))
     monkeypatch.setattr(bench_latency, "pruned", lambda dense, *_: (dense, {}))
     monkeypatch.setattr(bench_latency, "measured", lambda *_: {})
-    options = {"models": ["net"], "settings": [SETTING], "modes": ["eager"], "batch_sizes": [1], "rounds": 1}
+    options = {"models": ["net"], "settings": [SETTING], "modes": ["eager"], "batch_sizes": [1], "seconds": 1}
     found = list(bench_latency.run(Namespace(**options, threads=1, device="cpu", steps=1, out=out)))
     assert len(found) == left

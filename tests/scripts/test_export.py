@@ -20,7 +20,7 @@ import jbrprune
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export") / "pruned"
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    options = {"pretrained": False, "progress": False, "measure_latency": False, "num_classes": 4}
+    options = {"pretrained": False, "progress": False, "num_classes": 4}
     jbrprune.prune("test_resnet", images, macs=0.8, steps=1, repair=None, **options).save(path)
     return path
 

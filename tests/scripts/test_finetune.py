@@ -88,7 +88,7 @@ def test_saved_models_are_taken(done: Path, tmp_path: Path) -> None:
 
 def test_zeros_that_training_would_fill_are_refused(tmp_path: Path) -> None:
     images = digits()[0][:64]
-    how = {"sparsity": 0.5, "repair": None, "progress": False, "measure_latency": False}
+    how = {"sparsity": 0.5, "repair": None, "progress": False}
     jbrprune.prune(train_digits(name="test_resnet", epochs=1), images, **how).save(tmp_path / "sparse")  # type: ignore[arg-type]
     places = ["--work", str(tmp_path / "w"), "--out", str(tmp_path / "l")]
     with pytest.raises(SystemExit, match="1 failed"):

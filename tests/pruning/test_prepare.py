@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.data.batches import Batch, concatenate, count
-from jbrprune.errors import ArgumentError, DataError, NonFiniteError
-from jbrprune.pruning import calibration as module
-from jbrprune.pruning.calibration import Calibration, calibration
+from jbrprune.errors import DataError, NonFiniteError
+from jbrprune.pruning.prepare import FEWEST_TO_HOLD_BACK, Calibration, read_calibration
 
 
 def net(classes: int = 3) -> nn.Module:
@@ -39,7 +38,7 @@ def sizes(parts: Calibration) -> tuple[int, int, int, int]:
     [(1, (1, 1, 0, 0)), (9, (9, 9, 0, 0)), (10, (8, 6, 2, 2)), (14, (12, 10, 2, 2)), (40, (32, 24, 8, 8))],
 )
 def test_a_fifth_is_held_out_and_a_fifth_gates(n: int, expected: tuple[int, ...]) -> None:
-    parts = calibration(net().eval(), images(n), images=None)
+    parts = read_calibration(net().eval(), images(n), images=None)
     assert sizes(parts) == expected
     assert parts.described == f"{expected[3]} calibration images that were used for nothing else"
     assert sorted(numbers(parts.score) + numbers(parts.heldout)) == list(range(n))
@@ -48,14 +47,16 @@ def test_a_fifth_is_held_out_and_a_fifth_gates(n: int, expected: tuple[int, ...]
 
 @pytest.mark.parametrize(("n", "expected"), [(9, (9, 9, 0, 7)), (40, (40, 32, 8, 7))])
 def test_images_of_their_own_for_the_report(n: int, expected: tuple[int, ...]) -> None:
-    parts = calibration(net().eval(), images(n), images=None, eval_data=images(9, seed=1), eval_images=7)
+    parts = read_calibration(net().eval(), images(n), images=None, eval_data=images(7, seed=1))
     assert sizes(parts) == expected
     assert parts.described == "7 images of eval_data"
     assert numbers(parts.heldout) == list(range(7))
 
 
 def test_the_split_is_random_and_the_same_for_a_seed() -> None:
-    one, same, other = (numbers(calibration(net().eval(), images(40), images=None, seed=s).score) for s in (1, 1, 2))
+    one, same, other = (
+        numbers(read_calibration(net().eval(), images(40), images=None, seed=s).score) for s in (1, 1, 2)
+    )
     assert one == same
     assert one != other
     assert one != sorted(one)
@@ -64,7 +65,7 @@ def test_the_split_is_random_and_the_same_for_a_seed() -> None:
 def test_every_image_keeps_its_label_and_the_logits_of_the_dense_model() -> None:
     model = net().eval()
     data = [(images(25), torch.arange(25) % 3)]
-    parts = calibration(model, data, images=None, eval_data=data, batch_size=4)
+    parts = read_calibration(model, data, images=None, eval_data=data, batch_size=4)
     for batches in (parts.score, parts.repair, parts.gate, parts.heldout):
         whole = concatenate(batches)
         assert whole.labels is not None
@@ -83,20 +84,20 @@ def test_no_more_is_read_than_was_asked_for() -> None:
             read.append(1)
             yield images(8)
 
-    parts = calibration(net().eval(), endless(), images=20)
+    parts = read_calibration(net().eval(), endless(), images=20)
     assert len(read) == 3
     assert count(parts.score) + count(parts.heldout) == 20
 
 
 def test_images_take_the_precision_of_the_model() -> None:
-    parts = calibration(net().double().eval(), images(3), images=None)
+    parts = read_calibration(net().double().eval(), images(3), images=None)
     assert parts.score[0].images.dtype == parts.score[0].reference.dtype == torch.float64  # type: ignore[union-attr]
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were(fingerprint: Callable[[nn.Module], dict]) -> None:
     model = net()
     before = fingerprint(model)
-    calibration(model, images(12), images=None, seed=3)
+    read_calibration(model, images(12), images=None, seed=3)
     assert fingerprint(model) == before
 
 
@@ -120,8 +121,6 @@ def vit() -> nn.Module:
 
 
 BAD: dict[str, tuple[Callable[[], nn.Module], object, dict, type[Exception], str]] = {
-    "no images wanted": (net, images(9), {"images": 0}, ArgumentError, "images must be at least 1, got 0"),
-    "no eval images wanted": (net, images(9), {"eval_images": -1}, ArgumentError, "eval_images must be at least 1"),
     "nothing there": (net, [], {}, DataError, "list.* yielded no batch"),
     "exhausted": (net, iter(()), {}, DataError, "exhausted generator"),
     "no eval data": (net, images(9), {"eval_data": []}, DataError, "yielded no batch"),
@@ -160,9 +159,9 @@ def test_images_that_cannot_be_used(case: str, fingerprint: Callable[[nn.Module]
     model = make()
     before = fingerprint(model)
     with pytest.raises(error, match=message):
-        calibration(model, data, **{"images": None, **options})
+        read_calibration(model, data, **{"images": None, **options})
     assert fingerprint(model) == before
 
 
 def test_few_images_hold_nothing_back() -> None:
-    assert module.FEWEST_TO_HOLD_BACK == 10
+    assert FEWEST_TO_HOLD_BACK == 10
