@@ -46,7 +46,8 @@ def measured(model: str, granularity: str, images: int, size: int, folder: Path 
     """One line: the peak of this process, and how long the scoring took."""
     began = time.perf_counter()
     data = stream(images, size) if folder is None else folder
-    scores = jbrprune.score(model, data, granularity=granularity, batch_size=20, pretrained=False, progress=False)
+    net = jbrprune.create(model, pretrained=False)
+    scores = jbrprune.score(net, data, granularity=granularity, batch_size=20, progress=False)
     assert scores.samples == images
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {

@@ -81,7 +81,6 @@ def make(args: argparse.Namespace, setup: Setup, path: Path, name: str) -> None:
         repair=None if args.repair == "none" else args.repair,
         images=None,
         seed=args.prune_seed,
-        measure_latency=False,
         progress=False,
     ).save(path)
 

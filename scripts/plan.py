@@ -16,11 +16,10 @@ from protocols import BY_WEIGHT, PROTOCOLS, Protocol
 from sources import IMAGENET, SMALL, check_source, data_digest, folder_of
 
 from baselines import CRITERIA
-from jbrprune.budgets.budget import Budget
 from jbrprune.commands.options import device_named
 from jbrprune.errors import ArgumentError, unknown
 from jbrprune.models.timm_models import check_name
-from jbrprune.pruning.options import WeightOptions
+from jbrprune.pruning.options import ChannelOptions, WeightOptions
 from jbrprune.repair.repair import METHODS
 from jbrprune.report.records import plain
 
@@ -224,15 +223,10 @@ def variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Protocol
     """
     sparse = protocol.kind == "sparsity"
     given = protocol.budgets if wanted["budgets"] is None else wanted["budgets"]
-    budgets = tuple(
-        sorted(
-            {
-                WeightOptions(sparsity=share).sparsity if sparse else Budget.of(**{protocol.kind: share}).share
-                for share in given
-            },
-            reverse=not sparse,
-        )
-    )
+    table = WeightOptions if sparse else ChannelOptions
+    for share in given:
+        table(**{protocol.kind: share})  # refuses what is no share
+    budgets = tuple(sorted(map(float, given), reverse=not sparse))
     images = protocol.images if wanted["images"] is None else wanted["images"]
     for step in wanted["steps"] or ():
         _check_least("steps", None if step == "auto" else step, 1)

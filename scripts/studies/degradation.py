@@ -46,7 +46,6 @@ def measure(wanted: Settings, places: Places) -> dict[str, Any]:
         steps=1,
         repair=None,
         eval_data=data.test_images,
-        measure_latency=False,
         **shared,
     ).report
     found = degradation(model, report, inputs, **shared)

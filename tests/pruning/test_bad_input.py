@@ -490,7 +490,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncated, "model.safetensors"),
     "one bit flipped": (flipped, "model.safetensors"),
     "edited": (edited, "jbrprune.json"),
-    "a newer format": (newer, "format_version is 99, this version of jbrprune knows 1"),
+    "a newer format": (newer, r"format_version is 99, this version of jbrprune knows"),
     "half of it missing": (without_weights, "model.safetensors"),
 }
 
