@@ -163,38 +163,25 @@ def _gather(items: Iterator[object], batch_size: int) -> Iterator[Batch]:
 
 
 def _as_batch(item: object) -> Batch:
+    """Images and class indices; no labels from anything else (captions, boxes, soft labels), which nothing can use."""
     if isinstance(item, Batch):
         return item
-    if isinstance(item, Tensor):
-        return Batch(item)
+    kind = type(item).__name__
     if isinstance(item, Mapping):
-        return Batch(_value(item, IMAGE_KEYS, required=True), _labels(_value(item, LABEL_KEYS)))  # type: ignore[arg-type]
-    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
-        return Batch(item[0], _labels(item[1]) if len(item) > 1 else None)
-    raise DataError(
-        f"The data yielded a {type(item).__name__}; expected a tensor, an (image, label) tuple or a dict with one of "
-        f"the keys {', '.join(IMAGE_KEYS)}. A Dataset of PIL images needs a transform: pass the folder instead."
-    )
-
-
-def _value(item: Mapping[str, object], keys: tuple[str, ...], *, required: bool = False) -> object:
-    for key in keys:
-        if key in item:
-            return item[key]
-    if required:
-        raise DataError(f"The data yielded a dict with keys {sorted(item)}; expected one of {', '.join(keys)}.")
-    return None
-
-
-def _labels(labels: object) -> Tensor | None:
-    """Class indices; None for anything else (captions, boxes, soft labels), which nothing here can use."""
-    if labels is None:
-        return None
+        kind = f"dict with keys {sorted(item)}"
+        images, labels = (next((item[key] for key in keys if key in item), None) for keys in (IMAGE_KEYS, LABEL_KEYS))
+    else:
+        images, labels, *_ = (*item, None, None) if isinstance(item, list | tuple) else (item, None)
+    if not isinstance(images, Tensor):
+        raise DataError(
+            f"The data yielded a {kind}; expected a tensor, an (image, label) tuple or a dict with one of the keys "
+            f"{', '.join(IMAGE_KEYS)}. A Dataset of PIL images needs a transform: pass the folder instead."
+        )
     try:
-        tensor = torch.as_tensor(labels)
+        indices = None if labels is None else torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
-        return None
-    return None if tensor.is_floating_point() else tensor
+        indices = None
+    return Batch(images, None if indices is None or indices.is_floating_point() else indices)
 
 
 def _check(batch: Batch, number: int) -> None:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -103,8 +103,8 @@ class Parts:
     """This rank's part of the data: batches with the position of their first sample in the whole.
 
     Samples are dealt out in blocks of consecutive ones: block b goes to rank b mod size. Of a tensor, a data set or a
-    `DataLoader` over one, only the own part is read; of anything else, all of it, and the rest is dropped. To make
-    this object, and `check`, takes all ranks; to iterate it does not.
+    `DataLoader` over one, only the own part is read; of anything else, all of it, and the rest is dropped.
+    Construction and `check` are collective; iteration is not.
 
     Args:
         data: As for `jbrprune.data.batches.iterate`; the same on every rank.
@@ -136,8 +136,14 @@ class Parts:
             yield from numbered(iterate(self.data, batch_size=self.batch_size))
         elif self.order is None:
             yield from self._dropping()
-        elif mine := list(_own_ranges(len(self.order), self.block or self.batch_size, self.batch_size)):
-            picked = _picked(self.data, [self.order[start:stop] for start, stop in mine])
+        else:
+            count, block = len(self.order), self.block or self.batch_size
+            mine = [
+                (start, min(start + self.batch_size, first + block, count))
+                for first in range(rank() * block, count, size() * block)
+                for start in range(first, min(first + block, count), self.batch_size)
+            ]
+            picked = _pick(self.data, [self.order[start:stop] for start, stop in mine])
             yield from zip((start for start, _ in mine), picked)
 
     def check(self) -> None:
@@ -174,14 +180,6 @@ def numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         start += len(batch)
 
 
-def _own_ranges(count: int, block: int, most: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the own blocks, cut to at most ``most`` samples."""
-    for first in range(rank() * block, count, size() * block):
-        last = min(first + block, count)
-        for start in range(first, last, most):
-            yield start, min(start + most, last)
-
-
 def _order(data: object) -> list[int] | None:
     """Indices in the order in which all ranks read them; None if it cannot be known without reading."""
     if isinstance(data, Tensor):
@@ -196,8 +194,10 @@ def _order(data: object) -> list[int] | None:
     return None
 
 
-def _picked(data: Any, ranges: list[list[int]]) -> Iterator[Batch]:
+def _pick(data: Any, ranges: list[list[int]]) -> Iterator[Batch]:
     """One batch for each list of indices."""
+    if not ranges:
+        return
     if not isinstance(data, DataLoader):
         for indices in ranges:
             part = data[indices[0] : indices[-1] + 1] if isinstance(data, Tensor) else Subset(data, indices)
@@ -208,8 +208,6 @@ def _picked(data: Any, ranges: list[list[int]]) -> Iterator[Batch]:
         batch_sampler=ranges,
         num_workers=data.num_workers,
         collate_fn=data.collate_fn,
-        pin_memory=data.pin_memory,
-        timeout=data.timeout,
         worker_init_fn=data.worker_init_fn,
         multiprocessing_context=data.multiprocessing_context,
         generator=torch.Generator(),
@@ -228,22 +226,19 @@ def all_sum(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if size() == 1:
         return dict(tensors)
-    shapes = gathered({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
-    known = {name: form for found in shapes for name, form in found.items()}
-    for name, form in known.items():
-        if any(found.get(name, form) != form for found in shapes):
-            raise RankError(f"{name} is not the same on every rank: {[found.get(name) for found in shapes]}.")
-    found = {}
-    for name in sorted(known):
-        shape, dtype = known[name]
-        own = tensors.get(name)
-        device = torch.device("cpu") if own is None else own.device
-        total = torch.zeros(shape, dtype=dtype) if own is None else own.detach().clone()
-        total = total.to(_place())
+    forms = gathered({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+    known = {name: form for found in forms for name, form in found.items()}
+    found = dict(tensors)
+    for name, (shape, dtype) in sorted(known.items()):
+        if any(form.get(name, known[name]) != known[name] for form in forms):
+            raise RankError(f"{name} is not the same on every rank: {[form.get(name) for form in forms]}.")
+        own = tensors.get(name, torch.zeros(shape, dtype=dtype))
+        total = own.detach().clone().to(_place())
         with _watched("adding up"):
             dist.all_reduce(total)
-        found[name] = _from_rank_0(total).to(device)
-    return {name: found[name] for name in (*tensors, *(known.keys() - tensors.keys()))}
+            dist.broadcast(total, src=0)  # the very same bits everywhere, in whatever order a backend adds
+        found[name] = total.to(own.device)
+    return found
 
 
 def total(*numbers: int) -> tuple[int, ...]:
@@ -255,13 +250,7 @@ def total(*numbers: int) -> tuple[int, ...]:
 
 def concatenate(tensor: Tensor) -> Tensor:
     """The tensors of all ranks one behind the other, along the first dimension; they may differ in length."""
-    if size() == 1:
-        return tensor
-    lengths = gathered(len(tensor))
-    whole = tensor.new_zeros(sum(lengths), *tensor.shape[1:])
-    start = sum(lengths[: rank()])
-    whole[start : start + len(tensor)] = tensor
-    return all_sum({"": whole})[""]  # what the others have is zero here
+    return tensor if size() == 1 else torch.cat([part.to(tensor.device) for part in gathered(tensor.detach().cpu())])
 
 
 def own_share(tensor: Tensor) -> Tensor:
@@ -280,14 +269,12 @@ def same(value: T) -> T:
     return held[0]
 
 
+@torch.no_grad()
 def same_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Overwrite tensors with those of rank 0, in place."""
-    if size() == 1:
-        return
-    with torch.no_grad():
-        for name in sorted(tensors):
-            moved = tensors[name].detach().to(_place())
-            tensors[name].copy_(_from_rank_0(moved.clone()))
+    if size() > 1:
+        for name, value in same({name: tensor.detach().cpu() for name, tensor in tensors.items()}).items():
+            tensors[name].copy_(value)
 
 
 def together(work: Callable[[], T]) -> T:
@@ -305,13 +292,11 @@ def together(work: Callable[[], T]) -> T:
     except Exception as caught:
         error = caught
     kind = type(error) if isinstance(error, JBRError) else RankError
-    failures = gathered(None if error is None else (kind, f"{error}"))
+    failures = enumerate(gathered(None if error is None else (kind, str(error))))
     if error is not None:
         raise error
-    for number, failure in enumerate(failures):
-        if failure is not None:
-            kind, message = failure
-            raise kind(f"On rank {number}: {message}")
+    for number, (kind, message) in ((number, failure) for number, failure in failures if failure is not None):
+        raise kind(f"On rank {number}: {message}")
     return result
 
 
@@ -323,15 +308,6 @@ def gathered(value: T) -> list[T]:
     with _watched("telling"):
         dist.all_gather_object(found, value)
     return found
-
-
-def _from_rank_0(tensor: Tensor) -> Tensor:
-    """The very same bits everywhere, whatever the order in which a backend adds."""
-    wire = tensor.contiguous()
-    wire = wire.view(torch.uint8) if wire.dtype == torch.bool else wire
-    with _watched("being told"):
-        dist.broadcast(wire, src=0)
-    return wire.view(tensor.dtype)
 
 
 def _accelerated() -> bool:
@@ -348,14 +324,8 @@ def _watched(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, JBRError):
-            raise
-        _raise_lost(what, error)
-
-
-def _raise_lost(what: str, error: Exception) -> NoReturn:
-    place = f"rank {dist.get_rank()} of {dist.get_world_size()}" if dist.is_initialized() else "this rank"
-    raise RankError(
-        f"{place} lost the others while {what}: one has ended, or did not answer in time. Its own output says why. "
-        f"({str(error).splitlines()[0]})"
-    ) from error
+        place = f"Rank {dist.get_rank()} of {dist.get_world_size()}" if dist.is_initialized() else "This rank"
+        raise RankError(
+            f"{place} lost the others while {what}: one has ended, or did not answer in time. Its own output says why. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
