@@ -8,7 +8,7 @@ model and restored with it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,12 +41,9 @@ class Layer:
     standardises: bool | None = None
 
 
-_SCALE_AND_SHIFT = {"out": {"weight": 0, "bias": 0}}
+_WEIGHT_AND_BIAS = {"out": {"weight": 0, "bias": 0}}
 _STATISTICS = {"out": {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}}
 _TOKEN_NORM = Layer(-1, {"out": {"weight": -1, "bias": -1}}, {"out": "normalized_shape"}, mixes_channels=True)
-_IMAGE_NORM = Layer(1, {"out": {"weight": -1, "bias": -1}}, {"out": "normalized_shape"}, mixes_channels=True)
-_FUSED = Layer(affine_part="drop")
-_STANDARDISED = Layer(standardises=True)
 
 LAYERS: dict[str, Layer] = {
     "_ConvNd": Layer(
@@ -55,52 +52,32 @@ LAYERS: dict[str, Layer] = {
         {"out": "out_channels", "in": "in_channels"},
         groups="groups",
     ),
-    "_ConvTransposeNd": Layer(tensors={"out": {"weight": 1, "bias": 0}, "in": {"weight": 0}}),
-    "Linear": Layer(
-        -1, {"out": {"weight": 0, "bias": 0}, "in": {"weight": 1}}, {"out": "out_features", "in": "in_features"}
-    ),
+    "_ConvTransposeNd": Layer(None, {"out": {"weight": 1, "bias": 0}, "in": {"weight": 0}}),
+    "Linear": Layer(-1, _WEIGHT_AND_BIAS | {"in": {"weight": 1}}, {"out": "out_features", "in": "in_features"}),
     "Embedding": Layer(
-        tensors={"out": {"weight": 1}, "in": {"weight": 0}}, widths={"out": "embedding_dim", "in": "num_embeddings"}
+        None, {"out": {"weight": 1}, "in": {"weight": 0}}, {"out": "embedding_dim", "in": "num_embeddings"}
     ),
+    "PReLU": Layer(None, {"out": {"weight": 0}}, {"out": "num_parameters"}),
     "_NormBase": Layer(1, _STATISTICS, {"out": "num_features"}),  # BatchNorm, SyncBatchNorm, InstanceNorm
-    "GroupNorm": Layer(1, _SCALE_AND_SHIFT, {"out": "num_channels"}, groups="num_groups", mixes_channels=True),
-    "LayerNorm": _TOKEN_NORM,
-    "RMSNorm": _TOKEN_NORM,
-    "PReLU": Layer(tensors={"out": {"weight": 0}}, widths={"out": "num_parameters"}),
+    "GroupNorm": Layer(1, _WEIGHT_AND_BIAS, {"out": "num_channels"}, groups="num_groups", mixes_channels=True),
+    **dict.fromkeys(["LayerNorm", "RMSNorm"], _TOKEN_NORM),
     # timm: norms and scales that inherit from nothing, or from the channels-last ones
-    "LayerNorm2d": _IMAGE_NORM,
-    "LayerNorm2dFp32": _IMAGE_NORM,
-    "LayerNormExp2d": _IMAGE_NORM,
-    "RmsNorm": _TOKEN_NORM,
-    "RmsNormFp32": _TOKEN_NORM,
-    "RmsNorm2d": _IMAGE_NORM,
-    "RmsNorm2dFp32": _IMAGE_NORM,
-    "SimpleNorm": _TOKEN_NORM,
-    "SimpleNormFp32": _TOKEN_NORM,
-    "SimpleNorm2d": _IMAGE_NORM,
-    "SimpleNorm2dFp32": _IMAGE_NORM,
-    "FrozenBatchNormAct2d": Layer(tensors=_STATISTICS),
-    "GlobalResponseNorm": Layer(-1, _SCALE_AND_SHIFT, mixes_channels=True, adds_input=True),
+    **dict.fromkeys(["RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32"], _TOKEN_NORM),
+    **dict.fromkeys(["LayerNorm2d", "LayerNorm2dFp32", "LayerNormExp2d"], replace(_TOKEN_NORM, channel_dim=1)),
+    **dict.fromkeys(["RmsNorm2d", "RmsNorm2dFp32"], replace(_TOKEN_NORM, channel_dim=1)),
+    **dict.fromkeys(["SimpleNorm2d", "SimpleNorm2dFp32"], replace(_TOKEN_NORM, channel_dim=1)),
+    "FrozenBatchNormAct2d": Layer(None, _STATISTICS),
+    "GlobalResponseNorm": Layer(-1, _WEIGHT_AND_BIAS, mixes_channels=True, adds_input=True),
     "LayerScale": Layer(-1, {"out": {"gamma": 0}}),
     "LayerScale2d": Layer(1, {"out": {"gamma": 0}}),
-    "BlurPool2d": Layer(tensors={"out": {"filt": 0}}, widths={"out": "channels"}),
+    "BlurPool2d": Layer(None, {"out": {"filt": 0}}, {"out": "channels"}),
     # timm: an activation is fused behind the norm, which is affine up to the input of its `drop`
-    "BatchNormAct2d": _FUSED,
-    "SyncBatchNormAct": _FUSED,
-    "GroupNormAct": _FUSED,
-    "GroupNorm1Act": _FUSED,
-    "LayerNormAct": _FUSED,
-    "LayerNormActFp32": _FUSED,
-    "LayerNormAct2d": Layer(1, affine_part="drop"),
-    "LayerNormAct2dFp32": Layer(1, affine_part="drop"),
-    "RmsNormAct": _FUSED,
-    "RmsNormActFp32": _FUSED,
-    "RmsNormAct2d": _FUSED,
-    "RmsNormAct2dFp32": _FUSED,
-    "StdConv2d": _STANDARDISED,
-    "StdConv2dSame": _STANDARDISED,
-    "ScaledStdConv2d": _STANDARDISED,
-    "ScaledStdConv2dSame": _STANDARDISED,
+    **dict.fromkeys(["BatchNormAct2d", "SyncBatchNormAct", "GroupNormAct"], Layer(affine_part="drop")),
+    **dict.fromkeys(["LayerNormAct", "RmsNormAct", "RmsNormAct2d"], Layer(affine_part="drop")),
+    **dict.fromkeys(["GroupNorm1Act", "LayerNormActFp32", "RmsNormActFp32"], Layer(affine_part="drop")),
+    **dict.fromkeys(["LayerNormAct2d", "LayerNormAct2dFp32"], Layer(1, affine_part="drop")),
+    "RmsNormAct2dFp32": Layer(affine_part="drop"),
+    **dict.fromkeys(["StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"], Layer(standardises=True)),
 }
 
 
@@ -195,7 +172,7 @@ def refresh(module: nn.Module, *, width: int | None = None) -> None:
     """
     own, groups = own_tensors(module), group_count(module)
     sizes: dict[str, int] = {}
-    for side, dims in (_fact(module, "tensors") or {}).items():
+    for side, dims in _fact(module, "tensors", {}).items():
         size = next((own[name].shape[dim] for name, dim in dims.items() if name in own), width)
         if size is not None:
             sizes[side] = size
@@ -204,7 +181,7 @@ def refresh(module: nn.Module, *, width: int | None = None) -> None:
         left = sizes[grouped] // (width_of(module, grouped) // groups)  # type: ignore[operator]
         setattr(module, _fact(module, "groups"), left)
         sizes = {side: size if side == grouped else size * left for side, size in sizes.items()}
-    for side, name in (_fact(module, "widths") or {}).items():
+    for side, name in _fact(module, "widths", {}).items():
         before = getattr(module, name, None)
         if side in sizes and before is not None:
             setattr(module, name, (*before[:-1], sizes[side]) if isinstance(before, tuple) else sizes[side])
@@ -213,10 +190,10 @@ def refresh(module: nn.Module, *, width: int | None = None) -> None:
 # --- channels -------------------------------------------------------------------------------------
 
 
-def _fact(module: nn.Module, field: str) -> Any:
+def _fact(module: nn.Module, field: str, default: Any = None) -> Any:
     """What the table says of a module: the row of the nearest class that says anything."""
     rows = (LAYERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in LAYERS)
-    return next((value for row in rows if (value := getattr(row, field)) is not None), None)
+    return next((value for row in rows if (value := getattr(row, field)) is not None), default)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -232,7 +209,7 @@ def channel_tensors(module: nn.Module, side: str) -> dict[str, int]:
         >>> channel_tensors(nn.Linear(4, 3), "out")
         {'weight': 0, 'bias': 0}
     """
-    return (_fact(module, "tensors") or {}).get(side, {})
+    return _fact(module, "tensors", {}).get(side, {})
 
 
 def width_of(module: nn.Module, side: str) -> int | None:
@@ -245,7 +222,7 @@ def width_of(module: nn.Module, side: str) -> int | None:
     layout = head_layout(module)
     if side == "heads" and layout is not None:
         return getattr(module, layout.count)
-    width = getattr(module, (_fact(module, "widths") or {}).get(side, ""), None)
+    width = getattr(module, _fact(module, "widths", {}).get(side, ""), None)
     if width is not None:
         return width[-1] if isinstance(width, tuple) else width
     own = own_tensors(module)
@@ -276,17 +253,17 @@ def affine_part(module: nn.Module) -> str | None:
 
 def adds_input(module: nn.Module) -> bool:
     """Whether only the difference of output and input is affine in the layer's parameters."""
-    return bool(_fact(module, "adds_input"))
+    return _fact(module, "adds_input", False)
 
 
 def mixes_channels(module: nn.Module) -> bool:
     """Whether a channel of the output depends on the other channels of the input, without weights between them."""
-    return bool(_fact(module, "mixes_channels"))
+    return _fact(module, "mixes_channels", False)
 
 
 def standardises_inputs(module: nn.Module) -> bool:
     """Whether the weights that a consumer applies to an input depend on its weights for the other inputs."""
-    return bool(_fact(module, "standardises")) and is_consumer(module) and not is_grouped(module)
+    return _fact(module, "standardises", False) and is_consumer(module) and not is_grouped(module)
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -372,42 +349,30 @@ def classifiers(model: nn.Module) -> tuple[str, ...]:
     return tuple(names[head] for head in heads if head in names)
 
 
-@dataclass(frozen=True)
-class Repeated:
-    """An attribute in which a module repeats the width of a layer, and where that layer says it."""
-
-    module: nn.Module
-    attribute: str
-    layer: nn.Module
-    width: str
-
-    def update(self) -> None:
-        """Read it from the layer again."""
-        setattr(self.module, self.attribute, getattr(self.layer, self.width))
-
-
-def repeated_widths(model: nn.Module, streams: Iterable[str] = ()) -> list[Repeated]:
+def repeated_widths(model: nn.Module, streams: Iterable[str] = ()) -> list[tuple[nn.Module, str, nn.Module, str]]:
     """Attributes in which models, heads and blocks repeat the width of a layer; ``reset_classifier`` builds from them.
 
     Args:
         model: The model, before channels go.
         streams: Names of layers that write to a residual stream.
+
+    Returns:
+        Module and attribute, then the layer and the attribute in which it says the same.
     """
     modules = dict(model.named_modules())
     readers = [modules[name] for name in (*classifiers(model)[:1], "conv_head") if name in modules]
-    readers = [layer for layer in readers if width_of(layer, "in") is not None]
-    writers = [modules[name] for name in streams]
+    reading = [(layer, _fact(layer, "widths")["in"]) for layer in readers if width_of(layer, "in") is not None]
+    writing = [(modules[name], _fact(modules[name], "widths")["out"]) for name in streams]
     found = []
     for module in modules.values():
         if _fact(module, "widths") or head_layout(module):
             continue
         for attribute in sorted(SIZE_ATTRIBUTES & vars(module).keys()):
-            if attribute in FEATURE_WIDTHS and readers and readers[0] in set(module.modules()):
-                candidates = [(layer, _fact(layer, "widths")["in"]) for layer in readers]
-            elif attribute in STREAM_WIDTHS:
-                candidates = [(layer, _fact(layer, "widths")["out"]) for layer in writers]
-            else:
-                candidates = [(layer, attribute) for layer in module.modules() if _fact(layer, "widths")]
+            same = [(layer, attribute) for layer in module.modules() if _fact(layer, "widths")]
+            if attribute in STREAM_WIDTHS:
+                same = writing
+            elif attribute in FEATURE_WIDTHS and any(readers[0] is layer for layer in module.modules() if reading):
+                same = reading
             value = getattr(module, attribute)
-            found += [Repeated(module, attribute, *pair) for pair in candidates if getattr(*pair, None) == value][:1]
+            found += [(module, attribute, *pair) for pair in same if getattr(*pair, None) == value][:1]
     return found

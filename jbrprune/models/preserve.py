@@ -181,15 +181,9 @@ def logits_of(output: object) -> Tensor:
     elif not isinstance(value, Tensor):
         value = getattr(value, "logits", None)
     if not isinstance(value, Tensor):
-        if isinstance(output, tuple | list):
-            parts = ", ".join(_describe(part) for part in output)
-            received = f"{len(output)} outputs ({parts}); which of them are the logits cannot be known"
-        elif isinstance(output, Mapping):
-            received = f"a {type(output).__name__} with the keys {list(output)}, none of which holds logits"
-        else:
-            received = f"a {type(output).__name__} without logits"
         raise ModelError(
-            f"The model returned {received}. Wrap it in a module whose forward returns the logits [B, K] alone."
+            f"The model returned {_describe(output)}, of which none is known to be the logits. Wrap it in a module "
+            "whose forward returns the logits [B, K] alone."
         )
     if value.dim() != 2 or not value.is_floating_point():
         raise ModelError(
@@ -200,6 +194,8 @@ def logits_of(output: object) -> Tensor:
 
 
 def _describe(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"{len(value)} outputs ({', '.join(map(_describe, value))})"
+    return f"a {type(value).__name__}" + (f" with the keys {list(value)}" if isinstance(value, Mapping) else "")

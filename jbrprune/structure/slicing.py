@@ -123,8 +123,8 @@ def remove_units(model: nn.Module, groups: Sequence[Group], selection: Selection
         if side == "heads":
             module = model.get_submodule(name)
             layers.set_heads(module, layers.width_of(module, "heads") - len(channels))  # type: ignore[operator]
-    for width in repeated:
-        width.update()
+    for module, attribute, layer, width in repeated:
+        setattr(module, attribute, getattr(layer, width))
     return after_removal(groups, selection)
 
 
