@@ -26,8 +26,7 @@ from tqdm import tqdm
 from jbrprune.data import distributed
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError, check_known
 from jbrprune.evaluation.agreement import check_weights, raise_nonfinite
-from jbrprune.models import preserve
-from jbrprune.models.preserve import logits_of
+from jbrprune.models.preserve import device_of, inference_state, logits_of
 from jbrprune.sparsity.masks import masks_of
 from jbrprune.structure.groups import match_names
 from jbrprune.tpv.covariances import Change, Covariance, Perturbation, check_change
@@ -43,8 +42,8 @@ LEAST_SAMPLES = 64
 """Samples before which no standard error is trusted enough to stop."""
 LEAST_DRAWS = 16
 """Draws before which none is, unless that is all there are: a few may be alike by chance."""
-CHUNK_BYTES = 1 << 27
-"""Bytes of per-sample gradients that are formed at a time; one sample's at least."""
+CHUNK_BYTES = {"cpu": 1 << 27}
+"""Device -> bytes of per-sample gradients that are formed at a time, one sample's at least; else 2 GiB."""
 
 
 def trace_form(
@@ -236,7 +235,7 @@ def sample_gradients(
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         return (outputs * direction).sum(), outputs.detach()
 
-    size = max(1, CHUNK_BYTES // sum(w.nbytes for w in weights.values()))
+    size = max(1, CHUNK_BYTES.get(images.device.type, 1 << 31) // sum(w.nbytes for w in weights.values()))
     start = 0
     while start < len(images):
         part, m = images[start : start + size], directions[start : start + size]
@@ -332,7 +331,7 @@ class _Task:
             first = first or change
 
             def one(number: int, start: int, images: Tensor, change: Change = change, draw: int = draw) -> Tensor:
-                with preserve.inference_state(self.model):
+                with inference_state(self.model):
                     values = work(number, start, images, change)
                 if not torch.isfinite(values).all():
                     raise NonFiniteError(f"Draw {draw}, batch {number}: the changed outputs contain NaN or Inf.")
@@ -407,7 +406,7 @@ class _Task:
                     f"Batch {number} is not the one of the first pass: the data are shuffled or augmented anew every "
                     "time they are read. Use shuffle=False, or pass a tensor or a list of batches."
                 )
-            images = images.to(preserve.device_of(self.model))
+            images = images.to(device_of(self.model))
             self.head = images if self.head is None else self.head
             yield number, start, images
             number += 1

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +17,7 @@ from tqdm import tqdm
 from jbrprune.data.batches import iterate
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
 from jbrprune.evaluation.agreement import check_weights
-from jbrprune.models import preserve
-from jbrprune.models.preserve import logits_of
+from jbrprune.models.preserve import device_of, inference_state, logits_of
 from jbrprune.tpv.covariances import Change, check_change
 
 Output = Callable[[object], Tensor]
@@ -168,8 +168,8 @@ def taylor_error(
     wrong, real, seen = [0.0] * len(ordered), [0.0] * len(ordered), 0
     batches = iterate(data, batch_size=batch_size)
     for batch in tqdm(batches, "first order", unit="batch", disable=not progress, leave=False):
-        images = batch.images.to(preserve.device_of(model))[: None if samples is None else samples - seen]
-        with preserve.inference_state(model):
+        images = batch.images.to(device_of(model))[: None if samples is None else samples - seen]
+        with inference_state(model):
             outputs, product = linear_outputs(model, images, direction, output)
             for i, scale in enumerate(ordered):
                 scaled = {name: scale * d for name, d in direction.items()}
@@ -182,12 +182,8 @@ def taylor_error(
     if not all(map(math.isfinite, wrong + real)):
         raise NonFiniteError("The outputs of the changed model contain NaN or Inf: the direction is too long for it.")
     errors = tuple((a / b) ** 0.5 if b > 0 else math.inf if a > 0 else 0.0 for a, b in zip(wrong, real))
-    first = 0
-    while first + 1 < len(errors) and errors[first] > max(tolerance, errors[first + 1]):
-        first += 1  # lost in rounding
-    largest = 0.0
-    for scale, error in zip(ordered[first:], errors[first:]):
-        if not error <= tolerance:
-            break
-        largest = scale
+    known = list(zip(errors, ordered))
+    while len(known) > 1 and known[0][0] > max(tolerance, known[1][0]):
+        known.pop(0)  # lost in rounding
+    largest = max((scale for _, scale in takewhile(lambda one: one[0] <= tolerance, known)), default=0.0)
     return Validity(ordered, errors, largest, tolerance, seen)

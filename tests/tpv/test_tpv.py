@@ -131,7 +131,7 @@ def test_curvlinops() -> None:
 @pytest.mark.parametrize("loop", [False, True])
 def test_every_layer(loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if loop:
-        monkeypatch.setattr(estimators, "CHUNK_BYTES", 1)
+        monkeypatch.setitem(estimators.CHUNK_BYTES, "cpu", 1)
     for case in OWN:
         net = made(OWN, case)
         check_against_autograd(net, cases.images(2), case)

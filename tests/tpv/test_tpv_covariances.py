@@ -214,6 +214,34 @@ def test_empirical_rounding_is_the_rounded_model() -> None:
     assert found.draws == 1
 
 
+def test_ranges_by_channel_by_hand() -> None:
+    """Two bits: the rows 0 to 3 and 0 to 6 have the steps 1 and 2; the bias from -1 to 2 has one range, the step 1."""
+    net = nn.Linear(3, 2).double()
+    net.weight.data = torch.tensor([[0.0, 1.0, 3.0], [6.0, 0.0, 1.0]]).double()
+    net.bias.data = torch.tensor([-1.0, 2.0]).double()
+    variances = bound(Quantization(2, "channel"), net).variances  # type: ignore[attr-defined]
+    assert variances["weight"].flatten().tolist() == pytest.approx([1 / 12, 4 / 12], rel=1e-12)
+    assert variances["bias"].item() == pytest.approx(1 / 12, rel=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    draws = [bound(Quantization(2, "channel"), net).sample(generator) for _ in range(400)]
+    for name, half in (("weight", torch.tensor([[0.5], [1.0]])), ("bias", torch.tensor(0.5))):
+        drawn = torch.stack([draw[name] for draw in draws]).abs() / half
+        assert 0.98 < float(drawn.max()) <= 1  # uniform in [-step / 2, step / 2]
+        assert float(drawn.mean()) == pytest.approx(0.5, abs=0.04)
+    rounded = bound(Quantization(2, "channel", rounding=True), net).sample(generator)
+    assert rounded["weight"].tolist() == [[0, 0, 0], [0, 0, -1]]  # 1 on the grid 0, 2, 4, 6 is halfway: to even, 0
+    assert not rounded["bias"].any()  # -1 and 2 are the ends of the grid
+
+
+def test_the_global_range_by_hand() -> None:
+    net = nn.Linear(1, 2).double()
+    net.weight.data, net.bias.data = torch.tensor([[0.0], [1.0]]).double(), torch.tensor([-1.0, 2.0]).double()
+    variances = bound(Quantization(2, "global"), net).variances  # type: ignore[attr-defined]
+    assert [v.item() for v in variances.values()] == pytest.approx([1 / 12, 1 / 12], rel=1e-12)
+    by_tensor = bound(Quantization(2), net).variances  # type: ignore[attr-defined]
+    assert [v.item() for v in by_tensor.values()] == pytest.approx([1 / 108, 1 / 12], rel=1e-12)
+
+
 # --- removal ---------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +317,30 @@ def test_trajectory_of_sgd_on_a_quadratic() -> None:
     assert float(stationary.quadratic({"1.weight": torch.ones(1, 1, 1)})) == pytest.approx(0.1 / 4)
 
 
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_trajectory_step_by_step(loss: Any) -> None:
+    """Gradient, momentum and the pull 2 c (w - w*) of the penalty, from the same random numbers."""
+    net, images = linear(torch.tensor([[0.5, -1.0], [2.0, 0.3], [0.1, 0.7]])), pixels(6)[:, :2, :1, :1]
+    path = Trajectory(momentum=0.5, proximity=0.8, burn_in=3, every=2)
+    covariance, generator = bound(SGDNoise(0.2, 4, images, loss=loss, trajectory=path), net), torch.Generator()
+    found = [covariance.sample(generator.manual_seed(3)), covariance.sample(generator)]
+    x, start = images.flatten(1), net[1].weight.detach()
+    weight, speed, places = start.clone(), torch.zeros_like(start), []
+    generator.manual_seed(3)
+    for step in range(7):
+        some = x[torch.randperm(6, generator=generator)[:4]]
+        if loss == "mse":
+            residual = some @ weight.T - some @ start.T - torch.randn(4, 3, generator=generator)
+        else:
+            labels = torch.multinomial((some @ start.T).softmax(1), 1, generator=generator)[:, 0]
+            residual = (some @ weight.T).softmax(1) - F.one_hot(labels, 3)
+        speed = 0.5 * speed + residual.T @ some / 4 + 2 * 0.8 * (weight - start)
+        weight = weight - 0.2 * speed
+        places += [weight - start] * (step in (4, 6))
+    for one, other in zip(found, places):
+        assert torch.allclose(one["1.weight"], other, rtol=1e-10)
+
+
 def test_trajectory_is_a_guest_and_diverges_in_words() -> None:
     net, images = mlp(), pixels(20)
     before = net[1].weight.clone()
@@ -330,6 +382,18 @@ def test_draws_along_a_walk_count_for_less() -> None:
         states.append(found.standard_error)
     assert float(torch.tensor(errors).std()) == pytest.approx((9 / 200) ** 0.5, rel=0.12)
     assert float(torch.tensor(states).square().mean().sqrt()) == pytest.approx((9 / 200) ** 0.5, rel=0.1)
+
+
+def test_small_singular_values_of_the_jacobian_by_hand() -> None:
+    """One weight for each image, f = w_i s_i: C = sigma^2 diag(1 / s_i^2); what is lost in float32 is cut."""
+    scales = torch.tensor([1.0, 0.05, 1e-3, 1e-5]).double()
+    images = torch.diag(scales).view(4, 1, 1, 4)
+    covariance = bound(LabelNoise(0.1, images, proximity=0.0), linear(torch.ones(1, 4)))
+    each = covariance.quadratic({"1.weight": torch.eye(4).double()[:, None]})
+    assert each.tolist() == pytest.approx([0.01, 4.0, 1e4, 0.0], rel=1e-6)
+    draw = covariance.sample(torch.Generator().manual_seed(0))["1.weight"][0]
+    noise = 0.1 * torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert draw.tolist() == pytest.approx([*(noise / scales)[:3].tolist(), 0.0], rel=1e-6)
 
 
 def test_retraining_tends_to_the_closed_form() -> None:
