@@ -148,7 +148,7 @@ def refuse_lost_zeros(model: nn.Module, path: Path) -> None:
 
 def key_of(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> str:
     """What a line is recognised by; a pruned model by its weights."""
-    weights = files.describe(path).sha256
+    weights = files.describe(path).weights["sha256"]
     settings = [asdict(recipe_of(args)), asdict(augmentation_of(args)), how, loss_named(args, how)]
     return digest([setup_named(setup), weights, settings, args.eval_images])
 

@@ -269,8 +269,8 @@ def _read(path: Path, largest: int) -> bytes:
 def _read_weights(directory: Path, description: Description) -> dict[str, Tensor]:
     """The stored tensors: the bytes that are parsed are those whose SHA-256 was compared."""
     path = directory / WEIGHTS
-    data = _read(path, description.size)
-    if len(data) != description.size or hashlib.sha256(data).hexdigest() != description.sha256:
+    data = _read(path, description.weights["bytes"])
+    if {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} != description.weights:
         refuse_damage(path, f"its size or its SHA-256 is not the one in {DESCRIPTION}")
     try:
         state = safetensors.torch.load(data)

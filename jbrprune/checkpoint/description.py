@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from jbrprune.errors import CheckpointError, JBRError
+from jbrprune.errors import CheckpointError
 from jbrprune.models import timm_models
 from jbrprune.models.layers import is_size, set_size_attributes, size_attributes
 from jbrprune.models.preserve import same_randomness
@@ -46,7 +46,6 @@ _LARGEST_NUMBER = 2**20
 """Of the numbers in a recipe."""
 _LEAST_MODULES, _MODULES_EACH = 8192, 64
 """The dense model of a recipe may have this many modules, and so many more for each tensor that is stored."""
-_MAKING_FAILED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,9 @@ class Description:
         provenance: Where the model comes from.
         report: What pruning it cost, as by ``Report.to_dict``.
         versions: Package -> version that saved the model.
-        size: Bytes of the weights.
-        sha256: Of the weights.
+        weights: ``bytes`` and ``sha256`` of the file of the weights.
+        format: Name of the format.
+        format_version: Version of the format.
     """
 
     recipe: timm_models.Recipe | None
@@ -95,8 +95,9 @@ class Description:
     provenance: Mapping[str, Any]
     report: Mapping[str, Any]
     versions: Mapping[str, str]
-    size: int
-    sha256: str
+    weights: Mapping[str, Any]
+    format: str
+    format_version: int
 
     @property
     def names(self) -> dict[str, str]:
@@ -176,22 +177,17 @@ def parse(body: Mapping[str, Any]) -> Description:
         CheckpointError: A key is missing or unknown, or a value has another type or range than what is written.
     """
     _check(body, _BODY, "")
-    tensors, aliases, config = body["tensors"], body["aliases"], body["data_config"]
-    for name, stored in aliases.items():
+    tensors, config = body["tensors"], body["data_config"]
+    for name, stored in body["aliases"].items():
         if stored not in tensors or name in tensors:
             raise CheckpointError(f"aliases.{name} makes no sense: {stored!r}.")
-    return Description(
-        recipe=None if body["recipe"] is None else timm_models.Recipe(**body["recipe"]),
-        tensors={name: TensorInfo(**info | {"shape": tuple(info["shape"])}) for name, info in tensors.items()},
-        aliases=aliases,
-        attributes={name: _with_tuples(sizes) for name, sizes in body["attributes"].items()},
-        data_config=None if config is None else _with_tuples(config),
-        provenance=body["provenance"],
-        report=body["report"],
-        versions=body["versions"],
-        size=body["weights"]["bytes"],
-        sha256=body["weights"]["sha256"],
-    )
+    made = {
+        "recipe": None if body["recipe"] is None else timm_models.Recipe(**body["recipe"]),
+        "tensors": {name: TensorInfo(**_with_tuples(info)) for name, info in tensors.items()},
+        "attributes": {name: _with_tuples(sizes) for name, sizes in body["attributes"].items()},
+        "data_config": None if config is None else _with_tuples(config),
+    }
+    return Description(**{**body, **made})
 
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -375,18 +371,14 @@ def _places(model: nn.Module) -> dict[str, _Place]:
     """
     found = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        masks = {
-            f"{name.removesuffix('_orig')}_mask": name.removesuffix("_orig")
-            for name in module._parameters
-            if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in module._buffers
-        }
-        hidden = {f"{stem}_orig": stem for stem in masks.values()}
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in masks:
-                stem = hidden.get(name, name)
-                mask = module._buffers[f"{stem}_mask"] if name in hidden else None
-                persistent = name not in module._non_persistent_buffers_set
-                found[f"{prefix}.{stem}".removeprefix(".")] = _Place(module, stem, tensor, persistent, mask)
+            is_mask = name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in module._parameters
+            if tensor is None or is_mask:
+                continue
+            mask = module._buffers.get(f"{name.removesuffix('_orig')}_mask") if name.endswith("_orig") else None
+            stem = name if mask is None else name.removesuffix("_orig")
+            persistent = name not in module._non_persistent_buffers_set
+            found[f"{prefix}.{stem}".removeprefix(".")] = _Place(module, stem, tensor, persistent, mask)
     return found
 
 
@@ -496,7 +488,7 @@ def create_on_meta(description: Description) -> nn.Module:
     try:
         with same_randomness(torch.device("cpu")), torch.device("meta"):
             return timm_models.build(recipe)
-    except (JBRError, *_MAKING_FAILED) as error:
+    except Exception as error:  # whatever the constructor raises is the answer
         raise CheckpointError(
             f"The dense model {recipe.name!r} with {dict(recipe.arguments)} could not be created: {error} "
             f"Saved with {dict(description.versions)}, installed is timm {version('timm')}."
@@ -530,20 +522,20 @@ def check_fits(description: Description, dense: nn.Module) -> None:
         maskable = isinstance(tensor, nn.Parameter) and place.name in KINDS
         alike = alike and place.persistent == info.persistent and (maskable or not info.masked)
         if not alike or len(limit) != tensor.dim() or not _at_most(info.shape, limit):
-            raise CheckpointError(
-                f"{name}: stored as {info}, but the dense model has a {type(tensor).__name__} of {tensor.dtype} and "
-                f"shape {tuple(tensor.shape)} there. Pruning only makes tensors smaller: this is not the model that "
-                "was saved."
-            )
+            _refuse_misfit(name, info, f"a {type(tensor).__name__} of {tensor.dtype} and shape {tuple(tensor.shape)}")
     modules = dict(dense.named_modules())
     for name, sizes in description.attributes.items():
         own = vars(modules[name]) if name in modules else {}
         for attribute, value in sizes.items():
             if not is_size(own.get(attribute)) or not _at_most(value, own[attribute]):
-                raise CheckpointError(
-                    f"{name}.{attribute}: stored as {value}, but the dense model has {own.get(attribute)}. Pruning "
-                    "only makes layers smaller: this is not the model that was saved."
-                )
+                _refuse_misfit(f"{name}.{attribute}", value, own.get(attribute))
+
+
+def _refuse_misfit(name: str, stored: object, found: object) -> NoReturn:
+    raise CheckpointError(
+        f"{name}: stored as {stored}, but the dense model has {found}. Pruning only makes tensors and layers smaller: "
+        "this is not the model that was saved."
+    )
 
 
 def _at_most(size: int | tuple[int, ...], limit: int | tuple[int, ...]) -> bool:

@@ -152,7 +152,7 @@ def test_describe(saved: Path) -> None:
     assert description.data_config == CONFIG
     assert description.tensors["blocks.1.mlp.fc2.weight"].shape[1] == 92
     assert description.attributes["blocks.1.mlp.fc1"] == {"in_features": 64, "out_features": 92}
-    assert description.size == (saved / WEIGHTS).stat().st_size
+    assert description.weights["bytes"] == (saved / WEIGHTS).stat().st_size
     assert description.versions.keys() >= {"torch", "timm"}
 
 
@@ -470,7 +470,10 @@ WILD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "attribute_none": (_set("attributes", "head", "groups", to=1), "head.groups: stored as 1, but .* has None"),
     "attribute_value": (_set("attributes", "head", "in_features", to=-1), "in_features makes no sense"),
-    "attribute_huge": (_set("attributes", "head", "in_features", to=2**40), "Pruning only makes layers smaller"),
+    "attribute_huge": (
+        _set("attributes", "head", "in_features", to=2**40),
+        "Pruning only makes tensors and layers smaller",
+    ),
     "attribute_type": (_set("attributes", "head", "in_features", to="64"), "in_features makes no sense"),
     "attribute_tuple": (_set("attributes", "head", "in_features", to=[64]), "stored as .64,., but the dense model"),
     "recipe": (_set("recipe", to="test_vit"), "recipe makes no sense"),
