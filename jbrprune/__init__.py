@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint.checkpoint import load
-from jbrprune.criteria.relevance import Relevance
+from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.data import distributed
@@ -37,6 +37,7 @@ __all__ = [
     # the criterion
     "score",
     "Relevance",
+    "PRESETS",
     "Scores",
     "JBRImportance",
     # what it would cost
