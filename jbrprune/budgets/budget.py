@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 from jbrprune.errors import BudgetError
@@ -11,7 +11,7 @@ from jbrprune.errors import BudgetError
 KINDS = ("macs", "params", "channels")
 """What is counted."""
 TIMED = ("latency", "latency_ms")
-"""What is timed."""
+"""What is timed on the whole model; units are ranked and priced by MACs."""
 BUDGETS = KINDS + TIMED
 STEP = 0.05
 """Default size of a step: this share of the dense cost goes between two scorings."""
@@ -23,13 +23,11 @@ class Budget:
 
     Attributes:
         kind: ``macs``, ``params``, ``channels``, ``latency`` or ``latency_ms``.
-        share: The share; of ``latency_ms`` the milliseconds, until `of_dense` makes it a share.
-        unit: What one dense model is in the numbers that the user gives: 1, or its milliseconds.
+        share: The share; of ``latency_ms`` the milliseconds for one image.
     """
 
     kind: str
     share: float
-    unit: float = 1.0
 
     @staticmethod
     def of(**shares: float | None) -> Budget:
@@ -37,6 +35,10 @@ class Budget:
 
         Raises:
             BudgetError: None or several are given, the share is not in (0, 1), or the milliseconds are not positive.
+
+        Example:
+            >>> Budget.of(macs=0.5, params=None)
+            Budget(kind='macs', share=0.5)
         """
         given = {kind: share for kind, share in shares.items() if share is not None}
         if len(given) != 1:
@@ -51,21 +53,6 @@ class Budget:
             raise BudgetError(f"{kind} must satisfy 0 < {kind} < {most} ({what}), got {share!r}.")
         return Budget(kind, float(share))
 
-    @property
-    def asked(self) -> float:
-        """The share in the unit of the user."""
-        return self.share * self.unit
-
-    @property
-    def timed(self) -> bool:
-        """Whether its cost is timed; else it is counted."""
-        return self.kind in TIMED
-
-    @property
-    def per_cost(self) -> bool:
-        """Whether units are ranked by score per cost; a channel budget ranks by score alone."""
-        return self.kind != "channels"
-
     def as_share(self, dense_ms: float) -> Budget:
         """A budget of ``latency_ms`` as the share that it is of the dense model's latency.
 
@@ -75,23 +62,27 @@ class Budget:
         Raises:
             BudgetError: The dense model is within the budget.
         """
-        return Budget("latency", self.of_dense(dense_ms).share)
-
-    def of_dense(self, milliseconds: float) -> Budget:
-        """A budget in milliseconds as a share of what the dense model takes.
-
-        Raises:
-            BudgetError: The dense model is within the budget.
-        """
-        if self.share >= milliseconds:
+        if self.share >= dense_ms:
             raise BudgetError(
-                f"latency_ms={self.share:g} is met by the dense model, which takes {milliseconds:.3g} ms here for one "
+                f"latency_ms={self.share:g} is met by the dense model, which takes {dense_ms:.3g} ms here for one "
                 "image. Ask for less, or prune to another budget."
             )
-        return replace(self, share=self.share / milliseconds, unit=milliseconds)
+        return Budget("latency", self.share / dense_ms)
 
     def schedule(self, steps: int | None = None, *, start: float = 1.0) -> list[float]:
-        """Shares to reach, step by step, at equal distances from ``start``; the last one is the budget's."""
+        """Shares to reach, step by step, at equal distances from ``start``; the last one is the budget's.
+
+        Args:
+            steps: Number of steps; None: as many as leave no distance greater than `STEP`.
+            start: Share where the first step begins.
+
+        Raises:
+            BudgetError: No step, or not a whole number of them.
+
+        Example:
+            >>> Budget("macs", 0.5).schedule(2)
+            [0.75, 0.5]
+        """
         if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1):
             raise BudgetError(f"steps must be a whole number of at least 1, got {steps!r}.")
         count = steps or math.ceil((start - self.share) / STEP - 1e-9)
@@ -102,7 +93,7 @@ def check_reachable(budget: Budget, least: float) -> None:
     """Refuse a budget below what the floors allow.
 
     Args:
-        budget: The budget.
+        budget: A budget of what is counted.
         least: Share of the dense cost with every group at its floor.
 
     Raises:
@@ -110,7 +101,6 @@ def check_reachable(budget: Budget, least: float) -> None:
     """
     if least > budget.share:
         raise BudgetError(
-            f"{budget.kind}={budget.asked:g} cannot be reached: with every group at its floor {least:.3f} of the dense "
-            f"model's {'latency' if budget.timed else budget.kind} are left. Ask for at least "
-            f"{budget.unit * (least + 0.001):.3f}, lower the floors, or ignore less."
+            f"{budget.kind}={budget.share:g} cannot be reached: with every group at its floor {least:.3f} of the dense "
+            f"model's {budget.kind} are left. Ask for at least {least + 0.001:.3f}, lower the floors, or ignore less."
         )

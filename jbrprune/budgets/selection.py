@@ -46,27 +46,20 @@ class Floors:
                 raise ArgumentError(f"Floors: {name} must be a whole number of at least 1, got {value!r}.")
 
     def of(self, group: Group, dense_size: int) -> int:
-        """Units of a group that must stay."""
+        """Units of a group that must stay.
+
+        Args:
+            group: The group, at its present or dense size.
+            dense_size: Its units in the dense model.
+        """
         share = math.ceil(self.share * dense_size - 1e-9)
         if group.kind == "head":
             return max(1, share)
         if group.kind == "group":  # as many channels, in whole groups of the convolution
-            return min(dense_size, max(1, share, math.ceil(self.channels / _channels_per_unit(group))))
+            wide = group.channels_per_unit()[group.members[0].axis]
+            return min(dense_size, max(1, share, math.ceil(self.channels / wide)))
         least = max(1, share, min(self.channels, dense_size))
         return min(dense_size, math.ceil(least / self.round_to) * self.round_to)
-
-
-def _channels_per_unit(group: Group) -> int:
-    return group.channels_per_unit()[group.members[0].axis]
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """Units of one group that go together."""
-
-    key: float
-    group: int
-    units: Tensor
 
 
 def select(
@@ -83,7 +76,7 @@ def select(
 
     Units are taken in the order of score / cost (or of score alone), lowest first, ties in the order of
     groups and units; the last one is the one that meets the target, so it is overshot by less than one
-    unit (one block of ``round_to`` units).
+    unit (one block of ``round_to`` units, which is ranked by the mean of its scores).
 
     Args:
         scores: Group name -> ``[units]``.
@@ -101,56 +94,6 @@ def select(
         ArgumentError: Scores are missing, of the wrong length, or not finite.
         BudgetError: The target lies below what the floors allow (says how far it can go).
     """
-    dense = {group.name: (dense_sizes or {}).get(group.name, group.size) for group in groups}
-    _check(scores, groups)
-    if cost.total <= target:
-        return {}
-    blocks = []
-    for number, group in enumerate(groups):
-        saved = cost.saving(group.name)
-        if saved > 0:  # what saves nothing would be lost for nothing
-            price = saved if per_cost else 1.0
-            blocks += _blocks(scores[group.name], number, group, price, floors, dense[group.name])
-    blocks.sort(key=lambda block: (block.key, block.group))
-    before = cost.total
-    taken: dict[str, list[Tensor]] = {}
-    for block in blocks:
-        name = groups[block.group].name
-        cost.remove(name, len(block.units))
-        taken.setdefault(name, []).append(block.units)
-        if cost.total <= target * (1 + 1e-12):
-            return {name: torch.cat(units).sort().values for name, units in taken.items()}
-    raise BudgetError(
-        f"The budget cannot be reached: with every group at its floor {cost.total / before:.3f} of the present cost "
-        f"are left, {target / before:.3f} were asked for. Lower the floors, ignore fewer layers, or "
-        "ask for less."
-    )
-
-
-def reduce_to_floors(cost: CostModel, groups: Sequence[Group], floors: Floors, dense_sizes: Mapping[str, int]) -> float:
-    """Remove every unit above the floors from a cost model; return its total, the least that can be reached."""
-    for group in groups:
-        cost.remove(group.name, max(0, group.size - floors.of(group, dense_sizes[group.name])))
-    return cost.total
-
-
-def _blocks(score: Tensor, number: int, group: Group, cost: float, floors: Floors, dense_size: int) -> list[_Block]:
-    """The removable units of one group, worst first, cut into blocks that keep widths on multiples."""
-    order = torch.sort(score, stable=True).indices
-    removable = group.size - floors.of(group, dense_size)
-    step = floors.round_to if group.kind in ("channel", "width") else 1
-    first = group.size % step or step
-    blocks, start, key = [], 0, -math.inf
-    while start + (first if start == 0 else step) <= removable:
-        units = order[start : start + (first if start == 0 else step)]
-        # A later block of a group is never ranked before an earlier one.
-        key = max(key, float(score[units].mean()) / cost)
-        blocks.append(_Block(key, number, units))
-        start += len(units)
-    return blocks
-
-
-def _check(scores: Mapping[str, Tensor], groups: Sequence[Group]) -> None:
     for group in groups:
         score = scores.get(group.name)
         if score is None or tuple(score.shape) != (group.size,):
@@ -162,3 +105,46 @@ def _check(scores: Mapping[str, Tensor], groups: Sequence[Group]) -> None:
             raise ArgumentError(
                 f"Scores for {group.name} contain NaN or Inf at unit {int((~score.isfinite()).nonzero()[0])}."
             )
+    if cost.total <= target:
+        return {}
+    blocks: list[tuple[float, int, Tensor]] = []  # key, number of the group, units that go together
+    for number, group in enumerate(groups):
+        saved = cost.saving(group.name)
+        if saved <= 0:  # what saves nothing would be lost for nothing
+            continue
+        score, step = scores[group.name], floors.round_to if group.kind in ("channel", "width") else 1
+        order = torch.sort(score, stable=True).indices
+        removable = group.size - floors.of(group, (dense_sizes or {}).get(group.name, group.size))
+        start, stop, key = 0, group.size % step or step, -math.inf  # the first block leaves a multiple
+        while stop <= removable:
+            units = order[start:stop]
+            # rounding must not rank a later block of a group before an earlier one
+            key = max(key, float(score[units].mean()) / (saved if per_cost else 1.0))
+            blocks.append((key, number, units))
+            start, stop = stop, stop + step
+    before = cost.total
+    taken: dict[str, list[Tensor]] = {}
+    for _, number, units in sorted(blocks, key=lambda block: block[:2]):
+        name = groups[number].name
+        cost.remove(name, len(units))
+        taken.setdefault(name, []).append(units)
+        if cost.total <= target * (1 + 1e-12):
+            return {name: torch.cat(units).sort().values for name, units in taken.items()}
+    raise BudgetError(
+        f"The budget cannot be reached: with every group at its floor {cost.total / before:.3f} of the present cost "
+        f"are left, {target / before:.3f} were asked for. Lower the floors, ignore fewer layers, or ask for less."
+    )
+
+
+def reduce_to_floors(cost: CostModel, groups: Sequence[Group], floors: Floors, dense_sizes: Mapping[str, int]) -> float:
+    """Remove every unit above the floors from a cost model; return its total, the least that can be reached.
+
+    Args:
+        cost: The cost of the model as it is; it is left at the floors.
+        groups: The units that are left.
+        floors: How narrow groups may become.
+        dense_sizes: Group name -> units in the dense model.
+    """
+    for group in groups:
+        cost.remove(group.name, max(0, group.size - floors.of(group, dense_sizes[group.name])))
+    return cost.total

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from jbrprune.budgets.budget import KINDS, STEP, Budget
+from jbrprune.budgets.budget import KINDS, STEP, Budget, check_reachable
 from jbrprune.budgets.cost import cost_model, count_macs
 from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.evaluation.agreement import parameters_of
@@ -26,7 +26,6 @@ def test_one_share_is_a_budget(kind: str, share: float) -> None:
     budget = Budget.of(**{**dict.fromkeys(KINDS), kind: share})
     assert budget == Budget(kind, float(share))
     assert type(budget.share) is float
-    assert budget.per_cost == (kind != "channels")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,6 +42,26 @@ def test_exactly_one_budget() -> None:
         Budget.of(macs=None, params=None, channels=None)
     with pytest.raises(BudgetError, match=r"exactly one budget.*got macs=0\.5 and channels=0\.3"):
         Budget.of(macs=0.5, params=None, channels=0.3)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "3"])
+def test_milliseconds_are_positive(value: object) -> None:
+    with pytest.raises(BudgetError, match=r"latency_ms must satisfy 0 < latency_ms.*milliseconds.*got "):
+        Budget.of(latency_ms=value)  # type: ignore[arg-type]
+
+
+def test_milliseconds_are_a_share_of_what_the_dense_model_takes() -> None:
+    assert Budget.of(latency_ms=6).as_share(10.0) == Budget("latency", 0.6)
+    for dense_ms in (6.0, 3.0):
+        with pytest.raises(BudgetError, match=rf"latency_ms=6 is met by the dense model, which takes {dense_ms:g} ms"):
+            Budget("latency_ms", 6.0).as_share(dense_ms)
+
+
+def test_what_the_floors_do_not_allow_is_refused() -> None:
+    check_reachable(Budget("macs", 0.3), 0.3)
+    message = r"params=0\.3 cannot be reached: .* 0\.312 of the dense model's params are left\. Ask for at least 0\.313"
+    with pytest.raises(BudgetError, match=message):
+        check_reachable(Budget("params", 0.3), 0.312)
 
 
 @pytest.mark.parametrize("start", [1.0, 0.83])

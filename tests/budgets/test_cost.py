@@ -13,7 +13,14 @@ import torch
 from timm.layers.std_conv import ScaledStdConv2d
 from torch import Tensor, nn
 
-from jbrprune.budgets.cost import CostModel, Term, axis_widths, channel_terms, count_macs, mac_terms, parameter_terms
+from jbrprune.budgets.cost import (
+    CostModel,
+    Term,
+    channel_terms,
+    cost_model,
+    count_macs,
+    parameter_terms,
+)
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Member
 from jbrprune.structure.slicing import remove_units
@@ -137,17 +144,14 @@ def test_modules_in_lists_shared_modules_and_functions_are_counted() -> None:
 def test_the_price_of_a_plan_is_the_cost_of_the_smaller_model(case: str) -> None:
     model, images, groups = made(case)
     generator = torch.Generator().manual_seed(5)
-    widths = axis_widths(model, groups)
-    macs, parameters = (
-        CostModel(terms, groups, widths) for terms in (mac_terms(model, images), parameter_terms(model))
-    )
+    macs, parameters = (cost_model(kind, model, images, groups) for kind in ("macs", "params"))
     assert (macs.total, parameters.total) == (macs_of(model, images), parameters_of(model))
     smaller, left, struck = copy.deepcopy(model), groups, {}
     for _ in range(2):
         selection = {g.name: torch.arange(int(torch.randint(0, g.size, (), generator=generator))) for g in left}
         for name, units in selection.items():
-            for account in (macs, parameters):
-                account.remove(name, len(units))
+            for cost in (macs, parameters):
+                cost.remove(name, len(units))
             struck[name] = struck.get(name, 0) + len(units)
         left = remove_units(smaller, left, selection)
         assert macs.total == pytest.approx(macs_of(smaller, images), rel=1e-12)
@@ -157,35 +161,43 @@ def test_the_price_of_a_plan_is_the_cost_of_the_smaller_model(case: str) -> None
 
 def test_savings_are_those_of_one_unit_now() -> None:
     model, images, groups = made("vit, width")
-    account = CostModel(mac_terms(model, images), groups, axis_widths(model, groups))
+    cost = cost_model("macs", model, images, groups)
     for group in groups:
-        before, saved = account.total, account.saving(group.name)
-        assert account.total == before
+        before, saved = cost.total, cost.saving(group.name)
+        assert cost.total == before
         smaller = copy.deepcopy(model)
         remove_units(smaller, groups, {group.name: torch.tensor([1])})
         assert saved == pytest.approx(before - macs_of(smaller, images), rel=1e-9)
-    whole = account.saving("blocks.0.mlp.fc1")
-    account.remove("patch_embed.proj", 24)  # half of the width
-    assert account.saving("blocks.0.mlp.fc1") == pytest.approx(whole / 2)
+    whole = cost.saving("blocks.0.mlp.fc1")
+    cost.remove("patch_embed.proj", 24)  # half of the width
+    assert cost.saving("blocks.0.mlp.fc1") == pytest.approx(whole / 2)
 
 
-def test_striking_off_and_back_is_the_identity() -> None:
+@pytest.mark.parametrize("kind", ["latency", "latency_ms"])
+def test_time_is_priced_by_macs(kind: str) -> None:
     model, images, groups = made("resnet")
-    account = CostModel(mac_terms(model, images), groups, axis_widths(model, groups))
-    before = account.total
+    time, macs = (cost_model(name, model, images, groups) for name in (kind, "macs"))
+    assert time.total == macs.total == macs_of(model, images)
+    assert [time.saving(g.name) for g in groups] == [macs.saving(g.name) for g in groups]
+
+
+def test_removing_and_putting_back_is_the_identity() -> None:
+    model, images, groups = made("resnet")
+    cost = cost_model("macs", model, images, groups)
+    before = cost.total
     for step in (7, -7):
         for group in groups:
-            account.remove(group.name, step)
-    assert account.total == pytest.approx(before, rel=1e-13)
+            cost.remove(group.name, step)
+    assert cost.total == pytest.approx(before, rel=1e-13)
 
 
 def test_channels_are_counted_where_a_group_has_its_name() -> None:
     model, _, groups = made("flattened")  # nine columns of the linear layer go with one channel
-    account = CostModel(channel_terms(groups), groups, axis_widths(model, groups))
-    assert (account.total, account.saving("a")) == (8, 1)
+    cost = cost_model("channels", model, nets.example(), groups)
+    assert (cost.total, cost.saving("a")) == (8, 1)
     model, _, groups = made("halves added")  # two channels go together
-    account = CostModel(channel_terms(groups), groups, axis_widths(model, groups))
-    assert (account.total, account.saving("a"), account.saving("b")) == (16 + 12, 2, 1)
+    cost = cost_model("channels", model, nets.example(), groups)
+    assert (cost.total, cost.saving("a"), cost.saving("b")) == (16 + 12, 2, 1)
 
 
 def test_channels_of_a_layer_that_only_partly_belongs_to_units() -> None:
@@ -194,9 +206,9 @@ def test_channels_of_a_layer_that_only_partly_belongs_to_units() -> None:
         Group(name, "channel", 4, (Member(("a", "out", 0), index + offset, index),))
         for name, offset in (("a", 0), ("a'", 8))
     ]
-    account = CostModel(channel_terms(groups), groups, {("a", "out", 0): 16})
-    account.remove("a", 3)
-    assert account.total == 5
+    cost = CostModel(channel_terms(groups), groups, {("a", "out", 0): 16})
+    cost.remove("a", 3)
+    assert cost.total == 5
 
 
 def test_a_shared_parameter_counts_once() -> None:
@@ -213,8 +225,8 @@ def test_parameters_that_are_no_weights_of_a_mixing_layer_go_with_its_outputs() 
 
 
 def test_terms_of_axes_that_nobody_owns_are_constant() -> None:
-    account = CostModel([Term(10.0, (("x", "out", 0), ("y", "in", 0)))], [], {})
-    assert account.total == 10
+    cost = CostModel([Term(10.0, (("x", "out", 0), ("y", "in", 0)))], [], {})
+    assert cost.total == 10
 
 
 @pytest.mark.parametrize("fails", [False, True])
