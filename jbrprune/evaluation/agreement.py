@@ -103,9 +103,7 @@ def compute_logits(model: nn.Module, batches: Iterable[Batch], *, progress: bool
                 with explain_out_of_memory(len(images)):
                     out = logits_of(model(images))
                 if len(out) != len(images):
-                    raise ModelError(
-                        f"Batch {number}: {len(images)} images went in, {len(out)} rows of logits came out."
-                    )
+                    raise ModelError(f"Batch {number}: {len(images)} images gave {len(out)} rows of logits.")
                 if not _finite(out):
                     raise_nonfinite(model, images, f"Batch {number}: the logits")
                 found[number] = out.to("cpu", torch.promote_types(out.dtype, torch.float32))
@@ -309,16 +307,12 @@ def check_weights(model: nn.Module) -> None:
     Raises:
         NonFiniteError: Names the first such parameter or buffer.
     """
-    bad = [f"Parameter {name!r}" for name, tensor in model.named_parameters() if not _finite(tensor)]
-    bad += [
-        f"Buffer {name!r}"
-        for name, tensor in model.named_buffers()
-        if not _finite(tensor.masked_fill(tensor == -math.inf, 0))
-    ]
-    if bad:
-        raise NonFiniteError(
-            f"{bad[0]} contains NaN or Inf. Load the weights again, or train from a checkpoint before."
-        )
+    for kind, tensors in (("Parameter", model.named_parameters()), ("Buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if not _finite(tensor.masked_fill(tensor == -math.inf, 0) if kind == "Buffer" else tensor):
+                raise NonFiniteError(
+                    f"{kind} {name!r} contains NaN or Inf. Load the weights again, or go back to an earlier checkpoint."
+                )
 
 
 def raise_nonfinite(

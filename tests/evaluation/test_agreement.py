@@ -105,7 +105,7 @@ def test_compute_logits_restores_also_after_an_exception(error):
 
 def test_compute_logits_refuses_another_number_of_rows():
     model = nn.Sequential(nn.Flatten(), Apply(lambda x: x.reshape(-1, 4)))
-    with pytest.raises(ModelError, match="Batch 0: 3 images went in, 81 rows"):
+    with pytest.raises(ModelError, match="Batch 0: 3 images gave 81 rows"):
         measure.compute_logits(model, [Batch(images())])
 
 
