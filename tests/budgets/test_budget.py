@@ -82,6 +82,7 @@ def test_a_schedule_falls_evenly_to_the_share(share: float, steps: int | None, s
 def test_a_share_on_a_multiple_of_the_step_needs_no_step_more() -> None:
     assert len(Budget("macs", 0.9).schedule()) == 2
     assert len(Budget("macs", 0.8).schedule(start=0.9)) == 2
+    assert len(Budget("macs", 0.7).schedule()) == 6  # 0.3 / 0.05 is 6.000000000000001
     assert len(Budget("macs", 0.99).schedule()) == 1
 
 

@@ -346,10 +346,18 @@ def test_the_drop_of_an_agreement_is_wilsons():
 
 @pytest.mark.parametrize(
     ("lost", "allowed", "within"),
-    [(1, 0.01, True), (2, 0.01, False), (3, 0.03, True), (29, 0.29, True), (29, 0.285, False), (-1, 0.0, True)],
+    [
+        (1, 0.01, True),
+        (2, 0.01, False),
+        (3, 0.03, True),
+        (29, 0.29, True),
+        (29, 0.285, False),
+        (7, 0.07, True),
+        (-1, 0.0, True),
+    ],
 )
 def test_counts_decide_not_rounded_shares(lost, allowed, within):
-    """0.29 * 100 is 28.999999999999996; 28.5 images allow 28."""
+    """0.29 * 100 is 28.999999999999996, 0.07 * 100 is 7.000000000000001; 28.5 images allow 28."""
     assert measure.Drop("accuracy", 100, lost / 100, 0.0, 1.0).within(allowed) is within
 
 

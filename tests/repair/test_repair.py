@@ -188,14 +188,15 @@ def test_batch_norm_against_its_twin() -> None:
     assert not torch.allclose(got[7].running_mean, dense[7].running_mean[kept["7", "out", 0]])  # type: ignore[index, union-attr]
 
 
+@pytest.mark.parametrize("number", [3, 2000])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
 def test_moments_are_those_of_the_images_themselves(
-    dtype: torch.dtype, tolerance: float, layout: torch.memory_format
+    dtype: torch.dtype, tolerance: float, layout: torch.memory_format, number: int
 ) -> None:
     """Divided by n, not by n - 1: with 3 images of 2 x 2 these are 9 % apart."""
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)).to(dtype).eval()
-    images = (5 + 3 * cases.images(3, 2)).to(dtype)
+    images = (5 + 3 * cases.images(number, 2)).to(dtype)
     norms = record_targets(model, [Batch(images.to(memory_format=layout))], []).norms
     with torch.no_grad():
         inputs = {"0": images.transpose(0, 1).flatten(1), "3": model[:3](images).t()}
