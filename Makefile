@@ -31,13 +31,13 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed
-	$(BIN)/python scripts/bench_relevance.py
+	$(BIN)/python scripts/bench_cost.py --model test_vit --model-arg img_size=32 --data digits --weights trained \
+		--images 256 --what jbr l1 taylor weights/jbr_projection published prune --out bench/cost.jsonl
 
 bench-smoke: $(VENV)/.installed
 	$(BIN)/python scripts/benchmark.py --config scripts/configs/digits.yaml --protocol budget --criterion jbr taylor l1 \
 		random --budgets 0.8 0.6 0.4 --seeds 0 1 --images 128 --out bench-smoke/lines.jsonl
-	$(BIN)/python scripts/table.py bench-smoke/lines.jsonl
-	$(BIN)/python scripts/plot.py bench-smoke/lines.jsonl --out bench-smoke/lines.png
+	$(BIN)/python scripts/tables.py bench-smoke/lines.jsonl --area --figure bench-smoke/lines.png
 
 clean:
-	rm -rf $(VENV) demo bench-smoke build dist *.egg-info
+	rm -rf $(VENV) demo bench bench-smoke build dist *.egg-info

@@ -1,6 +1,8 @@
 """Criteria to compare relevance with: each a function that returns scores, all else being equal.
 
-Pass one as ``criterion=`` to `jbrprune.prune`: budget, selection, repair, images and report stay the same.
+Pass one as ``criterion=`` to `jbrprune.prune` (of `WEIGHT_CRITERIA` to `jbrprune.sparsify`): budget, selection, repair,
+images and report stay the same. What draws random numbers is a dataclass with a seed, as `Relevance` is:
+``Random(seed=1)``.
 
 Where budgets are costs, score per cost ranks, and there a score and its root rank differently. By its degree (the power
 of t that scores gain as all weights are multiplied by t, activations and gradients held) a criterion is
@@ -14,65 +16,64 @@ of t that scores gain as all weights are multiplied by t, activations and gradie
 
 from __future__ import annotations
 
-from baselines import (
-    bn_scale,
-    fisher,
-    fpgm,
-    grasp,
-    group_fisher,
-    hrank,
-    jacobian,
-    lamp,
-    magnitude,
-    random,
-    snip,
-    synflow,
-    taylor,
-    variance,
-    wanda,
-    whc,
-)
+from collections.abc import Callable
+from typing import Any
+
+from baselines import activations, labels, single_weights, weights_only
 from baselines import torch_pruning_shipped as shipped
 from jbrprune.criteria.relevance import PRESETS, Relevance
-from jbrprune.pruning.channels import Criterion
 
-CRITERIA: dict[str, Relevance | Criterion] = {
+CRITERIA: dict[str, Relevance | Callable[..., Any]] = {
     **{name: preset for name, preset in PRESETS.items() if name != "jbr_label"},  # that is `group_fisher`
     # weights only
-    "random": random.random,
-    "l1": magnitude.l1,
-    "l2": magnitude.l2,
-    "l1_grouped": magnitude.l1_grouped,
-    "l2_grouped": magnitude.l2_grouped,
-    "l2_normalised": magnitude.l2_normalised,
-    "lamp": lamp.lamp,
-    "bn_scale": bn_scale.bn_scale,
-    "fpgm": fpgm.fpgm,
-    "whc": whc.whc,
-    "synflow": synflow.synflow,
+    "random": weights_only.Random(),
+    "l1": weights_only.l1,
+    "l2": weights_only.l2,
+    "l1_grouped": weights_only.l1_grouped,
+    "l2_grouped": weights_only.l2_grouped,
+    "l2_normalised": weights_only.l2_normalised,
+    "lamp": weights_only.lamp,
+    "bn_scale": weights_only.bn_scale,
+    "fpgm": weights_only.fpgm,
+    "whc": weights_only.whc,
+    "synflow": weights_only.synflow,
     # activations
-    "wanda": wanda.wanda,
-    "variance": variance.variance,
-    "hrank": hrank.hrank,
+    "wanda": activations.wanda,
+    "variance": activations.variance,
+    "hrank": activations.hrank,
     # labels
-    "taylor": taylor.taylor,
-    "taylor_abs": taylor.taylor_abs,
-    "taylor_per_sample": taylor.taylor_per_sample,
-    "fisher": fisher.fisher,
-    "group_fisher": group_fisher.group_fisher,
-    "jacobian": jacobian.jacobian,
-    "snip": snip.snip,
-    "grasp": grasp.grasp,
+    "taylor": labels.taylor,
+    "taylor_abs": labels.taylor_abs,
+    "taylor_per_sample": labels.taylor_per_sample,
+    "fisher": labels.fisher,
+    # Liu et al., ICML 2021, arXiv 2108.00708, eq. 4, without the factor 1/2 and the division by the memory saved
+    "group_fisher": Relevance("label"),
+    # Chen et al., arXiv 2508.05521, but that a unit of several channels is squared as a whole and nothing is normalised
+    "jacobian": Relevance("label", "layers", "batched"),
+    "snip": labels.snip,
+    "grasp": labels.grasp,
     # torch-pruning's own, with their faults (`baselines.torch_pruning_shipped.KNOWN_FAULTS`)
     "tp_magnitude": shipped.tp_magnitude,
     "tp_bn_scale": shipped.tp_bn_scale,
     "tp_lamp": shipped.tp_lamp,
     "tp_fpgm": shipped.tp_fpgm,
-    "tp_random": shipped.tp_random,
+    "tp_random": shipped.ShippedRandom(),
     "tp_taylor": shipped.tp_taylor,
     "tp_hessian": shipped.tp_hessian,
 }
-"""Name -> relevance, or ``criterion(model, batches, groups, *, seed, progress)``."""
+"""Name -> relevance, or ``criterion(model, batches, groups)`` -> group -> scores of its units."""
+
+WEIGHT_CRITERIA: dict[str, Relevance | Callable[..., Any]] = {
+    **{n: preset for n, preset in PRESETS.items() if preset.statistic == "second_moment" and n != "jbr_label"},
+    "magnitude": single_weights.magnitude,
+    "lamp": single_weights.lamp,
+    "random": single_weights.RandomWeights(),
+    # Lee et al., ICLR 2019, arXiv 1810.02340, but that the net is trained, and that the mean is over all images
+    "snip": Relevance("label", statistic="signed"),
+    # Optimal Brain Damage (LeCun et al., NeurIPS 1989) with the diagonal of the empirical Fisher matrix, per sample
+    "fisher": Relevance("label"),
+}
+"""Name -> relevance, or ``criterion(model, batches, names)`` -> name of a weight -> scores in its shape."""
 
 LABELS = (
     *("taylor", "taylor_abs", "taylor_per_sample", "fisher", "group_fisher", "jacobian", "snip", "grasp"),

@@ -8,40 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
-from tqdm import tqdm
 
-from jbrprune.criteria.objectives import Target, label
-from jbrprune.criteria.scores import Scores, Settings
 from jbrprune.data.batches import Batch
-from jbrprune.errors import DataError, NonFiniteError
+from jbrprune.errors import DataError
 from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import logits_of
 from jbrprune.structure.groups import Group, Member
 
 Values = dict[str, Tensor]
 """Group name -> ``[units]`` float64."""
-
-# --- results ---------------------------------------------------------------------------------------
-
-
-def made(
-    name: str, values: Mapping[str, Tensor], groups: Sequence[Group], *, site: str, statistic: str, samples: int = 1
-) -> Scores:
-    """Scores out of one value per unit.
-
-    Raises:
-        NonFiniteError: A value is NaN or Inf.
-    """
-    for group, value in values.items():
-        if not torch.isfinite(value).all():
-            raise NonFiniteError(
-                f"Criterion {name!r}: the scores of group {group} contain NaN or Inf. Check the weights, and the "
-                "gradients of the loss on these images; float64 helps where a product over all layers overflows."
-            )
-    sums = {group: value.cpu().double() * samples for group, value in values.items()}
-    return Scores(sums, tuple(groups), samples, 0, Settings(name, site, statistic))
-
 
 # --- the tensors of a unit -------------------------------------------------------------------------
 
@@ -80,8 +57,11 @@ class Part:
         """``[c, n]`` the entries of each of the member's channels, of the parameter or of a tensor of its shape."""
         tensor = self.parameter.detach() if tensor is None else tensor
         _, side, dim = self.member.axis
-        if isinstance(self.module, _ConvNd) and self.kind == "weight":
-            table = _filters(self.module, side == "in", tensor)
+        if isinstance(self.module, _ConvNd) and self.kind == "weight":  # [out, in / groups, ...]; transposed: swapped
+            if (side == "in") == self.module.transposed:
+                table = tensor.flatten(1)
+            else:
+                table = torch.cat([block.transpose(0, 1).flatten(1) for block in tensor.chunk(self.module.groups)])
         else:
             dim = dim if self.module is None else layers.channel_tensors(self.module, side)[self.kind]
             table = tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1)
@@ -106,27 +86,7 @@ def parts(model: nn.Module, group: Group) -> list[Part]:
     return found
 
 
-def _filters(module: _ConvNd, into: bool, weight: Tensor) -> Tensor:
-    """``[channels, n]`` of a convolution's weight ``[out, in / groups, ...]`` (transposed: out and in swapped)."""
-    if into == module.transposed:
-        return weight.flatten(1)
-    return torch.cat([block.transpose(0, 1).flatten(1) for block in weight.chunk(module.groups)])
-
-
-def unit_sums(
-    model: nn.Module,
-    groups: Sequence[Group],
-    quantity: Callable[[Part], Tensor],
-    keep: Callable[[Part], bool] = lambda part: True,
-) -> Values:
-    """For every unit, the sum of ``quantity(part)``, ``[c]`` one number per channel, over the parts that are kept."""
-    return {
-        group.name: summed(group, [(part.member, quantity(part)) for part in parts(model, group) if keep(part)])
-        for group in groups
-    }
-
-
-def summed(group: Group, pairs: Sequence[tuple[Member, Tensor]]) -> Tensor:
+def sum_members(group: Group, pairs: Sequence[tuple[Member, Tensor]]) -> Tensor:
     """``[units]`` the sum of ``[c]`` numbers per channel over members."""
     total = torch.zeros(group.size, dtype=torch.float64)
     for member, value in pairs:
@@ -134,13 +94,25 @@ def summed(group: Group, pairs: Sequence[tuple[Member, Tensor]]) -> Tensor:
     return total
 
 
-def products(part: Part, gradients: Mapping[Any, Tensor]) -> Tensor:
-    """``[c, n]`` w times whatever belongs to it."""
-    gradient = gradients.get(part.parameter)
-    return torch.zeros(len(part.member.channel), 1) if gradient is None else part.rows() * part.rows(gradient)
+def sum_parts(
+    model: nn.Module,
+    groups: Sequence[Group],
+    quantity: Callable[[Part], Tensor],
+    keep: Callable[[Part], bool] = lambda part: True,
+) -> Values:
+    """For every unit, the sum of ``quantity(part)``, ``[c]`` one number per channel, over the parts that are kept."""
+    return {
+        group.name: sum_members(group, [(part.member, quantity(part)) for part in parts(model, group) if keep(part)])
+        for group in groups
+    }
 
 
-def filter_sums(model: nn.Module, groups: Sequence[Group], score: Callable[[Tensor], Tensor]) -> Values:
+def sum_powers(model: nn.Module, groups: Sequence[Group], p: int) -> Values:
+    r"""For every unit, the sum of \|w\|^p over all that goes with it, but biases."""
+    return sum_parts(model, groups, lambda part: part.rows().abs().pow(p).sum(1), lambda part: part.kind != "bias")
+
+
+def sum_filters(model: nn.Module, groups: Sequence[Group], score: Callable[[Tensor], Tensor]) -> Values:
     """For every unit, the sum over its producers of ``score([units, n] filters) -> [units]``."""
     found = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
     for group in groups:
@@ -150,12 +122,13 @@ def filter_sums(model: nn.Module, groups: Sequence[Group], score: Callable[[Tens
     return found
 
 
+def multiply(part: Part, gradients: Mapping[Any, Tensor]) -> Tensor:
+    """``[c, n]`` w times whatever belongs to it."""
+    gradient = gradients.get(part.parameter)
+    return torch.zeros(len(part.member.channel), 1) if gradient is None else part.rows() * part.rows(gradient)
+
+
 # --- the data --------------------------------------------------------------------------------------
-
-
-def shown(batches: Sequence[Batch], name: str, progress: bool) -> tqdm[Batch]:
-    """Batches with a progress bar."""
-    return tqdm(batches, name, unit="batch", disable=None if progress else True, leave=False)
 
 
 def check_labels(name: str, batches: Sequence[Batch]) -> None:
@@ -164,8 +137,7 @@ def check_labels(name: str, batches: Sequence[Batch]) -> None:
     Raises:
         DataError: A batch has no labels, or there is no batch.
     """
-    if not batches:
-        raise DataError(f"Criterion {name!r} needs images, but there is no batch.")
+    check_images(name, batches)
     for number, batch in enumerate(batches):
         if batch.labels is None:
             raise DataError(
@@ -174,14 +146,23 @@ def check_labels(name: str, batches: Sequence[Batch]) -> None:
             )
 
 
+def check_images(name: str, batches: Sequence[Batch]) -> None:
+    """Refuse to go without images.
+
+    Raises:
+        DataError: There is no batch.
+    """
+    if not batches:
+        raise DataError(f"Criterion {name!r} needs images, but there is no batch.")
+
+
 def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     """``[B]`` cross-entropy with the label, with its graph."""
-    batch = batch.to(preserve.device_of(model))
-    logits = logits_of(model(batch.images.clone()))
-    return label(logits, Target(logits.detach(), batch.labels, torch.Generator()))
+    batch = batch.to(preserve.device_of(model)).map(torch.clone)  # what inference mode made cannot be differentiated
+    return F.cross_entropy(logits_of(model(batch.images)), batch.labels, reduction="none")
 
 
-def mean_gradients(model: nn.Module, batches: Sequence[Batch], name: str, progress: bool) -> dict[Tensor, Tensor]:
+def mean_gradients(model: nn.Module, batches: Sequence[Batch], name: str) -> dict[Tensor, Tensor]:
     """Parameter -> gradient of the mean cross-entropy over all images; parameters that take no part are absent.
 
     Whatever the size of the batches: samples are weighted alike.
@@ -191,7 +172,7 @@ def mean_gradients(model: nn.Module, batches: Sequence[Batch], name: str, progre
     found: dict[Tensor, Tensor] = {}
     with preserve.inference_state(model, gradients=True):
         leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for batch in shown(batches, name, progress):
+        for batch in batches:
             gradients = torch.autograd.grad(label_losses(model, batch).sum(), leaves, allow_unused=True)
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
@@ -200,47 +181,33 @@ def mean_gradients(model: nn.Module, batches: Sequence[Batch], name: str, progre
 
 
 def read_inputs(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    groups: Sequence[Group],
-    note: Callable[[str, Tensor], None],
-    *,
-    progress: bool,
+    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], note: Callable[[str, Tensor], None]
 ) -> None:
     """Call ``note(name, x)`` with what every consumer of the groups reads, channels first: ``[B, C, ...]``."""
 
     def reader(name: str, dim: int) -> preserve.Hook:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            note(name, preserve.input_of(args, kwargs).movedim(dim, 1))
-
-        return hook
+        return lambda module, args, kwargs: note(name, preserve.input_of(args, kwargs).movedim(dim, 1))
 
     names = {member.axis[0] for group in groups for member in group.side("in")}
     hooks = {name: reader(name, layers.channel_dim(model.get_submodule(name)) or 1) for name in names}
     device = preserve.device_of(model)
     with preserve.inference_state(model), preserve.hooked(model, forward_pre=hooks):
-        for batch in shown(batches, "activations", progress):
+        for batch in batches:
             model(batch.to(device).images.clone())
 
 
-def squared_inputs(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    groups: Sequence[Group],
-    means: Mapping[str, Tensor] | None = None,
-    *,
-    progress: bool,
-) -> Values:
-    """Consumer -> ``[C_in]`` mean over samples and positions of ``(x - mean)^2`` (mean 0 where not given)."""
-    totals: Values = {}
+def input_moments(
+    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Consumer -> mean over samples and positions of x and of x^2, ``[C_in]`` each, of what it reads."""
+    totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
     def note(name: str, x: Tensor) -> None:
         for row in x:  # one by one: float64 of a whole batch would take much memory
             row = row.cpu().double().reshape(len(row), -1)
-            row = row if means is None else row - means[name][:, None]
-            totals[name] = totals.get(name, 0) + row.square().sum(1)
+            totals[name] = totals.get(name, 0) + torch.stack([row.sum(1), row.square().sum(1)])
             counts[name] = counts.get(name, 0) + row.shape[1]
 
-    read_inputs(model, batches, groups, note, progress=progress)
-    return {name: total / counts[name] for name, total in totals.items()}
+    read_inputs(model, batches, groups, note)
+    return {name: tuple(total / counts[name]) for name, total in totals.items()}

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from baselines.common import check_labels, label_losses, made, shown, summed
-from jbrprune.criteria.scores import Scores
+from baselines.common import Values, check_images, check_labels, label_losses, sum_members
 from jbrprune.data.batches import Batch
-from jbrprune.errors import DataError, UnsupportedModelError
+from jbrprune.errors import UnsupportedModelError
 from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import copy_model, logits_of
-from jbrprune.structure.groups import Group, Member
+from jbrprune.structure.groups import Group
 
 KNOWN_FAULTS: dict[str, str] = {
     "tp_magnitude": (
@@ -45,97 +45,22 @@ KNOWN_FAULTS: dict[str, str] = {
 """Name of a criterion -> what is wrong with it in torch-pruning 1.6.1."""
 
 Importance = Callable[[tp.dependency.Group], Tensor | None]
+Criterion = Callable[[nn.Module, Sequence[Batch], Sequence[Group]], Values]
 
 
-def tp_magnitude(
-    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], *, seed: int = 0, progress: bool = False
-) -> Scores:
-    """``GroupMagnitudeImportance()``: mean of squares, over the mean of the group (arXiv 2301.12900); as shipped."""
-    return _shipped("tp_magnitude", tp.importance.GroupMagnitudeImportance(), model, batches, groups)
-
-
-def tp_bn_scale(
-    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], *, seed: int = 0, progress: bool = False
-) -> Scores:
-    """``BNScaleImportance()`` (Liu et al., ICCV 2017, arXiv 1708.06519); as shipped."""
-    return _shipped("tp_bn_scale", tp.importance.BNScaleImportance(), model, batches, groups)
-
-
-def tp_lamp(
-    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], *, seed: int = 0, progress: bool = False
-) -> Scores:
-    """``LAMPImportance()`` (Lee et al., ICLR 2021, arXiv 2010.07611); as shipped."""
-    return _shipped("tp_lamp", tp.importance.LAMPImportance(), model, batches, groups)
-
-
-def tp_fpgm(
-    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], *, seed: int = 0, progress: bool = False
-) -> Scores:
-    """``FPGMImportance()`` (He et al., CVPR 2019, arXiv 1811.00250); as shipped."""
-    return _shipped("tp_fpgm", tp.importance.FPGMImportance(), model, batches, groups)
-
-
-def tp_random(
-    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], *, seed: int = 0, progress: bool = False
-) -> Scores:
-    """``RandomImportance()``; as shipped, from a seeded global generator that is put back."""
-    with preserve.same_randomness(torch.device("cpu")):
-        torch.manual_seed(seed)
-        return _shipped("tp_random", tp.importance.RandomImportance(), model, batches, groups)
-
-
-def tp_taylor(
-    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], *, seed: int = 0, progress: bool = False
-) -> Scores:
-    r"""``GroupTaylorImportance()``: sum of \|w g\|, g summed over all images (Molchanov et al., CVPR 2019); as shipped.
-
-    Raises:
-        DataError: The batches have no labels.
-    """
-    check_labels("tp_taylor", batches)
-    count = sum(map(len, batches))
-
-    def prepare(work: nn.Module, importance: object) -> None:
-        for batch in shown(batches, "tp_taylor", progress):
-            (label_losses(work, batch).sum() / count).backward()
-
-    return _shipped("tp_taylor", tp.importance.GroupTaylorImportance(), model, batches, groups, prepare)
-
-
-def tp_hessian(
-    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], *, seed: int = 0, progress: bool = False
-) -> Scores:
-    """``GroupHessianImportance()``: w^2 g^2, of the last sample (LeCun et al., NeurIPS 1989); as shipped.
-
-    Raises:
-        DataError: The batches have no labels.
-    """
-    check_labels("tp_hessian", batches)
-
-    def prepare(work: nn.Module, importance: tp.importance.GroupHessianImportance) -> None:
-        for batch in shown(batches, "tp_hessian", progress):
-            for loss in label_losses(work, batch):
-                work.zero_grad()
-                loss.backward(retain_graph=True)
-                importance.accumulate_grad(work)
-
-    return _shipped("tp_hessian", tp.importance.GroupHessianImportance(), model, batches, groups, prepare)
-
-
-def _shipped(
+def _ask(
     name: str,
     importance: Importance,
     model: nn.Module,
     batches: Sequence[Batch],
     groups: Sequence[Group],
-    prepare: Callable[..., None] = lambda work, importance: None,
-) -> Scores:
+    prepare: Callable[[nn.Module], None] = lambda work: None,
+) -> Values:
     """Ask an importance about every group, on a copy: torch-pruning leaves gradients and hooks behind.
 
     The score of a unit is the mean over its channels on the axis that is asked about, as torch-pruning ranks heads.
     """
-    if not batches:
-        raise DataError(f"Criterion {name!r} traces the model with images, but there is no batch.")
+    check_images(name, batches)
     work = copy_model(model)
     values = {}
     with preserve.inference_state(work, gradients=True), warnings.catch_warnings():
@@ -144,37 +69,91 @@ def _shipped(
         graph = tp.DependencyGraph().build_dependency(
             work, example_inputs=(images,), forward_fn=lambda model, inputs: logits_of(model(*inputs)), verbose=False
         )
-        prepare(work, importance)
+        prepare(work)
         for group in groups:
-            member = _root(work, group)
-            found = _asked(name, importance, group, _traced(graph, work, member))
+            member = next(m for m in group.side("out") if layers.is_consumer(work.get_submodule(m.axis[0])))
+            module = work.get_submodule(member.axis[0])
+            prune = graph.get_pruner_of_module(module).prune_out_channels
+            width: int = layers.width_of(module, "out")
+            try:
+                found = importance(graph.get_pruning_group(module, prune, list(range(width))))
+            except Exception as error:  # whatever torch-pruning stumbles over
+                raise UnsupportedModelError(
+                    f"Criterion {name!r}: torch-pruning fails on group {group.name}: {type(error).__name__}: {error}. "
+                    f"{KNOWN_FAULTS[name]}"
+                ) from error
             if found is None:
                 raise UnsupportedModelError(
                     f"Criterion {name!r}: torch-pruning has no importance for group {group.name}. {KNOWN_FAULTS[name]}"
                 )
             of_channel = found.detach()[member.channel] * group.size / len(member.channel)
-            values[group.name] = summed(group, [(member, of_channel)])
-    return made(name, values, groups, site="torch-pruning", statistic="as shipped")
+            values[group.name] = sum_members(group, [(member, of_channel)])
+    return values
 
 
-def _asked(name: str, importance: Importance, group: Group, traced: tp.dependency.Group) -> Tensor | None:
-    try:
-        return importance(traced)
-    except Exception as error:  # whatever torch-pruning stumbles over
-        raise UnsupportedModelError(
-            f"Criterion {name!r}: torch-pruning fails on group {group.name}: {type(error).__name__}: {error}. "
-            f"{KNOWN_FAULTS[name]}"
-        ) from error
+def _ship(name: str, make: Callable[[], Importance]) -> Criterion:
+    """A criterion that reads weights only."""
+
+    def criterion(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
+        return _ask(name, make(), model, batches, groups)
+
+    criterion.__name__ = name
+    return criterion
 
 
-def _root(model: nn.Module, group: Group) -> Member:
-    """The first layer that makes the group's channels."""
-    return next(m for m in group.side("out") if layers.is_consumer(model.get_submodule(m.axis[0])))
+tp_magnitude = _ship("tp_magnitude", tp.importance.GroupMagnitudeImportance)
+"""``GroupMagnitudeImportance()``: mean of squares, over the mean of the group (arXiv 2301.12900); as shipped."""
+tp_bn_scale = _ship("tp_bn_scale", tp.importance.BNScaleImportance)
+"""``BNScaleImportance()`` (Liu et al., ICCV 2017, arXiv 1708.06519); as shipped."""
+tp_lamp = _ship("tp_lamp", tp.importance.LAMPImportance)
+"""``LAMPImportance()`` (Lee et al., ICLR 2021, arXiv 2010.07611); as shipped."""
+tp_fpgm = _ship("tp_fpgm", tp.importance.FPGMImportance)
+"""``FPGMImportance()`` (He et al., CVPR 2019, arXiv 1811.00250); as shipped."""
 
 
-def _traced(graph: tp.DependencyGraph, model: nn.Module, member: Member) -> tp.dependency.Group:
-    """torch-pruning's group of all output channels of a layer."""
-    module = model.get_submodule(member.axis[0])
-    pruner = graph.get_pruner_of_module(module)
-    width: int = layers.width_of(module, "out")  # type: ignore[assignment]
-    return graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))  # type: ignore[union-attr]
+@dataclass(frozen=True)
+class ShippedRandom:
+    """``RandomImportance()``; as shipped, from a seeded global generator that is put back."""
+
+    seed: int = 0
+
+    def __call__(self, model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
+        """Draw a number for every unit."""
+        with preserve.same_randomness(torch.device("cpu")):
+            torch.manual_seed(self.seed)
+            return _ask("tp_random", tp.importance.RandomImportance(), model, batches, groups)
+
+
+def tp_taylor(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
+    r"""``GroupTaylorImportance()``: sum of \|w g\|, g summed over all images (Molchanov et al., CVPR 2019); as shipped.
+
+    Raises:
+        DataError: The batches have no labels.
+    """
+    check_labels("tp_taylor", batches)
+    count = sum(map(len, batches))
+
+    def prepare(work: nn.Module) -> None:
+        for batch in batches:
+            (label_losses(work, batch).sum() / count).backward()
+
+    return _ask("tp_taylor", tp.importance.GroupTaylorImportance(), model, batches, groups, prepare)
+
+
+def tp_hessian(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
+    """``GroupHessianImportance()``: w^2 g^2, of the last sample (LeCun et al., NeurIPS 1989); as shipped.
+
+    Raises:
+        DataError: The batches have no labels.
+    """
+    check_labels("tp_hessian", batches)
+    importance = tp.importance.GroupHessianImportance()
+
+    def prepare(work: nn.Module) -> None:
+        for batch in batches:
+            for loss in label_losses(work, batch):
+                work.zero_grad()
+                loss.backward(retain_graph=True)
+                importance.accumulate_grad(work)
+
+    return _ask("tp_hessian", importance, model, batches, groups, prepare)

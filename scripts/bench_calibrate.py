@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, commit, keywords, lines, net_parser
-from fashion_mnist import fashion_mnist
-from plan import weights_named
+from bench_prediction import net_parser
+from common import append, commit, keywords, lines
+from protocols import name_weights as weights_named
+from sources import fashion_mnist
 
 import jbrprune
 from jbrprune.models import timm_models

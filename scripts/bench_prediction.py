@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, commit, keywords, lines, net_parser
-from fashion_mnist import fashion_mnist
-from plan import weights_named
+from common import append, commit, keywords, lines, make_parser
+from protocols import name_weights as weights_named
 from scipy.stats import spearmanr
+from sources import fashion_mnist
 from torch import nn
 
 from baselines import CRITERIA
@@ -47,6 +47,16 @@ CHECKED = 64
 """Images by which `jbrprune.predict` finds out whether a row is valid, where it is not told otherwise."""
 SCALES = torch.logspace(-1, 1, 41, base=10).tolist()
 """Flips are noted for changes that are so many times as large, so that a curve can be bent afterwards."""
+
+
+def net_parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that begins with a net trained on Fashion-MNIST."""
+    parser = make_parser(description)
+    parser.add_argument("model", help="timm name")
+    parser.add_argument("--checkpoint", type=Path, help="trained weights")
+    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--fashion-mnist", type=Path, help="folder with the IDX files")
+    return parser
 
 
 def arguments() -> argparse.Namespace:

@@ -1,16 +1,21 @@
-"""Time to a relative standard error of 2 %: the trace form beside the published code's estimator, in one run.
+"""Test prediction variance: time to a relative error of 2 %, and 8-bit quantization by three estimators.
 
-    python scripts/bench_tpv.py --case resnet50_32 --checkpoint resnet50.safetensors --fashion-mnist FOLDER \
-        --out results/tpv.jsonl
+    python scripts/bench_tpv.py time --model resnet50 --weights resnet50.safetensors --data fashion_mnist \
+        --root FOLDER --out results/tpv.jsonl
+    python scripts/bench_tpv.py quantization --model resnet50 --weights resnet50.safetensors --data fashion_mnist \
+        --root FOLDER --out results/tpv_quantization.jsonl
+    python scripts/bench_tpv.py quantization --out results/tpv_quantization.jsonl --table
 
-Both estimate sigma^2 E_x |J(x)|^2 over all parameters. ``published`` takes one image and one vector of random signs per
-backward, makes the gradient of every parameter and adds up the squares; ``ours`` is `jbrprune.tpv.trace_form`. Each is
-also timed under autocast to bfloat16.
-
+``time``: the trace form beside the published code's estimator, in one run. Both estimate sigma^2 E_x |J(x)|^2 over all
+parameters. ``published`` takes one image and one vector of random signs per backward, makes the gradient of every
+parameter and adds up the squares; ``ours`` is `jbrprune.tpv.trace_form`. Each is also timed under autocast to bfloat16.
 Seconds per draw: processor time of this process, in turn in every round (what disturbs the machine disturbs all), the
 median of the rounds. A draw of both is a random image with random signs, so that both need (relative standard deviation
-of a draw / 0.02)^2 draws to 2 %. Without ``--fashion-mnist`` images are random; cases at 224 have random weights as
-well: there the time per draw says something, the variance little.
+of a draw / 0.02)^2 draws to 2 %. Of random weights the time per draw says something, the variance little.
+
+``quantization``: TPV of rounding the weights to 8 bits over one range, by the trace form, empirically with noise and
+with real rounding. One line per estimator: training images, test images, and the ratio of both
+(`jbrprune.tpv.train_test_ratio`). Lines that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -18,101 +23,71 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
-from common import append, commit
-from fashion_mnist import fashion_mnist
-from safetensors.torch import load_file
+from benchmark import load
+from common import (
+    append,
+    describe_call,
+    exit_on_error,
+    key_of,
+    keywords,
+    lines,
+    make_parser,
+    markdown,
+    use_threads,
+)
+from protocols import Setup, make_setup
 from torch import Tensor, nn
 
-from jbrprune.tpv import Estimate, Isotropic, trace_form
+from jbrprune.report.records import plain
+from jbrprune.tpv import Estimate, Isotropic, Quantization, empirical, trace_form, train_test_ratio
 
 GOAL = 0.02
-SMALL = {"in_chans": 1, "num_classes": 10}
-CASES = {
-    "resnet50_32": ("resnet50", SMALL, 128),
-    "vit_32": ("vit_tiny_patch16_224", SMALL | {"img_size": 32, "patch_size": 8, "depth": 6}, 128),
-    "resnet50_224": ("resnet50", {}, 8),
-    "vit_small_224": ("vit_small_patch16_224", {}, 8),
-}
+ESTIMATORS = ("trace", "noise", "rounding")
 
 
-def main() -> None:
-    args = arguments()
-    name, options, batch = CASES[args.case]
-    torch.manual_seed(args.seed)
-    net = timm.create_model(name, **options)
-    if args.checkpoint:
-        net.load_state_dict({key: value.float() for key, value in load_file(args.checkpoint).items()})
-    net.eval()
-    images = shuffled(args)
-    size = args.batch_size or batch
-    spread = ours(net, images, size, None, args.seed).relative_error * len(images) ** 0.5
+# --- time ------------------------------------------------------------------------------------------
+
+
+def compare_times(args: argparse.Namespace, setup: Setup) -> Iterator[dict[str, Any]]:
+    """One line per method."""
+    net, source = load(setup)
+    images = torch.cat([batch.images for batch in source.calibration(args.images, args.seed)])
+    spread = estimate_trace(net, images, args, None).relative_error * len(images) ** 0.5
     draws = (spread / GOAL) ** 2
-    seconds = {method: statistics.median(each) for method, each in timed(net, images, size, args).items()}
-    facts = {
-        "case": args.case,
-        "images": len(images),
-        "batch_size": size,
-        "seed": args.seed,
-        "draws_to_2_percent": draws,
-    }
-    facts |= {"weights": "trained" if args.checkpoint else "random", "rounds": args.rounds, "commit": commit()}
-    facts |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "relative_deviation": spread}
+    seconds = time_methods(net, images, args)
     for method, each in seconds.items():
-        line = facts | {"method": method, "cpu_seconds_per_draw": each, "seconds_to_2_percent": draws * each}
-        line |= {"times_faster": seconds["published"] / each}
-        append(args.out, [line])
-        print(line, flush=True)
+        yield {
+            **{"method": method, "cpu_seconds_per_draw": each, "seconds_to_2_percent": draws * each},
+            **{"draws_to_2_percent": draws, "relative_deviation": spread},
+            "times_faster": seconds["published"] / each,
+        }
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, required=True)
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--fashion-mnist", type=Path)
-    parser.add_argument("--images", type=int, default=1024, help="images on which the deviation of a draw is measured")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=8, help="draws of the published estimator in a round")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
-
-
-def shuffled(args: argparse.Namespace) -> Tensor:
-    """Fashion-MNIST's training images in random order, or random images."""
-    generator = torch.Generator().manual_seed(args.seed)
-    if args.fashion_mnist is None:
-        shape = (1, 32, 32) if args.case.endswith("32") else (3, 224, 224)
-        return torch.randn(args.images, *shape, generator=generator)
-    images, _ = fashion_mnist(args.fashion_mnist, train=True)
-    return images[torch.randperm(len(images), generator=generator)[: args.images]]
-
-
-def timed(net: nn.Module, images: Tensor, batch: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Method -> processor seconds per draw, in every round."""
-    seconds: dict[str, list[float]] = {}
-    low = torch.bfloat16
+def time_methods(net: nn.Module, images: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Method -> processor seconds per draw, the median of the rounds."""
+    few, batch, low = images[: args.draws], images[: args.batch_size], torch.bfloat16
     steps: dict[str, tuple[Callable[[], object], int]] = {
-        "published": (lambda: published(net, images[: args.draws], None), args.draws),
-        "ours": (lambda: ours(net, images[:batch], batch, None, 0), batch),
-        "published_bf16": (lambda: published(net, images[: args.draws], low), args.draws),
-        "ours_bf16": (lambda: ours(net, images[:batch], batch, low, 0), batch),
+        "published": (lambda: estimate_published(net, few, None), len(few)),
+        "ours": (lambda: estimate_trace(net, batch, args, None), len(batch)),
+        "published_bf16": (lambda: estimate_published(net, few, low), len(few)),
+        "ours_bf16": (lambda: estimate_trace(net, batch, args, low), len(batch)),
     }
+    seconds: dict[str, list[float]] = {method: [] for method in steps}
     for number in range(args.rounds + 1):
         for method, (step, draws) in steps.items():
             start = time.process_time()
             step()
             if number:  # the first round is a warm-up
-                seconds.setdefault(method, []).append((time.process_time() - start) / draws)
-    return seconds
+                seconds[method].append((time.process_time() - start) / draws)
+    return {method: statistics.median(each) for method, each in seconds.items()}
 
 
-def published(net: nn.Module, images: Tensor, low: torch.dtype | None) -> float:
+def estimate_published(net: nn.Module, images: Tensor, low: torch.dtype | None) -> float:
     """One image and one vector of signs per backward; all gradients are made, squared and added up."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     total = 0.0
@@ -125,10 +100,81 @@ def published(net: nn.Module, images: Tensor, low: torch.dtype | None) -> float:
     return total / len(images)
 
 
-def ours(net: nn.Module, images: Tensor, batch: int, low: torch.dtype | None, seed: int) -> Estimate:
+def estimate_trace(net: nn.Module, images: Tensor, args: argparse.Namespace, low: torch.dtype | None) -> Estimate:
     """The trace form of all images."""
-    options = {"method": "projection", "rtol": 0.0, "validity": False, "progress": False, "autocast": low}
-    return trace_form(net, images, Isotropic(1.0), batch_size=batch, seed=seed, **options)  # type: ignore[arg-type]
+    how = {"method": "projection", "rtol": 0.0, "validity": False, "progress": False, "autocast": low}
+    return trace_form(net, images, Isotropic(1.0), batch_size=args.batch_size, seed=args.seed, **how)
+
+
+# --- quantization ----------------------------------------------------------------------------------
+
+
+def compare_quantizations(args: argparse.Namespace, setup: Setup) -> Iterator[dict[str, Any]]:
+    """One line per estimator."""
+    net, source = load(setup)
+    parts = {"train": source.calibration(args.images, args.seed), "test": source.measured(args.images)}
+    splits = {split: torch.cat([batch.images for batch in batches]) for split, batches in parts.items()}
+    for estimator in ESTIMATORS:
+        perturbation = Quantization(8, "global", rounding=estimator == "rounding")
+        how: dict[str, Any] = {"rtol": args.rtol, "seed": args.seed, "batch_size": args.batch_size, "progress": False}
+        if estimator == "trace":
+            found = {split: trace_form(net, images, perturbation, **how) for split, images in splits.items()}
+        else:
+            how |= {"draws": args.draws}
+            few = {split: images[: args.empirical_images] for split, images in splits.items()}
+            found = {split: empirical(net, images, perturbation, **how) for split, images in few.items()}
+        ratio = train_test_ratio(**found)
+        line = {"bits": 8, "granularity": "global", "estimator": estimator}
+        line |= {split: one.to_dict() for split, one in found.items()}
+        yield line | {"ratio": ratio.value, "ratio_error": ratio.standard_error}
+
+
+def show(path: Path) -> str:
+    """Values with standard errors, of lines that have a ratio."""
+    rows = []
+    for line in (line for line in lines(path) if "ratio" in line):
+        cells = [f"{r['value']:.4g} +- {r['standard_error']:.2g}" for r in (line["train"], line["test"])]
+        cells.append(f"{line['ratio']:.3f} +- {line['ratio_error']:.3f}")
+        rows.append([f"{line['bits']}, {line['granularity']}", line["estimator"], *cells])
+    return markdown(["bits, range", "estimator", "training images", "test images", "training / test"], rows)
+
+
+WHAT = {"time": compare_times, "quantization": compare_quantizations}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--model", help="timm name")
+    parser.add_argument("--weights", default="random", help="pretrained, random, trained (on digits) or a file")
+    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--data", help="as for benchmark.py")
+    parser.add_argument("--root", help="where named data are stored")
+    parser.add_argument("--images", type=int, default=1024, help="of a split, that may be read")
+    parser.add_argument("--empirical-images", type=int, default=2000, help="most images of the empirical estimators")
+    parser.add_argument("--draws", type=int, default=8, help="of the published estimator in a round; of noise")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rtol", type=float, default=0.02, help="relative error to stop at")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
+    parser.add_argument("--table", action="store_true", help="print the lines of quantization, run nothing")
+    args = parser.parse_args(argv)
+    with exit_on_error("bench_tpv.py"):
+        if args.table:
+            print(show(args.out))
+            return
+        use_threads(args.threads)
+        setup = make_setup(args.model, args.data, keywords(args.model_arg), weights=args.weights, root=args.root)
+        names = ("what", "images", "empirical_images", "draws", "rounds", "rtol", "batch_size", "seed", "threads")
+        shared = setup.described() | {name: getattr(args, name) for name in names}
+        if key_of(shared) in {line.get("run") for line in lines(args.out)}:
+            return
+        for line in WHAT[args.what](args, setup):
+            line = plain(shared | line | {"run": key_of(shared), "torch": torch.__version__, **describe_call()})
+            append(args.out, [line])
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

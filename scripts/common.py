@@ -1,18 +1,24 @@
-"""What the scripts share: files of JSON lines, arguments of the form KEY=VALUE, the commit."""
+"""What the scripts share: files of JSON lines, arguments, tables of Markdown, the commit."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
+import hashlib
 import json
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from jbrprune.errors import ArgumentError, DataError
+from jbrprune.errors import ArgumentError, DataError, JBRError
+from jbrprune.report.records import plain
+
+# --- files of JSON lines ---------------------------------------------------------------------------
 
 
 def lines(path: Path) -> list[dict]:
@@ -25,14 +31,12 @@ def lines(path: Path) -> list[dict]:
         return []
     with path.open() as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # nobody is in the middle of a line
-        return _parsed(path, _complete(file.read()))
+        return _parse(path, _complete(file.read()))
 
 
 def cut(path: Path) -> int:
     """How many characters there are of a last line that was not written to its end."""
-    with path.open() as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        found = file.read()
+    found = path.read_text()
     return max(0, len(found) - len(_complete(found)))  # a line that lacks its end of line only is whole
 
 
@@ -55,25 +59,6 @@ def done(path: Path, field: str) -> set[str]:
     return {line["key"] for line in found if "failed" not in line}
 
 
-def use_threads(number: int | None) -> None:
-    """So many threads; None: as many as there are.
-
-    Raises:
-        ArgumentError: Fewer than one.
-    """
-    if number is None:
-        return
-    if number < 1:
-        raise ArgumentError(f"threads must be at least 1, got {number}.")
-    torch.set_num_threads(number)
-
-
-def mend(path: Path) -> None:
-    """Cut off a last line that was not written to its end, and say so: its run will be made again."""
-    if path.exists():
-        append(path, [])
-
-
 def append(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """Add lines as a whole; cut off a last line that was not written to its end, and say so.
 
@@ -90,29 +75,33 @@ def append(path: Path, records: Iterable[Mapping[str, object]]) -> None:
         found = file.read()
         complete = _complete(found)
         if len(complete) < len(found):
-            print(
-                f"{path}: the last line was cut in the middle ({len(found) - len(complete)} characters); removed, all "
-                "others are whole.",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"{_said_to_be_cut(path, len(found) - len(complete))}; removed.", file=sys.stderr, flush=True)
             file.truncate(len(complete.encode()))
-        last = {line["key"]: line.get("failed") for line in _parsed(path, complete) if "key" in line}
-        new = [record for record in records if _is_new(record, last)]
+        last = {line["key"]: line.get("failed") for line in _parse(path, complete) if "key" in line}
+        new = [r for r in records if (key := r.get("key")) not in last or last[key] not in (None, r.get("failed"))]
         file.write(complete[len(found) :] + "".join(json.dumps(record) + "\n" for record in new))
 
 
-def _is_new(record: Mapping[str, object], last: Mapping[str, object]) -> bool:
-    """Whether the key is not there, or was there as another failure than this one."""
-    key = record.get("key")
-    return key not in last or (last[key] is not None and last[key] != record.get("failed"))  # type: ignore[index]
+def mend(path: Path) -> None:
+    """Cut off a last line that was not written to its end, and say so: its run will be made again."""
+    if path.exists():
+        append(path, [])
 
 
-def _parsed(path: Path, text: str) -> list[dict]:
-    return [_object(f"{path}, line {number}", line) for number, line in enumerate(text.splitlines(), 1)]
+def describe_cut(path: Path) -> list[str]:
+    """A sentence, if the last line of a file was not written to its end."""
+    return [f"{_said_to_be_cut(path, number)}; left out."] if (number := cut(path)) else []
 
 
-def _object(where: str, line: str) -> dict:
+def _said_to_be_cut(path: Path, number: int) -> str:
+    return f"{path}: the last line was cut in the middle ({number} characters)"
+
+
+def _parse(path: Path, text: str) -> list[dict]:
+    return [_read_object(f"{path}, line {number}", line) for number, line in enumerate(text.splitlines(), 1)]
+
+
+def _read_object(where: str, line: str) -> dict:
     try:
         return dict(json.loads(line))
     except (ValueError, TypeError) as error:
@@ -120,6 +109,7 @@ def _object(where: str, line: str) -> dict:
 
 
 def _complete(text: str) -> str:
+    """The text up to the last whole line."""
     head, newline, last = text.rpartition("\n")
     if not last:
         return text
@@ -130,42 +120,14 @@ def _complete(text: str) -> str:
     return text + "\n"
 
 
-def parsed(pairs: str) -> dict[str, object]:
-    """``a=1,b=x`` -> {"a": 1, "b": "x"}; ``default`` -> {}."""
-    return {
-        key: value_of(value) for key, _, value in (pair.partition("=") for pair in pairs.split(",")) if key != "default"
-    }
+def key_of(value: object) -> str:
+    """What two equal values have in common."""
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def keywords(pairs: Iterable[str]) -> dict[str, object]:
-    """What ``--model-arg KEY=VALUE``, given any number of times, says.
-
-    Raises:
-        ArgumentError: One is not of that form.
-    """
-    pairs = list(pairs)
-    wrong = next((pair for pair in pairs if "=" not in pair), None)
-    if wrong is not None:
-        raise ArgumentError(f"--model-arg must be KEY=VALUE, got {wrong!r}.")
-    return {key: value_of(value) for key, _, value in (pair.partition("=") for pair in pairs)}
-
-
-def net_parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments of a benchmark that begins with a net trained on Fashion-MNIST."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="timm name")
-    parser.add_argument("--checkpoint", type=Path, help="trained weights")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--fashion-mnist", type=Path, help="folder with the IDX files")
-    return parser
-
-
-def value_of(text: str) -> object:
-    """JSON where it is JSON; ``None`` -> None; else the text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None if text == "None" else text
+def describe_call() -> dict[str, str]:
+    """The commit and the command, which every line holds."""
+    return {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
 
 
 def commit() -> str:
@@ -175,3 +137,68 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         return ""
+
+
+# --- arguments -------------------------------------------------------------------------------------
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that prints the docstring of a script as it stands."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+@contextlib.contextmanager
+def exit_on_error(script: str) -> Iterator[None]:
+    """End the script with one sentence where the library refuses something."""
+    try:
+        yield
+    except JBRError as error:
+        raise SystemExit(f"{script}: {error}") from error
+
+
+def keywords(pairs: Iterable[str]) -> dict[str, object]:
+    """What ``--model-arg KEY=VALUE``, given any number of times, says; values are JSON where they can be.
+
+    Raises:
+        ArgumentError: One is not of that form.
+    """
+    found: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ArgumentError(f"--model-arg must be KEY=VALUE, got {pair!r}.")
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = None if text == "None" else text
+    return found
+
+
+def use_threads(number: int | None) -> None:
+    """So many threads; None: as many as there are.
+
+    Raises:
+        ArgumentError: Fewer than one.
+    """
+    if number is not None:
+        check_least("threads", number, 1)
+        torch.set_num_threads(number)
+
+
+def check_least(what: str, number: int | None, least: int) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        ArgumentError: It is.
+    """
+    if number is not None and number < least:
+        raise ArgumentError(f"{what} must be at least {least}, got {number}.")
+
+
+# --- tables ----------------------------------------------------------------------------------------
+
+
+def markdown(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table of Markdown."""
+    grid = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in grid)

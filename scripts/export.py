@@ -59,7 +59,7 @@ def to_onnx(model: nn.Module, example: Tensor, path: Path) -> Runner:
         output_names=["logits"],
         verbose=False,
     )
-    program.save(path, external_data=False)  # type: ignore[union-attr]
+    program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 

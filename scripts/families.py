@@ -99,7 +99,7 @@ def _scale(model: nn.Module, images: Tensor) -> None:
     """Bring logits that random weights have made huge, which saturate any softmax, to a size of 1."""
     largest = float(logits_of(model(images)).abs().max())
     if largest > SATURATED:
-        for parameter in model.get_classifier().parameters():  # type: ignore[operator]
+        for parameter in model.get_classifier().parameters():
             parameter.div_(largest)
 
 
@@ -341,7 +341,7 @@ def _prune_by_recipe(model: nn.Module, images: Tensor) -> None:
         if hasattr(module, "num_heads") and isinstance(queries, nn.Module):
             heads[queries] = module.num_heads
             attentions.append((module, queries))
-    classifier = model.get_classifier()  # type: ignore[operator]
+    classifier = model.get_classifier()
     pruner = tp.pruner.MetaPruner(
         model,
         images,

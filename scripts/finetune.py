@@ -28,31 +28,36 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from augment import open_training
-from benchmark import calibrated, described_here, loaded, opened, reason
-from common import append, done, keywords, mend, use_threads
-from plan import Setup, digest, setup_named
+from benchmark import choose_criterion, describe_failure, load_calibration, load_dense, show_labels
+from benchmark import load as load_setup
+from common import append, describe_call, done, exit_on_error, key_of, keywords, make_parser, mend, use_threads
+from protocols import Setup, make_setup
 from torch import nn
-from train_reference import add_training_arguments, augmentation_of, recipe_of
-from training import Loss, cross_entropy, distillation, train
+from train_reference import (
+    Loss,
+    add_training_arguments,
+    cross_entropy,
+    distillation,
+    open_training,
+    read_augmentation,
+    read_recipe,
+    train,
+)
 
-from baselines import CRITERIA, LABELS
+from baselines import CRITERIA
 from jbrprune import load, prune
-from jbrprune.budgets.budget import Budget
 from jbrprune.budgets.cost import count_macs
 from jbrprune.checkpoint import checkpoint as files
-from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, BudgetError, JBRError, unknown
 from jbrprune.evaluation.agreement import agreement_on, parameters_of
 from jbrprune.models import preserve
+from jbrprune.pruning.options import ChannelOptions
 from jbrprune.pruning.prepare import provenance
 from jbrprune.report.records import plain
 from jbrprune.sparsity.masks import masks_of
 
-HOW = ("plain", "distil")
 
-
-def models(args: argparse.Namespace, setup: Setup) -> list[tuple[Path, dict[str, Any]]]:
+def list_models(args: argparse.Namespace, setup: Setup) -> list[tuple[Path, dict[str, Any]]]:
     """Directories of pruned models, of which those of criteria may not be there yet, with what a line says of each.
 
     Raises:
@@ -61,23 +66,21 @@ def models(args: argparse.Namespace, setup: Setup) -> list[tuple[Path, dict[str,
     found = []
     for path in args.pruned or ():
         report = files.describe(path).report or {}
-        how = report.get("settings", {})
-        found.append((path, {"criterion": how.get("criterion", how.get("objective")), "budget": report.get("budget")}))
+        found.append((path, {"criterion": report.get("settings", {}).get("criterion"), "budget": report.get("budget")}))
     for name in args.criterion or ():
         what = {"criterion": name, "budget": {"macs": args.macs}, "images": args.images, "repair": args.repair}
         what |= {"prune_seed": args.prune_seed}
-        found.append((args.work / f"{name}-{digest([setup_named(setup), what])}", what))
+        found.append((args.work / f"{name}-{key_of([setup.described(), what])}", what))
     return found
 
 
 def make(args: argparse.Namespace, setup: Setup, path: Path, name: str) -> None:
     """Prune by a criterion, and save."""
-    batches = calibrated(setup, args.images, args.prune_seed)
     prune(
-        opened(setup).model,
-        batches if name in LABELS else [Batch(batch.images) for batch in batches],
+        load_dense(setup).model,
+        show_labels(name, load_calibration(setup, args.images, args.prune_seed)),
         macs=args.macs,
-        criterion=CRITERIA[name],
+        criterion=choose_criterion(CRITERIA, name, args.prune_seed),
         repair=None if args.repair == "none" else args.repair,
         images=None,
         seed=args.prune_seed,
@@ -85,59 +88,48 @@ def make(args: argparse.Namespace, setup: Setup, path: Path, name: str) -> None:
     ).save(path)
 
 
-def finetuned(
-    args: argparse.Namespace, setup: Setup, path: Path, what: dict[str, Any], how: str, key: str
-) -> dict[str, Any]:
-    """Fine-tune one pruned model in one way; its line."""
-    began = time.perf_counter()
-    dense, model = opened(setup), load(path).to(args.device)
-    refuse_lost_zeros(model, path)
-    before = agreement_on(model, dense.test)
-    recipe, augmentation = recipe_of(args), augmentation_of(args)
-    data, data_digest = open_training(setup.data, setup.root, dense.model, augmentation)
-    settings = {"how": how, **loss_named(args, how), "augmentation": asdict(augmentation)}
-    history = train(
-        model,
-        data,
-        recipe,
-        loss=loss_of(args, how, dense.model),
-        checkpoint=args.work / f"{key}.training",
-        identity={"key": key, **settings, "data_sha256": data_digest},
-        report=lambda line: print(f"{what['criterion']} {how}: {line}", flush=True),
-    )
-    after = agreement_on(model, dense.test)
-    described = files.describe(path)
-    files.save(args.work / f"{key}", model, recipe=described.recipe, config=described.data_config, overwrite=True)
-    example = dense.test[0].images[:1].to(preserve.device_of(model))
-    return plain(
-        {
-            **{"key": key, **setup_named(setup), **what, **settings, "recipe": asdict(recipe), "history": history},
-            **{"macs": sum(count_macs(model, example).values()), "params": parameters_of(model)},
-            **{"dense_macs": sum(count_macs(dense.model, example).values())},
-            **{"dense_accuracy": after.dense_accuracy, "accuracy_before": before.accuracy, "accuracy": after.accuracy},
-            **{"agreement_before": before.top1, "agreement": after.top1, "kl": after.kl, "eval_images": after.images},
-            **{"saved": key, "seconds": time.perf_counter() - began, "data_sha256": data_digest, **described_here()},
-            **provenance(recipe.seed, preserve.device_of(model)),
-        }
-    )
-
-
-def loss_named(args: argparse.Namespace, how: str) -> dict[str, float]:
-    """The numbers in a loss."""
-    if how == "plain":
-        return {"smoothing": args.smoothing}
-    return {"weight": args.weight, "temperature": args.temperature}
-
-
-def loss_of(args: argparse.Namespace, how: str, teacher: nn.Module) -> Loss:
+def make_loss(args: argparse.Namespace, how: str, teacher: nn.Module) -> Loss:
     """What is minimised."""
     if how == "plain":
         return cross_entropy(args.smoothing)
     return distillation(teacher, weight=args.weight, temperature=args.temperature)
 
 
+def describe(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> tuple[str, dict[str, Any]]:
+    """What a line is recognised by (a pruned model by its weights), and the settings of a training."""
+    numbers = ("smoothing",) if how == "plain" else ("weight", "temperature")
+    settings = {"how": how, **{name: getattr(args, name) for name in numbers}}
+    settings |= {"augmentation": asdict(read_augmentation(args)), "recipe": asdict(read_recipe(args))}
+    return key_of([setup.described(), files.describe(path).sha256, settings, args.eval_images]), settings
+
+
+def finetune(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> dict[str, Any]:
+    """Fine-tune one pruned model in one way; its line."""
+    began = time.perf_counter()
+    key, settings = describe(args, setup, path, how)
+    dense, model = load_dense(setup), load(path).to(args.device)
+    refuse_lost_zeros(model, path)
+    before = agreement_on(model, dense.test)
+    data = open_training(setup.data, setup.root, dense.model, read_augmentation(args))
+    loss = make_loss(args, how, dense.model)
+    history = train(model, data, read_recipe(args), loss, args.work / f"{key}.training", {"key": key})
+    after = agreement_on(model, dense.test)
+    described = files.describe(path)
+    files.save(args.work / key, model, recipe=described.recipe, config=described.data_config, overwrite=True)
+    example = dense.test[0].images[:1].to(preserve.device_of(model))
+    return {
+        **{"key": key, **setup.described(), **settings, "history": history, "saved": key},
+        **{"macs": sum(count_macs(model, example).values()), "params": parameters_of(model)},
+        **{"dense_macs": sum(count_macs(dense.model, example).values())},
+        **{"dense_accuracy": after.dense_accuracy, "accuracy_before": before.accuracy, "accuracy": after.accuracy},
+        **{"agreement_before": before.top1, "agreement": after.top1, "kl": after.kl, "eval_images": after.images},
+        **{"seconds": time.perf_counter() - began, **describe_call()},
+        **provenance(args.seed, preserve.device_of(model)),
+    }
+
+
 def refuse_lost_zeros(model: nn.Module, path: Path) -> None:
-    """Training would fill zeros that no mask holds; masks of torch.nn.utils.prune stay zero."""
+    """Refuse zeros that training would fill: those that no mask of torch.nn.utils.prune holds."""
     zeros = sum(int((p == 0).sum()) for name, p in model.named_parameters() if name.endswith("weight"))
     if zeros > 0.05 * parameters_of(model) and not masks_of(model):
         raise JBRError(
@@ -146,66 +138,57 @@ def refuse_lost_zeros(model: nn.Module, path: Path) -> None:
         )
 
 
-def key_of(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> str:
-    """What a line is recognised by; a pruned model by its weights."""
-    weights = files.describe(path).weights["sha256"]
-    settings = [asdict(recipe_of(args)), asdict(augmentation_of(args)), how, loss_named(args, how)]
-    return digest([setup_named(setup), weights, settings, args.eval_images])
-
-
 def is_done(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> bool:
     """Whether its line is there."""
     there = done(args.out, "how")
-    return path.exists() and key_of(args, setup, path, how) in there
+    return path.exists() and describe(args, setup, path, how)[0] in there
 
 
 def run(args: argparse.Namespace) -> int:
-    """Everything that is not in the file yet, and what failed there; returns how many failed.
+    """Make everything that is not in the file yet, and what failed there; return how many failed.
 
     Raises:
         JBRError: What was asked for is impossible for all of them.
     """
-    given = keywords(args.model_arg)
     places = {"weights": args.weights, "root": args.root, "eval_images": args.eval_images, "device": args.device}
-    setup = Setup.of(args.model, args.data, given, **places, workers=args.workers)
+    setup = make_setup(args.model, args.data, keywords(args.model_arg), **places, workers=args.workers)
     for name in args.criterion or ():
         if name not in CRITERIA:
             raise unknown("criterion", name, CRITERIA)
-    Budget.of(macs=args.macs)
-    wanted = list(product(models(args, setup), args.how))
+    ChannelOptions(macs=args.macs)  # refuses what is no share
+    wanted = list(product(list_models(args, setup), args.how))
     args.work.mkdir(parents=True, exist_ok=True)
     if not all(is_done(args, setup, path, how) for (path, _), how in wanted):
-        source = loaded(setup)[1]
+        source = load_setup(setup)[1]
         source.check_labels("training")
         source.check_counts(args.images if args.criterion else None, args.eval_images)
     mend(args.out)
-    return sum(not tried(args, setup, path, what, how) for (path, what), how in wanted)
+    return sum(not add_line(args, setup, path, what, how) for (path, what), how in wanted)
 
 
-def tried(args: argparse.Namespace, setup: Setup, path: Path, what: dict[str, Any], how: str) -> bool:
+def add_line(args: argparse.Namespace, setup: Setup, path: Path, what: dict[str, Any], how: str) -> bool:
     """Add the line of one model and one way, unless it is there; or one that says why there is none."""
-    key = digest([path.name, how, asdict(recipe_of(args))])  # of a failure before there is a pruned model
+    key = key_of([path.name, how, asdict(read_recipe(args))])  # of a failure before there is a pruned model
     try:
         if not path.exists():
             make(args, setup, path, what["criterion"])
         if is_done(args, setup, path, how):
             return True
-        key = key_of(args, setup, path, how)
-        line = finetuned(args, setup, path, what, how, key)
+        key = describe(args, setup, path, how)[0]
+        line = finetune(args, setup, path, how)
     except Exception as error:  # a loss that is NaN, a criterion that does not suit the model: the others go on
         if isinstance(error, ArgumentError) and not isinstance(error, BudgetError):
             raise  # of the training: it would fail for all
-        shared = {**setup_named(setup), **what, "how": how, **described_here()}
-        append(args.out, [plain({"key": key, **shared, "failed": reason(error)})])
-        print(f"{what['criterion']} {how}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return False
-    append(args.out, [line])
-    print(f"{what['criterion']} {how}: {line['accuracy_before']:.4f} -> {line['accuracy']:.4f}", flush=True)
-    return True
+        line = {"key": key, **setup.described(), "how": how, **describe_call(), "failed": describe_failure(error)}
+    append(args.out, [plain(what | line)])
+    failed = line.get("failed")
+    result = failed or f"{line['accuracy_before']:.4f} -> {line['accuracy']:.4f}"
+    print(f"{what['criterion']} {how}: {result}", file=sys.stderr if failed else sys.stdout, flush=True)
+    return not failed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="timm name of the dense model")
     parser.add_argument("--weights", default="pretrained", help="pretrained, trained (on digits) or a file")
     parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
@@ -218,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=512, help="calibration images when pruning")
     parser.add_argument("--repair", default="auto", help="when pruning: auto, none, or a method")
     parser.add_argument("--prune-seed", type=int, default=0)
-    parser.add_argument("--how", nargs="+", choices=HOW, default=["plain"])
+    parser.add_argument("--how", nargs="+", choices=["plain", "distil"], default=["plain"])
     parser.add_argument("--smoothing", type=float, default=0.0, help="of labels, plain")
     parser.add_argument("--weight", type=float, default=0.5, help="of the teacher, in distillation")
     parser.add_argument("--temperature", type=float, default=2.0, help="in distillation")
@@ -229,11 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
     add_training_arguments(parser, lr=0.02)
     args = parser.parse_args(argv)
-    try:
+    with exit_on_error("finetune.py"):
         use_threads(args.threads)
         number = run(args)
-    except JBRError as error:
-        raise SystemExit(f"finetune.py: {error}") from error
     if number:
         raise SystemExit(f"finetune.py: {number} failed; {args.out} says why.")
 

@@ -2,14 +2,15 @@
 
     python scripts/fuzz_checkpoints.py --trials 1000 --out results/fuzz.jsonl
 
-One line per kind of damage (`mutations.py`): tried, refused, loaded right, wrong, and the slowest load. Trials run in a
-child process with little memory and time, which watches for programs that are started, connections, unpickling and
-files opened for writing. ``unaccounted`` are errors of this script itself.
+One line per kind of damage (in the bytes, in the description, in the tensors, on the disk): tried, refused, loaded
+right, wrong, and the slowest load. Trials run in a child process with little memory and time, which watches for
+programs that are started, connections, unpickling and files opened for writing. ``unaccounted`` are errors of this
+script itself.
 """
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import json
 import os
 import random
@@ -21,25 +22,257 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mutations
 import torch
-from common import append, commit
+from common import append, commit, make_parser
 from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
 
 import jbrprune
 from jbrprune.checkpoint.checkpoint import DESCRIPTION, WEIGHTS, load, save
+from jbrprune.checkpoint.description import checksum
 from jbrprune.errors import CheckpointError
-from jbrprune.evaluation.portions import is_out_of_memory
 
 MEMORY, SECONDS = 1 << 30, 60
 SMALL_SWIN: dict[str, Any] = {"window_size": 4, "embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4]}
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "socket.connect", "pickle.find_class")
 FORBIDDEN_DONE = 99
 OUTCOMES = ("refused", "right", "wrong", "unaccounted")
+
+# --- damage ----------------------------------------------------------------------------------------
+
+WILD: list[Any] = [
+    *(None, True, -1, 0, 1, 3, 2**20, 2**31, 2**40, 2**63, 10**400, 0.5, -0.0, 1e308, "", "x" * 5000),
+    *([], {}, [[]], [2**40, 2**40], {"": ""}, "\ud7ff", "__class__", "resnet18", "hf-hub:a/b", "local-dir:/tmp"),
+    *("../../etc/passwd", [[[[[[[[[[1]]]]]]]]]]),
+]
+ARGUMENTS: dict[str, list[Any]] = {
+    "embed_dim": [2**20, 10**6, 0, -4, 12],
+    "depth": [10**6, 2**20, 10**4, 0, -1],
+    "img_size": [2**20, [2**15, 2**15], 0, [32], 64],
+    "patch_size": [1, 0, -1, 10**6],
+    "window_size": [64, 512, 2**12, 2**20, 0],
+    "num_classes": [2**20, -5, 0],
+    "mlp_ratio": [1e6, -1, 0],
+    "num_heads": [0, 2**20, 7],
+    "in_chans": [2**20, 0],
+    "pretrained": [True],
+    "checkpoint_path": ["/etc/passwd"],
+    "pretrained_cfg": [{"file": "/etc/passwd"}],
+    "pretrained_cfg_overlay": [{"file": "/etc/passwd"}, {"url": "http://localhost/x"}, {"custom_load": True}],
+    "norm_layer": ["os.system"],
+    "drop_path_rate": [1e9, "x"],
+    "cache_dir": ["/tmp"],
+    "scriptable": [True],
+    "features_only": [True],
+}
+NAMES = [
+    *("resnet18", "vit_giant_patch14_224", "eva_giant_patch14_560", "hf-hub:a/b", "local-dir:/tmp", "/etc/passwd"),
+    *("", "x"),
+]
+
+
+class Case:
+    """A checkpoint in memory, to be changed.
+
+    Attributes:
+        data: The file of the weights.
+        body: The description.
+        text: What stands in the place of the description; None: the description.
+        source: Chooses the damage.
+    """
+
+    def __init__(self, directory: Path, source: random.Random) -> None:
+        self.data = (directory / WEIGHTS).read_bytes()
+        self.body: dict[str, Any] = json.loads((directory / DESCRIPTION).read_text())
+        self.source = source
+        self.text: bytes | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is in the file, always in the same order."""
+        return dict(sorted(load_bytes(self.data).items()))
+
+    def sum_anew(self, weights: bool = True) -> None:
+        """Compute both sums anew, as somebody would who knows how."""
+        if weights:
+            self.body["weights"] = {"bytes": len(self.data), "sha256": hashlib.sha256(self.data).hexdigest()}
+        self.body.pop("sha256", None)
+        try:
+            self.body["sha256"] = checksum(self.body)
+        except (TypeError, ValueError):
+            self.body["sha256"] = "0" * 64
+
+    def write(self, directory: Path) -> None:
+        """Write both files."""
+        (directory / WEIGHTS).write_bytes(self.data)
+        text = json.dumps(self.body).encode("utf-8", "surrogatepass") if self.text is None else self.text
+        (directory / DESCRIPTION).write_bytes(text)
+
+    def some(self, items: Any) -> Any:
+        """One of them."""
+        return self.source.choice(list(items))
+
+    def half(self) -> bool:
+        """True in half of the cases."""
+        return self.source.random() < 0.5
+
+
+def _flip_bit(data: bytes, source: random.Random, first: int = 0) -> bytes:
+    at = source.randrange(first, len(data))
+    return data[:at] + bytes([data[at] ^ 1 << source.randrange(8)]) + data[at + 1 :]
+
+
+def flip(case: Case) -> None:
+    if case.half():
+        case.data = _flip_bit(case.data, case.source)
+    else:
+        case.text = _flip_bit(json.dumps(case.body).encode(), case.source)
+
+
+def flip_summed(case: Case) -> None:
+    header = int.from_bytes(case.data[:8], "little") + 8
+    if case.half():
+        case.data = _flip_bit(case.data[:header], case.source) + case.data[header:]
+    else:
+        case.data = _flip_bit(case.data, case.source, header)
+    case.sum_anew()
+
+
+def truncate(case: Case) -> None:
+    if case.half():
+        case.data = case.data[: case.source.randrange(len(case.data))]
+        if case.half():
+            case.sum_anew()
+    else:
+        text = json.dumps(case.body).encode()
+        case.text = text[: case.source.randrange(len(text))]
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, item in items for place in ((value, key), *_places(item))]
+
+
+def wild_json(case: Case) -> None:
+    for _ in range(case.source.randrange(1, 4)):
+        holder, key = case.some(_places(case.body))
+        holder[key] = case.some(WILD)
+    case.sum_anew(weights=False)
+
+
+def huge_shapes(case: Case) -> None:
+    info = case.some(case.body["tensors"].values())
+    info["shape"] = [case.some([2**20, 2**31, 2**40, 2**62, 10**30]) for _ in range(case.source.randrange(1, 9))]
+    if "values" in info and case.half():
+        info["values"] = case.some([0, 2**40, 10**18])
+    case.sum_anew()
+
+
+def recipes(case: Case) -> None:
+    recipe = case.body["recipe"]
+    if case.source.random() < 0.3:
+        recipe["name"] = case.some(NAMES)
+    for _ in range(case.source.randrange(0, 3)):
+        name = case.some(ARGUMENTS)
+        recipe["arguments"][name] = case.some(ARGUMENTS[name])
+    case.sum_anew()
+
+
+def attributes(case: Case) -> None:
+    module = case.some([name for name, values in case.body["attributes"].items() if values])
+    values = case.body["attributes"][module]
+    values[case.some([*values, "forward", "__class__", "training", "weight"])] = case.some([*WILD, 2, 7])
+    case.sum_anew()
+
+
+def tensors(case: Case) -> None:
+    """Extra, missing, renamed, reshaped, of another dtype; sometimes the description is changed as well."""
+    found, listed = case.tensors(), case.body["tensors"]
+    name = case.some(found)
+    how, described = case.source.randrange(6), name in listed and case.half()
+    if how == 0:
+        found[case.some(["extra", "../x", "a.b.c", f"{name}.bitmap"])] = torch.zeros(3)
+    elif how == 1:
+        del found[name]
+        if described:
+            del listed[name]
+    elif how == 2:
+        found[f"{name}_"] = found.pop(name)
+        if described:
+            listed[f"{name}_"] = listed.pop(name)
+    elif how == 3:
+        found[name] = found[name].to(case.some([torch.float64, torch.float16, torch.int8, torch.bool]))
+        if described:
+            listed[name]["dtype"] = str(found[name].dtype).removeprefix("torch.")
+    elif how == 4:
+        found[name] = torch.cat([found[name].flatten(), torch.zeros(1).to(found[name])])
+    else:
+        found[name] = found[name].clone()
+        found[name].view(-1)[:1] = float("nan") if found[name].is_floating_point() else 1  # some hold nothing
+    case.data = save_bytes(found)
+    case.sum_anew()
+
+
+def aliases(case: Case) -> None:
+    names = list(case.body["tensors"])
+    case.body["aliases"][case.some([*names, "x", "", "head.weight"])] = case.some([*names, "x", None, 3])
+    if case.half():
+        case.body["tensors"].pop(case.some(names))
+    case.sum_anew()
+
+
+def nothing(case: Case) -> None:
+    """Only the spaces: loads right."""
+    case.text = json.dumps(case.body, indent=case.source.randrange(4)).encode()
+
+
+def _on_disk(directory: Path, source: random.Random) -> None:
+    """Links, directories, pipes and pickles where a file should be."""
+    path, outside = directory / source.choice([WEIGHTS, DESCRIPTION]), directory.parent / "outside"
+    outside.write_bytes(path.read_bytes())
+    path.unlink()
+    how = source.randrange(6)
+    if how == 3:
+        path.mkdir()
+    elif how == 4:
+        os.mkfifo(path)
+    elif how == 5:
+        path.write_bytes(b"\x80\x04cos\nsystem\n(S'touch /tmp/fuzzed'\ntR.")
+    else:
+        path.symlink_to(("/etc/passwd", outside, path.name)[how])
+
+
+KINDS: dict[str, Callable[[Case], None]] = {
+    function.__name__: function
+    for function in (
+        *(flip, flip_summed, truncate, wild_json, huge_shapes, recipes, attributes, tensors, aliases, nothing),
+    )
+}
+ALL = (*KINDS, "paths")
+
+
+def mutate(base: Path, directory: Path, kind: str, source: random.Random) -> None:
+    """Write a damaged copy of a saved model.
+
+    Args:
+        base: The saved model.
+        directory: Where to; exists and is empty.
+        kind: One of `ALL`.
+        source: Chooses the damage.
+    """
+    case = Case(base, source)
+    if kind in KINDS:
+        KINDS[kind](case)
+    case.write(directory)
+    if kind == "paths":
+        _on_disk(directory, source)
+
+
+# --- trials ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,57 +293,55 @@ class Trial:
     seed: int
 
 
-def made(folder: Path) -> list[Path]:
+def make_bases(folder: Path) -> list[Path]:
     """Real ones: a ViT, a ResNet and a Swin (tables of positions) with channels removed; a ViT with masked weights."""
     torch.manual_seed(0)
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     quick: dict[str, Any] = {"repair": None, "progress": False}
-    found = []
-    sized = {"img_size": 32}
-    for name, made_with, call, budget in (
-        ("test_vit", sized, jbrprune.prune, {"macs": 0.8, "steps": 1}),
+    small, found = {"img_size": 32}, []
+    for name, arguments, call, budget in (
+        ("test_vit", small, jbrprune.prune, {"macs": 0.8, "steps": 1}),
         ("test_resnet", {}, jbrprune.prune, {"macs": 0.8, "steps": 1}),
-        ("test_vit", sized, jbrprune.sparsify, {"sparsity": 0.7, "permanent": False}),
-        ("swin_tiny_patch4_window7_224", sized | SMALL_SWIN, jbrprune.prune, {"macs": 0.9, "steps": 1}),
+        ("test_vit", small, jbrprune.sparsify, {"sparsity": 0.7, "permanent": False}),
+        ("swin_tiny_patch4_window7_224", small | SMALL_SWIN, jbrprune.prune, {"macs": 0.9, "steps": 1}),
     ):
-        result = call(jbrprune.create(name, pretrained=False, **made_with), images, **quick, **budget)
-        path = folder / f"base-{len(found)}"
-        save(path, result.model, recipe=result.recipe, config=result.config)
-        found.append(path)
+        result = call(jbrprune.create(name, pretrained=False, **arguments), images, **quick, **budget)
+        found.append(folder / f"base-{len(found)}")
+        save(found[-1], result.model, recipe=result.recipe, config=result.config)
     return found
 
 
-def tried(base: Path, folder: Path, trial: Trial) -> Outcome:
+def try_once(base: Path, folder: Path, trial: Trial) -> Outcome:
     """Damage a copy, load it, and judge."""
     directory = folder / "m"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    mutations.mutate(base, directory, trial.kind, random.Random(trial.seed))
+    mutate(base, directory, trial.kind, random.Random(trial.seed))
     began = time.perf_counter()
     try:
         model = load(directory)
     except CheckpointError as error:
         seconds = time.perf_counter() - began
-        if is_out_of_memory(error.__cause__ or error):  # with more memory it would have been taken
-            return Outcome("wrong", f"asked for too much memory: {error}"[:900], seconds)
+        cause = error.__cause__ or error
+        if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):
+            return Outcome("wrong", f"asked for too much memory: {error}"[:900], seconds)  # more would have been taken
         if len(str(error)) > 20:
             return Outcome("refused", seconds=seconds)
         return Outcome("wrong", f"says only {error}", seconds)
     except BaseException:
         return Outcome("wrong", traceback.format_exc()[-900:], time.perf_counter() - began)
     seconds = time.perf_counter() - began
-    why = difference(model, directory)
+    why = find_difference(model, directory)
     return Outcome("wrong" if why else "right", why, seconds)
 
 
-def difference(model: torch.nn.Module, directory: Path) -> str:
+def find_difference(model: torch.nn.Module, directory: Path) -> str:
     """Which tensor or size is not the one in the files, decoded here by other means; nothing if all are."""
     stored = load_bytes((directory / WEIGHTS).read_bytes())
     body = json.loads((directory / DESCRIPTION).read_text())
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, origin in ({n: n for n in body["tensors"]} | body["aliases"]).items():
-        info = body["tensors"][origin]
-        values = stored[origin]
+        info, values = body["tensors"][origin], stored[origin]
         if info.get("values") is not None:
             bits = [stored[f"{origin}.bitmap"].to(torch.int64) >> b & 1 for b in range(8)]
             by_bit = torch.stack(bits, 1).flatten()[: int(torch.tensor(info["shape"]).prod())].bool()
@@ -120,7 +351,8 @@ def difference(model: torch.nn.Module, directory: Path) -> str:
         found = state.get(f"{name}_orig", state.get(name))
         if found is None or found.shape != values.shape or found.dtype != values.dtype:
             return f"{name} has another form than in the file"
-        if _bytes(found) != _bytes(values):
+        one, other = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (found, values))
+        if not torch.equal(one, other):  # bit by bit: NaN as well
             return f"{name} has other values than in the file"
     modules = dict(model.named_modules())
     for name, sizes in body["attributes"].items():
@@ -131,11 +363,7 @@ def difference(model: torch.nn.Module, directory: Path) -> str:
     return ""
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def guarded(base: Path, folder: Path, trials: list[Trial]) -> list[Outcome]:
+def try_guarded(base: Path, folder: Path, trials: list[Trial]) -> list[Outcome]:
     """The trials in a child process; one that ends it is wrong, and the next one starts another."""
     outcomes: list[Outcome] = []
     while len(outcomes) < len(trials):
@@ -145,37 +373,34 @@ def guarded(base: Path, folder: Path, trials: list[Trial]) -> list[Outcome]:
             child = os.fork()
         if child == 0:
             os.close(reader)
-            _child(base, folder, trials[len(outcomes) :], writer)
+            _try_in_child(base, folder, trials[len(outcomes) :], writer)
         os.close(writer)
         with os.fdopen(reader) as file:
             outcomes += [Outcome(**json.loads(line)) for line in file]
         status = os.waitpid(child, 0)[1]
         if len(outcomes) < len(trials):
-            outcomes.append(Outcome("wrong", _ended(status)))
+            why = f"the process ended with status {status}"
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+                why = f"took longer than {SECONDS} s"
+            elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == FORBIDDEN_DONE:
+                why = f"did one of {', '.join(FORBIDDEN)}, or opened a file for writing"
+            outcomes.append(Outcome("wrong", why))
     return outcomes
 
 
-def _child(base: Path, folder: Path, trials: list[Trial], writer: int) -> None:
+def _try_in_child(base: Path, folder: Path, trials: list[Trial], writer: int) -> None:
     """Write an outcome per line; never returns."""
     try:
         _watch(folder)
         for trial in trials:
             signal.alarm(SECONDS)
             try:
-                outcome = tried(base, folder, trial)
+                outcome = try_once(base, folder, trial)
             except BaseException:
                 outcome = Outcome("unaccounted", traceback.format_exc()[-900:])
             os.write(writer, (json.dumps(vars(outcome)) + "\n").encode())
     finally:
         os._exit(0)
-
-
-def _ended(status: int) -> str:
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-        return f"took longer than {SECONDS} s"
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == FORBIDDEN_DONE:
-        return f"did one of {', '.join(FORBIDDEN)}, or opened a file for writing"
-    return f"the process ended with status {status}"
 
 
 def _watch(folder: Path) -> None:
@@ -187,31 +412,25 @@ def _watch(folder: Path) -> None:
 
     def hook(event: str, arguments: tuple) -> None:
         writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-        outside = writes and not str(arguments[0]).startswith(str(folder))
-        if outside or event in FORBIDDEN:
+        if event in FORBIDDEN or (writes and not str(arguments[0]).startswith(str(folder))):
             os._exit(FORBIDDEN_DONE)
 
     sys.addaudithook(hook)
 
 
-def planned(trials: int, bases: int, seed: int) -> list[Trial]:
-    """Every kind of damage to every model in turn."""
-    kinds = mutations.ALL
-    return [Trial(number % bases, kinds[number % len(kinds)], seed + number) for number in range(trials)]
-
-
 def run(trials: int, seed: int, folder: Path) -> list[tuple[Trial, Outcome]]:
-    """Every trial with its outcome."""
-    bases = made(folder)
+    """Every kind of damage to every model in turn, with its outcome."""
+    bases = make_bases(folder)
+    planned = [Trial(number % len(bases), ALL[number % len(ALL)], seed + number) for number in range(trials)]
     found = []
     for number, base in enumerate(bases):
-        mine = [trial for trial in planned(trials, len(bases), seed) if trial.base == number]
+        mine = [trial for trial in planned if trial.base == number]
         load(base)  # what is imported lazily is imported
-        found += zip(mine, guarded(base, folder, mine), strict=True)
+        found += zip(mine, try_guarded(base, folder, mine), strict=True)
     return found
 
 
-def counted(kind: str, outcomes: list[Outcome]) -> dict[str, Any]:
+def count(kind: str, outcomes: list[Outcome]) -> dict[str, Any]:
     """A line of the results."""
     counts = {what: sum(outcome.what == what for outcome in outcomes) for what in OUTCOMES}
     slowest = max(outcome.seconds for outcome in outcomes)
@@ -219,24 +438,24 @@ def counted(kind: str, outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="file of JSON lines, added to")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = run(options.trials, options.seed, Path(folder))
+        found = run(args.trials, args.seed, Path(folder))
     for trial, outcome in found:
         if outcome.why:
             print(f"{trial}: {outcome.what}: {outcome.why}", file=sys.stderr)
     kinds = dict.fromkeys(trial.kind for trial, _ in found)
-    lines = [counted(kind, [outcome for trial, outcome in found if trial.kind == kind]) for kind in kinds]
-    whole = counted("all", [outcome for _, outcome in found])
-    lines.append(whole | {"seed": options.seed, "commit": commit(), "torch": torch.__version__})
-    for line in lines:
+    made = [count(kind, [outcome for trial, outcome in found if trial.kind == kind]) for kind in kinds]
+    whole = count("all", [outcome for _, outcome in found])
+    made.append(whole | {"seed": args.seed, "commit": commit(), "torch": torch.__version__})
+    for line in made:
         print(json.dumps(line))
-    if options.out:
-        append(options.out, lines)
+    if args.out:
+        append(args.out, made)
     sys.exit(1 if whole["wrong"] + whole["unaccounted"] else 0)
 
 

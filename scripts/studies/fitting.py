@@ -22,7 +22,7 @@ from jbrprune.models.preserve import evaluating, same_randomness
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from fashion_mnist import fashion_mnist
+from sources import fashion_mnist
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 TIMM: dict[str, tuple[str, dict[str, Any]]] = {"resnet": ("test_resnet", {}), "vit": ("test_vit", {"img_size": 32})}

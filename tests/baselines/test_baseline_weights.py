@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from baselines.weights import WEIGHT_CRITERIA
+import jbrprune
+from baselines import WEIGHT_CRITERIA
+from jbrprune.criteria.relevance import Relevance
+from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError
+from jbrprune.sparsity.masks import weights_of
 
 IMAGES = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -22,6 +26,13 @@ BATCHES = [Batch(IMAGES[:4], LABELS[:4]), Batch(IMAGES[4:], LABELS[4:])]
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)).double().eval()
+
+
+def scored(name: str, model: nn.Module, data: list[Batch] = BATCHES, **options: int) -> dict[str, Tensor]:
+    criterion = replace(WEIGHT_CRITERIA[name], **options) if options else WEIGHT_CRITERIA[name]  # type: ignore[type-var]
+    if isinstance(criterion, Relevance):
+        return weight_scores(model, data, criterion).values()
+    return criterion(model, data, list(weights_of(model)))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -47,10 +58,10 @@ def lamp(weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["magnitude", "lamp", "snip", "fisher"])
 def test_against_a_twin(name: str) -> None:
     model = net()
-    scores = WEIGHT_CRITERIA[name](model, BATCHES)
+    scores = scored(name, model)
     g = gradients(net())
-    assert scores.values().keys() == g.keys()
-    for key, value in scores.values().items():
+    assert scores.keys() == g.keys()
+    for key, value in scores.items():
         weight = model.get_parameter(key).detach()
         expected = {
             "magnitude": lambda w, key=key: w.abs(),
@@ -64,15 +75,15 @@ def test_against_a_twin(name: str) -> None:
 def test_equal_weights_share_the_score_of_lamp() -> None:
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
     model[0].weight.data = torch.tensor([[1.0, -1.0, 2.0, 0.0]])
-    found = WEIGHT_CRITERIA["lamp"](model, ())["0.weight"]
+    found = scored("lamp", model)["0.weight"]
     assert found.tolist() == [[1 / 6, 1 / 6, 1.0, 0.0]]
     model[0].weight.data.zero_()
-    assert not WEIGHT_CRITERIA["lamp"](model, ())["0.weight"].any()
+    assert not scored("lamp", model)["0.weight"].any()
 
 
 def test_random_is_uniform_and_follows_the_seed() -> None:
     model = nn.Sequential(nn.Linear(100, 50))
-    one, same, other = (WEIGHT_CRITERIA["random"](model, (), seed=seed)["0.weight"] for seed in (1, 1, 2))
+    one, same, other = (scored("random", model, seed=seed)["0.weight"] for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert 0 <= one.min() < 0.01 < 0.99 < one.max() < 1
@@ -83,27 +94,20 @@ def test_masked_weights_have_the_least_magnitude() -> None:
     model = net()
     prune.custom_from_mask(model[3], "weight", torch.rand(3, 16) > 0.5)  # type: ignore[index]
     for name in ("magnitude", "lamp"):
-        found = WEIGHT_CRITERIA[name](model, ())["3.weight"]
+        found = scored(name, model)["3.weight"]
         assert torch.equal(found == 0, model[3].weight_mask == 0)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("name", WEIGHT_CRITERIA)
-def test_all_have_one_form(name: str) -> None:
-    """What `sparsify(criterion=)` calls; ignored layers have no scores."""
-    assert list(inspect.signature(WEIGHT_CRITERIA[name]).parameters) == [
-        "model",
-        "batches",
-        "names",
-        "ignore",
-        "seed",
-        "progress",
-    ]
-    scores = WEIGHT_CRITERIA[name](net(), BATCHES, ignore=["0"], seed=3, progress=False)
-    assert list(scores.sums) == ["3.weight"]
-    assert scores.settings.site == "weight"
+def test_all_prune(name: str) -> None:
+    """Ignored layers keep their weights."""
+    options = {"sparsity": 0.5, "ignore": ["0"], "repair": None, "progress": False, "batch_size": 4}
+    result = jbrprune.sparsify(net(), BATCHES, criterion=WEIGHT_CRITERIA[name], **options)  # type: ignore[arg-type]
+    zeros = {key: (parameter == 0).double().mean() for key, parameter in result.model.named_parameters()}
+    assert (zeros["0.weight"], zeros["3.weight"]) == (0, 0.5)
 
 
 @pytest.mark.parametrize("name", ["snip", "fisher"])
 def test_labels_are_needed(name: str) -> None:
     with pytest.raises(DataError, match="needs labels"):
-        WEIGHT_CRITERIA[name](net(), [Batch(IMAGES)])
+        scored(name, net(), [Batch(IMAGES)])

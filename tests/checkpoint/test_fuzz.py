@@ -13,21 +13,20 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import fuzz_checkpoints as fuzz
-import mutations
 
 from jbrprune.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return fuzz.made(tmp_path_factory.mktemp("bases"))
+    return fuzz.make_bases(tmp_path_factory.mktemp("bases"))
 
 
 def test_mutated_checkpoints_are_refused_or_load_right(tmp_path: Path) -> None:
-    found = fuzz.run(4 * len(mutations.ALL), 10_000, tmp_path)
+    found = fuzz.run(4 * len(fuzz.ALL), 10_000, tmp_path)
     assert [(trial, outcome) for trial, outcome in found if outcome.why] == []
-    by_kind = {kind: [o.what for t, o in found if t.kind == kind] for kind in mutations.ALL}
-    assert {kind: len(outcomes) for kind, outcomes in by_kind.items()} == dict.fromkeys(mutations.ALL, 4)
+    by_kind = {kind: [o.what for t, o in found if t.kind == kind] for kind in fuzz.ALL}
+    assert {kind: len(outcomes) for kind, outcomes in by_kind.items()} == dict.fromkeys(fuzz.ALL, 4)
     assert by_kind["nothing"] == ["right"] * 4
     assert {*by_kind["flip"], *by_kind["truncate"], *by_kind["huge_shapes"]} == {"refused"}
 
@@ -41,19 +40,19 @@ class Last(random.Random):
 
 def test_tensors_that_hold_nothing_can_be_mutated(bases: list[Path], tmp_path: Path) -> None:
     """All of their weights are masked, or zero."""
-    case = mutations.Case(bases[2], Last())
+    case = fuzz.Case(bases[2], Last())
     empty = [name for name, tensor in case.tensors().items() if not tensor.numel()]
     case.some = lambda items: empty[0]
-    mutations.tensors(case)
+    fuzz.tensors(case)
     case.write(tmp_path)
-    assert fuzz.difference(fuzz.load(tmp_path), tmp_path) == ""
+    assert fuzz.find_difference(fuzz.load(tmp_path), tmp_path) == ""
 
 
 def enlarged(base: Path, directory: Path, arguments: dict[str, int]) -> Path:
     """A copy with other arguments in its recipe."""
-    case = mutations.Case(base, random.Random(0))
+    case = fuzz.Case(base, random.Random(0))
     case.body["recipe"]["arguments"].update(arguments)
-    case.summed()
+    case.sum_anew()
     directory.mkdir()
     case.write(directory)
     return directory
@@ -74,7 +73,7 @@ def test_a_large_recipe_takes_no_memory(
 ) -> None:
     """The dense model would take up to 26 TB; the child process has 1 GB."""
     directory = enlarged(bases[base], tmp_path / "base", arguments)
-    assert fuzz.guarded(directory, tmp_path, [fuzz.Trial(0, "nothing", 0)])[0].why == ""
+    assert fuzz.try_guarded(directory, tmp_path, [fuzz.Trial(0, "nothing", 0)])[0].why == ""
 
 
 def test_the_judge_finds_fault(bases: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +81,7 @@ def test_the_judge_finds_fault(bases: list[Path], tmp_path: Path, monkeypatch: p
 
     def outcome(load: object) -> fuzz.Outcome:
         monkeypatch.setattr(fuzz, "load", load)
-        return fuzz.guarded(bases[0], tmp_path, [trial])[0]
+        return fuzz.try_guarded(bases[0], tmp_path, [trial])[0]
 
     def changed(directory: Path) -> nn.Module:
         model = real(directory)
@@ -109,5 +108,5 @@ def test_the_judge_finds_fault(bases: list[Path], tmp_path: Path, monkeypatch: p
     assert outcome(writing).why.endswith("opened a file for writing")
     assert outcome(lambda directory: fuzz.os._exit(3)).why == "the process ended with status 768"
     assert outcome(lambda directory: nn.Module()).what == "wrong"
-    monkeypatch.setattr(mutations, "mutate", fails(KeyError("mine")))
+    monkeypatch.setattr(fuzz, "mutate", fails(KeyError("mine")))
     assert outcome(real).what == "unaccounted"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as masking
 
-from baselines.weights import magnitude
+from baselines.single_weights import magnitude
 from jbrprune import WeightScores, sparsify, sweep
 from jbrprune.criteria.scores import Settings
 from jbrprune.errors import ArgumentError, ModelError

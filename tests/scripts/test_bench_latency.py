@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from pathlib import Path
 
+import bench_latency
+import common
 import pytest
 import torch
 from torch import nn
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-import bench_latency
-import common
 
 SETTING = "macs=0.5, round_to=1"
 
 
 def row(threads: int, speedup: float) -> dict:
     facts = {"model": "net", "setting": SETTING, "mode": "eager", "batch": 1, "round_to": 1, "macs": 0.5, "spread": 0.0}
-    return {**bench_latency.machine(torch.device("cpu")), **facts, "threads": threads, "speedup": speedup}
+    return {**bench_latency.describe_place(torch.device("cpu"), threads), **facts, "speedup": speedup}
 
 
 def test_every_number_of_threads_has_a_table_of_its_own() -> None:
@@ -37,8 +33,8 @@ def test_only_what_was_measured_here_is_done(
     out = tmp_path / "lines.jsonl"
     common.append(out, [row(threads, 1.5)])
     monkeypatch.setattr(bench_latency.timm, "create_model", lambda name: nn.Conv2d(3, 4, 1))
-    monkeypatch.setattr(bench_latency, "pruned", lambda dense, *_: (dense, {}))
-    monkeypatch.setattr(bench_latency, "measured", lambda *_: {})
-    options = {"models": ["net"], "settings": [SETTING], "modes": ["eager"], "batch_sizes": [1], "seconds": 1}
-    found = list(bench_latency.run(Namespace(**options, threads=1, device="cpu", steps=1, out=out)))
+    monkeypatch.setattr(bench_latency, "prune_once", lambda dense, *_: (dense, {}))
+    monkeypatch.setattr(bench_latency, "measure", lambda *_: {})
+    options = {"models": ["net"], "settings": [SETTING], "modes": ["eager"], "batch_sizes": [1], "seconds": 1.0}
+    found = list(bench_latency.run(Namespace(**options, threads=1, device="cpu", out=out)))
     assert len(found) == left

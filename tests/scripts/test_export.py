@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import export
 
@@ -20,8 +17,8 @@ import jbrprune
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export") / "pruned"
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    options = {"pretrained": False, "progress": False, "num_classes": 4}
-    jbrprune.prune("test_resnet", images, macs=0.8, steps=1, repair=None, **options).save(path)
+    model = jbrprune.create("test_resnet", pretrained=False, num_classes=4)
+    jbrprune.prune(model, images, macs=0.8, steps=1, repair=None, progress=False).save(path)
     return path
 
 

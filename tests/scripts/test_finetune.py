@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import common
 import export
 import finetune
+import pytest
 import sources
+import torch
 
 import jbrprune
 from jbrprune.demo import digits, train_digits
@@ -89,7 +85,7 @@ def test_saved_models_are_taken(done: Path, tmp_path: Path) -> None:
 def test_zeros_that_training_would_fill_are_refused(tmp_path: Path) -> None:
     images = digits()[0][:64]
     how = {"sparsity": 0.5, "repair": None, "progress": False}
-    jbrprune.prune(train_digits(name="test_resnet", epochs=1), images, **how).save(tmp_path / "sparse")  # type: ignore[arg-type]
+    jbrprune.sparsify(train_digits(name="test_resnet", epochs=1), images, **how).save(tmp_path / "sparse")  # type: ignore[arg-type]
     places = ["--work", str(tmp_path / "w"), "--out", str(tmp_path / "l")]
     with pytest.raises(SystemExit, match="1 failed"):
         finetune.main([*SETUP, "--pruned", str(tmp_path / "sparse"), *TRAINING, *places])
@@ -103,7 +99,7 @@ def test_what_fails_does_not_stop_the_others(
     """A criterion that cannot rank, then a loss that is NaN; the next call makes what is missing, and nothing twice."""
     work = tmp_path / "work"
     shutil.copytree(next((done / "runs").glob("l1-*")), work / "runs" / next((done / "runs").glob("l1-*")).name)
-    real = finetune.loss_of
+    real = finetune.make_loss
 
     def nan(args: object, how: str, teacher: torch.nn.Module) -> Callable:
         return (lambda logits, *_: logits.sum() * torch.nan) if how == "plain" else real(args, how, teacher)
@@ -111,7 +107,7 @@ def test_what_fails_does_not_stop_the_others(
     def cannot(*_: object, **__: object) -> None:
         raise ModelError("it cannot rank this")
 
-    monkeypatch.setattr(finetune, "loss_of", nan)
+    monkeypatch.setattr(finetune, "make_loss", nan)
     monkeypatch.setitem(finetune.CRITERIA, "taylor", cannot)
     with pytest.raises(SystemExit, match="3 failed") as stopped:
         finetune.main(_arguments(work))
@@ -138,7 +134,7 @@ def test_what_fails_does_not_stop_the_others(
         (["--images", "1298"], "digits has 1297 images for calibration"),
         (["--macs", "1.5"], "macs must satisfy"),
         (["--threads", "0"], "threads must be at least 1"),
-        (["--device", "nonsense"], "Devices here: cpu"),
+        (["--device", "nonsense"], "--device 'nonsense' cannot be used"),
         (["--weights", "random", "--data", "photographs"], "'photographs' have no labels, which training needs"),
     ],
 )

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import bench_cost
+import common
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-import bench_criteria
-import common
-
-from baselines import CRITERIA
 from jbrprune.data.batches import Batch
 
 TINY = ["--model", "test_resnet", "--model-arg", "zero_init_last=false", "--data", "digits", "--images", "8"]
@@ -27,7 +23,7 @@ def test_the_yardstick_is_a_whole_training_step(fingerprint) -> None:
     handles = [module.weight.register_hook(seen.append) for module in (model[1], model[3])]
     batches = [Batch(torch.randn(2, 1, 2, 2), torch.tensor([0, 1])), Batch(torch.randn(1, 1, 2, 2), torch.tensor([1]))]
     before = fingerprint(model)
-    bench_criteria.training(model, batches)
+    bench_cost.train_once(model, batches)
     assert sorted(tuple(gradient.shape) for gradient in seen) == [(2, 3), (2, 3), (3, 4), (3, 4)]  # two batches
     assert fingerprint(model) == before
     for handle in handles:
@@ -39,28 +35,42 @@ def test_the_yardstick_runs_where_the_model_is() -> None:
     seen: list[torch.device] = []
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, device="meta"))
     model[0].register_forward_hook(lambda module, args, output: seen.append(output.device))
-    bench_criteria.training(model, [Batch(torch.randn(2, 1, 2, 2), torch.tensor([0, 1]))])
+    bench_cost.train_once(model, [Batch(torch.randn(2, 1, 2, 2), torch.tensor([0, 1]))])
     assert seen == [torch.device("meta")]
 
 
 def test_ratios_are_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rounds, the second on a machine that is twice as slow, the yardstick drifting within each."""
-    model, batches = nn.Linear(1, 1), [Batch(torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long))]
     clock = iter([1.0, 6.0, 0.5, 3.0, 2.0, 12.0, 1.0, 6.0])
-    monkeypatch.setattr(bench_criteria, "timed", lambda step: next(clock))
-    monkeypatch.setattr(bench_criteria, "training", lambda *_: None)
-    for name in ("l1", "random"):
-        monkeypatch.setitem(CRITERIA, name, lambda *_, **__: None)
-    found = bench_criteria.measured(model, batches, (), ["l1", "random"], 2)
-    assert found["found"] == {"l1": [(3.0, 6.0), (3.0, 12.0)], "random": [(0.25, 0.5), (0.25, 1.0)]}
-    assert found["training"] == 3.0  # the median of 2 and 4
+    monkeypatch.setattr(bench_cost, "time_step", lambda step: next(clock))
+    found, training = bench_cost.time_in_rounds({"l1": print, "random": print}, print, 2)
+    assert found == {"l1": [(3.0, 6.0), (3.0, 12.0)], "random": [(0.25, 0.5), (0.25, 1.0)]}
+    assert training == 3.0  # the median of 2 and 4
+
+
+@pytest.mark.parametrize("name", ["published", "weights/magnitude", "weights/jbr_projection", "prune"])
+def test_what_is_no_criterion_of_channels_runs_and_leaves_the_model(name: str, fingerprint) -> None:
+    model = timm.create_model("test_resnet", num_classes=4, in_chans=1, zero_init_last=False).eval()
+    batches = [Batch(torch.randn(12, 1, 32, 32), torch.arange(12) % 4)]
+    before = fingerprint(model)
+    bench_cost.make_step(name, model, batches, ())()
+    assert fingerprint(model) == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_peaks_of_memory(tmp_path: Path) -> None:
+    out = tmp_path / "memory.jsonl"
+    bench_cost.main([*TINY, "--rounds", "1", "--threads", "1", "--memory", "--what", "l1", "jbr", "--out", str(out)])
+    for line in common.lines(out):
+        assert 0 <= line["peak_mib"] == pytest.approx(line["peak_ratio"] * line["training_peak_mib"])
 
 
 def test_lines_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "criteria.jsonl"
     arguments = [*TINY, "--rounds", "1", "--threads", "1", "--out", str(out)]
-    names = ["--criterion", "l1", "taylor", "jbr_published"]  # random weights are confident about nothing
-    bench_criteria.main([*arguments, *names])
+    names = ["--what", "l1", "taylor", "jbr_published"]  # random weights are confident about nothing
+    bench_cost.main([*arguments, *names])
     text = capsys.readouterr().out
     lines = {line["criterion"]: line for line in common.lines(out)}
     assert set(lines) == {"l1", "taylor", "jbr_published"}
@@ -73,9 +83,9 @@ def test_lines_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert f"| {name} | {'yes' if name == 'taylor' else ''} | {line['ratio']:.2f}" in text
     assert "jbr_published: DataError" in text
     before = out.read_bytes()
-    bench_criteria.main([*arguments, "--criterion", "l1", "taylor"])  # all there
+    bench_cost.main([*arguments, "--what", "l1", "taylor"])  # all there
     assert out.read_bytes() == before
     with pytest.raises(SystemExit, match="did you mean 'taylor'"):
-        bench_criteria.main([*arguments, "--criterion", "tailor"])
+        bench_cost.main([*arguments, "--what", "tailor"])
     with pytest.raises(SystemExit, match="Say which data"):
-        bench_criteria.main(["--model", "test_resnet", "--out", str(out)])
+        bench_cost.main(["--model", "test_resnet", "--out", str(out)])

@@ -1,0 +1,291 @@
+"""What criteria and a whole pruning cost: time and memory as ratios to one training pass over the same images.
+
+    python scripts/bench_cost.py --model resnet50 --weights random --data fashion_mnist --root FOLDER \
+        --images 256 --threads 1 --what jbr taylor weights/jbr_projection published prune --out results/criteria.jsonl
+    python scripts/bench_cost.py --out results/criteria.jsonl --table
+
+What is measured: a criterion of `baselines.CRITERIA`; one of single weights (``weights/NAME``); ``published``, the
+method of the published code (arXiv 2512.11089: gradient of the mean cross-entropy over a batch, then (sum of w g)^2 for
+every input and output channel); ``prune``, a whole `jbrprune.prune` to half of the MACs with its repairs. The yardstick
+is one pass in eval mode, forward and a backward that makes the gradient of every parameter.
+
+Time: in a round the yardstick is timed first and last, and everything else in between, in one process, so that what
+disturbs the machine disturbs all; a round's ratio is to the mean of its two yardsticks. Given are median and quartiles
+over the rounds; one untimed round goes before. The clock is processor time; with ``--device cuda`` wall time, until the
+GPU has done the work. Units are found beforehand: all criteria need them.
+
+Memory (``--memory``): each in a process of its own, the highest memory in use above what was in use before (model and
+images loaded, one image gone forward and backward), as a ratio to that of the yardstick. Called with several numbers of
+images it shows whether memory grows with them. On Linux the peak is reset through /proc/self/clear_refs, and malloc is
+told to give memory back at once; on CUDA it is ``max_memory_allocated``.
+
+Weights do not matter to the time, but to ``jbr_published``, which leaves images out: its images still go forward and
+backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import multiprocessing
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark import load, load_calibration, load_dense, show_labels
+from common import (
+    append,
+    describe_call,
+    done,
+    exit_on_error,
+    key_of,
+    keywords,
+    lines,
+    make_parser,
+    markdown,
+    mend,
+    use_threads,
+)
+from protocols import PROTOCOLS, Setup, make_setup
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baselines import CRITERIA, LABELS, WEIGHT_CRITERIA
+from jbrprune import prune
+from jbrprune.criteria.relevance import Relevance
+from jbrprune.criteria.weight_relevance import weight_scores
+from jbrprune.data.batches import Batch
+from jbrprune.errors import JBRError, unknown
+from jbrprune.models import preserve
+from jbrprune.models.preserve import copy_model, logits_of
+from jbrprune.pruning.prepare import provenance
+from jbrprune.sparsity.masks import weights_of
+from jbrprune.structure.discovery import find_groups
+from jbrprune.structure.groups import Group
+
+KNOWN = (*CRITERIA, *(f"weights/{name}" for name in WEIGHT_CRITERIA), "published", "prune")
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+YARDSTICK = "training"
+Step = Callable[[], object]
+
+
+# --- what is measured ------------------------------------------------------------------------------
+
+
+def make_step(name: str, model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Step:
+    """One of `KNOWN`, or the yardstick, over all images."""
+    if name == YARDSTICK:
+        return lambda: train_once(model, batches)
+    if name == "published":
+        return lambda: train_once(model, batches, square_channels)
+    if name == "prune":
+        return lambda: prune(model, show_labels("jbr", batches), macs=0.5, images=None, progress=False)
+    kind, _, own = name.rpartition("/")
+    shown, criterion = show_labels(own, batches), (WEIGHT_CRITERIA if kind else CRITERIA)[own]
+    if kind and isinstance(criterion, Relevance):
+        return lambda: weight_scores(model, shown, criterion)
+    return lambda: criterion(model, shown, list(weights_of(model)) if kind else groups)
+
+
+def train_once(
+    model: nn.Module, batches: Sequence[Batch], use: Callable[[nn.Module, Mapping[Tensor, Tensor]], None] | None = None
+) -> None:
+    """Forward and backward to all parameters over all images; ``use`` is shown the gradients of every batch."""
+    with preserve.inference_state(model, gradients=True):
+        leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for batch in (batch.to(preserve.device_of(model)) for batch in batches):
+            loss = F.cross_entropy(logits_of(model(batch.images)), batch.labels)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            if use:
+                use(model, dict(zip(leaves, gradients)))
+
+
+@torch.no_grad()
+def square_channels(model: nn.Module, gradients: Mapping[Tensor, Tensor]) -> None:
+    """The published score of every input and output channel of one batch."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            products = (module.weight * gradients[module.weight]).reshape(*module.weight.shape[:2], -1).sum(-1)
+            products.sum(1).square(), products.sum(0).square()
+
+
+# --- time ------------------------------------------------------------------------------------------
+
+
+def clock() -> str:
+    """``process_time``, or ``wall`` where work is done on a GPU, whose time is not the processor's."""
+    return "wall" if torch.cuda.is_initialized() else "process_time"
+
+
+def time_step(step: Step) -> float:
+    """Seconds by the `clock`; of a GPU, until it has done the work."""
+    now, wait = time.process_time, lambda: None
+    if clock() == "wall":
+        now, wait = time.perf_counter, torch.cuda.synchronize
+    wait()
+    start = now()
+    step()
+    wait()
+    return now() - start
+
+
+def time_in_rounds(steps: Mapping[str, Step], yardstick: Step, rounds: int) -> tuple[dict[str, list[tuple]], float]:
+    """Name -> ratio and seconds of every round, and the median of the yardsticks."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    yardsticks = []
+    for _ in range(rounds):
+        first = time_step(yardstick)
+        seconds = {name: time_step(step) for name, step in steps.items()}
+        yardsticks.append((first + time_step(yardstick)) / 2)
+        for name, spent in seconds.items():
+            found[name].append((spent / yardsticks[-1], spent))
+    return found, statistics.median(yardsticks)
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+
+def measure_apart(name: str, setup: Setup, images: int) -> float:
+    """`measure_peak` in a process of its own."""
+    before = dict(os.environ)
+    os.environ.update(MALLOC)  # read when the process starts
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(measure_peak, name, setup, images, torch.get_num_threads()).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def measure_peak(name: str, setup: Setup, images: int, threads: int) -> float:
+    """The highest memory during a step above what was in use before, in MiB."""
+    torch.set_num_threads(threads)
+    model, batches = load(setup)[0], load_calibration(setup, images, 0)
+    step = make_step(name, model, batches, find_groups(copy_model(model), _example(model, batches)).groups)
+    train_once(model, [batches[0].map(lambda tensor: tensor[:1])])  # loads kernels
+    gc.collect()  # the dependency graph of find_groups leaves cycles behind
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before = _resident("VmRSS")
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> float:
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def _example(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    return batches[0].images[:2].to(preserve.device_of(model))
+
+
+# --- lines -----------------------------------------------------------------------------------------
+
+
+def make_records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]:
+    """One line each; what fails has a reason instead of numbers."""
+    load(setup)[1].check_labels("the yardstick")
+    model, batches = load_dense(setup).model, load_calibration(setup, args.images, 0)
+    groups = find_groups(copy_model(model), _example(model, batches)).groups
+    steps, failed = {}, {}
+    for name in args.what:
+        step = make_step(name, model, batches, groups)
+        try:
+            step()
+            steps[name] = step
+        except JBRError as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+    yardstick = make_step(YARDSTICK, model, batches, groups)
+    yardstick()
+    found, training = time_in_rounds(steps, yardstick, args.rounds)
+    peaks = {name: measure_apart(name, setup, args.images) for name in (YARDSTICK, *steps)} if args.memory else {}
+    shared = {
+        **setup.described(),
+        **{"images": args.images, "batch_size": len(batches[0]), "rounds": args.rounds, "clock": clock()},
+        **{"training_seconds": training, "training_peak_mib": peaks.get(YARDSTICK), **describe_call()},
+        **{name: value for name, value in provenance(0, torch.device(setup.device)).items() if name != "seed"},
+    }
+    keys = list_keys(args, setup)
+    made = []
+    for name, pairs in found.items():
+        ratios, seconds = zip(*pairs, strict=True)
+        quartiles = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else [*ratios, *ratios]
+        line = {"key": keys[name], "criterion": name, "labels": name.rpartition("/")[2] in LABELS}
+        line |= {"ratio": statistics.median(ratios), "quartiles": quartiles, "seconds": statistics.median(seconds)}
+        line |= {"peak_mib": peaks[name], "peak_ratio": peaks[name] / peaks[YARDSTICK]} if peaks else {}
+        made.append(line | shared)
+    made += [{"key": keys[name], "criterion": name, "failed": reason, **shared} for name, reason in failed.items()]
+    return made
+
+
+def list_keys(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
+    """What is measured -> what its line is recognised by."""
+    own = [setup.described(), args.images, args.rounds, torch.get_num_threads(), *(["memory"] if args.memory else [])]
+    return {name: key_of([own, name]) for name in args.what}
+
+
+def show(path: Path) -> str:
+    """Everything by its ratio, the cheapest first, as Markdown."""
+    found = {line["key"]: line for line in lines(path)}.values()
+    rows = []
+    made = (line for line in found if "failed" not in line)
+    for line in sorted(made, key=lambda line: (line["model"], line["images"], line["ratio"])):
+        low, high = line["quartiles"]
+        cells = [line["model"], line["images"], line["criterion"], "yes" if line["labels"] else ""]
+        peak = f"{line['peak_mib']:.0f} ({line['peak_ratio']:.2f})" if "peak_mib" in line else ""
+        rows.append([*cells, f"{line['ratio']:.2f} ({low:.2f}-{high:.2f})", peak])
+    head = ["model", "images", "criterion", "labels", "ratio of time (quartiles)", "peak in MiB (ratio)"]
+    failed = [f"\n{line['criterion']}: {line['failed']}" for line in found if "failed" in line]
+    return "\n".join([markdown(head, rows), *failed])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--model", help="timm name")
+    parser.add_argument("--weights", default="random", help="pretrained, random, trained (on digits) or a file")
+    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--data", help="as for benchmark.py")
+    parser.add_argument("--root", help="where named data are stored")
+    parser.add_argument("--what", nargs="+", default=list(PROTOCOLS["budget"].criteria), help="see above")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="measure peaks of memory as well")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
+    parser.add_argument("--table", action="store_true", help="print what is in the file, run nothing")
+    args = parser.parse_args(argv)
+    with exit_on_error("bench_cost.py"):
+        if not args.table:
+            use_threads(args.threads)
+            run(args)
+        print(show(args.out))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what is not in the file yet: all of it in one run, or it would not compare."""
+    for name in args.what:
+        if name not in KNOWN:
+            raise unknown("criterion", name, KNOWN)
+    places = {"weights": args.weights, "root": args.root, "device": args.device}
+    setup = make_setup(args.model, args.data, keywords(args.model_arg), **places)
+    there = done(args.out, "rounds")
+    mend(args.out)
+    if not there.issuperset(list_keys(args, setup).values()):
+        append(args.out, make_records(args, setup))
+
+
+if __name__ == "__main__":
+    main()
