@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import export
 import pytest
 import torch
-
-import export
 
 import jbrprune
 
