@@ -9,74 +9,422 @@ of time and memory, so that nothing it does stops the others. torch-pruning's ex
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import multiprocessing
 import platform
+import re
 import resource
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import families
 import timm
 import torch
-from common import append, commit, lines
-from families import Stage
+import torch_pruning as tp
+from common import append, commit, lines, make_parser, markdown
+from torch import Tensor, nn
 
+import jbrprune
+from jbrprune.budgets.cost import cost_model, count_macs
+from jbrprune.budgets.selection import Floors, select
+from jbrprune.errors import JBRError
+from jbrprune.models.preserve import copy_model, logits_of
+from jbrprune.pruning.api import Info
+from jbrprune.structure.slicing import masked_units, remove_units
+from jbrprune.structure.verification import TOLERANCE
+
+SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
+CLASSES = 10
+TARGET = 0.7
+RATIO = 0.3
+"""Share that torch-pruning's recipe removes everywhere."""
+FLOORS = Floors(channels=1)
+"""Small nets have layers of few channels."""
+SATURATED = 1e4
+"""Logits beyond it have a softmax without gradient."""
 PACKAGES = ("torch", "timm", "torch-pruning")
 PATIENCE = 20
 """Wall time in units of the processor time that a process may take: others may be using the machine."""
 WORKS = ("budget", "deepest")
 """Statuses of a model that was pruned, and passed every check."""
 
-
-def main() -> None:
-    """Run what has no line yet; write the table."""
-    arguments = _arguments()
-    warnings.simplefilter("ignore")  # of foreign models
-    torch.set_num_threads(1)  # before the first process is forked
-    for module in [] if arguments.table_only else _waiting(arguments):
-        line = _line(module, arguments)
-        append(arguments.out, [line])
-        print(f"{module}: {line['status']} ({line['seconds']:.0f} s) {line['reason'][:150]}", flush=True)
-    if arguments.table:
-        arguments.table.parent.mkdir(parents=True, exist_ok=True)
-        arguments.table.write_text(table(latest(lines(arguments.out))))
+Stage = Callable[[str], None]
 
 
-def latest(records: list[dict]) -> list[dict]:
-    """The last line of every module, by name."""
-    return sorted({record["module"]: record for record in records}.values(), key=lambda record: record["module"])
+# --- models ----------------------------------------------------------------------------------------
 
 
-def table(records: list[dict]) -> str:
-    """The page made from the lines."""
-    ours, theirs = (Counter(record[key] for record in records) for key in ("status", "recipe_status"))
-    works = sum(ours[status] for status in WORKS)
-    dates = sorted({record["date"] for record in records})
-    versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
-    rows = [_HEAD, *(_row(record) for record in records)]
-    return _PAGE.format(
-        modules=len(records),
-        works=works,
-        share=works / max(1, len(records)),
-        counts=_counted(ours),
-        recipe_works=theirs["works"],
-        recipe_counts=_counted(theirs),
-        dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "never",
-        versions="; ".join(versions),
-        rows="\n".join(rows),
+def find_smallest(module: str) -> str:
+    """The model of a timm module with the fewest parameters."""
+
+    def size(name: str) -> int:
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name, num_classes=CLASSES)
+        except Exception:  # some compute with values while they are made
+            model = timm.create_model(name, num_classes=CLASSES)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    return min(timm.list_models(module=module), key=lambda name: (size(name), name))
+
+
+def make(name: str) -> tuple[nn.Module, int]:
+    """A model in eval mode with perturbed parameters, for the smallest images that it accepts; their size."""
+    why = []
+    for size in SIZES:
+        for options in ({"img_size": size}, {}):
+            try:
+                torch.manual_seed(0)
+                model = jbrprune.create(name, pretrained=False, num_classes=CLASSES, **options).eval()
+                with torch.no_grad():
+                    model(torch.zeros(2, 3, size, size))
+            except Exception as error:  # whatever a foreign constructor or forward raises: not this size
+                why.append(f"{size} px: {type(error).__name__}: {error}"[:120])
+                continue
+            perturb(model)
+            with torch.no_grad():
+                largest = float(logits_of(model(draw_images(size))).abs().max())
+                for parameter in model.get_classifier().parameters() if largest > SATURATED else ():
+                    parameter.div_(largest)  # huge logits of random weights saturate any softmax
+            return model, size
+    raise RuntimeError(f"{name} accepts no input: {'; '.join(why[-2:])}")
+
+
+@torch.no_grad()
+def perturb(model: nn.Module) -> None:
+    """Norms, scales, biases and statistics apart from ones and zeros; nothing is all but zero."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.rand(tensor.shape, generator=generator) - 0.5
+
+    for parameter in model.parameters():
+        if parameter.dim() <= 1:
+            parameter.add_(0.4 * noise(parameter))
+        elif parameter.abs().max() < 1e-2:
+            parameter.add_(0.2 * noise(parameter))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.mul_(1 + noise(buffer))
+        elif name.endswith("running_mean"):
+            buffer.add_(0.2 * noise(buffer))
+
+
+def draw_images(size: int, count: int = 8) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+class Walk:
+    """Where we are, what is known, how long each stage took.
+
+    Attributes:
+        known: What a line will hold.
+        current: The stage.
+    """
+
+    def __init__(self, stage: Stage = lambda name: None) -> None:
+        self.say, self.current, self.began = stage, "", time.perf_counter()
+        self.known: dict[str, Any] = {}
+        self.stages: dict[str, float] = {}
+
+    def to(self, stage: str) -> None:
+        """Go to the next stage."""
+        now = time.perf_counter()
+        if self.current:
+            self.stages[self.current] = round(now - self.began, 1)
+        self.current, self.began = stage, now
+        self.say(stage)
+
+    def outcome(self, status: str, reason: str = "") -> dict:
+        """What became of the model."""
+        stage = self.current
+        self.stages[stage] = round(time.perf_counter() - self.began, 1)
+        return {"status": status, "stage": stage, "reason": reason[:600], **self.known, "stages": self.stages}
+
+    def failure(self, status: str, error: Exception) -> dict:
+        """The outcome of an error."""
+        return self.outcome(status, f"{self.current}: {type(error).__name__}: {error}")
+
+
+# --- jbrprune --------------------------------------------------------------------------------------
+
+
+class Wrong(Exception):
+    """A result that is not what it should be."""
+
+
+def prune_and_check(name: str, stage: Stage) -> dict:
+    """Everything a user does with a model, checked on the way."""
+    walk = Walk(stage)
+    walk.to("make")
+    try:
+        model, walk.known["pixels"] = make(name)
+    except Exception as error:  # whatever a foreign constructor raises
+        return walk.failure("failed", error)
+    return check(model, draw_images(walk.known["pixels"]), walk)
+
+
+def check(model: nn.Module, images: Tensor, walk: Walk | None = None) -> dict:
+    """The same for any model."""
+    walk = walk or Walk()
+    try:
+        return _walk_through(model, images, walk)
+    except Wrong as error:
+        return walk.outcome("wrong", str(error))
+    except JBRError as error:
+        return walk.failure("refused" if walk.current == "info" else "failed", error)
+    except Exception as error:  # it is this that is looked for
+        return walk.failure("failed", error)
+
+
+def _walk_through(model: nn.Module, images: Tensor, walk: Walk) -> dict:
+    walk.to("info")
+    listed = jbrprune.info(model, images[:2], floors=FLOORS)
+    share = max(TARGET, listed.least_macs + 0.002)
+    walk.known |= {"least": round(listed.least_macs, 4), "groups": len(listed.rows), "kept": _count_reasons(listed)}
+    if share >= 1:
+        return walk.outcome(
+            "refused", f"what can be removed costs no more than 0.2 % of the MACs. {_summarise(listed)}"
+        )
+    walk.to("score")
+    scores = jbrprune.score(model, images, batch_size=4, progress=False)
+    _check(all(bool(values.isfinite().all()) for values in scores.values().values()), "scores are not finite")
+    _check(any(float(values.max()) > 0 for values in scores.values().values()), "every score is zero")
+    walk.to("prune")
+    options: dict = {"macs": share, "floors": FLOORS, "batch_size": 4, "progress": False}
+    result = jbrprune.prune(model, images, criterion=scores, repair=None, **options)
+    before, after = (count_all(m, images) for m in (model, result.model))
+    walk.known["reached"] = round(after / before, 4)
+    _check(after <= share * before * 1.0001, f"asked for {share:.4f} of the MACs, {after / before:.4f} are left")
+    walk.to("mask")
+    _check_mask(model, result.model, images[:2], scores, share)
+    walk.to("backward")
+    missing = [_find_missing_gradients(copy_model(m), images[:2]) for m in (model, result.model)]
+    _check(missing[0] == missing[1], f"no gradient reaches {sorted(missing[1] - missing[0])[:3]}")
+    walk.to("load")
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        result.save(Path(folder) / "model")
+        loaded = jbrprune.load(Path(folder) / "model", model=None if result.recipe else model)
+        _check_same_tensors(loaded, result.model, "saved and loaded")
+        same = torch.equal(logits_of(loaded(images[:2])), logits_of(result.model(images[:2])))
+        _check(same, "the outputs of the loaded model differ")
+    walk.to("export")
+    walk.known["export"] = check_export(model, result.model, images[:2])
+    walk.to("defaults")
+    repaired = jbrprune.prune(model, images, steps=2, **options)
+    with torch.no_grad():
+        finite = bool(logits_of(repaired.model(images[:2])).isfinite().all())
+    _check(finite, "repaired: the logits are not finite")
+    _check(repaired.report.kept <= share * 1.0001, f"in steps: {repaired.report.kept:.4f} of the MACs are left")
+    return walk.outcome("budget") if listed.least_macs <= TARGET else walk.outcome("deepest", _summarise(listed))
+
+
+def _check(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Wrong(otherwise)
+
+
+def count_all(model: nn.Module, images: Tensor) -> int:
+    """Multiply-accumulates of one image."""
+    return sum(count_macs(model, images[:1]).values())
+
+
+def _check_mask(dense: nn.Module, smaller: nn.Module, images: Tensor, scores: jbrprune.Scores, share: float) -> None:
+    """What came out is the dense model without the chosen units, and computes what the masked dense model computes."""
+    groups = scores.groups
+    cost = cost_model("macs", dense, images, groups)  # the choice that `prune` makes in one step is made again
+    chosen = select(scores.values(), groups, cost, share * cost.total, floors=FLOORS)
+    twin = copy_model(dense)
+    remove_units(twin, groups, chosen)
+    _check_same_tensors(twin, smaller, "prune() and the removal of the same units")
+    dense, twin, images = copy_model(dense).double(), twin.double(), images.double()
+    with torch.no_grad():
+        removed = logits_of(twin(images))
+        with masked_units(dense, groups, chosen):
+            masked = logits_of(dense(images))
+    apart = float((masked - removed).abs().max() / masked.abs().max())
+    _check(apart <= TOLERANCE, f"mask and removal differ by {apart:.1e}")
+
+
+def _check_same_tensors(one: nn.Module, other: nn.Module, what: str) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    _check(first.keys() == second.keys(), f"{what}: other tensors")
+    unequal = [name for name in first if not torch.equal(first[name], second[name])]
+    _check(not unequal, f"{what}: {', '.join(unequal[:3])} differ")
+
+
+def _find_missing_gradients(model: nn.Module, images: Tensor) -> set[str]:
+    logits_of(model(images)).square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    _check(all(g is None or bool(g.isfinite().all()) for g in gradients.values()), "a gradient is not finite")
+    return {name for name, gradient in gradients.items() if gradient is None}
+
+
+@torch.no_grad()
+def check_export(dense: nn.Module, smaller: nn.Module, images: Tensor) -> str:
+    """``equal``, or why the dense model cannot be exported either."""
+    try:
+        program = torch.export.export(smaller, (images,))
+    except Exception as error:  # if the dense model fails as well, pruning has no part in it
+        try:
+            torch.export.export(copy_model(dense), (images,))
+        except Exception:
+            return f"the dense model cannot be exported either: {type(error).__name__}"
+        raise
+    expected, got = logits_of(smaller(images)), logits_of(program.module()(images))
+    apart = float((expected - got).abs().max() / expected.abs().max())
+    _check(apart < 1e-4, f"the exported program differs by {apart:.1e}")
+    return "equal"
+
+
+def _count_reasons(listed: Info) -> dict[str, int]:
+    """Reason -> how many groups of channels it keeps; numbers and names left out."""
+    plain = (re.sub(r"\s+", " ", re.sub(r"\d+(\.\d+)?(e-?\d+)?", "#", reason)) for reason in listed.skipped.values())
+    return dict(Counter(reason[:160] for reason in plain).most_common())
+
+
+def _summarise(listed: Info) -> str:
+    expected = ("the classifier", "reaches the model's output")
+    reasons = [f"{why} ({n})" for why, n in _count_reasons(listed).items() if why not in expected]
+    can = f"{len(listed.rows)} groups can shrink, which leaves {listed.least_macs:.3f} of the MACs"
+    return f"{can}; kept: {'; '.join(reasons[:3]) or 'what they cannot reach'}"
+
+
+# --- torch-pruning ---------------------------------------------------------------------------------
+
+
+def run_recipe(name: str, stage: Stage) -> dict:
+    """torch-pruning's example for timm models, with the attributes set that its examples mean to set."""
+    walk = Walk(stage)
+    try:
+        walk.to("make")
+        fused = bool(timm.layers.use_fused_attn())
+        timm.layers.set_fused_attn(False)  # as in the examples; timm's switch is global and is put back
+        try:
+            model, size = make(name)
+        finally:
+            timm.layers.set_fused_attn(fused)
+        images = draw_images(size, 2)
+        before, dense = count_all(model, images), copy.deepcopy(model)
+        walk.to("prune")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _prune_by_recipe(model, images)
+        walk.to("forward")
+        logits = logits_of(model(images))
+        walk.to("backward")
+        logits.square().sum().backward()
+        walk.to("count")
+        walk.known["reached"] = round(count_all(model, images) / before, 4)
+        if permuted := find_permuted(dense, model):
+            return walk.outcome("wrong", f"the weights of {permuted[0]} (and {len(permuted) - 1} more) are permuted")
+        return walk.outcome("works" if walk.known["reached"] < 1 else "unchanged")
+    except Exception as error:  # it is this that is counted
+        return walk.failure("fails", error)
+
+
+def _prune_by_recipe(model: nn.Module, images: Tensor) -> None:
+    heads: dict = {}
+    attentions = []
+    for module in model.modules():
+        queries = getattr(module, "qkv", None) or getattr(module, "qkv_proj", None)
+        if hasattr(module, "num_heads") and isinstance(queries, nn.Module):
+            heads[queries] = module.num_heads
+            attentions.append((module, queries))
+    classifier = model.get_classifier()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        images,
+        importance=tp.importance.MagnitudeImportance(p=2),
+        pruning_ratio=RATIO,
+        pruning_ratio_dict={},
+        ignored_layers=list(classifier) if isinstance(classifier, tuple | list) else [classifier],
+        num_heads=heads,
+        customized_pruners={},
+        root_module_types=[nn.modules.conv._ConvNd, nn.Linear],
     )
+    pruner.step()
+    for module, queries in attentions:
+        count = int(pruner.num_heads.get(queries, module.num_heads))
+        width = getattr(queries, "out_features", None) or queries.out_channels
+        sizes = {"num_heads": count, "head_dim": width // (3 * count), "attn_dim": width // 3}
+        for attribute in sizes.keys() & set(dir(module)):
+            setattr(module, attribute, sizes[attribute])
 
 
-_HEAD = """| timm module | model | px | jbrprune | left | why no deeper, or what happened | torch-pruning | left |
-|---|---|--:|---|--:|---|---|--:|"""
+def find_permuted(dense: nn.Module, smaller: nn.Module) -> list[str]:
+    """Weights of norms that are not a part of the dense ones in the same order."""
+    found = []
+    for name, part in smaller.named_parameters():
+        whole = dense.get_parameter(name)
+        if part.dim() == 1 and len(part) < len(whole):
+            rest = iter(whole.tolist())
+            found += [] if all(value in rest for value in part.tolist()) else [name]
+    return found
 
-_PAGE = """# Which timm models can be pruned
+
+# --- lines -----------------------------------------------------------------------------------------
+
+
+def run_module(module: str, args: argparse.Namespace) -> dict:
+    """Run one module, ours and the recipe, and say what happened."""
+    began = time.perf_counter()
+    known = {r["module"]: r["model"] for r in lines(args.out) if r["versions"]["timm"] == version("timm")}
+    found = {"model": known.get(module)}
+    if not found["model"]:
+        found = _run_apart(lambda stage: {"model": find_smallest(module)}, args)
+    model = found.get("model", "")
+    ours = _run_apart(lambda stage: prune_and_check(model, stage), args) if model else found
+    recipe = _run_apart(lambda stage: run_recipe(model, stage), args, died="fails") if model else found
+    return {
+        "module": module,
+        "model": model,
+        **ours,
+        **{f"recipe_{key}": value for key, value in recipe.items()},
+        "seconds": round(time.perf_counter() - began, 1),
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def _run_apart(task: Callable[[Stage], dict], args: argparse.Namespace, *, died: str = "failed") -> dict:
+    """What a process of its own says; where it died or was stopped, how far it came."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "said.jsonl"
+        child = multiprocessing.get_context("fork").Process(target=_run_limited, args=(task, said, args))
+        child.start()
+        child.join(PATIENCE * args.seconds)
+        if child.is_alive():
+            child.kill()
+            child.join()
+        records = lines(said)
+    if records and records[-1].keys() != {"stage"}:
+        return records[-1]
+    stage = records[-1]["stage"] if records else "start"
+    limits = f"limits: {args.seconds} s of processor time, {args.memory} GiB"
+    return {"status": died, "stage": stage, "reason": f"ended with code {child.exitcode} in {stage}; {limits}"}
+
+
+def _run_limited(task: Callable[[Stage], dict], said: Path, args: argparse.Namespace) -> None:
+    """One JSON line for every stage, then one for the outcome."""
+    memory, seconds = int(args.memory * 2**30), int(args.seconds)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    torch.set_num_threads(1)
+    append(said, [task(lambda stage: append(said, [{"stage": stage}]))])
+
+
+# --- the page --------------------------------------------------------------------------------------
+
+PAGE = """# Which timm models can be pruned
 
 Measured, not claimed: made by `python scripts/compatibility.py --out results/compatibility.jsonl --table
 docs/compatibility.md`, {dates}, with {versions}.
@@ -101,103 +449,78 @@ what ran out of them fails.
 """
 
 
-def _row(record: dict) -> str:
-    reached, left = record.get("reached"), record.get("recipe_reached")
-    recipe = record["recipe_status"] + (f": {record['recipe_reason']}" if record["recipe_status"] == "fails" else "")
-    cells = [
-        f"`{record['module']}`",
-        f"`{record['model']}`",
-        str(record.get("pixels") or ""),
-        record["status"],
-        "" if reached is None else f"{reached:.2f}",
-        _plain(record["reason"], 240),
-        _plain(recipe, 110),
-        "" if left is None else f"{left:.2f}",
+def latest(records: Iterable[dict]) -> list[dict]:
+    """The last line of every module, by name."""
+    return sorted({record["module"]: record for record in records}.values(), key=lambda record: record["module"])
+
+
+def write_page(records: list[dict]) -> str:
+    """The page made from the lines."""
+    ours, theirs = (Counter(record[key] for record in records) for key in ("status", "recipe_status"))
+    works = sum(ours[status] for status in WORKS)
+    dates = sorted({record["date"] for record in records})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
+    counted = [", ".join(f"{n} {status}" for status, n in counts.most_common()) for counts in (ours, theirs)]
+    head = [
+        "timm module",
+        "model",
+        "px",
+        "jbrprune",
+        "left",
+        "why no deeper, or what happened",
+        "torch-pruning",
+        "left",
     ]
-    return "| " + " | ".join(cells) + " |"
+    return PAGE.format(
+        modules=len(records),
+        works=works,
+        share=works / max(1, len(records)),
+        counts=counted[0],
+        recipe_works=theirs["works"],
+        recipe_counts=counted[1],
+        dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "never",
+        versions="; ".join(versions),
+        rows=markdown([*head, "torch-pruning", "left"], map(_row, records)),
+    )
 
 
-def _plain(text: str, length: int) -> str:
-    text = " ".join(text.replace("|", "/").replace("<", "(").replace(">", ")").split())
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _row(record: dict) -> list[str]:
+    def left(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    def plain(text: str, length: int) -> str:
+        text = " ".join(text.replace("|", "/").replace("<", "(").replace(">", ")").split())
+        return text if len(text) <= length else text[: length - 1] + "…"
+
+    recipe = record["recipe_status"] + (f": {record['recipe_reason']}" if record["recipe_status"] == "fails" else "")
+    cells = [f"`{record['module']}`", f"`{record['model']}`", str(record.get("pixels") or ""), record["status"]]
+    cells += [left(record.get("reached")), plain(record["reason"], 240), plain(recipe, 110)]
+    return [*cells, left(record.get("recipe_reached"))]
 
 
-def _counted(counts: Counter) -> str:
-    return ", ".join(f"{count} {status}" for status, count in counts.most_common())
-
-
-def _waiting(arguments: argparse.Namespace) -> list[str]:
-    """The modules to run."""
-    known = timm.list_modules()
-    unknown = sorted(set(arguments.modules) - set(known))
-    if unknown:
-        raise SystemExit(f"timm has no module {', '.join(unknown)}; see timm.list_modules().")
-    done = {r["module"] for r in latest(lines(arguments.out)) if r["status"] not in arguments.again}
-    return [module for module in arguments.modules or known if module not in done]
-
-
-def _line(module: str, arguments: argparse.Namespace) -> dict:
-    """Run one module, ours and the recipe, and say what happened."""
-    began = time.perf_counter()
-    known = {r["module"]: r["model"] for r in lines(arguments.out) if r["versions"]["timm"] == version("timm")}
-    found = {"model": known[module]} if known.get(module) else _outcome(lambda stage: _smallest(module), arguments)
-    model = found.get("model", "")
-    ours = _outcome(lambda stage: families.pruned(model, stage), arguments) if model else found
-    recipe = _outcome(lambda stage: families.recipe(model, stage), arguments, died="fails") if model else found
-    return {
-        "module": module,
-        "model": model,
-        **ours,
-        **{f"recipe_{key}": value for key, value in recipe.items()},
-        "seconds": round(time.perf_counter() - began, 1),
-        "versions": {name: version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
-
-
-def _smallest(module: str) -> dict:
-    return {"model": families.smallest(module)}
-
-
-def _outcome(task: Callable[[Stage], dict], arguments: argparse.Namespace, *, died: str = "failed") -> dict:
-    """What a process of its own says; where it died or was stopped, how far it came."""
-    with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "said.jsonl"
-        child = multiprocessing.get_context("fork").Process(target=_child, args=(task, said, arguments))
-        child.start()
-        child.join(PATIENCE * arguments.seconds)
-        if child.is_alive():
-            child.kill()
-            child.join()
-        records = lines(said)
-    if records and records[-1].keys() != {"stage"}:
-        return records[-1]
-    stage = records[-1]["stage"] if records else "start"
-    limits = f"limits: {arguments.seconds} s of processor time, {arguments.memory} GiB"
-    return {"status": died, "stage": stage, "reason": f"ended with code {child.exitcode} in {stage}; {limits}"}
-
-
-def _child(task: Callable[[Stage], dict], said: Path, arguments: argparse.Namespace) -> None:
-    """One JSON line for every stage, then one for the outcome."""
-    memory, seconds = int(arguments.memory * 2**30), int(arguments.seconds)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    torch.set_num_threads(1)
-    append(said, [task(lambda stage: append(said, [{"stage": stage}]))])
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/compatibility.jsonl"))
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("results/compatibility.jsonl"), help="file of JSON lines")
     parser.add_argument("--table", type=Path, help="write this page from the lines")
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     parser.add_argument("--modules", nargs="*", default=[], help="modules of timm; default: all")
     parser.add_argument("--again", nargs="*", default=[], help="statuses whose modules are run again")
     parser.add_argument("--seconds", type=float, default=300, help="processor time of each process")
     parser.add_argument("--memory", type=float, default=4, help="limit of each process in GiB")
-    return parser.parse_args()
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")  # of foreign models
+    torch.set_num_threads(1)  # before the first process is forked
+    known = timm.list_modules()
+    if unknown := sorted(set(args.modules) - set(known)):
+        raise SystemExit(f"timm has no module {', '.join(unknown)}; see timm.list_modules().")
+    done = {r["module"] for r in latest(lines(args.out)) if r["status"] not in args.again}
+    for module in [] if args.table_only else [m for m in args.modules or known if m not in done]:
+        line = run_module(module, args)
+        append(args.out, [line])
+        print(f"{module}: {line['status']} ({line['seconds']:.0f} s) {line['reason'][:150]}", flush=True)
+    if args.table:
+        args.table.parent.mkdir(parents=True, exist_ok=True)
+        args.table.write_text(write_page(latest(lines(args.out))))
 
 
 if __name__ == "__main__":

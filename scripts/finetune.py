@@ -100,7 +100,7 @@ def describe(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> tu
     numbers = ("smoothing",) if how == "plain" else ("weight", "temperature")
     settings = {"how": how, **{name: getattr(args, name) for name in numbers}}
     settings |= {"augmentation": asdict(read_augmentation(args)), "recipe": asdict(read_recipe(args))}
-    return key_of([setup.described(), files.describe(path).sha256, settings, args.eval_images]), settings
+    return key_of([setup.described(), files.describe(path).weights["sha256"], settings, args.eval_images]), settings
 
 
 def finetune(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> dict[str, Any]:

@@ -9,14 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compatibility
 import pytest
 import torch
 from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-import compatibility
-import families
 
 SMALL = ["test_convnext", "test_efficientnet", "test_vit"]
 MORE = ["test_byobnet", "test_mambaout", "test_resnet", "test_coatnet", "test_vit_relpos", "test_nfnet"]
@@ -25,18 +21,18 @@ MORE += ["ghostnet_050", "mobilevit_xxs", "efficientformerv2_s0"]
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_model_of_timm_is_pruned_to_the_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "_exported", lambda dense, smaller, images: "left to the slow tests")
+    monkeypatch.setattr(compatibility, "check_export", lambda dense, smaller, images: "left to the slow tests")
     said: list[str] = []
-    outcome = families.pruned(name, said.append)
+    outcome = compatibility.prune_and_check(name, said.append)
     assert outcome["status"] == "budget", outcome["reason"]
-    assert 0 < outcome["reached"] <= families.TARGET
+    assert 0 < outcome["reached"] <= compatibility.TARGET
     assert said == ["make", "info", "score", "prune", "mask", "backward", "load", "export", "defaults"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL + MORE)
 def test_a_model_of_timm_goes_the_whole_way(name: str) -> None:
-    outcome = families.pruned(name, lambda stage: None)
+    outcome = compatibility.prune_and_check(name, lambda stage: None)
     assert outcome["status"] in (*compatibility.WORKS, "refused"), outcome["reason"]
     assert outcome.get("export", "equal") == "equal"
 
@@ -64,10 +60,10 @@ FOREIGN = [(_torchvision, "resnet"), (_torchvision, "vit"), (_torchvision, "conv
 
 @pytest.mark.parametrize(("library", "name"), FOREIGN)
 def test_models_of_other_libraries_go_the_whole_way(library: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "_exported", lambda dense, smaller, images: "left to the slow tests")
+    monkeypatch.setattr(compatibility, "check_export", lambda dense, smaller, images: "left to the slow tests")
     model = library(name).eval()
-    families.perturb(model)
-    outcome = families.checked(model, families.images_of(32))
+    compatibility.perturb(model)
+    outcome = compatibility.check(model, compatibility.draw_images(32))
     assert outcome["status"] in compatibility.WORKS, outcome["reason"]
     assert outcome["reached"] < 0.9
 
@@ -95,12 +91,12 @@ class Plain(nn.Module):
 def test_a_model_that_cannot_be_smaller_is_refused_early(broken: str, status: str) -> None:
     model = Plain().eval()
     model.broken = broken
-    outcome = families.checked(model, families.images_of(16))
+    outcome = compatibility.check(model, compatibility.draw_images(16))
     assert (outcome["status"], outcome["stage"]) == (status, "info" if broken else "defaults"), outcome["reason"]
 
 
 def test_a_result_that_is_not_the_chosen_one_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = families.jbrprune.prune
+    real = compatibility.jbrprune.prune
 
     def prune(*arguments: Any, **options: Any) -> Any:
         result = real(*arguments, **options)
@@ -108,8 +104,8 @@ def test_a_result_that_is_not_the_chosen_one_is_wrong(monkeypatch: pytest.Monkey
             result.model.first.weight.add_(1e-6)
         return result
 
-    monkeypatch.setattr(families.jbrprune, "prune", prune)
-    outcome = families.checked(Plain().eval(), families.images_of(16))
+    monkeypatch.setattr(compatibility.jbrprune, "prune", prune)
+    outcome = compatibility.check(Plain().eval(), compatibility.draw_images(16))
     assert (outcome["status"], outcome["stage"]) == ("wrong", "mask")
     assert "first.weight" in outcome["reason"]
 
@@ -118,8 +114,8 @@ def test_a_crash_after_scoring_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*arguments: Any, **options: Any) -> Any:
         raise ZeroDivisionError("on purpose")
 
-    monkeypatch.setattr(families.jbrprune, "prune", fail)
-    outcome = families.checked(Plain().eval(), families.images_of(16))
+    monkeypatch.setattr(compatibility.jbrprune, "prune", fail)
+    outcome = compatibility.check(Plain().eval(), compatibility.draw_images(16))
     assert (outcome["status"], outcome["stage"]) == ("failed", "prune")
 
 
@@ -127,22 +123,22 @@ def test_a_crash_after_scoring_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_recipe_runs_and_is_counted() -> None:
-    outcome = families.recipe("test_efficientnet", lambda stage: None)
+    outcome = compatibility.run_recipe("test_efficientnet", lambda stage: None)
     assert outcome["status"] == "works"
     assert 0.3 < outcome["reached"] < 0.7
 
 
 def test_permuted_norms_are_seen() -> None:
     dense, smaller = nn.Sequential(nn.LayerNorm(5)), nn.Sequential(nn.LayerNorm(3))
-    families.perturb(dense)
+    compatibility.perturb(dense)
     kept = dense[0].weight.detach()[[1, 2, 4]]
     smaller[0].weight.data, smaller[0].bias.data = kept.clone(), dense[0].bias.detach()[[1, 2, 4]].clone()
-    assert families._permuted(dense, smaller) == []
+    assert compatibility.find_permuted(dense, smaller) == []
     with torch.no_grad():  # two channels of the same weight: not permuted, whichever of them stayed
         dense[0].weight[0] = dense[0].weight[2]
-    assert families._permuted(dense, smaller) == []
+    assert compatibility.find_permuted(dense, smaller) == []
     smaller[0].weight.data = kept[[0, 2, 1]].clone()
-    assert families._permuted(dense, smaller) == ["0.weight"]
+    assert compatibility.find_permuted(dense, smaller) == ["0.weight"]
 
 
 # --- the run and its table ------------------------------------------------------------------------
@@ -156,11 +152,13 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_a_module_is_run_once_and_the_table_is_made_from_the_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(families, "smallest", lambda module: "test_" + module)
+    monkeypatch.setattr(compatibility, "find_smallest", lambda module: "test_" + module)
     monkeypatch.setattr(
-        families, "pruned", lambda model, stage: {"status": "deepest", "reason": "a | b", "reached": 0.8}
+        compatibility, "prune_and_check", lambda model, stage: {"status": "deepest", "reason": "a | b", "reached": 0.8}
     )
-    monkeypatch.setattr(families, "recipe", lambda model, stage: {"status": "fails", "reason": "prune: IndexError: 3"})
+    monkeypatch.setattr(
+        compatibility, "run_recipe", lambda model, stage: {"status": "fails", "reason": "prune: IndexError: 3"}
+    )
     out, page = tmp_path / "lines.jsonl", tmp_path / "docs" / "page.md"
     arguments = ["--out", str(out), "--table", str(page), "--modules", "resnet", "--memory", "64"]
     _run(monkeypatch, *arguments)
@@ -183,19 +181,19 @@ def _held() -> float:
 
 
 def test_a_process_that_takes_too_much_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def greedy(model: str, stage: families.Stage) -> dict:
+    def greedy(model: str, stage: compatibility.Stage) -> dict:
         stage("score")
         torch.ones(2**31)
         return {"status": "budget", "reason": ""}
 
-    def endless(model: str, stage: families.Stage) -> dict:
+    def endless(model: str, stage: compatibility.Stage) -> dict:
         stage("prune")
         while True:
             pass
 
-    monkeypatch.setattr(families, "smallest", lambda module: "test_" + module)
-    monkeypatch.setattr(families, "pruned", greedy)
-    monkeypatch.setattr(families, "recipe", endless)
+    monkeypatch.setattr(compatibility, "find_smallest", lambda module: "test_" + module)
+    monkeypatch.setattr(compatibility, "prune_and_check", greedy)
+    monkeypatch.setattr(compatibility, "run_recipe", endless)
     out = tmp_path / "lines.jsonl"
     _run(monkeypatch, "--out", str(out), "--modules", "resnet", "--memory", str(_held() + 2), "--seconds", "1")
     (line,) = [json.loads(text) for text in out.read_text().splitlines()]
@@ -218,9 +216,9 @@ def test_a_module_whose_models_cannot_be_made_does_not_stop_the_others(
         return "test_" + module
 
     outcome = {"status": "budget", "reason": ""}
-    monkeypatch.setattr(families, "smallest", smallest)
-    monkeypatch.setattr(families, "pruned", lambda model, stage: outcome)
-    monkeypatch.setattr(families, "recipe", lambda model, stage: outcome)
+    monkeypatch.setattr(compatibility, "find_smallest", smallest)
+    monkeypatch.setattr(compatibility, "prune_and_check", lambda model, stage: outcome)
+    monkeypatch.setattr(compatibility, "run_recipe", lambda model, stage: outcome)
     out = tmp_path / "lines.jsonl"
     _run(monkeypatch, "--out", str(out), "--modules", "vgg", "resnet", "--memory", "64")
     first, second = [json.loads(text) for text in out.read_text().splitlines()]
