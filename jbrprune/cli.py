@@ -1,28 +1,46 @@
-"""The command line: prune, predict, score, eval, info, tpv, card, demo."""
+"""The command line. Its options are made from tables: those of `jbrprune.pruning.options`, and a few of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import itertools
+import json
 import logging
+import os
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from torch import nn
 
-from jbrprune.commands.card import card_command
-from jbrprune.commands.demo import demo_command
-from jbrprune.commands.evaluate import eval_command
-from jbrprune.commands.info import info_command
-from jbrprune.commands.predict import predict_command
-from jbrprune.commands.prune import prune_command
-from jbrprune.commands.score import score_command
-from jbrprune.commands.tpv import tpv_command
+from jbrprune.budgets.cost import count_macs
+from jbrprune.budgets.selection import Floors
+from jbrprune.checkpoint.checkpoint import check_target, load, write_card
+from jbrprune.criteria.objectives import OBJECTIVES
+from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.data import distributed
-from jbrprune.errors import ArgumentError, JBRError
+from jbrprune.data.batches import iterate, materialise
+from jbrprune.data.images import open_data
+from jbrprune.errors import ArgumentError, CheckpointError, JBRError
+from jbrprune.evaluation.agreement import Agreement, agreement, combine, compute_logits, parameters_of
+from jbrprune.evaluation.latency import time_in_turns
+from jbrprune.models.timm_models import create
+from jbrprune.prediction.predict import predict
+from jbrprune.pruning.api import PruneResult, info, prune, score, sparsify
+from jbrprune.pruning.options import ChannelOptions, Options, ScoreOptions, WeightOptions, option
+from jbrprune.report.records import Report, import_optional, plain
+from jbrprune.report.text import format_si, format_table, make_pairs, make_table
+from jbrprune.tpv import Isotropic, Quantization, empirical, trace_form
 
 app = typer.Typer(
-    help="Make trained timm models smaller, without labels and without training.\n\n"
+    help="Make trained vision models smaller, without labels and without training.\n\n"
     "Start with `jbrprune demo`, then `jbrprune info MODEL`, then "
     "`jbrprune prune MODEL --data FOLDER --macs 0.5 --out DIR`.\n\n"
     "Exit codes: 0 done, 1 the model, data or files cannot be used, 2 wrong arguments, 130 interrupted.",
@@ -31,19 +49,439 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+PANELS = ("Budget", "Perturbation", "Criterion", "Repair", "Data", "Model", "Output")
+FLAGS = {(Floors, "share"): "floor", (Floors, "channels"): "min_channels"}
+"""Options of nested tables whose own name would say too little, or is another's."""
+CHOICES = {"criterion": PRESETS, "objective": OBJECTIVES}
 
-COMMANDS = {
-    "prune": prune_command,
-    "predict": predict_command,
-    "score": score_command,
-    "eval": eval_command,
-    "info": info_command,
-    "tpv": tpv_command,
-    "card": card_command,
-    "demo": demo_command,
-}
-for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+
+# --- options out of tables -----------------------------------------------------------------------
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command; a parameter whose type is a table becomes one option for every field of the table."""
+    parameters = inspect.signature(function, eval_str=True).parameters
+    tables = {name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)}
+    own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, each in parameters.items() if name not in tables]
+    options = [option for table in tables.values() for option in _make_options(table)]
+    options.sort(key=lambda each: PANELS.index(get_args(each.annotation)[1].rich_help_panel))
+
+    def run(**values: Any) -> None:
+        given = {name: values[name] for name in parameters if name not in tables}
+        function(**given, **{name: _read_table(table, values) for name, table in tables.items()})
+
+    run.__doc__ = function.__doc__
+    run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    run.__annotations__ = {}
+    app.command(function.__name__.removesuffix("_command"))(run)
+    return function
+
+
+def _make_options(table: type, *, unset: bool = False) -> Iterator[inspect.Parameter]:
+    """An option of typer for every field; nested tables are flattened, and a criterion can be changed by part.
+
+    Args:
+        table: The dataclass.
+        unset: Whether no option has a default.
+    """
+    hints = get_type_hints(table)
+    for item in fields(table):
+        if is_dataclass(item.default):
+            yield from _make_options(type(item.default))
+        if is_dataclass(item.default) or item.metadata["panel"] is None or (table, item.name) == (Relevance, "seed"):
+            continue
+        name, hint, default = FLAGS.get((table, item.name), item.name), hints[item.name], item.default
+        flag = name.replace("_", "-")
+        kind = next((kind for kind in (hint, *get_args(hint)) if kind in (bool, int, float, Path)), str)
+        if Sequence in map(get_origin, (hint, *get_args(hint))):
+            kind, default = list[kind], [default] if default else None  # type: ignore[valid-type]
+        choices = CHOICES.get(name) or (get_args(hint) if get_origin(hint) is Literal else ())
+        made = typer.Option(
+            f" /--no-{flag}" if default is True else f"--{flag}",
+            help=item.metadata["help"] + (f" One of {', '.join(choices)}." if choices else ""),
+            rich_help_panel=item.metadata["panel"],
+            show_default=kind is not bool,
+        )
+        default = None if unset else inspect.Parameter.empty if default is ... else default
+        annotation = Annotated[kind | None if default is None else kind, made]
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        if name == "criterion":
+            yield from _make_options(Relevance, unset=True)
+
+
+def _read_table(table: type, values: Mapping[str, Any]) -> Any:
+    """Make a table, which checks itself, of the values on the command line."""
+    given = {}
+    for item in fields(table):
+        value = values.get(FLAGS.get((table, item.name), item.name))
+        if is_dataclass(item.default):
+            given[item.name] = _read_table(type(item.default), values)
+        elif item.metadata["panel"] is not None and value is not None:
+            given[item.name] = None if value == ["none"] else tuple(value) if isinstance(value, list) else value
+    made = table(**given)
+    names = [item.name for item in fields(Relevance) if item.name != "seed"] if hasattr(made, "criterion") else []
+    changes = {name: values[name] for name in names if values[name] is not None}
+    if "autocast" in changes:
+        changes["autocast"] = getattr(torch, changes["autocast"], changes["autocast"])
+    return replace(made, criterion=replace(made.ranking, **changes)) if changes else made
+
+
+def _pick(table: type, *names: str, base: tuple[type, ...] = ()) -> Any:
+    """Make a table of some of the options of another one."""
+    hints, known = get_type_hints(table), {item.name: item for item in fields(table)}
+    made = [(n, hints[n], field(default=known[n].default, metadata=known[n].metadata)) for n in names]
+    return make_dataclass("Picked", made, bases=base, frozen=True)
+
+
+# --- models, images, output ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """How the model is made."""
+
+    checkpoint: str | None = option(None, "Local weights: .safetensors, or a .pth that holds weights only.", "Model")
+    random: bool = option(False, "Random weights, in the place of timm's pretrained ones.", "Model")
+    model_arg: Sequence[str] = option((), "Argument of timm.create_model, such as num_classes=10; repeatable.", "Model")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...; by default cuda if there is one.", "Model")
+
+
+@dataclass(frozen=True)
+class Source(ModelSource):
+    """How the model is made, and the images."""
+
+    data: str = option(..., "Folder of images, with or without class folders, or a data set (hfds/...).", "Data")
+    skip_corrupt: bool = option(False, "Leave out images that cannot be read, and say which.", "Data")
+
+
+def _open_model(name: str, source: ModelSource) -> nn.Module:
+    """The timm model of a name, or the model that was saved to a directory, in eval mode."""
+    device = find_device(source.device)
+    if Path(name).is_dir():
+        return load(name).to(device)
+    arguments: dict[str, Any] = {"pretrained": not source.random, "checkpoint": source.checkpoint}
+    for pair in source.model_arg:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise ArgumentError(f"--model-arg must be key=value, got {pair!r}.")
+        arguments[key] = value
+        with contextlib.suppress(json.JSONDecodeError):
+            arguments[key] = json.loads(value)
+    torch.manual_seed(0)  # random weights are the same every time
+    return create(name, **arguments).eval().to(device)
+
+
+def _open(name: str, source: Source, batch_size: int) -> tuple[nn.Module, object]:
+    """The model and the images, prepared for it."""
+    model = _open_model(name, source)
+    return model, open_data(source.data, model, batch_size=batch_size, skip_corrupt=source.skip_corrupt)
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of a name, by default CUDA if there is one (each rank its own).
+
+    Raises:
+        ArgumentError: There is no such device.
+    """
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name or cuda)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def check_file(path: Path | None) -> None:
+    """Refuse a file that cannot be written, before the expensive part.
+
+    Raises:
+        CheckpointError: The path is a directory, or its directory is not there or cannot be written.
+    """
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
+        raise CheckpointError(
+            f"{path} cannot be written: expected a file in a directory that exists and can be written."
+        )
+
+
+@dataclass(frozen=True)
+class Printing:
+    """What is printed."""
+
+    json: bool = option(False, "One JSON object on standard output, nothing else.", "Output")
+    quiet: bool = option(False, "No progress bars and nothing on standard output.", "Output")
+
+
+@dataclass(frozen=True)
+class Writing(Printing):
+    """Where the result is written."""
+
+    out: Path | None = option(None, "Write here: a model's directory, scores (.safetensors), a table (.csv).", "Output")
+
+
+@dataclass(frozen=True)
+class Output(Writing):
+    """What is written beside a model."""
+
+    overwrite: bool = option(False, "Replace a model that was saved there.", "Output")
+    report: Path | None = option(None, "Write the report as a self-contained page here (.html).", "Output")
+
+
+def _shows_progress(printing: Printing) -> bool:
+    """Whether to show progress: one rank does, to a terminal."""
+    return distributed.rank() == 0 and not printing.json and not printing.quiet and sys.stderr.isatty()
+
+
+def _say(printing: Printing, facts: Mapping[str, Any], text: str) -> None:
+    """Print the facts as one JSON object, or the text; of several ranks, one does."""
+    if distributed.rank() == 0 and not printing.quiet:
+        typer.echo(json.dumps(facts) if printing.json else text)
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+Model = Annotated[str, typer.Argument(help="A timm name such as resnet50, or a directory written by --out.")]
+
+
+@command
+def prune_command(model: Model, source: Source, options: ChannelOptions, output: Output) -> None:
+    """Remove channels and heads of a model until a budget is met, and say what that cost.
+
+    Example: `jbrprune prune resnet50 --data photos/ --macs 0.5 --out pruned/`
+    """
+    _carry_out(prune, model, source, options, output)
+
+
+@command
+def sparsify_command(model: Model, source: Source, options: WeightOptions, output: Output) -> None:
+    """Set single weights of a model to zero, and say what that cost.
+
+    Example: `jbrprune sparsify resnet50 --data photos/ --sparsity 0.9 --out sparse/`
+    """
+    _carry_out(sparsify, model, source, options, output)
+
+
+def _carry_out(call: Callable[..., PruneResult], name: str, source: Source, options: Any, output: Output) -> None:
+    """Prune, save, print."""
+    if output.out is not None:
+        check_target(output.out, overwrite=output.overwrite)
+    if output.report is not None:
+        check_file(output.report)
+        import_optional("matplotlib.figure")
+    model, data = _open(name, source, options.batch_size)
+    given = vars(options) | {"progress": _shows_progress(output)}
+    if options.eval_data is not None:
+        given["eval_data"] = open_data(options.eval_data, model, skip_corrupt=source.skip_corrupt)
+    result = call(model, data, **given)
+    report = result.report
+    if distributed.rank() == 0:
+        if output.out is not None:
+            result.save(output.out, overwrite=output.overwrite)
+        if output.report is not None:
+            report.to_html(output.report, predicted=_foresee(report, model, data, options))
+    facts = report.to_dict() | {"out": output.out and str(output.out)}
+    _say(output, facts, f"{report}" + (f"\n\nSaved to {output.out}" if output.out else ""))
+
+
+def _foresee(report: Report, model: nn.Module, data: object, options: Any) -> Any:
+    """What is predicted for the MACs that the steps reached; None where nothing can be predicted."""
+    shares = sorted({step.macs / report.dense.macs for step in report.steps} - {1.0})
+    if not isinstance(options, ChannelOptions) or not shares or distributed.size() > 1:
+        return None
+    given = {item.name: getattr(options, item.name) for item in fields(Predicting)} | {"progress": False}
+    margin = 1 + 1e-9  # a step may have reached the floors
+    with contextlib.suppress(JBRError, ImportError):
+        return predict(model, data, macs=[share * margin for share in shares], checked=1, **given)
+    return None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The budgets of a prediction."""
+
+    macs: Sequence[float] = option((), "Share of the MACs to keep; repeatable; by default 0.9 to 0.2.", "Budget")
+    params: Sequence[float] = option((), "Share of the parameters to keep; repeatable.", "Budget")
+    channels: Sequence[float] = option((), "Share of the removable channels to keep; repeatable.", "Budget")
+    calibrate: bool = option(False, "Really prune at two budgets, to correct the curve by what is measured.", "Budget")
+    checked: int = option(64, "Images on which every budget is tried by masking.", "Data")
+
+
+Predicting = _pick(ChannelOptions, "repair", "images", "seed", "floors", base=(Options,))
+Listing = _pick(ChannelOptions, "ignore", "floors")
+SHOWN = ("target", "macs", "predicted_tpv", "predicted_flips", "valid", "predicted_flips_repaired", "masked_flips")
+"""Columns of a prediction that fit on a screen; all of them are in ``--json`` and ``--out``."""
+
+
+@command
+def predict_command(model: Model, source: Source, shares: Shares, options: Predicting, output: Writing) -> None:  # type: ignore[valid-type]
+    """Predict what pruning would cost, for every budget, before anything is cut.
+
+    Example: `jbrprune predict resnet50 --data photos/ --macs 0.8 --macs 0.6`
+    """
+    check_file(output.out)
+    module, data = _open(model, source, options.batch_size)
+    given = {name: value for name, value in vars(shares).items() if value != ()} | vars(options)
+    frame = predict(module, data, **given | {"progress": _shows_progress(output)})
+    if output.out is not None:
+        frame.to_csv(output.out, index=False)
+    rows = plain(frame.to_dict("records"))
+    content = make_table([{name.replace("_", "\n"): row[name] for name in SHOWN} for row in rows], left=0)
+    note = "flips: share of images whose top-1 changes; masked flips are measured, without repair and without a cut."
+    _say(output, {"model": model, "rows": rows}, f"{model}\n\n{format_table(content)}\n\n{note}")
+
+
+@command
+def score_command(model: Model, source: Source, options: ScoreOptions, output: Writing) -> None:
+    """Score what could be removed, without removing anything.
+
+    Example: `jbrprune score resnet50 --data photos/ --out scores.safetensors`
+    """
+    check_file(output.out)
+    module, data = _open(model, source, options.batch_size)
+    scores = score(module, data, **vars(options) | {"progress": _shows_progress(output)})
+    if output.out is not None and distributed.rank() == 0:
+        scores.save(output.out)
+    rows = [
+        {"group": name, "units": v.numel()}
+        | {"least": float(v.min()), "median": float(v.median()), "most": float(v.max())}
+        for name, v in scores.values().items()
+    ]
+    how = scores.settings
+    facts = {"model": model, "samples": scores.samples, "settings": plain(how), "groups": rows}
+    title = f"{model}: scores of {scores.samples} images, {how.objective}, {how.statistic}"
+    _say(output, facts, f"{title}\n\n{format_table(make_table(rows))}")
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """What a model is measured on and compared with."""
+
+    reference: str | None = option(None, "Timm name or directory of the dense model.", "Model")
+    images: int | None = option(None, "Images to read; by default all.", "Data")
+    batch_size: int = option(32, "Images per pass.", "Data")
+
+
+@command
+def eval_command(model: Model, source: Source, options: Comparing, printing: Printing) -> None:
+    """Compare a pruned model with the dense one: agreement, cost, time, and accuracy if the folder has classes.
+
+    Example: `jbrprune eval pruned/ --data validation/ --reference resnet50`
+    """
+    module, data = _open(model, source, options.batch_size)
+    models = {} if options.reference is None else {"reference_": _open_model(options.reference, source)}
+    models[""] = module
+    found, example = measure_agreement([*models.values()], data, options.images, options.batch_size)
+    if distributed.rank() > 0:
+        return  # the others' work would disturb the timing
+    timings = time_in_turns([*models.values()], example)
+    facts: dict[str, Any] = {"model": model, "images": found.images}
+    for (prefix, each), latency in zip(models.items(), timings.latencies):
+        facts[f"{prefix}macs"] = sum(count_macs(each, example).values())
+        facts[f"{prefix}params"] = parameters_of(each)
+        facts[f"{prefix}latency_ms"] = latency.median_ms
+        facts[f"{prefix}accuracy"] = found.dense_accuracy if prefix else found.accuracy
+    if options.reference is not None:
+        facts |= {"reference": options.reference, "relative_latency": timings.ratios[1]}
+        facts |= {"top1_agreement": found.top1, "top5_agreement": found.top5, "kl": found.kl}
+    _say(printing, facts, format_table(make_pairs(facts)))
+
+
+def measure_agreement(
+    models: Sequence[nn.Module], data: object, images: int | None, batch_size: int
+) -> tuple[Agreement, torch.Tensor]:
+    """The agreement of the last model with the first, and the first image; several ranks share the batches."""
+    limited = None if images is None else materialise(data, images=images, batch_size=batch_size)
+    batches, parts, first = iter(limited or iterate(data, batch_size=batch_size)), [], []
+    while chunk := list(itertools.islice(batches, distributed.size())):
+        first = first or [chunk[0].images[:1]]
+        wanted, found = compute_logits(models[0], chunk), compute_logits(models[-1], chunk)
+        parts += [agreement(own, dense, batch.labels) for own, dense, batch in zip(found, wanted, chunk)]
+    return combine(parts), first[0]
+
+
+@command
+def info_command(model: Model, source: ModelSource, options: Listing, printing: Printing) -> None:  # type: ignore[valid-type]
+    """List what can be removed from a model, what it costs, and how far it can go. Needs no weights.
+
+    Example: `jbrprune info vit_small_patch16_224`
+    """
+    found = info(_open_model(model, replace(source, random=source.checkpoint is None)), **vars(options))
+    size = " x ".join(map(str, found.input_size))
+    text = (
+        f"{model}: {format_si(found.macs, unit='MACs')}, {format_si(found.params)} parameters at {size}.\n"
+        f"It can go down to {found.least_macs:.1%} of the MACs and {found.least_params:.1%} of the parameters.\n\n"
+        f"What can be removed\n\n{format_table(make_table([vars(row) for row in found.rows]))}\n\n"
+        f"What keeps its width\n\n{format_table(make_pairs(found.skipped))}"
+    )
+    _say(printing, {"model": model} | found.to_dict(), text)
+
+
+@dataclass(frozen=True)
+class Perturbing:
+    """What perturbs the weights, and how the variance is estimated."""
+
+    sigma: float | None = option(None, "Gaussian noise of this size on every weight.", "Perturbation")
+    bits: int | None = option(None, "Uniform quantization to this many bits.", "Perturbation")
+    granularity: Literal["tensor", "channel", "global"] = option("tensor", "What shares a range.", "Perturbation")
+    rounding: bool = option(False, "Really round, in the place of the noise that models it.", "Perturbation")
+    ignore: Sequence[str] = option((), "Globs of modules or parameters that are not perturbed.", "Perturbation")
+    measure: bool = option(False, "Also perturb the model and measure.", "Perturbation")
+    method: Literal["auto", "exact", "projection", "jvp"] = option("auto", "Form of the estimate.", "Perturbation")
+    rtol: float = option(0.02, "Stop at this relative standard error.", "Perturbation")
+    draws: int = option(16, "Draws of the perturbation, at most.", "Perturbation")
+    images: int | None = option(None, "Images to read; by default all.", "Data")
+    batch_size: int = option(32, "Images per pass.", "Data")
+    seed: int = option(0, "Seed of everything random.", "Data")
+
+
+@command
+def tpv_command(model: Model, source: Source, options: Perturbing, printing: Printing) -> None:
+    """Test prediction variance: what noise on the weights, or quantization, does to the logits. Needs no labels.
+
+    Example: `jbrprune tpv resnet50 --data photos/ --bits 8 --measure`
+    """
+    if (options.sigma is None) == (options.bits is None):
+        raise ArgumentError("Say what perturbs the weights: either --sigma or --bits.")
+    change: Any = options.sigma and Isotropic(options.sigma)
+    if options.bits is not None:
+        change = Quantization(options.bits, options.granularity, options.rounding)
+    module, data = _open(model, source, options.batch_size)
+    given = {name: getattr(options, name) for name in ("rtol", "draws", "batch_size", "seed", "ignore")}
+    given |= {"samples": options.images, "progress": _shows_progress(printing)}
+    found = {"trace_form": trace_form(module, data, change, method=options.method, **given)}
+    if options.measure:
+        found["empirical"] = empirical(module, data, change, **given)
+    text = f"{model}, {change}\n" + "\n".join(f"{name:12} {estimate}" for name, estimate in found.items())
+    valid = found["trace_form"].validity
+    if valid is not None:
+        text += f"\nfirst order  {'valid' if valid.valid else 'not valid'} at this size (error {valid.at(1.0):.1%})"
+    facts = {"model": model, "perturbation": str(change)} | {name: each.to_dict() for name, each in found.items()}
+    _say(printing, facts, text)
+
+
+@command
+def card_command(
+    directory: Annotated[Path, typer.Argument(help="Directory that was written by `--out` or `save`.")],
+) -> None:
+    """Write a model card (README.md) into the directory of a saved model, for the Hugging Face Hub.
+
+    Example: `jbrprune card pruned/`
+    """
+    typer.echo(f"Wrote {write_card(directory)}")
+
+
+@command
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Directory for the models, tables and figures.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Prune a real ImageNet model on photographs, and a small ResNet on digits, without a network connection.
+
+    Example: `jbrprune demo --out demo`
+    """
+    from jbrprune.demo import run_demo
+
+    run_demo(out, seed=seed, say=typer.echo)
 
 
 def main() -> None:
@@ -56,9 +494,6 @@ def main() -> None:
     try:
         with distributed.joined() if distributed.launched() else contextlib.nullcontext():
             app()
-    except JBRError as error:
+    except (JBRError, ImportError, OSError) as error:
         typer.secho(f"jbrprune: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
-    except (ImportError, OSError) as error:
-        typer.secho(f"jbrprune: {error}", err=True, fg=typer.colors.RED)
-        sys.exit(1)

@@ -45,7 +45,7 @@ LITE0_MEAN, LITE0_STD = 0.5, 0.5
 """Preprocessing of `lite0`, the same for every channel: ``(x - 0.5) / 0.5`` with x in [0, 1]."""
 
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.324
-PHOTOGRAPH_SHARES, DIGIT_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7), (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+PHOTOGRAPH_SHARES, DIGIT_SHARES = (0.95, 0.9, 0.85, 0.8), (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 CROPS = 256
 DISTRIBUTIONS = {
     "skimage": "scikit-image",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune import load
-from jbrprune.commands.options import check_file
+from jbrprune.cli import check_file
 from jbrprune.errors import ArgumentError, JBRError, ModelError
 from jbrprune.models import timm_models
 from jbrprune.models.preserve import logits_of

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jbrprune.errors import ArgumentError
 from jbrprune.evaluation.agreement import Agreement
 from jbrprune.report.records import Report, Size, StepRow, import_optional
 from jbrprune.report.text import headline
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MAX_NAMES = 60
-COLOURS = ("#1f4e79", "#c8742c", "#3f7d4e", "#7b4b94", "#8c6d1f", "#555555")
+COLOURS = ("#c8742c", "#1f4e79", "#3f7d4e", "#7b4b94")
 STAGES = {"unrepaired": "before repair", "repaired": "after repair"}
 PREDICTIONS = {"predicted_flips": "predicted, without repair", "predicted_flips_repaired": "predicted, with repair"}
 TOP1 = "top-1 agreement with the dense model (%)"
@@ -34,17 +33,11 @@ def plot_report(
     report: Report, path: str | os.PathLike[str] | None = None, predicted: DataFrame | None = None
 ) -> Figure:
     """Draw the kept width of every layer, and the agreement against the cost over the steps; see `Report.plot`."""
-    known = [column for column in PREDICTIONS if predicted is not None and column in predicted]
-    if predicted is not None and not (known and "macs" in predicted and report.sparsity is None):
-        raise ArgumentError(
-            "predicted= must be what jbrprune.predict makes for a run that removes channels: a table with the columns "
-            f"'macs' and {' or '.join(map(repr, PREDICTIONS))}; got {', '.join(map(str, predicted))}."
-        )
     figure, (widths, curve) = _make_figure(2)
     figure.suptitle(headline(report), x=0.01, ha="left", fontsize=11)
     places, names = range(len(report.layers)), [layer.name for layer in report.layers]
     widths.bar(places, [100.0] * len(places), color="#d9e1e8", zorder=2)
-    widths.bar(places, [100 * layer.kept for layer in report.layers], color=COLOURS[0], zorder=2)
+    widths.bar(places, [100 * layer.kept for layer in report.layers], color=COLOURS[1], zorder=2)
     if len(places) <= MAX_NAMES:
         widths.set_xticks(places, names, rotation=90, fontsize=6)
     what = "width" if report.sparsity is None else "weights"
@@ -52,12 +45,13 @@ def plot_report(
     for colour, (stage, label) in zip(COLOURS, STAGES.items()):
         points = _points(report.dense, [(step, getattr(step, stage)) for step in report.steps])
         _draw_line(curve, points, colour, f"{label}, gate images", dashed=stage == "unrepaired")
-    for colour, column in zip(COLOURS[2:], known):
-        points = [(share, *(1 - flips,) * 3) for share, flips in predicted[["macs", column]].to_numpy()]
-        _draw_line(curve, points, colour, PREDICTIONS[column], dashed=True)
+    for colour, (column, label) in zip(COLOURS[2:], PREDICTIONS.items()):
+        if predicted is not None and column in predicted:
+            points = [(share, *(1 - flips,) * 3) for share, flips in predicted[["macs", column]].to_numpy()]
+            _draw_line(curve, points, colour, label, dashed=True)
     final = _points(report.dense, [(report.pruned, report.final)])[1:]
     _draw_line(curve, final, "black", "final, held-out images, 95 % interval")
-    _finish_axes(curve, [report], TOP1)
+    _finish_axes(curve, report, TOP1)
     save_figure(figure, path)
     return figure
 
@@ -66,7 +60,7 @@ def plot_sweep(reports: Sequence[Report], path: str | os.PathLike[str] | None = 
     """Draw top-1 agreement, and accuracy where it is known, against the cost, before and after the last repair.
 
     Args:
-        reports: At least one; each model has a colour of its own.
+        reports: At least one; all of one model.
         path: Write the figure here as well; the suffix gives the format.
 
     Returns:
@@ -75,18 +69,16 @@ def plot_sweep(reports: Sequence[Report], path: str | os.PathLike[str] | None = 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    labelled = any(report.final is not None and report.final.accuracy is not None for report in reports)
-    values = {"top1": TOP1} | ({"accuracy": "accuracy (%)"} if labelled else {})
+    reports = sorted(reports, key=lambda report: -cost_left(report.dense, report.pruned))
+    values = {"top1": TOP1}
+    if any(report.final is not None and report.final.accuracy is not None for report in reports):
+        values["accuracy"] = "accuracy (%)"
     figure, panels = _make_figure(len(values))
     for axes, (value, name) in zip(panels, values.items()):
-        for number, model in enumerate(dict.fromkeys(report.model for report in reports)):
-            own = [report for report in reports if report.model == model]
-            own.sort(key=lambda report: -cost_left(report.dense, report.pruned))
-            for stage, label in STAGES.items():
-                points = _points(own[0].dense, [(report.pruned, getattr(report, stage)) for report in own], value)
-                colour = COLOURS[number % len(COLOURS)]
-                _draw_line(axes, points, colour, f"{model}, {label}", dashed=stage == "unrepaired")
-        _finish_axes(axes, reports, name)
+        for colour, (stage, label) in zip(COLOURS, STAGES.items()):
+            points = _points(reports[0].dense, [(report.pruned, getattr(report, stage)) for report in reports], value)
+            _draw_line(axes, points, colour, label, dashed=stage == "unrepaired")
+        _finish_axes(axes, reports[0], name)
     save_figure(figure, path)
     return figure
 
@@ -136,10 +128,10 @@ def _draw_line(axes: Axes, points: Sequence[Point], colour: str, label: str, *, 
         )  # fmt: skip
 
 
-def _finish_axes(axes: Axes, reports: Sequence[Report], label: str) -> None:
+def _finish_axes(axes: Axes, report: Report, label: str) -> None:
     """The cost falls from left to right, as pruning goes on."""
-    names = {"MACs" if report.pruned.nonzero is None else "effective parameters" for report in reports}
-    axes.set(xlabel=f"{' or '.join(sorted(names))} kept (% of the dense model)", ylabel=label, ylim=(0, 102))
+    cost = "MACs" if report.pruned.nonzero is None else "effective parameters"
+    axes.set(xlabel=f"{cost} kept (% of the dense model)", ylabel=label, ylim=(0, 102))
     axes.invert_xaxis()
     if axes.containers:
         axes.legend(frameon=False, fontsize=8, loc="lower left")

@@ -226,7 +226,6 @@ class Report:
             The page.
 
         Raises:
-            ArgumentError: The prediction is of something else, or lacks a column.
             ImportError: matplotlib is not installed.
         """
         from jbrprune.report.html import make_page
@@ -245,7 +244,6 @@ class Report:
             The figure; no window is opened and no global state of matplotlib is touched.
 
         Raises:
-            ArgumentError: The prediction is of something else, or lacks a column.
             ImportError: matplotlib is not installed.
         """
         from jbrprune.report.figures import plot_report

@@ -45,6 +45,11 @@ def make_table(rows: Sequence[Mapping[str, Any]], left: int = 1) -> Table:
     return Table(names, [[format_value(row[name]) for name in names] for row in rows], left)
 
 
+def make_pairs(values: Mapping[str, Any]) -> Table:
+    """A table of names and values without headings; what is an empty text is left out."""
+    return Table((), [(name, format_value(value)) for name, value in values.items() if value != ""], left=2)
+
+
 def format_table(content: Table) -> str:
     """Lay a table out as plain ASCII of at most 80 columns, whatever the terminal and its variables are.
 
@@ -81,31 +86,28 @@ def format_report(report: Report) -> str:
 
 
 def format_sweep(reports: Sequence[Report], title: str) -> str:
-    """Lay out what each share costs: one line per report, after one for the dense model; one table per model.
+    """Lay out what each share costs: one line per report, after one for the dense model.
 
     Top-1 is given before and after the last repair, all else for the model that was handed over.
 
     Args:
-        reports: At least one, in the order in which they are to be listed.
+        reports: At least one, all of one model, in the order in which they are to be listed.
         title: First line.
 
     Returns:
         Plain text, at most 80 columns.
     """
-    parts = [title]
-    for model in dict.fromkeys(report.model for report in reports):
-        own = [report for report in reports if report.model == model]
-        parts += [model, format_table(make_table([_sweep_row(own[0], dense=True), *map(_sweep_row, own)], left=0))]
+    rows = [_sweep_row(reports[0], dense=True), *map(_sweep_row, reports)]
     note = (
         "kept: share of the MACs. top-1, KL: agreement with the dense model on held-out images; top-1 before -> after "
         "the last repair, all else after it. time: of one image, in turns with the dense model."
     )
     if any(report.timings is not None and report.timings.ratios[1] > 1 for report in reports):
         note += (
-            " A time above 100 % is slower than the dense model with fewer MACs: kernels are slow where a width is not "
-            "a multiple of 8 or 16; Floors(round_to=8) keeps widths that are."
+            " A time above 100 % lies within the spread of the timing, or comes from widths at which kernels are slow: "
+            "Floors(round_to=8) keeps multiples of 8."
         )
-    return "\n\n".join([*parts, textwrap.fill(note, WIDTH)])
+    return f"{title}\n\n{format_table(make_table(rows, left=0))}\n\n{textwrap.fill(note, WIDTH)}"
 
 
 def _sweep_row(report: Report, dense: bool = False) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def _sweep_row(report: Report, dense: bool = False) -> dict[str, Any]:
         "effective": format_si(size.nonzero) if sparse else None,
         "top-1 (%)\nbefore -> after": "dense" if dense else " -> ".join(tops),
         "95 %\ninterval": None if dense else format_interval(final),
-        "KL\n(nats)": None if dense or final is None else final.kl,
+        "KL\n(nats)": None if dense or final is None else f"{final.kl:.3g}",
         "accu-\nracy %": format_percent(accuracy, ""),
         "time\n%": ms and f"{ms:.3g} ms" if dense else format_percent(ratio, ""),
     }
@@ -150,20 +152,20 @@ def make_tables(report: Report) -> dict[str, Table]:
     ]
     widths = [
         {"layer": row.name, "type": row.type, "unit": row.kind, "before": row.before, "after": row.after}
-        | {"kept": format_percent(row.kept), "": "#" * round(10 * row.kept)}
+        | {"kept": format_percent(row.kept), "": f"{'#' * round(10 * row.kept):10}"}
         for row in report.layers
     ]
     tables = {
-        "Cost": Table((), [pair for pair in _facts(report).items() if pair[1]], left=2),
+        "Cost": make_pairs(_facts(report)),
         f"Agreement with the dense model on {report.heldout or 'held-out images'}": make_table(agreements),
         "Widths": make_table(widths, left=3),
         "Steps": make_table([vars(step) for step in report.steps]),
-        "Provenance": Table((), [(name, format_value(value)) for name, value in report.provenance.items()], left=2),
+        "Provenance": make_pairs(report.provenance),
     }
     return {title: content for title, content in tables.items() if content.rows}
 
 
-def _facts(report: Report) -> dict[str, str]:
+def _facts(report: Report) -> dict[str, Any]:
     """What the run changed and how, by name; empty where there is nothing to say."""
     dense, pruned, search, timings = report.dense, report.pruned, report.search, report.timings
     latency = dropped = ""
@@ -190,9 +192,9 @@ def _facts(report: Report) -> dict[str, str]:
         "size": format_change(dense.bytes, pruned.bytes, "B"),
         "packed": format_change(dense.packed, pruned.packed, "B", " (without what is masked)"),
         "latency": latency,
-        "budget": format_value(report.budget),
+        "budget": report.budget,
         "max_drop": dropped,
-        "settings": format_value(report.settings),
+        "settings": report.settings,
         "time": ", ".join(f"{part} {seconds:.1f} s" for part, seconds in report.seconds.items()),
     }
 

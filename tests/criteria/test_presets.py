@@ -91,7 +91,7 @@ def test_the_command_line_takes_a_name(
 
     for number in range(12):
         Image.new("RGB", (32, 32), (20 * number, 90, 255 - 20 * number)).save(tmp_path / f"{number}.png")
-    base = ["jbrprune", "prune", "test_resnet", "--no-pretrained", "--data", str(tmp_path), "--macs", "0.8", "--json"]
+    base = ["jbrprune", "prune", "test_resnet", "--random", "--data", str(tmp_path), "--macs", "0.8", "--json"]
     monkeypatch.setattr("sys.argv", [*base, "--criterion", "jbr_mean_replacd"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 ONE = [sys.executable, "-m", "jbrprune"]
 TWO = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "-m", "jbrprune"]
-MODEL = ["test_resnet", "--no-pretrained", "--checkpoint", "weights.safetensors", "--model-arg", "num_classes=4"]
+MODEL = ["test_resnet", "--checkpoint", "weights.safetensors", "--model-arg", "num_classes=4"]
 DATA = ["--data", "photos", "--batch-size", "4", "--device", "cpu"]
 
 Run = Callable[..., Any]

@@ -314,7 +314,7 @@ def test_the_command_line(tmp_path: Any) -> None:
     for number in range(12):
         Image.effect_noise((40, 40), 60 + number).convert("RGB").save(folder / f"{number}.png")
     out = tmp_path / "table.csv"
-    wanted = ["predict", "test_resnet", "--data", str(folder), "--macs", "0.9", "--macs", "0.7", "--no-pretrained"]
+    wanted = ["predict", "test_resnet", "--data", str(folder), "--macs", "0.9", "--macs", "0.7", "--random"]
     done = CliRunner().invoke(app, [*wanted, "--out", str(out), "--min-channels", "1"], catch_exceptions=False)
     assert done.exit_code == 0
     assert "flips masked" in done.stdout

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 
 from jbrprune import Report
-from jbrprune.errors import ArgumentError
 from jbrprune.evaluation.agreement import Agreement
 from jbrprune.evaluation.latency import Latency, Timings
 from jbrprune.report.records import LayerRow, Size, StepRow
@@ -156,11 +155,3 @@ def test_a_prediction_is_drawn_beside_what_was_measured() -> None:
     assert [label for label in lines if "predicted" in label] == ["predicted, without repair", "predicted, with repair"]
     assert lines["predicted, without repair"].lines[0].get_xydata().tolist() == [[90, 90], [50, 60]]
     assert len(report().to_html(predicted=table)) > len(report().to_html())
-
-
-def test_a_prediction_of_something_else_is_refused() -> None:
-    table = pd.DataFrame({"macs": [0.5], "predicted_flips": [0.4]})
-    weights = report(layers=(LayerRow("w", "Linear", "weight", 100, 30),))
-    for made, prediction in ((weights, table), (report(), pd.DataFrame({"a": [], "b": []}))):
-        with pytest.raises(ArgumentError, match="for a run that removes channels: a table with the columns 'macs' and"):
-            made.to_html(predicted=prediction)
