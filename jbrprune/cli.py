@@ -302,7 +302,7 @@ class Shares:
     macs: Sequence[float] = option((), "Share of the MACs to keep; repeatable; by default 0.9 to 0.2.", "Budget")
     params: Sequence[float] = option((), "Share of the parameters to keep; repeatable.", "Budget")
     channels: Sequence[float] = option((), "Share of the removable channels to keep; repeatable.", "Budget")
-    calibrate: bool = option(False, "Really prune at two budgets, to correct the curve by what is measured.", "Budget")
+    calibrate: int = option(0, "Really prune at so many budgets, up to 3, to correct the curve.", "Budget")
     checked: int = option(64, "Images on which every budget is tried by masking.", "Data")
 
 
@@ -326,7 +326,7 @@ def predict_command(model: Model, source: Source, shares: Shares, options: Predi
         frame.to_csv(output.out, index=False)
     rows = plain(frame.to_dict("records"))
     content = make_table([{name.replace("_", "\n"): row[name] for name in SHOWN} for row in rows], left=0)
-    note = "flips: share of images whose top-1 changes; masked flips are measured, without repair and without a cut."
+    note = "flips: share of images whose top-1 changes. masked flips are measured, uncut."
     _say(output, {"model": model, "rows": rows}, f"{model}\n\n{format_table(content)}\n\n{note}")
 
 
