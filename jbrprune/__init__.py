@@ -15,8 +15,7 @@ from jbrprune.integrations.torch_prune import (
     to_semi_structured,
 )
 from jbrprune.integrations.torch_pruning import JBRImportance
-from jbrprune.prediction.degradation import Degradation, degradation
-from jbrprune.prediction.predict import predict
+from jbrprune.prediction.predict import Degradation, degradation, predict
 from jbrprune.pruning.api import PruneResult, create, info, prune, score, sparsify, sweep
 from jbrprune.report.records import Report
 from jbrprune.sparsity.masks import make_permanent

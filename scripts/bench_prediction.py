@@ -6,7 +6,7 @@
 
 Cuts are made in one step, ranked over all layers by score alone, without repair. Lines that are there already are not
 made again. `prediction_error` and `valid` are those of `jbrprune.predict`, by the first 64 images. `--table` also bends
-every curve through the one point that `jbrprune.predict(calibrate=1)` would choose.
+every curve through the one point that `jbrprune.predict(calibrate=True)` would choose.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ from baselines import CRITERIA
 from jbrprune.data.batches import Batch, attach_reference, rebatch
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models import timm_models
-from jbrprune.prediction.checking import check
-from jbrprune.prediction.correction import corrected
-from jbrprune.prediction.damage import measured_damage
-from jbrprune.prediction.forecast import forecast
-from jbrprune.prediction.predict import CALIBRATED_AT, masked_logits
+from jbrprune.prediction.changes import predict_changes
+from jbrprune.prediction.damage import Correction, measure_damage
+from jbrprune.prediction.predict import CALIBRATED_AT, compute_masked_logits
+from jbrprune.prediction.validity import check
 from jbrprune.pruning.channels import Channels, Cut, find_channels
 from jbrprune.pruning.options import ChannelOptions
 from jbrprune.pruning.prepare import open_problem
@@ -103,14 +102,14 @@ def run(
     began = time.process_time()
     state, cuts = cuts_of(model, calibration, wanted, seed)
     units = [cut.units for cut in cuts.values()]
-    predicted = forecast(model, calibration, state.groups, units, refits=False, seed=seed)
+    predicted = predict_changes(model, calibration, state.groups, units, refits=False, seed=seed)
     seconds = time.process_time() - began
     plainly = replace(predicted, saturate=False)
     dense, dense_test = (torch.cat(compute_logits(model, batches)) for batches in (calibration, test))
     for number, ((criterion, ratio), cut) in enumerate(cuts.items()):
-        masked = masked_logits(model, calibration, state.groups, cut.units)
+        masked = compute_masked_logits(model, calibration, state.groups, cut.units)
         seen = check(predicted, number, masked[:CHECKED], dense)
-        tested = masked_logits(model, test, state.groups, cut.units)
+        tested = compute_masked_logits(model, test, state.groups, cut.units)
         yield {
             "criterion": criterion,
             "ratio": ratio,
@@ -122,16 +121,16 @@ def run(
             "taylor_error": check(predicted, number, masked, dense).taylor_error,
             "prediction_error": seen.prediction_error,
             "valid": seen.valid,
-            "masked": plain(measured_damage(dense, masked)),
-            "test": plain(measured_damage(dense_test, tested)),
+            "masked": plain(measure_damage(dense, masked)),
+            "test": plain(measure_damage(dense_test, tested)),
             "cpu_seconds_of_all_predictions": round(seconds, 1),
         }
 
 
 def bent(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of one criterion with ``calibrated`` TPV and flips; None at the point itself, which is measured."""
-    point = min(found, key=lambda line: abs(line["predicted"]["flips"] - CALIBRATED_AT[1][0]))
-    curve = corrected([(point["predicted"]["tpv"], point["masked"]["tpv"])])
+    point = min(found, key=lambda line: abs(line["predicted"]["flips"] - CALIBRATED_AT))
+    curve = Correction.through(point["predicted"]["tpv"], point["masked"]["tpv"])
     result = []
     for line in found:
         scale = curve.scale(line["predicted"]["tpv"])

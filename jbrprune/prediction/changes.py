@@ -1,29 +1,36 @@
 """How the logits of every sample change when units go, to first order: any number of cuts from one pass.
 
-Every consumer reads its input a through two gates that hold still, a (1 + z) + y with z = y = 0, one of each for every
-sample and channel. For a logit f_k, df_k/dz = sum over positions of a * df_k/da is what the channel contributes through
-this layer, df_k/dy = sum of df_k/da what a constant in its place would. A cut S then changes the logit by
+Every consumer reads its input a through a gate (`jbrprune.criteria.gates`). For a logit f_k, df_k/dz = sum over
+positions of a * df_k/da is what the channel contributes through this layer, df_k/dy = sum of df_k/da what a constant in
+its place would. A cut S then changes the logit by
 
 * ``zeroed``:   -sum of df_k/dz over the channels of S: the units are gone, = -J_k w_S;
-* ``repaired``: -sum of (df_k/dz - mean(a) df_k/dy): their mean stays, times the share of the rest that a repair
-  leaves in this layer.
+* ``repaired``: -sum of (df_k/dz - mean(a) df_k/dy): their mean stays, times the share of the amplitude of the rest that
+  a least-squares repair of this layer leaves.
+
+With C the covariance of the channels that a consumer reads (over samples and positions), S those that go and K those
+that stay, no linear combination of the kept ones reproduces C_SS - C_SK (C_KK + lambda I)^-1 C_KS. The share of the
+lost *output* that is left is tr(W_S . W_S^T) of it over tr(W_S C_SS W_S^T), W_S being the weights that read S.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
+from jbrprune.criteria.gates import Key, differentiate, effects, gated_logits
 from jbrprune.criteria.relevance import scored_members
 from jbrprune.data.batches import Batch
-from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
+from jbrprune.errors import ArgumentError, NonFiniteError
+from jbrprune.evaluation.agreement import explain_out_of_memory
 from jbrprune.models import layers, preserve
-from jbrprune.models.preserve import logits_of
+from jbrprune.prediction.damage import Damage, damage, saturation
+from jbrprune.repair.repair import RIDGE
 from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.verification import check_samples_apart
 
@@ -43,6 +50,7 @@ class Changes:
         rest: ``[2, B, N]`` the change (zeroed, repaired) of the other logits under random signs: its square is an
             unbiased estimate of the sum of their squares. Zero where there are no others.
         spread: ``[N]`` Euclidean norm of all K logits about their mean.
+        saturate: Whether `change` saturates (`jbrprune.prediction.damage`).
     """
 
     top: Tensor
@@ -51,16 +59,80 @@ class Changes:
     repaired: Tensor
     rest: Tensor
     spread: Tensor
+    saturate: bool = True
 
     def first(self, number: int) -> Changes:
         """Of the first samples alone."""
-        return Changes(
-            self.top[:number], self.classes[:number], self.zeroed[:, :number], self.repaired[:, :number],
-            self.rest[:, :, :number], self.spread[:number],
-        )  # fmt: skip
+        return replace(
+            self,
+            top=self.top[:number],
+            classes=self.classes[:number],
+            zeroed=self.zeroed[:, :number],
+            repaired=self.repaired[:, :number],
+            rest=self.rest[:, :, :number],
+            spread=self.spread[:number],
+        )
+
+    def change(self, cut: int, *, repaired: bool = False, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """``[N, R]`` change of the largest logits and ``[N]`` of the rest under random signs, times ``scale``."""
+        change, rest = (self.repaired if repaired else self.zeroed)[cut], self.rest[int(repaired), cut]
+        if self.saturate:
+            factor = saturation(change, rest, self.spread)
+            change, rest = change * factor[:, None], rest * factor
+        return change * scale, rest * scale
+
+    def damage(self, cut: int, *, repaired: bool = False, scale: float = 1.0) -> Damage:
+        """Predicted TPV and flips of one cut."""
+        return damage(self.top, *self.change(cut, repaired=repaired, scale=scale))
 
 
-def logit_changes(
+def predict_changes(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    groups: Sequence[Group],
+    cuts: Sequence[Selection],
+    *,
+    refits: bool = True,
+    saturate: bool = True,
+    rows: int = ROWS,
+    seed: int = 0,
+    progress: bool = False,
+) -> Changes:
+    """Predict what cuts do to the logits of a model that stays whole.
+
+    One forward pass for the moments of what is read, then one forward and ``min(K, rows)`` backward passes (one more
+    where K > ``rows``), whatever the number of cuts.
+
+    Args:
+        model: The dense model; left as it was.
+        batches: Images ``[B, C, H, W]``.
+        groups: The units of this very model.
+        cuts: Group name -> units that go, one mapping per cut.
+        refits: Whether the repair refits weights by least squares, or only takes over means.
+        saturate: Let changes saturate; False: plain first order.
+        rows: Logits of every sample that are followed one by one.
+        seed: Seeds the signs, which are drawn sample by sample in the order of the data.
+        progress: Show a progress bar.
+
+    Raises:
+        ArgumentError: No cuts, or less than two rows.
+        ModelError: Samples influence each other, or no unit takes part in the logits.
+        NonFiniteError: NaN or Inf.
+    """
+    masks = cut_masks(model, groups, cuts)
+    moments = input_moments(model, batches, masks)
+    means, left = {}, {}
+    for name, found in moments.items():
+        means[name] = found.mean
+        if refits:
+            left[name] = unexplained(found, model.get_submodule(name), masks[name], RIDGE).sqrt()
+    changes = change_logits(
+        model, batches, groups, cuts, means=means, left=left, rows=rows, seed=seed, progress=progress
+    )
+    return replace(changes, saturate=saturate)
+
+
+def change_logits(
     model: nn.Module,
     batches: Sequence[Batch],
     groups: Sequence[Group],
@@ -74,24 +146,18 @@ def logit_changes(
 ) -> Changes:
     r"""First-order changes of the logits of every sample, -J(x) w_S, for every cut S at once.
 
-    Exact for all K logits where K <= ``rows``; otherwise for the largest ``rows`` of every sample. One forward and
-    ``min(K, rows)`` backward passes to the activations (one more where K > ``rows``), however many cuts there are.
+    Exact for all K logits where K <= ``rows``; otherwise for the largest ``rows`` of every sample.
 
     Args:
-        model: The dense model; left as it was.
-        batches: Images ``[B, C, H, W]``.
-        groups: The units of this very model.
-        cuts: Group name -> units that go, one mapping per cut.
-        means: Consumer -> ``[C_in]`` means of what it reads (`jbrprune.prediction.residual.input_moments`).
-        left: Consumer -> ``[cuts]`` share of an amplitude that a repair leaves beyond the mean; None: all of it.
-        rows: Logits of every sample that are followed one by one.
-        seed: Seeds the signs, which are drawn sample by sample in the order of the data.
+        model: As for `predict_changes`, and so on.
+        batches: Images.
+        groups: The units.
+        cuts: What goes.
+        means: Consumer -> ``[C_in]`` means of what it reads (`input_moments`); zero where absent.
+        left: Consumer -> ``[cuts]`` share of an amplitude that a repair leaves beyond the mean; all where absent.
+        rows: Logits that are followed one by one.
+        seed: Seeds the signs.
         progress: Show a progress bar.
-
-    Raises:
-        ArgumentError: ``rows`` below 2, or no cuts.
-        ModelError: Samples influence each other, or no consumer takes part in the logits.
-        NonFiniteError: NaN or Inf in the changes.
 
     Source:
         Arpit, arXiv 2512.11089 (the linear response to dw = -w_S).
@@ -99,25 +165,41 @@ def logit_changes(
     if rows < 2 or not cuts:
         raise ArgumentError(f"Changes need at least 2 rows and 1 cut, got rows={rows} and {len(cuts)} cuts.")
     device = preserve.device_of(model)
-    masks = cut_masks(model, groups, cuts)
-    bare = {name: torch.ones(len(cuts)) for name in masks} | dict(left or {})
-    lost = {name: _Lost(mask.to(device), means[name].to(device), bare[name].to(device)) for name, mask in masks.items()}
+    masks = {name: mask.to(device) for name, mask in cut_masks(model, groups, cuts).items()}
     generator = torch.Generator().manual_seed(seed)
-    parts = []
-    with ExitStack() as visit:
-        shown = tqdm(batches, "predicting", unit="batch", disable=None if progress else True, leave=False)
-        for number, batch in enumerate(shown):
-            visit.enter_context(preserve.inference_state(model))
-            images = batch.to(device).images
+    parts, copying = [], False
+    shown = tqdm(batches, "predicting", unit="batch", disable=None if progress else True, leave=False)
+    for number, batch in enumerate(shown):
+        with preserve.inference_state(model), explain_out_of_memory(len(batch)):
+            images, drawn = batch.to(device).images, generator.get_state()
             if number == 0:
                 check_samples_apart(model, images, list(masks))
-            parts.append(_changes(model, images, lost, rows, generator, number))
-            visit.close()
-    top, classes, zeroed, repaired, rest, spread = zip(*parts, strict=True)
-    return Changes(
-        torch.cat(top), torch.cat(classes), torch.cat(zeroed, 1), torch.cat(repaired, 1), torch.cat(rest, 2),
-        torch.cat(spread),
-    )  # fmt: skip
+
+            def run(images: Tensor = images, drawn: Tensor = drawn) -> tuple[Tensor, ...]:
+                logits, gates = gated_logits(model, images, [(name, "in") for name in masks], constants=True)
+                top, classes = logits.detach().sort(dim=1, descending=True, stable=True)
+                top, classes = top[:, :rows], classes[:, :rows]
+                asked = [F.one_hot(chosen, logits.shape[1]).to(logits) for chosen in classes.unbind(1)]
+                if classes.shape[1] < logits.shape[1]:
+                    generator.set_state(drawn)  # the same signs where the batch is run again
+                    signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8).to(device)
+                    asked.append((2 * signs - 1).to(logits).scatter(1, classes, 0))
+                answers = [
+                    lose(effects(logits, direction, gates, again=direction is not asked[-1]), masks, means, left or {})
+                    for direction in asked
+                ]
+                changes = -torch.stack(answers, 3)  # [2, cuts, n, directions]
+                if not torch.isfinite(changes).all():
+                    raise NonFiniteError("The predicted changes contain NaN or Inf: the gradient is not finite.")
+                followed = classes.shape[1]
+                rest = changes[..., -1] if len(asked) > followed else torch.zeros_like(changes[..., 0])
+                spread = (logits - logits.mean(1, keepdim=True)).detach().norm(dim=1)
+                return top, classes, *changes[..., :followed], rest, spread
+
+            found, copying = differentiate(run, copying)
+            wide = torch.promote_types(found[0].dtype, torch.float32)
+            parts.append([part.cpu().to(wide) if part.is_floating_point() else part.cpu() for part in found])
+    return Changes(*(torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 0, 1, 1, 2, 0))))
 
 
 def cut_masks(model: nn.Module, groups: Sequence[Group], cuts: Sequence[Selection]) -> dict[str, Tensor]:
@@ -133,110 +215,91 @@ def cut_masks(model: nn.Module, groups: Sequence[Group], cuts: Sequence[Selectio
     return masks
 
 
-@dataclass(frozen=True, eq=False)
-class _Lost:
-    """Of a consumer: ``[C_in, cuts]`` where channels go, ``[C_in]`` their means, ``[cuts]`` what a repair leaves."""
+def lose(
+    found: Mapping[Key, Tensor], masks: Mapping[str, Tensor], means: Mapping[str, Tensor], left: Mapping[str, Tensor]
+) -> Tensor:
+    """``[2, cuts, n]`` what the channels of every cut contribute, and what is left of it after a repair.
 
-    mask: Tensor
+    Args:
+        found: From `jbrprune.criteria.gates.effects`, with constants.
+        masks: From `cut_masks`.
+        means: As for `change_logits`.
+        left: As for `change_logits`.
+    """
+    total = 0
+    for (name, _), (z, y) in found.items():
+        mask = masks[name].to(z)
+        beyond = z - y * means[name].to(z) if name in means else z
+        remains = mask * left[name].to(z) if name in left else mask
+        total = total + torch.stack([(z @ mask).t(), (beyond @ remains).t()])
+    return total  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class InputMoments:
+    """Mean ``[C]`` and covariance ``[C, C]`` of what a layer reads, over samples and positions (float64, CPU)."""
+
     mean: Tensor
-    left: Tensor
+    covariance: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class _Gates:
-    """``[n, C]`` zeros that a consumer's input is multiplied with (after adding one), and that are added to it."""
+def input_moments(model: nn.Module, batches: Iterable[Batch], names: Iterable[str]) -> dict[str, InputMoments]:
+    """Layer -> moments of its input channels, from one forward pass in eval mode; the model is left as it was."""
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
 
-    scale: Tensor
-    shift: Tensor
+    def record(name: str) -> preserve.Hook:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = preserve.input_of(args, kwargs)
+            rows = x.flatten(2).transpose(1, 2) if layers.channel_dim(module) == 1 and x.dim() > 2 else x
+            rows = rows.reshape(-1, rows.shape[-1])
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            sums[name] = sums.get(name, 0) + rows.sum(0).cpu().double()
+            squares[name] = squares.get(name, 0) + (rows.t() @ rows).cpu().double()
+            counts[name] = counts.get(name, 0) + len(rows)
 
+        return hook
 
-def _changes(
-    model: nn.Module,
-    images: Tensor,
-    lost: Mapping[str, _Lost],
-    rows: int,
-    generator: torch.Generator,
-    number: int,
-) -> tuple[Tensor, ...]:
-    """The attributes of `Changes` for one batch."""
-    gates: dict[str, _Gates] = {}
-    with (
-        torch.enable_grad(),
-        preserve.hooked(model, forward_pre={name: _gated(name, gates, len(images)) for name in lost}),
-    ):
-        logits = logits_of(model(images.clone()))
-    if not gates or not logits.requires_grad:
-        raise ModelError(
-            "No layer that reads removable channels takes part in the logits: there is nothing to predict."
-        )
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    top, classes = logits.detach().sort(dim=1, descending=True, stable=True)
-    top, classes = top[:, :rows], classes[:, :rows]
-    with torch.enable_grad():
-        questions = [*logits.gather(1, classes).sum(0)]
-        others = _others(logits, classes, generator)
-        questions += [] if others is None else [others]
-    answers = []
-    for asked, question in enumerate(questions, 1):
-        answers.append(_answer(question, gates, lost, last=asked == len(questions)))
-    changes = -torch.stack(answers, 3)  # [2, cuts, n, questions]
-    if not torch.isfinite(changes).all():
-        raise NonFiniteError(f"Batch {number}: the predicted changes contain NaN or Inf: the gradient is not finite.")
-    both = changes[..., : classes.shape[1]]
-    rest = torch.zeros_like(changes[..., 0]) if others is None else changes[..., -1]
-    spread = (logits - logits.mean(1, keepdim=True)).detach().norm(dim=1)
-    return tuple(part.cpu() for part in (top, classes, both[0], both[1], rest, spread))
+    hooks = {name: record(name) for name in names}
+    with preserve.inference_state(model), preserve.hooked(model, forward_pre=hooks):
+        for batch in batches:
+            model(batch.to(preserve.device_of(model)).images.clone())
+    means = {name: total / counts[name] for name, total in sums.items()}
+    return {
+        name: InputMoments(mean, squares[name] / counts[name] - torch.outer(mean, mean)) for name, mean in means.items()
+    }
 
 
-def _gated(name: str, gates: dict[str, _Gates], samples: int) -> preserve.Hook:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        x = preserve.input_of(args, kwargs)
-        channels = x.shape[1 if layers.channel_dim(module) == 1 else -1]
-        if not torch.is_grad_enabled():
-            raise ModelError(f"{name} runs without gradients inside the model's forward: its units cannot be followed.")
-        if x.shape[0] % samples:
-            raise ModelError(
-                f"{name}: the first dimension of its input {tuple(x.shape)} is not a multiple of the batch, {samples}."
-            )
-        if name not in gates:  # a layer that is called twice has the same gates twice
-            both = (x.new_zeros(samples, channels, requires_grad=True) for _ in range(2))
-            gates[name] = _Gates(*both)
-        mine = (gates[name].scale, gates[name].shift)
-        scale, shift = (_spread(gate, x, layers.channel_dim(module) == 1) for gate in mine)
-        seen = torch.addcmul(x + shift, x.clone(), scale)
-        return ((seen, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): seen})
+def unexplained(moments: InputMoments, layer: nn.Module, masks: Tensor, ridge: float) -> Tensor:
+    """``[cuts]`` share of the variance of a layer's lost output that its kept inputs cannot reproduce, in [0, 1].
 
-    return hook
+    Args:
+        moments: Of the layer's input.
+        layer: A linear layer or an ungrouped convolution; of any other, all is left.
+        masks: ``[C, cuts]``, one where a channel goes.
+        ridge: lambda, relative to the mean variance of the kept channels.
 
-
-def _spread(gate: Tensor, x: Tensor, channels_first: bool) -> Tensor:
-    """A gate in the shape of an input, whose first dimension may hold several rows of one sample."""
-    gate = gate.repeat_interleave(x.shape[0] // gate.shape[0], 0)
-    ones = [1] * (x.dim() - 2)
-    return gate.view(*gate.shape, *ones) if channels_first else gate.view(gate.shape[0], *ones, gate.shape[1])
-
-
-def _others(logits: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor | None:
-    """The logits of all other classes under random signs, added up over samples; None where there are none."""
-    if classes.shape[1] == logits.shape[1]:
-        return None
-    signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8).to(logits.device)
-    signs = (2 * signs - 1).to(logits).scatter(1, classes, 0)
-    return (logits * signs).sum()
-
-
-def _answer(question: Tensor, gates: Mapping[str, _Gates], lost: Mapping[str, _Lost], last: bool) -> Tensor:
-    """``[2, cuts, n]`` what the channels of every cut contribute, and what is left of it after a repair."""
-    asked = [gate for both in gates.values() for gate in (both.scale, both.shift)]
-    found = torch.autograd.grad(question, asked, retain_graph=not last, allow_unused=True)
-    wide = torch.promote_types(question.dtype, torch.float32)
-    cuts = next(iter(lost.values())).mask.shape[1]
-    total = question.new_zeros(2, cuts, len(asked[0]), dtype=wide)
-    for name, scale, shift in zip(gates, found[::2], found[1::2], strict=True):
-        if scale is None or shift is None:
+    Returns:
+        1 where nothing goes, or nothing stays.
+    """
+    shares = torch.ones(masks.shape[1], dtype=torch.float64)
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    if transposed or not layers.is_consumer(layer) or layers.is_grouped(layer):
+        return shares
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    rows = weight.detach().cpu().double().reshape(*weight.shape[:2], -1).transpose(1, 2).flatten(0, 1)
+    energy, covariance = rows.t() @ rows, moments.covariance  # W^T W summed over kernel positions
+    for number, gone in enumerate(masks.t().bool().cpu()):
+        if not bool(gone.any()) or bool(gone.all()):
             continue
-        mask, mean, left = (tensor.to(wide) for tensor in vars(lost[name]).values())
-        contributed = scale.to(wide)
-        total[0] += (contributed @ mask).t()
-        total[1] += ((contributed - shift.to(wide) * mean) @ (mask * left)).t()
-    return total
+        lost, kept, across = covariance[gone][:, gone], covariance[~gone][:, ~gone], covariance[~gone][:, gone]
+        penalty = ridge * float(kept.diagonal().mean()) + torch.finfo(kept.dtype).tiny
+        factor, failed = torch.linalg.cholesky_ex(kept + penalty * torch.eye(len(kept), dtype=kept.dtype))
+        read = energy[gone][:, gone]
+        whole = float((read * lost).sum())
+        if whole > 0 and not int(failed):
+            solved = torch.cholesky_solve(across, factor)
+            error = lost - across.t() @ solved - solved.t() @ across + solved.t() @ kept @ solved  # of the ridge fit
+            shares[number] = min(1.0, max(0.0, float((read * error).sum()) / whole))
+    return shares

@@ -59,7 +59,7 @@ def damage(top: Tensor, change: Tensor, rest: Tensor | None = None) -> Damage:
     return Damage(float(squares.mean()), error, flipped / n, float(interval.low), float(interval.high))
 
 
-def measured_damage(dense: Tensor, pruned: Tensor) -> Damage:
+def measure_damage(dense: Tensor, pruned: Tensor) -> Damage:
     """TPV and flips between two ``[N, K]`` logits of the same samples."""
     return damage(dense, pruned - dense)
 
@@ -75,3 +75,41 @@ def saturation(change: Tensor, rest: Tensor, spread: Tensor) -> Tensor:
     length = (change.square().sum(1) + rest.square()).sqrt()
     n = length / spread.clamp_min(torch.finfo(spread.dtype).tiny)
     return torch.where((n > 1e-6) & (spread > 0), -torch.expm1(-n) / n.clamp_min(1e-6), torch.ones_like(n))
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Bends a predicted curve through one measured point.
+
+    With x the predicted amplitude, sqrt(TPV), the corrected one is x / (1 + c x), or x (1 - c x) with a negative c
+    where more was measured than predicted: both grow with x, and small changes, for which first order is right, stay
+    as they are. Above the measured point its ratio stays: a strength found at a small change says nothing about a
+    large one.
+
+    Attributes:
+        amplitude: Predicted amplitude of the measured point.
+        strength: c; 0: nothing is corrected.
+    """
+
+    amplitude: float = 0.0
+    strength: float = 0.0
+
+    @staticmethod
+    def through(predicted: float, measured: float) -> Correction:
+        """The correction through a predicted and a measured TPV; a point where either is zero says nothing.
+
+        Example:
+            >>> Correction.through(4.0, 1.0).scale(4.0)
+            0.5
+            >>> Correction.through(1.0, 9.0).scale(1.0)
+            3.0
+        """
+        if predicted <= 0 or measured <= 0:
+            return Correction()
+        x, y = math.sqrt(predicted), math.sqrt(measured)
+        return Correction(x, (x / y - 1) / x if y <= x else (1 - y / x) / x)
+
+    def scale(self, tpv: float) -> float:
+        """What to multiply a change with whose predicted TPV this is."""
+        x = min(math.sqrt(tpv), self.amplitude)
+        return 1 / (1 + self.strength * x) if self.strength >= 0 else 1 - self.strength * x

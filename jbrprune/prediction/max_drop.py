@@ -20,8 +20,8 @@ from jbrprune.data import distributed
 from jbrprune.data.batches import Batch, count
 from jbrprune.errors import DataError
 from jbrprune.evaluation.agreement import Drop, compute_logits, measure_drop
-from jbrprune.prediction.damage import Damage, measured_damage
-from jbrprune.prediction.forecast import Forecast, forecast
+from jbrprune.prediction.changes import Changes, predict_changes
+from jbrprune.prediction.damage import Damage, measure_damage
 from jbrprune.pruning.channels import Channels
 from jbrprune.pruning.loop import Delivery, run
 from jbrprune.pruning.options import ChannelOptions
@@ -43,10 +43,9 @@ class Outlook:
     """Predicted flips at the shares of the walk; corrected by what is measured on the way."""
 
     shares: Sequence[float]
-    forecast: Forecast
+    changes: Changes
     repaired: bool
     scale: float = 1.0
-    known: dict[float, float] = field(default_factory=dict)
 
     def flips(self, share: float) -> float:
         """Predicted share of samples whose top-1 changes; between planned shares, and up to the dense model, linear."""
@@ -67,12 +66,12 @@ class Outlook:
         """Scale all predictions so that the one at a share has the TPV that was measured there."""
         number = next((i for i, planned in enumerate(self.shares) if abs(planned - share) < 1e-9), None)
         if number is not None:
-            predicted = self.forecast.damage(number, repaired=self.repaired).tpv
+            predicted = self.changes.damage(number, repaired=self.repaired).tpv
             if predicted > 0 and tpv > 0:
                 self.scale = math.sqrt(tpv / predicted)
 
     def _damage(self, number: int) -> Damage:
-        return self.forecast.damage(number, repaired=self.repaired, scale=self.scale)
+        return self.changes.damage(number, repaired=self.repaired, scale=self.scale)
 
 
 def search(problem: Problem, images: Calibration, state: Channels, options: ChannelOptions) -> tuple[Delivery, Report]:
@@ -127,7 +126,7 @@ def _outlook(state: Channels, images: Calibration, options: ChannelOptions, shar
     scores = state.score(images.score, options, 1)
     cuts = [state.plan(scores, share) for share in shares]
     refits = "auto" in options.methods or "least_squares" in options.methods
-    predicted = forecast(
+    predicted = predict_changes(
         state.model,
         images.score,
         state.groups,
@@ -213,7 +212,7 @@ class _Walk:
         log.info("Share %.4f: %s falls by %.4f, %s", share, drop.of, drop.lost, "kept" if accepted else "too much")
         if accepted:
             self.logits = logits
-            self.outlook.correct(share, measured_damage(self.reference, logits).tpv)
+            self.outlook.correct(share, measure_damage(self.reference, logits).tpv)
         else:
             self.limit = f"at a share of {share:.4f} the {drop.of} fell by {drop.lost:.2%}"
         return accepted

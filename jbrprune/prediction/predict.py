@@ -1,12 +1,10 @@
-"""predict(): what a pruning would cost, for every budget, before anything is cut."""
+"""predict() and degradation(): what a pruning would cost before anything is cut, and whether that is what happens."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +18,24 @@ from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch, concatenate, count, rebatch
 from jbrprune.errors import ArgumentError, BudgetError, DataError
 from jbrprune.evaluation.agreement import compute_logits
-from jbrprune.prediction.checking import FLIPS, TOLERANCE, Check, check, constant, tpvs_agree
-from jbrprune.prediction.correction import Correction, corrected
-from jbrprune.prediction.damage import Damage, measured_damage
-from jbrprune.prediction.forecast import Forecast, forecast
-from jbrprune.pruning.channels import Channels, find_channels
+from jbrprune.prediction.changes import predict_changes
+from jbrprune.prediction.damage import Correction, Damage, measure_damage
+from jbrprune.prediction.validity import TOLERANCE, check, warn_if_constant
+from jbrprune.pruning.api import PruneResult
+from jbrprune.pruning.channels import find_channels, find_units
 from jbrprune.pruning.loop import run
 from jbrprune.pruning.options import ChannelOptions
-from jbrprune.pruning.prepare import Calibration, Problem, open_problem, read_calibration
-from jbrprune.report.records import import_optional
+from jbrprune.pruning.prepare import open_problem, read_calibration
+from jbrprune.report.records import Report, import_optional
 from jbrprune.structure.groups import Group
 from jbrprune.structure.slicing import masked_units
-from jbrprune.tpv.validity import TPVWarning
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-CALIBRATED_AT = {1: (0.15,), 2: (0.05, 0.2), 3: (0.03, 0.1, 0.25)}
-"""Number of points -> predicted flips (without repair) next to which they lie."""
+CALIBRATED_AT = 0.15
+"""Predicted flips (without repair) next to which the calibrated budget lies."""
 
 
 @torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
@@ -49,9 +46,8 @@ def predict(
     macs: Sequence[float] | None = None,
     params: Sequence[float] | None = None,
     channels: Sequence[float] | None = None,
-    calibrate: int = 0,
+    calibrate: bool = False,
     checked: int | None = 64,
-    saturate: bool = True,
     tolerance: float = TOLERANCE,
     repair: str | Sequence[str] | None = "auto",
     criterion: str | Relevance | Scores | Callable[..., Any] = "jbr",
@@ -71,7 +67,7 @@ def predict(
 
     With repair (``..._repaired``), the means of what goes are taken over, and of the rest every layer keeps the share
     of the amplitude that least squares on the kept inputs cannot reproduce. That a run repairs and ranks anew after
-    every step cannot be foreseen: without ``calibrate`` these columns are a rough, mostly too dark picture.
+    every step cannot be foreseen: without ``calibrate`` these columns are a rough upper bound on the damage.
 
     Of more than ten classes, the ten largest logits of every sample are followed one by one: a flip to another class is
     not seen; the other logits enter the TPV through random signs.
@@ -83,11 +79,11 @@ def predict(
             0.9, 0.8, ..., 0.2, as far as the floors allow.
         params: Shares of the parameters to keep.
         channels: Shares of the channels to keep.
-        calibrate: Number of budgets, up to 3, at which it really prunes (as `jbrprune.prune` would, and without repair
-            in one step), to correct the curves. What was measured there stands in the ``measured`` columns.
+        calibrate: Really prune to one budget (as `jbrprune.prune` would, and without repair in one step), that with
+            about 15 % predicted flips, and bend the curves through what was measured there, which stands in the
+            ``measured`` columns.
         checked: Number of images on which every budget is looked at by running the dense model with the units masked
             (nothing is cut): it measures the error of the first order, and the ``masked`` columns. None: all images.
-        saturate: False: plain first order, exact for a linear network.
         tolerance: Relative error of the predicted change up to which a row is called valid.
         repair: As for `jbrprune.prune`; whether least squares is among what is tried. None: the ``_repaired`` columns
             are NaN.
@@ -108,9 +104,8 @@ def predict(
         order (``taylor_error``) and as it is predicted here (``prediction_error``), and ``valid``: whether the latter
         is within the tolerance, predicted and masked TPV differ by no more than a factor of 1 + tolerance, and
         the 95 % interval of predicted minus masked flips lies within 10 points of 0 (which fewer than 18
-        images cannot tell: then nothing is valid); ``valid_repaired``: whether the pruned points next to the row are
-        each predicted right by the other ones, NA outside of two pruned points; with ``calibrate`` also
-        ``measured_tpv``, ``measured_flips`` and the same ``_repaired``, NaN where nothing was pruned.
+        images cannot tell: then nothing is valid); with ``calibrate`` also ``measured_tpv``, ``measured_flips`` and the
+        same ``_repaired``, NaN where nothing was pruned.
 
     Raises:
         ArgumentError: An argument has no meaning.
@@ -132,73 +127,70 @@ def predict(
         Arpit, arXiv 2512.11089 (TPV as the cost of a removal).
     """
     pandas = import_optional("pandas")
-    given_shares = {"macs": macs, "params": params, "channels": channels}
-    kind, shares = _shares(given_shares)
-    by_default = not any(share is not None for share in given_shares.values())
-    _check(calibrate, checked, tolerance)
-    if calibrate > 1 and isinstance(criterion, Scores):
-        raise ArgumentError("Scores made before hold for one step: calibrate at one budget, or pass a function.")
-    least = shares[0 if by_default else -1]
-    options = ChannelOptions(
-        criterion=criterion,
-        ignore=ignore,
-        batch_size=batch_size,
-        progress=progress,
-        repair=repair,
-        images=images,
-        seed=seed,
-        floors=floors,
-        **{kind: least},
-    )
+    given = {"macs": macs, "params": params, "channels": channels}
+    given = {kind: wanted for kind, wanted in given.items() if wanted is not None}
+    kind, wanted = next(iter(given.items()), ("macs", SHARES))
+    wanted = [wanted] if isinstance(wanted, Real) else wanted
+    shares = sorted((Budget.of(**{kind: share}).share for share in wanted), reverse=True)
+    if len(given) > 1 or not shares or len(set(shares)) < len(shares):
+        raise BudgetError(f"Give one or more different shares of one kind: {', '.join(KINDS)}; got {given}.")
+    if checked is not None and (not isinstance(checked, Integral) or checked < 1):
+        raise ArgumentError(f"checked must be a number of images of at least 1, or None for all, got {checked!r}.")
+    if not 0 < tolerance < math.inf:
+        raise ArgumentError(f"tolerance must satisfy 0 < tolerance < inf, got {tolerance!r}.")
+    least = shares[-1] if given else shares[0]
+    shared = {"criterion": criterion, "ignore": ignore, "batch_size": batch_size, "progress": progress, "seed": seed}
+    options = ChannelOptions(**shared, repair=repair, images=images, floors=floors, **{kind: least})
     problem = open_problem(model, data, batch_size)
     problem.check_classes("predict")
     state = find_channels(problem, options, (least,))
     shares = [share for share in shares if share >= state.least]
-    how: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
-    read = read_calibration(problem.dense, problem.data, images=images, **how)
+    read = read_calibration(
+        problem.dense, problem.data, images=images, batch_size=batch_size, seed=seed, progress=progress
+    )
     if calibrate and not read.gate:
         raise DataError(f"calibrate= prunes and repairs, which {count(read.score)} images are too few for.")
     scores = state.score(read.score, options, 1)
     cuts = [state.plan(scores, share) for share in shares]
     every = rebatch([*read.heldout, *read.score], batch_size)
-    predicted = forecast(
-        state.model,
-        every,
-        state.groups,
-        [cut.units for cut in cuts],
-        refits=_refits(options),
-        saturate=saturate,
-        seed=seed,
-        progress=progress,
-    )
-    chosen = _chosen(predicted, len(cuts), calibrate)
-    seen = [
-        masked_logits(state.model, every if number in chosen else first(every, checked), state.groups, cut.units)
-        for number, cut in enumerate(cuts)
-    ]
-    reference = _references(every)
-    measured = {number: measured_damage(reference, seen[number]) for number in chosen}
-    repaired = _really_pruned(problem, state, read, options, {number: cuts[number].target for number in chosen})
-    bent = corrected((predicted.damage(number).tpv, measured[number].tpv) for number in chosen)
-    heldout = predicted.first(count(read.heldout))
-    bent_repaired = corrected((heldout.damage(i, repaired=True).tpv, repaired[i].tpv) for i in chosen)
-    found = [
-        check(predicted, n, masked, reference, scale=bent.scale(predicted.damage(n).tpv), tolerance=tolerance)
-        for n, masked in enumerate(seen)
-    ]
+    reference, units = _references(every), [cut.units for cut in cuts]
+    refits = "auto" in options.methods or "least_squares" in options.methods
+    changes = predict_changes(state.model, every, state.groups, units, refits=refits, seed=seed, progress=progress)
+    damages = [changes.damage(number) for number in range(len(cuts))]
+    curve = curve_repaired = Correction()
+    measured: dict[int, tuple[Damage, Damage]] = {}
+    if calibrate:  # the deepest of equals
+        point = min(range(len(cuts)), key=lambda cut: (abs(damages[cut].flips - CALIBRATED_AT), -cut))
+        stopping = replace(state.copy(), stops=(cuts[point].target,))
+        pruned = next(run(problem, read, stopping, options))[0].model
+        real = measure_damage(_references(read.heldout), torch.cat(compute_logits(pruned, read.heldout)))
+        masked = measure_damage(reference, compute_masked_logits(state.model, every, state.groups, units[point]))
+        measured[point] = masked, real
+        curve = Correction.through(damages[point].tpv, masked.tpv)
+        heldout = changes.first(count(read.heldout))
+        curve_repaired = Correction.through(heldout.damage(point, repaired=True).tpv, real.tpv)
     warn_if_constant(reference)
-    supported = _supported(heldout, repaired, tolerance)
+    few = every if checked is None else rebatch([concatenate(every).map(lambda t: t[:checked])], batch_size)
     rows = []
     for number, cut in enumerate(cuts):
         row: dict[str, Any] = {"target": cut.target, "macs": cut.macs, "params": cut.params}
-        row |= _predicted(predicted, number, bent) | _predicted(predicted, number, bent_repaired, repaired=True)
-        row |= _checked(found[number]) | {"valid_repaired": supported.get(number, pandas.NA)}
-        row |= _measured(measured.get(number)) | _measured(repaired.get(number), "_repaired")
-        rows.append(row if options.methods else row | dict.fromkeys(_of_repair(row), math.nan))
+        for suffix, bent in (("", curve), ("_repaired", curve_repaired)):
+            tpv = changes.damage(number, repaired=bool(suffix)).tpv
+            found = changes.damage(number, repaired=bool(suffix), scale=bent.scale(tpv))
+            row |= {f"predicted_{name}{suffix}": value for name, value in vars(found).items()}
+        logits = compute_masked_logits(state.model, few, state.groups, cut.units)
+        seen = check(changes, number, logits, reference, scale=curve.scale(damages[number].tpv), tolerance=tolerance)
+        row |= {name: getattr(seen, name) for name in ("taylor_error", "prediction_error", "valid")}
+        row |= {"masked_tpv": seen.masked.tpv, "masked_flips": seen.masked.flips}
+        for suffix, one in zip(("", "_repaired"), measured.get(number, (None, None))):
+            row |= {f"measured_{name}{suffix}": getattr(one, name, math.nan) for name in ("tpv", "flips")}
+        if not options.methods:
+            row |= {name: math.nan for name in row if name.endswith("_repaired")}
+        rows.append(row)
     return pandas.DataFrame(rows)
 
 
-def masked_logits(
+def compute_masked_logits(
     model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], units: Mapping[str, Tensor]
 ) -> Tensor:
     """``[N, K]`` what the whole model computes without some units; nothing is cut."""
@@ -206,119 +198,160 @@ def masked_logits(
         return torch.cat(compute_logits(model, batches))
 
 
-def first(batches: Sequence[Batch], number: int | None) -> list[Batch]:
-    """The first so many images; None: all."""
-    if number is None:
-        return list(batches)
-    whole = concatenate(list(batches)).map(lambda tensor: tensor[:number])
-    return rebatch([whole], len(batches[0]))
-
-
-def warn_if_constant(logits: Tensor) -> None:
-    """Warn where the dense model tells no image from another: whatever is removed, that is no damage to go by."""
-    if len(logits) > 1 and constant(logits):
-        warnings.warn(
-            "All images have the same logits: nothing can be learnt from them about what removal does, and nothing is "
-            "called valid. Are the images all alike, or is the head zero?",
-            TPVWarning,
-            stacklevel=3,
-        )
-
-
-def _shares(given: Mapping[str, Sequence[float] | None]) -> tuple[str, list[float]]:
-    """The kind of budget, and its shares, falling."""
-    kinds = [kind for kind, shares in given.items() if shares is not None] or ["macs"]
-    if len(kinds) > 1:
-        raise BudgetError(f"Give shares of one kind: {', '.join(KINDS)}; got {' and '.join(kinds)}.")
-    wanted = given[kinds[0]]
-    wanted = list(SHARES if wanted is None else wanted) if not isinstance(wanted, Real) else [float(wanted)]
-    shares = sorted((Budget.of(**{kinds[0]: share}).share for share in wanted), reverse=True)
-    if not shares or len(set(shares)) < len(shares):
-        raise BudgetError(f"{kinds[0]} must be one or more different shares, got {wanted}.")
-    return kinds[0], shares
-
-
-def _check(calibrate: int, checked: int | None, tolerance: float) -> None:
-    if calibrate not in (0, *CALIBRATED_AT) or isinstance(calibrate, bool):
-        raise ArgumentError(f"calibrate must be 0, 1, 2 or 3 (budgets to really prune to), got {calibrate!r}.")
-    if checked is not None and (not isinstance(checked, Integral) or checked < 1):
-        raise ArgumentError(f"checked must be a number of images of at least 1, or None for all, got {checked!r}.")
-    if not 0 < tolerance < math.inf:
-        raise ArgumentError(f"tolerance must satisfy 0 < tolerance < inf, got {tolerance!r}.")
-
-
-def _refits(options: ChannelOptions) -> bool:
-    return "auto" in options.methods or "least_squares" in options.methods
-
-
 def _references(batches: Sequence[Batch]) -> Tensor:
     return torch.cat([batch.reference for batch in batches if batch.reference is not None])
 
 
-def _chosen(predicted: Forecast, cuts: int, number: int) -> list[int]:
-    """The cuts to prune really to: those with predicted flips next to `CALIBRATED_AT`, the deepest of equals."""
-    flips = [predicted.damage(cut).flips for cut in range(cuts)]
-    chosen: list[int] = []
-    for wanted in CALIBRATED_AT.get(number, ()):
-        left = [cut for cut in range(cuts) if cut not in chosen]
-        if left:
-            chosen.append(min(left, key=lambda cut, wanted=wanted: (abs(flips[cut] - wanted), -cut)))
-    return sorted(chosen)
+@dataclass(frozen=True)
+class Degradation:
+    """What removing units was predicted to do to the outputs, and what it does.
 
-
-def _really_pruned(
-    problem: Problem, state: Channels, read: Calibration, options: ChannelOptions, targets: Mapping[int, float]
-) -> dict[int, Damage]:
-    """Number of a cut -> what pruning to its target did to held-out images, with all steps and repairs."""
-    if not targets:
-        return {}
-    stopping = replace(state.copy(), stops=tuple(targets.values()))
-    reference = _references(read.heldout)
-    pruned = run(problem, read, stopping, options)
-    return {
-        number: measured_damage(reference, torch.cat(compute_logits(delivery.model, read.heldout)))
-        for number, (delivery, _) in zip(targets, pruned, strict=True)
-    }
-
-
-def _predicted(predicted: Forecast, cut: int, bent: Correction, *, repaired: bool = False) -> dict[str, float]:
-    scale = bent.scale(predicted.damage(cut, repaired=repaired).tpv)
-    found = predicted.damage(cut, repaired=repaired, scale=scale)
-    return {f"predicted_{name}{'_repaired' * repaired}": value for name, value in vars(found).items()}
-
-
-def _checked(found: Check) -> dict[str, float | bool]:
-    errors = {"taylor_error": found.taylor_error, "prediction_error": found.prediction_error, "valid": found.valid}
-    return errors | {"masked_tpv": found.masked.tpv, "masked_flips": found.masked.flips}
-
-
-def _supported(predicted: Forecast, measured: Mapping[int, Damage], tolerance: float) -> dict[int, bool]:
-    """Cut -> whether the curve with repair holds there, for cuts from the first of several pruned ones to the last.
-
-    At a pruned cut it does if that is predicted right, TPV and flips, from all pruned ones but itself; between two of
-    them, if both are. Elsewhere nothing is known.
+    Attributes:
+        images: Number of samples.
+        predicted: TPV and flips without repair, from one pass over the dense model.
+        measured: The same with the units masked in the dense model, which is what removal alone does.
+        predicted_repaired: With repair.
+        measured_repaired: Of the pruned model itself; None where it is not known.
+        taylor_error: Relative error of the plain first-order change of the logits, without repair.
+        prediction_error: The same of the change that is predicted.
+        valid: Whether the prediction without repair agrees with what is measured (as in `jbrprune.predict`).
     """
-    if len(measured) < 2:
-        return {}
-    points = {number: (predicted.damage(number, repaired=True).tpv, real.tpv) for number, real in measured.items()}
-    right = {}
-    for number, real in measured.items():
-        bent = corrected(pair for other, pair in points.items() if other != number)
-        found = predicted.damage(number, repaired=True, scale=bent.scale(points[number][0]))
-        right[number] = tpvs_agree(found.tpv, real.tpv, tolerance) and abs(found.flips - real.flips) <= FLIPS
-    between = {
-        number: right[before] and right[after]
-        for before, after in pairwise(sorted(right))
-        for number in range(before + 1, after)
-    }
-    return right | between
+
+    images: int
+    predicted: Damage
+    measured: Damage
+    predicted_repaired: Damage
+    measured_repaired: Damage | None
+    taylor_error: float
+    prediction_error: float
+    valid: bool
+
+    def __str__(self) -> str:
+        """A small table."""
+        rows = [("without repair", self.predicted, self.measured)]
+        rows += [("with repair", self.predicted_repaired, self.measured_repaired)]
+        lines = [f"{self.images} images{'TPV predicted':>22}{'measured':>12}{'flips predicted':>18}{'measured':>12}"]
+        for name, predicted, measured in rows:
+            real = ("-", "-") if measured is None else (f"{measured.tpv:.4g}", f"{measured.flips:.2%}")
+            lines.append(f"{name:14}{predicted.tpv:>19.4g}{real[0]:>12}{predicted.flips:>18.2%}{real[1]:>12}")
+        verdict = "valid" if self.valid else "not valid here"
+        errors = f"relative error {self.prediction_error:.2f}, of the plain first order {self.taylor_error:.2f}"
+        return "\n".join([*lines, f"{errors}: {verdict}"])
 
 
-def _of_repair(row: Mapping[str, Any]) -> list[str]:
-    """Columns that mean nothing where nothing is repaired."""
-    return [name for name in row if name.endswith("_repaired") and name != "valid_repaired"]
+@torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
+def degradation(
+    model: nn.Module,
+    removed: PruneResult | Report | Mapping[str, Sequence[int] | Tensor],
+    data: object,
+    *,
+    pruned: nn.Module | None = None,
+    tolerance: float = TOLERANCE,
+    refits: bool = True,
+    ignore: Sequence[str] | None = None,
+    width: bool | None = None,
+    images: int | None = 512,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> Degradation:
+    r"""Predict what removing given units does to the outputs, and measure it on the same images.
+
+    TPV = E_x \|\|f'(x) - f(x)\|\|^2, and the share of samples whose top-1 flips; predicted as by `jbrprune.predict`.
+
+    Args:
+        model: The dense model; left as it was.
+        removed: What went, by any criterion: a result or a report of `jbrprune.prune`, or group -> units of the dense
+            model (as in ``report.removed``; groups as in `jbrprune.score`).
+        data: Images to predict and to measure on; labels are not looked at.
+        pruned: The pruned model, where ``removed`` does not have it.
+        tolerance: Relative error of the predicted change up to which it is called valid.
+        refits: Whether the repair refits weights by least squares.
+        ignore: As it was when the units were found; a report knows it.
+        width: As it was when the units were found; a report knows it.
+        images: Images to read; None: all.
+        batch_size: Images per pass.
+        seed: Seeds the order of the images and the random signs.
+        progress: Show progress bars.
+
+    Raises:
+        ArgumentError: Nothing was removed, or the units are not those of this model.
+        DataError: The images cannot be used.
+        ModelError: The model cannot be scored as it is, or has a single output.
+        NonFiniteError: NaN or Inf.
+
+    Example:
+        >>> import timm, torch
+        >>> net = timm.create_model("resnet10t", zero_init_last=False).eval()
+        >>> found = degradation(net, {"layer1.0.conv1": [0, 1]}, torch.randn(4, 3, 32, 32), progress=False)
+        >>> found.measured.tpv > 0
+        True
+
+    Source:
+        Arpit, arXiv 2512.11089.
+    """
+    if isinstance(removed, PruneResult):
+        removed, pruned = removed.report, removed.model if pruned is None else pruned
+    units, how = (removed.removed, removed.settings) if isinstance(removed, Report) else (removed, {})
+    left_out: Any = how.get("ignore", ()) if ignore is None else ignore
+    widths = bool(how.get("width", False) if width is None else width)
+    problem = open_problem(model, data, batch_size)
+    problem.check_classes("degradation")
+    _, found = find_units(problem.dense, problem.example, left_out, widths)
+    cut = check_cut(units, found.groups)
+    read = read_calibration(
+        problem.dense, problem.data, images=images, batch_size=batch_size, seed=seed, progress=progress
+    )
+    batches = [*read.heldout, *read.score]  # in one order for all passes
+    reference = _references(batches)
+    changes = predict_changes(problem.dense, batches, found.groups, [cut], refits=refits, seed=seed, progress=progress)
+    masked = compute_masked_logits(problem.dense, batches, found.groups, cut)
+    seen = check(changes, 0, masked, reference, tolerance=tolerance)
+    warn_if_constant(reference)
+    real = None
+    if pruned is not None:
+        logits = torch.cat(compute_logits(pruned, batches))
+        if logits.shape != reference.shape:
+            raise DataError(
+                f"The pruned model gives logits {list(logits.shape)}, the dense one {list(reference.shape)}."
+            )
+        real = measure_damage(reference, logits)
+    return Degradation(
+        images=count(batches),
+        predicted=changes.damage(0),
+        measured=seen.masked,
+        predicted_repaired=changes.damage(0, repaired=True),
+        measured_repaired=real,
+        taylor_error=seen.taylor_error,
+        prediction_error=seen.prediction_error,
+        valid=seen.valid,
+    )
 
 
-def _measured(found: Damage | None, suffix: str = "") -> dict[str, float]:
-    tpv, flips = (math.nan, math.nan) if found is None else (found.tpv, found.flips)
-    return {f"measured_tpv{suffix}": tpv, f"measured_flips{suffix}": flips}
+def check_cut(units: Mapping[str, Sequence[int] | Tensor], groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Group -> units, ascending, that exist in these groups.
+
+    Raises:
+        ArgumentError: None, an unknown group, or a unit that a group does not have.
+    """
+    sizes = {group.name: group.size for group in groups}
+    checked = {}
+    for name, given in units.items():
+        chosen = torch.as_tensor(given, dtype=torch.long).flatten().unique()
+        if name not in sizes:
+            raise ArgumentError(
+                f"The model has no removable group {name!r} (it has {', '.join(list(sizes)[:5])}, ...). Were the units "
+                "found with another ignore= or width=, or on another model?"
+            )
+        if len(chosen) and not 0 <= int(chosen[0]) <= int(chosen[-1]) < sizes[name]:
+            raise ArgumentError(
+                f"{name} has units 0 to {sizes[name] - 1}, got {int(chosen[0])} to {int(chosen[-1])}. Units are "
+                "counted in the dense model."
+            )
+        if len(chosen) == sizes[name]:
+            raise ArgumentError(f"All {sizes[name]} units of {name} would go: one must stay.")
+        if len(chosen):
+            checked[name] = chosen
+    if not checked:
+        raise ArgumentError("Nothing was removed: there is nothing to predict. (Single weights: see jbrprune.tpv.)")
+    return checked

@@ -22,12 +22,7 @@ from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, BudgetError, DataError, ModelError, NonFiniteError
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.models.preserve import copy_model
-from jbrprune.prediction import degradation as degradation_module
 from jbrprune.prediction import predict as predict_module
-from jbrprune.prediction.changes import Changes
-from jbrprune.prediction.damage import Damage
-from jbrprune.prediction.forecast import Forecast
-from jbrprune.prediction.predict import _supported
 from jbrprune.pruning import api
 from jbrprune.pruning.channels import Channels
 from jbrprune.pruning.prepare import read_calibration
@@ -62,7 +57,6 @@ def test_one_row_per_budget_and_more_damage_for_less() -> None:
             assert 0 <= low <= flips <= high <= 1
             assert row[f"predicted_tpv_se{suffix}"] >= 0
         assert not row["valid"] or row["prediction_error"] <= 0.3
-    assert frame.valid_repaired.isna().all()
     assert frame.measured_tpv.isna().all()
 
 
@@ -91,49 +85,19 @@ def test_small_cuts_are_predicted_and_flagged_valid_large_ones_not() -> None:
 
 def test_calibration_really_prunes_and_bends_the_curve_through_what_it_measured() -> None:
     model = own()
-    frame = predict(model, IMAGES, macs=SHARES, calibrate=2, **QUICK)
-    measured = [row for row in rows(frame) if row["measured_tpv"] == row["measured_tpv"]]
-    assert len(measured) == 2
-    for row in measured:
-        assert row["predicted_tpv"] == pytest.approx(row["measured_tpv"], rel=1e-5)
-    between = frame.target.between(measured[1]["target"], measured[0]["target"])
-    assert frame.valid_repaired[~between].isna().all()
-    assert frame.valid_repaired[between].isin([True, False]).all()
+    frame = predict(model, IMAGES, macs=SHARES, calibrate=True, **QUICK)
+    (row,) = (row for row in rows(frame) if row["measured_tpv"] == row["measured_tpv"])
+    assert row["predicted_tpv"] == pytest.approx(row["measured_tpv"], rel=1e-5)
     images = heldout(model)
-    stops = [row["target"] for row in measured]
     dense = torch.cat([batch.reference for batch in images if batch.reference is not None])
-    results = jbrprune.sweep(model, IMAGES, stops, **QUICK)
-    for row, result in zip(measured, results, strict=True):
-        real = torch.cat(compute_logits(result.model, images))
-        assert row["measured_tpv_repaired"] == pytest.approx(float((real - dense).square().sum(1).mean()), rel=1e-4)
-
-
-def test_what_one_pruned_point_says_is_not_checked_by_anything() -> None:
-    assert predict(own(), IMAGES, macs=[0.9, 0.7], calibrate=1, **QUICK).valid_repaired.isna().all()
-
-
-def test_the_curve_with_repair_holds_where_each_neighbour_is_predicted_from_the_others() -> None:
-    """Predicted amplitudes 1, 2, 4; measured half of each would be one strength c = 1, 1/2, 1/4 at each."""
-    change = torch.tensor([1.0, 2.0, 4.0, 5.0])[:, None, None].expand(4, 40, 2) / 2**0.5
-    logits = torch.tensor([[100.0, 0.0]]).expand(40, 2)
-    nothing = torch.zeros(2, 4, 40)
-    changes = Changes(logits, torch.tensor([[0, 1]]).expand(40, 2), change, change, nothing, torch.ones(40))
-    forecast = Forecast(changes, saturate=False)
-
-    def real(amplitude: float, flips: float = 0.0) -> Damage:
-        return Damage(amplitude**2, 0.0, flips, 0.0, 0.0)
-
-    exact = {0: real(1.0), 2: real(4.0)}
-    assert _supported(forecast, exact, 0.3) == {0: True, 1: True, 2: True}
-    one_off = {0: real(1.0), 1: real(2.0), 3: real(2.5)}  # 3 from 0 and 1: 5; 1 from 0 and 3: 2 / 1.1
-    assert _supported(forecast, one_off, 0.3) == {0: True, 1: True, 2: False, 3: False}
-    assert _supported(forecast, {0: real(1.0), 2: real(4.0, flips=0.2)}, 0.3) == {0: True, 1: False, 2: False}
-    assert _supported(forecast, {1: real(2.0)}, 0.3) == {}
+    result = prune(model, IMAGES, macs=row["target"], **QUICK)
+    real = torch.cat(compute_logits(result.model, images))
+    assert row["measured_tpv_repaired"] == pytest.approx(float((real - dense).square().sum(1).mean()), rel=1e-4)
 
 
 def test_one_output_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest of one stays the largest, whatever goes."""
-    for module in (predict_module, degradation_module, api):
+    for module in (predict_module, api):
         for name in {"find_channels", "find_units"} & vars(module).keys():
             monkeypatch.setattr(module, name, lambda *_: pytest.fail("started"))
     net = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 1))
@@ -195,7 +159,7 @@ def test_one_image_and_many_classes() -> None:
 def test_the_model_is_untouched() -> None:
     model = resnet().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    predict(model, IMAGES, macs=[0.8], calibrate=1, **QUICK)
+    predict(model, IMAGES, macs=[0.8], calibrate=True, **QUICK)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -208,7 +172,6 @@ def test_the_model_is_untouched() -> None:
         ({"macs": [1.5]}, BudgetError, "macs must satisfy"),
         ({"macs": [0.5], "params": [0.5]}, BudgetError, "shares of one kind"),
         ({"macs": [0.0001], "floors": Floors(channels=8)}, BudgetError, "cannot be reached"),
-        ({"calibrate": 4}, ArgumentError, "calibrate must be 0, 1, 2 or 3"),
         ({"checked": 0}, ArgumentError, "checked must be a number of images"),
         ({"tolerance": 0.0}, ArgumentError, "tolerance must satisfy"),
         ({"criterion": "jbr_nonsense"}, ArgumentError, "Unknown criterion"),
@@ -222,7 +185,7 @@ def test_refuses_nonsense(extra: dict[str, Any], error: type[Exception], match: 
 
 def test_refuses_to_calibrate_on_too_few_images() -> None:
     with pytest.raises(DataError, match="too few"):
-        predict(own(), IMAGES[:9], macs=[0.9], calibrate=1, **QUICK)
+        predict(own(), IMAGES[:9], macs=[0.9], calibrate=True, **QUICK)
 
 
 def test_errors_come_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,14 +259,12 @@ def test_scores_made_before_are_what_is_ranked() -> None:
     assert best < worst
 
 
-def test_scores_made_before_can_be_calibrated_once_not_twice() -> None:
+def test_scores_made_before_can_be_calibrated() -> None:
     model = own()
     scores = score(model, IMAGES, progress=False)
     assert isinstance(scores, Scores)
-    frame = predict(model, IMAGES, macs=[0.8, 0.7], criterion=scores, calibrate=1, **QUICK)
+    frame = predict(model, IMAGES, macs=[0.8, 0.7], criterion=scores, calibrate=True, **QUICK)
     assert frame.measured_tpv_repaired.notna().sum() == 1
-    with pytest.raises(ArgumentError, match="calibrate at one budget"):
-        predict(model, IMAGES, macs=[0.8, 0.7], criterion=scores, calibrate=2, **QUICK)
 
 
 def test_the_command_line(tmp_path: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import cases
 import pytest
@@ -16,11 +17,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from jbrprune.data.batches import Batch, rebatch
 from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.models.preserve import copy_model
-from jbrprune.prediction.changes import Changes, cut_masks, logit_changes
-from jbrprune.prediction.correction import Correction, corrected
-from jbrprune.prediction.damage import damage, measured_damage, saturation
-from jbrprune.prediction.forecast import Forecast, forecast
-from jbrprune.prediction.residual import InputMoments, input_moments, unexplained
+from jbrprune.prediction.changes import (
+    Changes,
+    InputMoments,
+    change_logits,
+    cut_masks,
+    input_moments,
+    predict_changes,
+    unexplained,
+)
+from jbrprune.prediction.damage import Correction, damage, measure_damage, saturation
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.slicing import masked_units
@@ -71,7 +77,7 @@ def test_changes_are_the_jacobian_times_the_weights_that_go(name: str) -> None:
     groups = groups_of(model)
     cuts = some_cuts(groups)
     masks = cut_masks(model, groups, cuts)
-    found = logit_changes(model, rebatch([Batch(IMAGES)], 4), groups, cuts, means=means_of(model, groups, cuts))
+    found = change_logits(model, rebatch([Batch(IMAGES)], 4), groups, cuts, means=means_of(model, groups, cuts))
     for cut in range(len(cuts)):
         tangent = weights_of(model, masks, cut)
         primal = {key: model.get_parameter(key).detach() for key in tangent}
@@ -79,7 +85,7 @@ def test_changes_are_the_jacobian_times_the_weights_that_go(name: str) -> None:
             logits, expected = jvp(lambda weights: functional_call(model, weights, (IMAGES,)), (primal,), (tangent,))
         torch.testing.assert_close(found.zeroed[cut], expected.gather(1, found.classes), rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(found.top, logits.gather(1, found.classes))
-        tpv = Forecast(found, saturate=False).damage(cut).tpv
+        tpv = replace(found, saturate=False).damage(cut).tpv
         assert tpv == pytest.approx(float(expected.square().sum() / len(IMAGES)), rel=1e-9)  # sum over K, mean over N
 
 
@@ -94,11 +100,11 @@ def test_a_linear_net_is_predicted_exactly() -> None:
     model = linear()
     groups = groups_of(model)
     cuts: list[Selection] = [{groups[0].name: torch.tensor([0, 3])}, {groups[1].name: torch.tensor([1, 2])}]
-    predicted = forecast(model, [Batch(IMAGES)], groups, cuts, saturate=False)
+    predicted = predict_changes(model, [Batch(IMAGES)], groups, cuts, saturate=False)
     dense = model(IMAGES).detach()
     for number, cut in enumerate(cuts):
         with masked_units(model, groups, cut), torch.no_grad():
-            real = measured_damage(dense, model(IMAGES))
+            real = measure_damage(dense, model(IMAGES))
         found = predicted.damage(number)
         assert found.tpv == pytest.approx(real.tpv, rel=1e-9)
         assert found.flips == real.flips
@@ -112,7 +118,7 @@ def test_the_repaired_change_by_hand() -> None:
     groups = find_groups(copy_model(model), images[:2]).groups
     gone = torch.tensor([0, 4])
     hidden = model[1](images.flatten(1)).detach()
-    found = logit_changes(
+    found = change_logits(
         model,
         [Batch(images)],
         groups,
@@ -130,14 +136,14 @@ def test_batches_and_order_change_nothing(batch_size: int) -> None:
     model = own64()
     groups = groups_of(model)
     cuts = some_cuts(groups)
-    whole = forecast(model, [Batch(IMAGES)], groups, cuts)
-    other = forecast(model, rebatch([Batch(IMAGES.flip(0))], batch_size), groups, cuts)
+    whole = predict_changes(model, [Batch(IMAGES)], groups, cuts)
+    other = predict_changes(model, rebatch([Batch(IMAGES.flip(0))], batch_size), groups, cuts)
     for repaired in (False, True):
         for cut in range(len(cuts)):
             one, two = (each.damage(cut, repaired=repaired) for each in (whole, other))
             assert one.flips == two.flips
             assert one.tpv == pytest.approx(two.tpv, rel=1e-6)
-    halves = [forecast(model, [Batch(part)], groups, cuts).damage(1).tpv for part in IMAGES.split(3)]
+    halves = [predict_changes(model, [Batch(part)], groups, cuts).damage(1).tpv for part in IMAGES.split(3)]
     assert sum(halves) / 2 == pytest.approx(whole.damage(1).tpv, rel=1e-9)
 
 
@@ -147,8 +153,11 @@ def test_other_logits_are_followed_through_signs_without_bias() -> None:
     images = torch.randn(400, 3, 4, 4, dtype=torch.float64)
     groups = find_groups(copy_model(model), images[:2]).groups
     cuts: list[Selection] = [{groups[0].name: torch.tensor([0, 4])}]
-    exact = forecast(model, [Batch(images)], groups, cuts, rows=40, saturate=False).damage(0)
-    some = [forecast(model, [Batch(images)], groups, cuts, rows=3, saturate=False, seed=s).damage(0) for s in range(8)]
+    exact = predict_changes(model, [Batch(images)], groups, cuts, rows=40, saturate=False).damage(0)
+    some = [
+        predict_changes(model, [Batch(images)], groups, cuts, rows=3, saturate=False, seed=s).damage(0)
+        for s in range(8)
+    ]
     mean = sum(each.tpv for each in some) / 8
     assert abs(mean - exact.tpv) < 3 * sum(each.tpv_se for each in some) / 8 / math.sqrt(8) + 1e-9
     assert mean == pytest.approx(exact.tpv, rel=0.1)
@@ -161,9 +170,9 @@ def test_the_model_is_a_guest_also_after_an_exception() -> None:
     images = IMAGES.float()
     groups = groups_of(model)
     state = torch.get_rng_state()
-    forecast(model, [Batch(images)], groups, some_cuts(groups))
+    predict_changes(model, [Batch(images)], groups, some_cuts(groups))
     with pytest.raises(RuntimeError):
-        forecast(model, [Batch(images), Batch(images[:, :1])], groups, some_cuts(groups))
+        predict_changes(model, [Batch(images), Batch(images[:, :1])], groups, some_cuts(groups))
     assert all(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(next(model.parameters()).grad, torch.ones_like(next(model.parameters())))
@@ -183,12 +192,12 @@ def test_samples_that_influence_each_other_are_refused() -> None:
 
     model = Mixing().double().eval()
     with pytest.raises(ModelError, match="samples influence each other"):
-        forecast(model, [Batch(IMAGES)], groups_of(model), [{"first": torch.tensor([0])}])
+        predict_changes(model, [Batch(IMAGES)], groups_of(model), [{"first": torch.tensor([0])}])
 
 
 def test_refuses_no_cuts() -> None:
     with pytest.raises(ArgumentError, match="at least 2 rows and 1 cut"):
-        forecast(own64(), [Batch(IMAGES)], groups_of(own64()), [])
+        predict_changes(own64(), [Batch(IMAGES)], groups_of(own64()), [])
 
 
 @pytest.mark.parametrize("ridge", [1e-9, 0.5])
@@ -265,17 +274,27 @@ def test_saturation_is_first_order_for_small_changes_and_bounded_by_the_logits()
     assert ((change * factor[:, None]).norm(dim=1) <= 5 + 1e-9).all()
 
 
-def test_the_corrected_curve_goes_through_its_points_and_rises() -> None:
-    curve = corrected([(4.0, 2.0), (9.0, 16.0)])
-    for predicted, measured in ((4.0, 2.0), (9.0, 16.0)):
+def test_the_corrected_curve_goes_through_its_point_and_rises() -> None:
+    for predicted, measured in ((4.0, 1.0), (4.0, 25.0)):
+        curve = Correction.through(predicted, measured)
         assert predicted * curve.scale(predicted) ** 2 == pytest.approx(measured)
-    for single in (corrected([(4.0, 1.0)]), corrected([(4.0, 25.0)])):
-        values = [tpv * single.scale(tpv) ** 2 for tpv in torch.linspace(0.01, 30, 200).tolist()]
+        values = [tpv * curve.scale(tpv) ** 2 for tpv in torch.linspace(0.01, 30, 200).tolist()]
         assert values == sorted(values)
-        assert single.scale(1e-12) == pytest.approx(1, abs=1e-4)
-        assert single.scale(4e6) == single.scale(4.0)  # beyond what was measured its ratio stays
+        assert curve.scale(1e-12) == pytest.approx(1, abs=1e-4)
+        assert curve.scale(4e6) == curve.scale(4.0)  # beyond what was measured its ratio stays
     assert Correction().scale(3.0) == 1.0
-    assert corrected([(0.0, 1.0), (1.0, 0.0)]) == Correction()
+    assert Correction.through(0.0, 1.0) == Correction.through(1.0, 0.0) == Correction()
+
+
+def test_the_rest_saturates_with_the_change() -> None:
+    """Top (3, 4), rest 12 under signs, spread 13: n = 1 for both, TPV = (9 + 16 + 144) (1 - 1/e)^2."""
+    change = torch.tensor([[[3.0, 4.0]]], dtype=torch.float64)
+    rest = torch.tensor([[[12.0]], [[12.0]]], dtype=torch.float64)
+    top, classes = torch.tensor([[9.0, 1.0]]), torch.tensor([[0, 1]])
+    found = Changes(top, classes, change, change, rest, torch.tensor([13.0], dtype=torch.float64))
+    assert found.damage(0).tpv == pytest.approx(169 * (1 - math.exp(-1)) ** 2)
+    assert found.damage(0, scale=2.0).tpv == pytest.approx(4 * 169 * (1 - math.exp(-1)) ** 2)
+    assert replace(found, saturate=False).damage(0).tpv == pytest.approx(169)
 
 
 def test_the_first_samples_alone() -> None:
@@ -283,8 +302,9 @@ def test_the_first_samples_alone() -> None:
     groups = groups_of(model)
     cuts = some_cuts(groups)
     means = means_of(model, groups, cuts)
-    whole = logit_changes(model, [Batch(IMAGES)], groups, cuts, means=means)
-    part = logit_changes(model, [Batch(IMAGES[:2])], groups, cuts, means=means)
+    whole = change_logits(model, [Batch(IMAGES)], groups, cuts, means=means)
+    part = change_logits(model, [Batch(IMAGES[:2])], groups, cuts, means=means)
     for name, tensor in vars(whole.first(2)).items():
-        torch.testing.assert_close(tensor, getattr(part, name))
+        if name != "saturate":
+            torch.testing.assert_close(tensor, getattr(part, name))
     assert isinstance(part, Changes)

@@ -7,19 +7,18 @@ import torch
 from torch import Tensor
 
 from jbrprune.prediction.changes import Changes
-from jbrprune.prediction.checking import Check, check, tpvs_agree
-from jbrprune.prediction.forecast import Forecast
+from jbrprune.prediction.validity import Check, check, tpvs_agree
 
 LOGITS = torch.tensor([[3.0, 0.0], [4.0, 1.0], [9.0, 2.0]]).repeat(40, 1).double()
 """Two classes, the first one ahead by 3, 3 and 7; spread 3 / sqrt 2 and so on."""
 
 
-def foretold(change: Tensor, *, saturate: bool = False) -> Forecast:
+def foretold(change: Tensor, *, saturate: bool = False) -> Changes:
     n = len(change)
     spread = (LOGITS[:n] - LOGITS[:n].mean(1, keepdim=True)).norm(dim=1)
     classes = torch.tensor([[0, 1]]).expand(n, 2)
     rest = torch.zeros(2, 1, n).double()
-    return Forecast(Changes(LOGITS[:n], classes, change[None], change[None], rest, spread), saturate)
+    return Changes(LOGITS[:n], classes, change[None], change[None], rest, spread, saturate)
 
 
 def seen(predicted: Tensor, real: Tensor, **options: float) -> Check:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from jbrprune.evaluation.agreement import paired_interval
-from jbrprune.prediction.damage import Damage, damage, measured_damage
-from jbrprune.prediction.forecast import Forecast
+from jbrprune.prediction.changes import Changes
+from jbrprune.prediction.damage import Damage, damage, measure_damage
+from jbrprune.tpv.validity import TPVWarning
 
 TOLERANCE = 0.3
 """Relative error of a predicted change up to which a prediction is called valid."""
@@ -52,7 +54,7 @@ class Check:
 
 
 def check(
-    predicted: Forecast,
+    predicted: Changes,
     cut: int,
     masked: Tensor,
     reference: Tensor,
@@ -73,23 +75,23 @@ def check(
     n = len(masked)
     reference, predicted = reference[:n], predicted.first(n)
     change, rest = predicted.change(cut, scale=scale)
-    top, classes = predicted.changes.top, predicted.changes.classes
+    top, classes = predicted.top, predicted.classes
     real = (masked - reference).gather(1, classes)
     foretold = (top + change).argmax(1) != top.argmax(1)
     flipped = masked.argmax(1) != reference.argmax(1)
     one, other = int((foretold & ~flipped).sum()), int((~foretold & flipped).sum())
     return Check(
-        taylor_error=_relative(predicted.changes.zeroed[cut], real),
+        taylor_error=_relative(predicted.zeroed[cut], real),
         prediction_error=_relative(change, real),
         predicted=damage(top, change, rest),
-        masked=measured_damage(reference, masked),
+        masked=measure_damage(reference, masked),
         flips_apart=max(map(abs, paired_interval(one, other, n))),
         tolerance=tolerance,
-        constant=n > 1 and constant(reference),
+        constant=n > 1 and is_constant(reference),
     )
 
 
-def constant(logits: Tensor) -> bool:
+def is_constant(logits: Tensor) -> bool:
     """Whether ``[N, K]`` logits are the same for every sample, up to rounding."""
     return float((logits - logits[0]).abs().max()) <= 1e-5 * float(logits.abs().max())
 
@@ -103,3 +105,14 @@ def _relative(change: Tensor, real: Tensor) -> float:
     wrong = float((real.double() - change).square().sum())
     whole = float(real.double().square().sum())
     return math.sqrt(wrong / whole) if whole > 0 else (0.0 if wrong == 0 else math.inf)
+
+
+def warn_if_constant(logits: Tensor) -> None:
+    """Warn where the dense model tells no image from another: whatever is removed, that is no damage to go by."""
+    if len(logits) > 1 and is_constant(logits):
+        warnings.warn(
+            "All images have the same logits: nothing can be learnt from them about what removal does, and nothing is "
+            "called valid. Are the images all alike, or is the head zero?",
+            TPVWarning,
+            stacklevel=3,
+        )
