@@ -302,7 +302,7 @@ class Shares:
     macs: Sequence[float] = option((), "Share of the MACs to keep; repeatable; by default 0.9 to 0.2.", "Budget")
     params: Sequence[float] = option((), "Share of the parameters to keep; repeatable.", "Budget")
     channels: Sequence[float] = option((), "Share of the removable channels to keep; repeatable.", "Budget")
-    calibrate: int = option(0, "Really prune at so many budgets, up to 3, to correct the curve.", "Budget")
+    calibrate: bool = option(False, "Really prune to one budget to correct the curve.", "Budget")
     checked: int = option(64, "Images on which every budget is tried by masking.", "Data")
 
 
