@@ -15,7 +15,7 @@ from baselines.common import Part, Values, check_labels, label_losses, mean_grad
 from jbrprune.criteria.relevance import Relevance, relevances
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch
-from jbrprune.data.distributed import numbered
+from jbrprune.data.distributed import number_batches
 from jbrprune.errors import ModelError
 from jbrprune.models import layers, preserve
 from jbrprune.structure.groups import Group
@@ -64,7 +64,7 @@ def _mean(
     """The mean over samples of a function of the relevances."""
     check_labels(name, batches)
     sums = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
-    for values, _ in relevances(model, numbered(batches), groups, Relevance("label", "all")):
+    for values, _ in relevances(model, number_batches(batches), groups, Relevance("label", "all")):
         for group, v in values.items():
             sums[group] += of(v).cpu().double().sum(0)
     return {group: total / sum(map(len, batches)) for group, total in sums.items()}

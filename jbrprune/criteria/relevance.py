@@ -166,7 +166,7 @@ class Relevance:
                 accumulator.add({name: v[stays] for name, v in values.items()})
                 skipped += int((~stays).sum())
 
-        distributed.together(score_share)
+        distributed.fail_together(score_share)
         share.check()
         samples, skipped = distributed.total(accumulator.samples, skipped)
         check_samples(samples, skipped, self.confidence)
@@ -229,7 +229,7 @@ def relevances(
 
     Args:
         model: The model; between two batches, and after the last, it is as it was.
-        numbered: Batches, each with the position of its first sample (`jbrprune.data.distributed.numbered`).
+        numbered: Batches, each with the position of its first sample (`jbrprune.data.distributed.number_batches`).
         groups: The units.
         how: Objective, site, confidence, autocast and seed.
         objective: A function instead of the objective of ``how``.
@@ -365,7 +365,7 @@ def channel_means(
             with preserve.inference_state(model), preserve.hooked(model, forward_pre=hooks):
                 model(batch.to(preserve.device_of(model)).images.clone())
 
-    distributed.together(read_share)
+    distributed.fail_together(read_share)
     share.check()
     sums, numbers = distributed.all_sum(totals), distributed.all_sum(counts)
     return {name: total / numbers[name] for name, total in sums.items()}

@@ -229,7 +229,7 @@ def weight_scores(
     )
     parts = distributed.Parts(batches, batch_size=batch_size, block=batch)
     shown = tqdm(parts, "scoring", unit="batch", disable=not progress, leave=False)
-    samples, skipped = distributed.together(lambda: _collect(model, shown, collector, question))
+    samples, skipped = distributed.fail_together(lambda: _collect(model, shown, collector, question))
     parts.check()
     samples, skipped = distributed.total(samples, skipped)
     check_samples(samples, skipped, relevance.confidence)

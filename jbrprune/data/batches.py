@@ -1,4 +1,4 @@
-"""One shape for everything that yields images: `Batch`.
+"""Everything that yields images is read as `Batch` objects.
 
 Accepted: a tensor ``[N, C, H, W]``; a map-style ``Dataset``; a ``DataLoader``; any iterable whose
 items are tensors, ``(image, label)`` tuples or dicts, batched ``[B, C, H, W]`` or single ``[C, H, W]``.
@@ -104,7 +104,7 @@ def materialise(data: object, *, images: int | None, batch_size: int = 32) -> li
 
 
 def rebatch(batches: Iterable[Batch], batch_size: int) -> list[Batch]:
-    """The same images in the same order, ``batch_size`` at a time."""
+    """Cut batches anew: the same images in the same order, ``batch_size`` at a time."""
     whole = concatenate(list(batches))
     return [
         whole.map(lambda tensor, start=start: tensor[start : start + batch_size])
@@ -113,7 +113,7 @@ def rebatch(batches: Iterable[Batch], batch_size: int) -> list[Batch]:
 
 
 def concatenate(batches: list[Batch]) -> Batch:
-    """All batches as one; labels and references only where every batch has them."""
+    """Join batches to one; it has labels and references only if every batch has them."""
     shapes = sorted({tuple(batch.images.shape[1:]) for batch in batches})
     if len(shapes) > 1:
         raise DataError(f"Images of different shapes cannot be one batch: {shapes}. Resize them to one size first.")

@@ -1,8 +1,8 @@
-"""One job on several ranks of ``torch.distributed``: who does which part of the data, and how the parts become one.
+"""One job on several ranks of ``torch.distributed``: which rank reads which data, and how their results are combined.
 
 Every rank runs the same program on the same model and the same data. Scores, moments and agreements are sums over
 samples: each rank works on its part, the sums are added up, and all ranks go on with the same numbers. Outside of
-`joined` there is one rank, and nothing here costs anything.
+`joined` there is one rank, and these functions return what they are given.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def joined(*, timeout: float = TIMEOUT) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Do something without the other ranks, although they are there."""
+    """Let the block run as if there was one rank only."""
     token = _joined.set(False)
     try:
         yield
@@ -133,7 +133,7 @@ class Parts:
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         if size() == 1:
-            yield from numbered(iterate(self.data, batch_size=self.batch_size))
+            yield from number_batches(iterate(self.data, batch_size=self.batch_size))
         elif self.order is None:
             yield from self._dropping()
         else:
@@ -147,21 +147,21 @@ class Parts:
             yield from zip((start for start, _ in mine), picked)
 
     def check(self) -> None:
-        """See that all ranks have read the same data, where all had to be read.
+        """Check that all ranks have read the same data, where every rank reads all of them.
 
         Raises:
-            RankError: They have not.
+            RankError: They have read different data.
         """
-        if size() > 1 and self.order is None and len(set(gathered(self.seen))) > 1:
+        if size() > 1 and self.order is None and len(set(gather(self.seen))) > 1:
             raise RankError(
                 "The ranks read different images, or in another order, but each must see the same data to leave out "
                 "what is not its part. Do not shuffle, and do not shard the data yourself."
             )
 
     def _dropping(self) -> Iterator[tuple[int, Batch]]:
-        """The own blocks of everything; a block is as long as the first batch unless told otherwise."""
+        """Read everything, yield the own blocks; a block is as long as the first batch unless ``block`` is set."""
         block = self.block
-        for start, batch in numbered(iterate(self.data, batch_size=self.batch_size)):
+        for start, batch in number_batches(iterate(self.data, batch_size=self.batch_size)):
             values = batch.images.detach().cpu().contiguous().view(torch.uint8).numpy()
             self.seen = zlib.crc32(values.tobytes(), self.seen)
             block = block or len(batch)
@@ -172,8 +172,8 @@ class Parts:
                     yield start + low, batch.map(lambda tensor, low=low, high=high: tensor[low:high])
 
 
-def numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
-    """Every batch with the position of its first sample."""
+def number_batches(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    """Yield every batch with the position of its first sample."""
     start = 0
     for batch in batches:
         yield start, batch
@@ -181,14 +181,14 @@ def numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
 
 
 def _order(data: object) -> list[int] | None:
-    """Indices in the order in which all ranks read them; None if it cannot be known without reading."""
+    """Indices in the order in which all ranks read them; None if only reading shows the order."""
     if isinstance(data, Tensor):
         return list(range(len(data))) if data.dim() == 4 else None
     if type(data) is DataLoader:
         if isinstance(data.dataset, IterableDataset) or data.batch_sampler is None:
             return None
         with same_randomness(torch.device("cpu")):
-            return same([index for batch in data.batch_sampler for index in batch])
+            return broadcast([index for batch in data.batch_sampler for index in batch])
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return list(range(len(data)))  # type: ignore[arg-type]
     return None
@@ -219,14 +219,14 @@ def _pick(data: Any, ranges: list[list[int]]) -> Iterator[Batch]:
 
 
 def all_sum(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name -> the sum of that tensor over all ranks, the same bits on each; where a rank lacks one, it adds nothing.
+    """Add up tensors of the same name over all ranks; every rank gets the same bits. A rank may lack some names.
 
     Raises:
         RankError: The shapes differ, or another rank has ended.
     """
     if size() == 1:
         return dict(tensors)
-    forms = gathered({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+    forms = gather({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
     known = {name: form for found in forms for name, form in found.items()}
     found = dict(tensors)
     for name, (shape, dtype) in sorted(known.items()):
@@ -242,15 +242,15 @@ def all_sum(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def total(*numbers: int) -> tuple[int, ...]:
-    """Whole numbers, summed over all ranks."""
+    """Add up whole numbers over all ranks."""
     if size() == 1:
         return numbers
     return tuple(all_sum({"numbers": torch.tensor(numbers, dtype=torch.int64)})["numbers"].tolist())
 
 
 def concatenate(tensor: Tensor) -> Tensor:
-    """The tensors of all ranks one behind the other, along the first dimension; they may differ in length."""
-    return tensor if size() == 1 else torch.cat([part.to(tensor.device) for part in gathered(tensor.detach().cpu())])
+    """Concatenate the tensors of all ranks along the first dimension; they may differ in length."""
+    return tensor if size() == 1 else torch.cat([part.to(tensor.device) for part in gather(tensor.detach().cpu())])
 
 
 def own_share(tensor: Tensor) -> Tensor:
@@ -259,29 +259,29 @@ def own_share(tensor: Tensor) -> Tensor:
     return tensor.tensor_split(size())[rank()] if shared else tensor
 
 
-def same(value: T) -> T:
-    """What rank 0 has, on every rank."""
+def broadcast(value: T) -> T:
+    """Return the value of rank 0 on every rank."""
     if size() == 1:
         return value
     held = [value]
-    with _watched("being told"):
+    with _watched("receiving from rank 0"):
         dist.broadcast_object_list(held, src=0)
     return held[0]
 
 
 @torch.no_grad()
-def same_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Overwrite tensors with those of rank 0, in place."""
+def broadcast_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite tensors in place with those of rank 0."""
     if size() > 1:
-        for name, value in same({name: tensor.detach().cpu() for name, tensor in tensors.items()}).items():
+        for name, value in broadcast({name: tensor.detach().cpu() for name, tensor in tensors.items()}).items():
             tensors[name].copy_(value)
 
 
-def together(work: Callable[[], T]) -> T:
-    """Do what needs no other rank; where it fails on one, fail on all.
+def fail_together(work: Callable[[], T]) -> T:
+    """Call a function that needs no other rank; if it fails on one rank, fail on all.
 
     Raises:
-        JBRError: The error of the rank that failed; on the others one of the same kind that names it.
+        JBRError: The error itself on the rank that failed; an error of the same class, with its number, on the others.
     """
     if size() == 1:
         return work()
@@ -292,7 +292,7 @@ def together(work: Callable[[], T]) -> T:
     except Exception as caught:
         error = caught
     kind = type(error) if isinstance(error, JBRError) else RankError
-    failures = enumerate(gathered(None if error is None else (kind, str(error))))
+    failures = enumerate(gather(None if error is None else (kind, str(error))))
     if error is not None:
         raise error
     for number, (kind, message) in ((number, failure) for number, failure in failures if failure is not None):
@@ -300,12 +300,12 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
-def gathered(value: T) -> list[T]:
-    """What every rank has, in the order of the ranks."""
+def gather(value: T) -> list[T]:
+    """Return the values of all ranks, in the order of the ranks."""
     if size() == 1:
         return [value]
     found: list[Any] = [None] * size()
-    with _watched("telling"):
+    with _watched("gathering"):
         dist.all_gather_object(found, value)
     return found
 

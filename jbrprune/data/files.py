@@ -1,4 +1,4 @@
-"""Files that appear under their name whole or not at all; among them tensors with a header, never a pickle."""
+"""Files that are written whole or not at all: under a temporary name, then renamed. Tensors are never pickled."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def open_data(
 
 
 def pictures(name: str, model: nn.Module, *, root: str | Path | None = None, split: str = "validation") -> object:
-    """The stored pictures of a folder or a named data set as they are, with class indices where there are any.
+    """Open the pictures of a folder or a named data set, untransformed, with class indices where there are any.
 
     Args:
         name: A folder, or a name that begins with one of `PREFIXES`.

@@ -109,7 +109,7 @@ def compute_logits(model: nn.Module, batches: Iterable[Batch], *, progress: bool
                 found[number] = out.to("cpu", torch.promote_types(out.dtype, torch.float32))
         return found
 
-    shares = distributed.gathered(distributed.together(compute_share))
+    shares = distributed.gather(distributed.fail_together(compute_share))
     found = {number: logits for share in shares for number, logits in share.items()}
     return [found[number] for number in range(len(found))]
 

@@ -186,7 +186,7 @@ class _Walk:
     def _ahead(self, at: float) -> list[float]:
         """The next steps, up to the one that is measured."""
         below = [share for share in self.outlook.shares if share < at - 1e-9][:FARTHEST]
-        wanted = distributed.same(self.outlook.proposed(self.allowed, at))  # another processor predicts other bits
+        wanted = distributed.broadcast(self.outlook.proposed(self.allowed, at))  # another processor predicts other bits
         return [share for share in below if share >= wanted - 1e-9] or below[:1]
 
     def _bisected(self, passed: Sequence[tuple[float, Channels]]) -> tuple[tuple[float, Channels] | None, float]:

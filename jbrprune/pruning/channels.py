@@ -184,7 +184,7 @@ class Channels(Structure):
             self.overshoot = max(self.overshoot, self._foreseen / self.cost().total - 1)
             self._foreseen = None
             if self.kind in TIMED:
-                self.timings = distributed.same(time_in_turns([self.dense, self.model], self.example[:1]))
+                self.timings = distributed.broadcast(time_in_turns([self.dense, self.model], self.example[:1]))
 
     def plan(self, scores: Mapping[str, Tensor], share: float) -> Cut:
         """What one step would remove to reach a share of the dense cost.
@@ -283,7 +283,7 @@ def find_channels(problem: Problem, options: ChannelOptions, stops: Sequence[flo
     model, found = find_units(problem.dense, problem.example, options.ignore, options.floors.width, options.seed)
     kind, unit = next(iter(options.budgets), "macs"), 1.0
     if kind == "latency_ms":
-        unit = distributed.same(time_in_turns([problem.dense], problem.example[:1]).latencies[0].median_ms)
+        unit = distributed.broadcast(time_in_turns([problem.dense], problem.example[:1]).latencies[0].median_ms)
         stops = [Budget(kind, stop).as_share(unit).share for stop in stops]
     full = axis_widths(model, found.groups)
     channels = Channels(

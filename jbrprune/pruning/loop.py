@@ -189,7 +189,7 @@ def run(
             with clock.timed("scoring"):
                 scores = structure.score(images.score, options, number)
             with clock.timed("selection"):
-                chosen = distributed.same(structure.select(scores, goal))
+                chosen = distributed.broadcast(structure.select(scores, goal))
             with clock.timed("removal"):
                 structure.apply(chosen)
             stops = goals is None and structure.is_stop(goal)

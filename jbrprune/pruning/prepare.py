@@ -258,8 +258,8 @@ def _read(model: nn.Module, data: object, images: int | None, batch_size: int, p
     """Images in the model's precision, with the dense model's logits."""
     opened = open_data(data, model, batch_size=batch_size)
     with preserve.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
-        batches = distributed.together(lambda: materialise(opened, images=images, batch_size=batch_size))
-    batches = distributed.same(batches)  # a loader that shuffles gives every rank others
+        batches = distributed.fail_together(lambda: materialise(opened, images=images, batch_size=batch_size))
+    batches = distributed.broadcast(batches)  # a loader that shuffles gives every rank others
     parameter = preserve.first_tensor(model)
     if parameter is not None:
         batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]

@@ -181,7 +181,7 @@ def repair_model(
         if after.kl < best.after.kl:
             best, best_state = Outcome("+".join(combination), before, after), copy.deepcopy(model.state_dict())
     model.load_state_dict(best_state)
-    distributed.same_tensors(model.state_dict())
+    distributed.broadcast_tensors(model.state_dict())
     return best
 
 

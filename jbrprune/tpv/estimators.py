@@ -347,10 +347,10 @@ class _Task:
             close = close + 1 if self.reached(found) else 0
             if draw >= LEAST_DRAWS and close >= 2:
                 break
-        method = distributed.same(self.method)  # a rank without images has not chosen it
+        method = distributed.broadcast(self.method)  # a rank without images has not chosen it
         draws, stopped = self.signs if method == "projection" else len(columns), "rtol" if close else "budget"
         found = replace(found, method=method, draws=draws, seconds=time.perf_counter() - began, stopped=stopped)
-        head = distributed.same(self.head) if self.validity else None
+        head = distributed.broadcast(self.head) if self.validity else None
         if head is not None:
             direction = first or self.covariance.sample(torch.Generator().manual_seed(self.seed))
             valid = taylor_error(self.model, head, direction, output=self.output, progress=False)
@@ -380,7 +380,7 @@ class _Task:
             batch = next(mine, None)
             return None if batch is None else (batch[1], work(*batch))
 
-        while answers := [found for found in distributed.gathered(distributed.together(one)) if found is not None]:
+        while answers := [found for found in distributed.gather(distributed.fail_together(one)) if found is not None]:
             waiting.update(answers)
             while position in waiting:
                 values = waiting.pop(position)

@@ -24,7 +24,7 @@ from jbrprune.criteria import relevance as criterion
 from jbrprune.criteria.objectives import OBJECTIVES, Target
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.data.batches import Batch, iterate
-from jbrprune.data.distributed import numbered
+from jbrprune.data.distributed import number_batches
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from jbrprune.structure.discovery import find_groups, layer_groups
 from jbrprune.structure.groups import Group, Member
@@ -54,7 +54,7 @@ def relevances(model: nn.Module, images: Tensor, groups: tuple[Group, ...], **op
 def stream(
     model: nn.Module, batches: Iterable[Batch], groups: tuple[Group, ...], *how: Any, **options: Any
 ) -> Iterator:
-    return criterion.relevances(model, numbered(batches), groups, *how, **options)
+    return criterion.relevances(model, number_batches(batches), groups, *how, **options)
 
 
 def along(m: Tensor, by_output: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -253,10 +253,10 @@ def test_a_loader_that_shuffles_shows_all_ranks_the_same(tmp_path: Path) -> None
         net = own()  # which seeds
         torch.manual_seed(distributed.rank())
         loader = DataLoader(TensorDataset(images), batch_size=4, shuffle=True)
-        states = distributed.gathered(hash_tensors({"state": torch.get_rng_state()}))
+        states = distributed.gather(hash_tensors({"state": torch.get_rng_state()}))
         assert len(set(states)) == len(states)
         read = read_calibration(net, loader, images=None)
-        orders = distributed.gathered([hash_tensors({"images": batch.images}) for batch in read.score])
+        orders = distributed.gather([hash_tensors({"images": batch.images}) for batch in read.score])
         assert all(order == orders[0] for order in orders)
         found = score(net, loader, progress=False)
         assert isinstance(found, Scores)
