@@ -61,18 +61,19 @@ CHOICES = {"criterion": PRESETS, "objective": OBJECTIVES}
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a command; a parameter whose type is a table becomes one option for every field of the table."""
     parameters = inspect.signature(function, eval_str=True).parameters
-    tables = {name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)}
+    tables: dict[str, Any] = {
+        name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)
+    }
     own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, each in parameters.items() if name not in tables]
     options = [option for table in tables.values() for option in _make_options(table)]
     options.sort(key=lambda each: PANELS.index(get_args(each.annotation)[1].rich_help_panel))
 
     def run(**values: Any) -> None:
-        given = {name: values[name] for name in parameters if name not in tables}
-        function(**given, **{name: _read_table(table, values) for name, table in tables.items()})
+        read = {name: _read_table(table, values) for name, table in tables.items()}
+        function(**{name: read[name] if name in read else values[name] for name in parameters})
 
     run.__doc__ = function.__doc__
     run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-    run.__annotations__ = {}
     app.command(function.__name__.removesuffix("_command"))(run)
     return function
 
@@ -93,7 +94,7 @@ def _make_options(table: type, *, unset: bool = False) -> Iterator[inspect.Param
         name, hint, default = FLAGS.get((table, item.name), item.name), hints[item.name], item.default
         flag = name.replace("_", "-")
         kind = next((kind for kind in (hint, *get_args(hint)) if kind in (bool, int, float, Path)), str)
-        if Sequence in map(get_origin, (hint, *get_args(hint))):
+        if any(get_origin(one) is Sequence for one in (hint, *get_args(hint))):
             kind, default = list[kind], [default] if default else None  # type: ignore[valid-type]
         choices = CHOICES.get(name) or (get_args(hint) if get_origin(hint) is Literal else ())
         made = typer.Option(
@@ -156,7 +157,13 @@ class Source(ModelSource):
 
 def _open_model(name: str, source: ModelSource) -> nn.Module:
     """The timm model of a name, or the model that was saved to a directory, in eval mode."""
-    device = find_device(source.device)
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"  # each rank its own
+    try:
+        device = torch.device(source.device or cuda)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        message = f"--device {source.device!r} cannot be used: {str(error).splitlines()[0]}"
+        raise ArgumentError(message) from error
     if Path(name).is_dir():
         return load(name).to(device)
     arguments: dict[str, Any] = {"pretrained": not source.random, "checkpoint": source.checkpoint}
@@ -177,21 +184,6 @@ def _open(name: str, source: Source, batch_size: int) -> tuple[nn.Module, object
     return model, open_data(source.data, model, batch_size=batch_size, skip_corrupt=source.skip_corrupt)
 
 
-def find_device(name: str | None) -> torch.device:
-    """The device of a name, by default CUDA if there is one (each rank its own).
-
-    Raises:
-        ArgumentError: There is no such device.
-    """
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name or cuda)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def check_file(path: Path | None) -> None:
     """Refuse a file that cannot be written, before the expensive part.
 
@@ -199,9 +191,7 @@ def check_file(path: Path | None) -> None:
         CheckpointError: The path is a directory, or its directory is not there or cannot be written.
     """
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
-        raise CheckpointError(
-            f"{path} cannot be written: expected a file in a directory that exists and can be written."
-        )
+        raise CheckpointError(f"{path} cannot be written: expected a file in a directory that can be written.")
 
 
 @dataclass(frozen=True)
@@ -288,10 +278,10 @@ def _foresee(report: Report, model: nn.Module, data: object, options: Any) -> An
     shares = sorted({step.macs / report.dense.macs for step in report.steps} - {1.0})
     if not isinstance(options, ChannelOptions) or not shares or distributed.size() > 1:
         return None
-    given = {item.name: getattr(options, item.name) for item in fields(Predicting)} | {"progress": False}
-    margin = 1 + 1e-9  # a step may have reached the floors
+    given: dict[str, Any] = {item.name: getattr(options, item.name) for item in fields(Predicting)}
+    given |= {"macs": [share * (1 + 1e-9) for share in shares], "progress": False}  # a step may have reached the floors
     with contextlib.suppress(JBRError, ImportError):
-        return predict(model, data, macs=[share * margin for share in shares], checked=1, **given)
+        return predict(model, data, checked=1, **given)
     return None
 
 
@@ -338,7 +328,8 @@ def score_command(model: Model, source: Source, options: ScoreOptions, output: W
     """
     check_file(output.out)
     module, data = _open(model, source, options.batch_size)
-    scores = score(module, data, **vars(options) | {"progress": _shows_progress(output)})
+    given: dict[str, Any] = vars(options) | {"progress": _shows_progress(output)}
+    scores = score(module, data, **given)
     if output.out is not None and distributed.rank() == 0:
         scores.save(output.out)
     rows = [

@@ -117,7 +117,7 @@ def find_packaged(path: str) -> Path:
     """
     package = path.partition("/")[0]
     spec = importlib.util.find_spec(package)
-    found = Path(next(iter(spec.submodule_search_locations))).parent / path if spec else None
+    found = Path(spec.origin).parents[1] / path if spec and spec.origin else None
     if found is None or not found.is_file():
         raise DataError(f"The demo needs {path} of {DISTRIBUTIONS[package]}: pip install 'jbrprune[demo]'.")
     return found

@@ -78,9 +78,10 @@ def test_a_guide_runs(name: str, folder: Path) -> None:
     assert results
     for result in results:
         assert_met(result.report)
-    for single, option in re.findall(r'\.save\("(.+?)"|--out (\S+)', text):
+    said = "".join(code for _, language, code in blocks(text) if language != "text")
+    for single, option in re.findall(r'\.save\("(.+?)"|--out (\S+)', said):
         assert_saved(folder / (single or option))
-    for single, option in re.findall(r'\.to_html\("(.+?)"|--report (\S+)', text):
+    for single, option in re.findall(r'\.to_html\("(.+?)"|--report (\S+)', said):
         assert "<h2>Widths</h2>" in (folder / (single or option)).read_text(encoding="utf-8")
 
 

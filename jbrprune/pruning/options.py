@@ -31,7 +31,7 @@ PANELS = ("Budget", "Criterion", "Repair", "Data", "Output")
 BUDGETS = ("macs", "params", "channels", "latency", "latency_ms")
 Check = Callable[[str, Any], None]
 Function = TypeVar("Function", bound=Callable[..., Any])
-_RANK_BY = "What to rank by: the name of a preset of relevance, a Relevance, scores made before, or a function."
+_RANK_BY = "What to rank by: a preset of relevance; in Python also a Relevance, scores made before, or a function."
 
 
 def option(default: Any, text: str, panel: str | None, check: Check | None = None) -> Any:

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from jbrprune.report.text import headline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 MAX_NAMES = 60
 COLOURS = ("#c8742c", "#1f4e79", "#3f7d4e", "#7b4b94")
@@ -29,9 +28,7 @@ Point = tuple[float, float, float, float]
 """Cost kept, value, and the ends of the value's interval; all of them shares."""
 
 
-def plot_report(
-    report: Report, path: str | os.PathLike[str] | None = None, predicted: DataFrame | None = None
-) -> Figure:
+def plot_report(report: Report, path: str | os.PathLike[str] | None = None, predicted: Any = None) -> Figure:
     """Draw the kept width of every layer, and the agreement against the cost over the steps; see `Report.plot`."""
     figure, (widths, curve) = _make_figure(2)
     figure.suptitle(headline(report), x=0.01, ha="left", fontsize=11)

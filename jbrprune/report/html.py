@@ -6,14 +6,11 @@ import io
 import os
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from jbrprune.report.figures import plot_report
 from jbrprune.report.records import Report
 from jbrprune.report.text import Table, headline, make_tables
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -24,13 +21,11 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 body {{ max-width: 1000px; margin: 0 auto; padding: 1.5rem; color: #1c2430; font: 15px/1.5 system-ui, sans-serif; }}
-h1, td, p {{ overflow-wrap: anywhere; }}
+h1, td, p {{ overflow-wrap: anywhere; }} div {{ overflow-x: auto; }}
 h2 {{ font-size: 1.1rem; margin: 2em 0 .5em; border-bottom: 1px solid #d9dfe6; }}
-div {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: right; padding: .25em .7em; border-bottom: 1px solid #d9dfe6; vertical-align: top; }}
-.left {{ text-align: left; }}
-svg {{ width: 100%; height: auto; }}
+.left {{ text-align: left; }} svg {{ width: 100%; height: auto; }}
 </style>
 </head>
 <body>
@@ -42,7 +37,7 @@ svg {{ width: 100%; height: auto; }}
 """
 
 
-def make_page(report: Report, path: str | os.PathLike[str] | None = None, predicted: DataFrame | None = None) -> str:
+def make_page(report: Report, path: str | os.PathLike[str] | None = None, predicted: Any = None) -> str:
     """Make the page of one run, see `Report.to_html`; everything in it that comes from outside is escaped."""
     drawn = io.StringIO()
     plot_report(report, predicted=predicted).savefig(drawn, format="svg")

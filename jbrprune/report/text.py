@@ -76,10 +76,10 @@ def format_report(report: Report) -> str:
     if len(layers) > MAX_ROWS:
         layers = tuple(layer for layer in layers if layer.after != layer.before)[:MAX_ROWS]
     parts = [headline(report)]
+    hidden = len(report.layers) - len(layers)
     for title, content in make_tables(replace(report, layers=layers, steps=())).items():
-        parts += [textwrap.fill(title, WIDTH), format_table(content)]
-    if len(layers) < len(report.layers):
-        parts.append(f"... and {len(report.layers) - len(layers)} more layers")
+        rest = f", {hidden} more layers are not listed" if hidden and title == "Widths" else ""
+        parts += [textwrap.fill(title + rest, WIDTH), format_table(content)]
     options: dict[str, Any] = {"initial_indent": "- ", "subsequent_indent": "  ", "break_long_words": False}
     parts += ["\n".join(textwrap.fill(note, WIDTH, **options) for note in report.notes)] * bool(report.notes)
     return "\n\n".join(parts)
@@ -114,7 +114,7 @@ def _sweep_row(report: Report, dense: bool = False) -> dict[str, Any]:
     """The line of a report, or that of its dense model."""
     size, final, timings = report.dense if dense else report.pruned, report.final, report.timings
     sparse = size.nonzero is not None
-    tops = [format_percent(row.top1, "") for row in (report.unrepaired, report.repaired) if row is not None]
+    tops = [format_percent(row.top1, "") or "-" for row in (report.unrepaired, report.repaired) if row is not None]
     accuracy = final and (final.dense_accuracy if dense else final.accuracy)
     ms, ratio = (timings.latencies[0].median_ms, timings.ratios[1]) if timings else (None, None)
     return {
@@ -122,7 +122,7 @@ def _sweep_row(report: Report, dense: bool = False) -> dict[str, Any]:
         "MACs": None if sparse else format_si(size.macs),
         "params": None if sparse else format_si(size.params),
         "zeros\n%": None if dense else format_percent(report.sparsity, ""),
-        "effective": format_si(size.nonzero) if sparse else None,
+        "effective": None if size.nonzero is None else format_si(size.nonzero),
         "top-1 (%)\nbefore -> after": "dense" if dense else " -> ".join(tops),
         "95 %\ninterval": None if dense else format_interval(final),
         "KL\n(nats)": None if dense or final is None else f"{final.kl:.3g}",
@@ -253,8 +253,8 @@ def make_card(report: Mapping[str, Any], base: str | None) -> str:
     facts: dict[str, Any] = {"library_name": LIBRARY, "pipeline_tag": "image-classification"}
     facts["tags"] = ["image-classification", "pruning", LIBRARY] + ["timm"] * bool(base)
     if base:
-        short = base.removeprefix("hf-hub:").removeprefix("hf_hub:")
-        facts["base_model"] = short if "/" in short else f"timm/{short}"
+        name = base.rpartition(":")[2]  # without hf-hub:
+        facts["base_model"] = name if "/" in name else f"timm/{name}"
     if run is not None and run.final is not None:
         found = {"top-1 agreement with the dense model": run.final.top1, "accuracy": run.final.accuracy}
         metrics = [{"type": "accuracy", "name": k, "value": round(v, 6)} for k, v in found.items() if v is not None]
