@@ -82,8 +82,8 @@ def cuts_of(
     problem = open_problem(model, batches, len(batches[0]))
     state = find_channels(problem, ChannelOptions(channels=0.99, seed=seed), ())
     for criterion, ratios in by_criterion.items():
-        options = ChannelOptions(channels=0.99, criterion=CRITERIA[criterion], seed=seed, progress=False)
-        scores = state.score(batches, options, 0)
+        options = replace(state.options, criterion=CRITERIA[criterion], progress=False)
+        scores = replace(state, options=options).score(batches, 0)
         allowed = [ratio for ratio in ratios if 1 - ratio >= state.least]
         print(f"{criterion}: {len(allowed)} of {len(ratios)} ratios are within the floors", flush=True)
         cuts = [state.plan(scores, 1 - ratio) for ratio in allowed]

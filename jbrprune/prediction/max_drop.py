@@ -24,8 +24,7 @@ from jbrprune.prediction.changes import Changes, predict_changes
 from jbrprune.prediction.damage import Damage, measure_damage
 from jbrprune.pruning.channels import Channels
 from jbrprune.pruning.loop import Delivery, run
-from jbrprune.pruning.options import ChannelOptions
-from jbrprune.pruning.prepare import Calibration, Problem
+from jbrprune.pruning.prepare import Calibration
 from jbrprune.report.records import Report, Search, Trial
 
 log = logging.getLogger(__name__)
@@ -74,14 +73,12 @@ class Outlook:
         return self.changes.damage(number, repaired=self.repaired, scale=self.scale)
 
 
-def search(problem: Problem, images: Calibration, state: Channels, options: ChannelOptions) -> tuple[Delivery, Report]:
+def search(state: Channels, images: Calibration) -> tuple[Delivery, Report]:
     """Prune a copy of the dense model as far as no more than ``max_drop`` is lost on the images that decide.
 
     Args:
-        problem: The dense model; left as it was.
+        state: The units, before any step; a budget in its options is the least to keep.
         images: Read with ``judged=True``.
-        state: The units, before any step.
-        options: How to prune; a budget is the least to keep.
 
     Returns:
         The model, which is the dense one if no smaller one is allowed, and the report.
@@ -90,12 +87,12 @@ def search(problem: Problem, images: Calibration, state: Channels, options: Chan
         DataError: Too few images to set some aside, or so few of them that one is more than ``max_drop``.
         NonFiniteError: NaN or Inf on the way.
     """
-    allowed = float(options.max_drop or 0)
+    allowed = float(state.options.max_drop)
     if not images.judge:
         raise DataError(f"max_drop needs images that decide, but there are only {count(images.score)}: pass more.")
     check_resolution(images, allowed)
-    walk = _Walk(state, images.judge, allowed, _outlook(state, images, options, _grid(state)))
-    delivery, report = next(run(problem, images, state, options, goals=walk.shares()))
+    walk = _Walk(state, images.judge, allowed, _outlook(state, images, _grid(state)))
+    delivery, report = next(run(state, images, goals=walk.shares()))
     found = Search(allowed, images.judged, tuple(walk.trials), walk.chosen(), walk.limit)
     return delivery, replace(report, search=found, notes=(*report.notes, *_notes(found)))
 
@@ -122,8 +119,9 @@ def _grid(state: Channels) -> list[float]:
     return [1 - STEP * number for number in range(1, steps)] + [least] * (least < 1)
 
 
-def _outlook(state: Channels, images: Calibration, options: ChannelOptions, shares: Sequence[float]) -> Outlook:
-    scores = state.score(images.score, options, 1)
+def _outlook(state: Channels, images: Calibration, shares: Sequence[float]) -> Outlook:
+    options = state.options
+    scores = state.score(images.score, 1)
     cuts = [state.plan(scores, share) for share in shares]
     refits = "auto" in options.methods or "least_squares" in options.methods
     predicted = predict_changes(

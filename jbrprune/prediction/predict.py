@@ -150,7 +150,7 @@ def predict(
     )
     if calibrate and not read.gate:
         raise DataError(f"calibrate= prunes and repairs, which {count(read.score)} images are too few for.")
-    scores = state.score(read.score, options, 1)
+    scores = state.score(read.score, 1)
     cuts = [state.plan(scores, share) for share in shares]
     every = rebatch([*read.heldout, *read.score], batch_size)
     reference, units = _references(every), [cut.units for cut in cuts]
@@ -162,7 +162,7 @@ def predict(
     if calibrate:  # the deepest of equals
         point = min(range(len(cuts)), key=lambda cut: (abs(damages[cut].flips - CALIBRATED_AT), -cut))
         stopping = replace(state.copy(), stops=(cuts[point].target,))
-        pruned = next(run(problem, read, stopping, options))[0].model
+        pruned = next(run(stopping, read))[0].model
         real = measure_damage(_references(read.heldout), torch.cat(compute_logits(pruned, read.heldout)))
         masked = measure_damage(reference, compute_masked_logits(state.model, every, state.groups, units[point]))
         measured[point] = masked, real

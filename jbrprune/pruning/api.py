@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def prune(  # noqa: D417
     """
     shared = criterion, ignore, batch_size, progress, repair, images, eval_data, seed, resume, inplace
     options = ChannelOptions(*shared, macs, params, channels, latency, latency_ms, max_drop, steps, floors)
-    return _carry_out(model, data, options, tuple(options.budgets.values()))[0]
+    return carry_out(model, data, options, tuple(options.budgets.values()))[0]
 
 
 @describe(WeightOptions)
@@ -182,7 +183,7 @@ def sparsify(  # noqa: D417
     """
     shared = criterion, ignore, batch_size, progress, repair, images, eval_data, seed, resume, inplace
     options = WeightOptions(*shared, sparsity, pattern, scope, steps, remainder, floor, shrink, permanent)
-    return _carry_out(model, data, options, (sparsity if pattern is None else Pattern.of_text(pattern),))[0]
+    return carry_out(model, data, options, (sparsity if pattern is None else Pattern.of_text(pattern),))[0]
 
 
 def sweep(
@@ -223,7 +224,7 @@ def sweep(
         raise BudgetError(f"shares must be one or more different numbers, got {stops}.")
     if len(stops) > 1 and isinstance(tables[0].criterion, Scores):
         raise ArgumentError("Scores made before hold for one step: the channels of the next one are others.")
-    return _carry_out(model, data, tables[0], sorted(stops, reverse=not sparse))
+    return carry_out(model, data, tables[0], sorted(stops, reverse=not sparse))
 
 
 @describe(ScoreOptions)
@@ -374,65 +375,60 @@ def info(
     return Info(tuple(images.shape[1:]), *whole, *least, rows=rows, skipped=found.skipped)
 
 
-def _carry_out(
+def carry_out(
     model: nn.Module | str, data: object, options: ChannelOptions | WeightOptions, stops: Sequence[Any]
 ) -> list[PruneResult]:
     """Prune to every stop."""
-    directory, results, originals = check_directory(options.resume), [], {}
-    with torch.inference_mode(False):  # copies that are made in inference mode cannot be differentiated
+    directory = None if options.resume is None else check_directory(options.resume)
+    results, originals, log = [], {}, None
+    drop = options.max_drop if isinstance(options, ChannelOptions) else None
+    with torch.inference_mode(False), contextlib.ExitStack() as stack:  # what inference mode makes cannot be trained
         problem = open_problem(model, data, options.batch_size, masked=isinstance(options, WeightOptions))
-        if isinstance(options, WeightOptions):
-            structure, drop = find_weights(problem, options, stops), None
+        if drop is not None:
+            problem.check_classes("max_drop=")
+        if isinstance(options, ChannelOptions):
+            structure = find_channels(problem, options, stops)
+        else:
+            structure = find_weights(problem, options, stops)
             if not options.permanent:
                 refuse_hidden_sharing(problem.given, structure.masks)
                 originals = {slot.name: slot.stored.detach().clone() for slot in slots(problem.given)}
-        else:
-            drop = options.max_drop
-            if drop is not None:
-                problem.check_classes("max_drop=")
-            structure = find_channels(problem, options, stops)
         how = {name: getattr(options, name) for name in ("images", "eval_data", "batch_size", "seed", "progress")}
         images = read_calibration(problem.dense, problem.data, judged=drop is not None, **how)
-        fingerprint = {}
         if directory is not None:
-            kept = ("progress", "resume", "inplace", "eval_data")
-            depends = {name: value for name, value in vars(options).items() if name not in kept}
+            unrelated = ("progress", "resume", "inplace", "eval_data")
+            depends = {name: value for name, value in vars(options).items() if name not in unrelated}
+            depends["stops"] = [str(stop) for stop in stops]
             batches = [*images.score, *images.gate, *images.heldout]
-            fingerprint = fingerprint_run(depends | {"stops": [str(stop) for stop in stops]}, problem.given, batches)
-        with open_log(directory, fingerprint) as log:
-            if drop is None:
-                outcomes = run(problem, images, structure, options, log=log)
-            else:
-                from jbrprune.prediction import max_drop  # drives the same loop from above
+            log = stack.enter_context(open_log(directory, fingerprint_run(depends, problem.given, batches)))
+        outcomes = run(structure, images, log=log)
+        if drop is not None:
+            from jbrprune.prediction import max_drop  # drives the same loop from above
 
-                outcomes = iter([max_drop.search(problem, images, structure, options)])
-            for delivery, report in outcomes:
-                pruned = delivery.model
-                if options.inplace and model is problem.given:
-                    make_permanent(problem.given)
-                    _transplant(pruned, problem.given)
-                    pruned = problem.given
-                masks = {name: mask for name, mask in delivery.masks.items() if originals and not bool(mask.all())}
+            outcomes = iter([max_drop.search(structure, images)])
+        for made, report in outcomes:
+            pruned = made.model
+            if options.inplace and model is problem.given:
+                pruned = transplant(pruned, problem.given)
+            if originals:
+                masks = {name: mask for name, mask in made.masks.items() if not bool(mask.all())}
                 before = {name: originals[name] for name in masks if originals[name].shape == masks[name].shape}
                 put_masks(pruned, masks, before)
-                results.append(PruneResult(pruned, report, problem.recipe, problem.config))
+            results.append(PruneResult(pruned, report, problem.recipe, problem.config))
     return results
 
 
-def _transplant(source: nn.Module, target: nn.Module) -> None:
+def transplant(source: nn.Module, target: nn.Module) -> nn.Module:
     """Give a model the tensors and sizes of its pruned copy; its hooks and modes stay.
 
     Everything is prepared first, so that nothing can fail between the first change and the last.
     """
-    pruned = dict(source.named_modules())
-    changes = []
+    pruned, changes = dict(source.named_modules()), []
+    make_permanent(target)
     for name, module in target.named_modules():
-        new = pruned[name]
-        sizes = {
-            key: value
-            for key, value in vars(new).items()
-            if isinstance(value, int | tuple) and key != "training" and vars(module).get(key) != value
-        }
-        changes.append((module, sizes | {"_parameters": new._parameters, "_buffers": new._buffers}))
+        new = vars(pruned[name])
+        sizes = {key: value for key, value in new.items() if isinstance(value, int | tuple) and key != "training"}
+        changes.append((module, sizes | {key: new[key] for key in ("_parameters", "_buffers")}))
     for module, attributes in changes:
         vars(module).update(attributes)
+    return target

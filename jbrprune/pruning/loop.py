@@ -11,19 +11,22 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from jbrprune.checkpoint.resume import ResumeLog
+from jbrprune.criteria.scores import Scores, check_some
+from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch, count
+from jbrprune.errors import ArgumentError, NonFiniteError
 from jbrprune.evaluation.agreement import Agreement, agreement_on
 from jbrprune.evaluation.latency import Timings, time_in_turns
 from jbrprune.models import preserve
-from jbrprune.pruning.options import RunOptions
 from jbrprune.pruning.prepare import Calibration, Problem, provenance
 from jbrprune.repair.repair import Outcome, Targets, record_targets, repair_model
 from jbrprune.report.records import LayerRow, Report, Size, StepRow, plain, record
@@ -59,15 +62,19 @@ class Delivery:
         model: The model.
         budget: What it meets.
         size: What it costs, time apart.
+        layers: What is left of each layer.
+        notes: What a reader of the report ought to know.
+        removed: Group -> units of the dense model that are gone; of single weights, none.
         masks: Parameter name -> boolean mask, where single weights were pruned.
-        notes: What was done to it after the last step.
     """
 
     model: nn.Module
     budget: dict[str, Any]
     size: Size
+    layers: tuple[LayerRow, ...]
+    notes: tuple[str, ...]
+    removed: dict[str, list[int]] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -75,9 +82,11 @@ class Structure(ABC):
     """What can be removed from a model, and the model on its way.
 
     Attributes:
+        problem: The dense model, which is only read.
+        options: How to prune.
         model: Loses something in every step.
-        example: ``[2, C, H, W]`` on its device.
         stops: Goals at which a model is handed over, in order.
+        stop: The one that is aimed at.
         steps: The steps that led here.
         kept: Axis -> channels of the dense model that are left.
         masks: Parameter name -> boolean mask on the CPU, False where the model's value is zero and stays so.
@@ -86,9 +95,11 @@ class Structure(ABC):
         clock: Time spent on each part of the work.
     """
 
+    problem: Problem
+    options: Any
     model: nn.Module
-    example: Tensor
     stops: tuple[Any, ...]
+    stop: Any = None
     steps: list[StepRow] = field(default_factory=list)
     kept: dict[Axis, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -109,7 +120,7 @@ class Structure(ABC):
         """Whether the model is handed over; asked after the removal."""
 
     @abstractmethod
-    def score(self, batches: Sequence[Batch], options: RunOptions, number: int) -> Mapping[str, Tensor]:
+    def score(self, batches: Sequence[Batch], number: int) -> Mapping[str, Tensor]:
         """Score what is left in the model; ``number`` is that of the step."""
 
     @abstractmethod
@@ -132,35 +143,15 @@ class Structure(ABC):
     def deliver(self) -> Delivery:
         """What is handed over now."""
 
-    @abstractmethod
-    def layers(self) -> tuple[LayerRow, ...]:
-        """What is left of each layer."""
-
-    @abstractmethod
-    def removed(self) -> dict[str, list[int]]:
-        """Group -> units of the dense model that are gone."""
-
-    @abstractmethod
-    def notes(self) -> list[str]:
-        """What a reader of the report ought to know."""
-
 
 def run(
-    problem: Problem,
-    images: Calibration,
-    structure: Structure,
-    options: RunOptions,
-    *,
-    goals: Iterable[Any] | None = None,
-    log: ResumeLog | None = None,
+    structure: Structure, images: Calibration, *, goals: Iterable[Any] | None = None, log: ResumeLog | None = None
 ) -> Iterator[tuple[Delivery, Report]]:
     """Prune step by step; yield what is handed over, with a report, at every stop.
 
     Args:
-        problem: The dense model; left as it was.
+        structure: What to remove, and how; changed.
         images: What to score, repair and report on.
-        structure: What to remove; changed.
-        options: How to prune.
         goals: Goals instead of those of the structure. Each is asked for when the step before is done, and the
             structure may be restored meanwhile; when there are no more, what is left is handed over.
         log: Steps that are finished already; the others are added.
@@ -170,30 +161,26 @@ def run(
         DataError: The objective needs labels, or no image is left to score.
         NonFiniteError: NaN or Inf on the way.
     """
-    began, clock, targets, log = time.perf_counter(), structure.clock, None, log or ResumeLog()
+    began, clock, options, targets = time.perf_counter(), structure.clock, structure.options, None
     dense = structure.size()
     if images.gate and options.methods:
         with clock.timed("repair"):
-            targets = record_targets(problem.dense, images.repair, structure.consumers())
-
-    def hand_over(agreed: Agreed) -> tuple[Delivery, Report]:
-        seconds = {**clock.seconds, "total": time.perf_counter() - began}
-        return _report(problem, images, structure, options, dense, agreed, seconds)
+            targets = record_targets(structure.problem.dense, images.repair, structure.consumers())
 
     planned = structure.goals() if goals is None else goals
     for goal in tqdm(planned, "pruning", unit="step", disable=None if options.progress else True, leave=False):
         number, start = len(structure.steps) + 1, time.perf_counter()
-        if number <= log.finished:
-            stops, agreed = _replay(structure, log, number)
+        if log is not None and number <= log.finished:
+            stops, agreed = replay(structure, log, number)
         else:
             with clock.timed("scoring"):
-                scores = structure.score(images.score, options, number)
+                scores = structure.score(images.score, number)
             with clock.timed("selection"):
                 chosen = distributed.broadcast(structure.select(scores, goal))
             with clock.timed("removal"):
                 structure.apply(chosen)
             stops = goals is None and structure.is_stop(goal)
-            outcome, agreed = repair_and_evaluate(structure, images, targets, options.methods, stops)
+            outcome, agreed = repair_and_evaluate(structure, images, targets, stops)
             size = structure.size()
             row = StepRow(
                 step=number,
@@ -201,42 +188,42 @@ def run(
                 macs=size.macs,
                 params=size.params,
                 seconds=time.perf_counter() - start,
-                unrepaired=outcome.before if outcome else None,
-                repaired=outcome.after if outcome else None,
-                repair=outcome.kept if outcome else "none",
                 nonzero=size.nonzero,
                 relative_latency=structure.timings.ratios[1] if structure.timings else None,
             )
+            if outcome is not None:
+                row = replace(row, unrepaired=outcome.before, repaired=outcome.after, repair=outcome.kept)
             structure.steps.append(row)
-            facts = {"row": row, "stops": stops, "agreed": agreed, "overshoot": structure.overshoot}
-            facts |= {"seconds": clock.seconds}
-            log.write(number, plain(facts), chosen, structure.model.state_dict(), keep=stops)
+            if log is not None:
+                facts = {"row": row, "stops": stops, "agreed": agreed, "overshoot": structure.overshoot}
+                state = structure.model.state_dict()
+                log.write(number, plain(facts | {"seconds": clock.seconds}), chosen, state, keep=stops)
         if stops:
-            yield hand_over(agreed)
+            yield report(structure, images, dense, agreed, began)
     if goals is not None:
         with clock.timed("evaluation"):
             final = agreement_on(structure.model, images.heldout) if images.heldout else None
-        yield hand_over((None, final))
+        yield report(structure, images, dense, (None, final), began)
 
 
 def repair_and_evaluate(
-    structure: Structure, images: Calibration, targets: Targets | None, methods: Sequence[str], stops: bool
+    structure: Structure, images: Calibration, targets: Targets | None, stops: bool
 ) -> tuple[Outcome | None, Agreed]:
     """Repair the model; at a stop, measure on the held-out images before and after."""
-    measured, outcome = stops and bool(images.heldout), None
+    measured, outcome, model = stops and bool(images.heldout), None, structure.model
     with structure.clock.timed("evaluation"):
-        before = after = agreement_on(structure.model, images.heldout) if measured else None
+        before = after = agreement_on(model, images.heldout) if measured else None
     if targets is not None:
+        how = structure.kept, structure.options.methods
         with structure.clock.timed("repair"):
-            model, kept, masks = structure.model, structure.kept, structure.masks or None
-            outcome = repair_model(model, images.repair, images.gate, targets, kept, methods, masks=masks)
+            outcome = repair_model(model, images.repair, images.gate, targets, *how, masks=structure.masks or None)
     if measured and outcome is not None and outcome.kept != "none":
         with structure.clock.timed("evaluation"):
-            after = agreement_on(structure.model, images.heldout)
+            after = agreement_on(model, images.heldout)
     return outcome, (before, after)
 
 
-def _replay(structure: Structure, log: ResumeLog, number: int) -> tuple[bool, Agreed]:
+def replay(structure: Structure, log: ResumeLog, number: int) -> tuple[bool, Agreed]:
     """Do what a finished step did; whether it was a stop, and what was measured there."""
     facts, chosen, tensors = log.read(number)
     structure.apply(chosen)
@@ -249,31 +236,58 @@ def _replay(structure: Structure, log: ResumeLog, number: int) -> tuple[bool, Ag
     return facts["stops"], (before, after)
 
 
-def _report(
-    problem: Problem,
-    images: Calibration,
-    structure: Structure,
-    options: RunOptions,
-    dense: Size,
-    agreed: Agreed,
-    seconds: dict[str, float],
+def report(
+    structure: Structure, images: Calibration, dense: Size, agreed: Agreed, began: float
 ) -> tuple[Delivery, Report]:
-    delivery = structure.deliver()
-    timings = structure.timings or time_in_turns([problem.dense, delivery.model], problem.example[:1])
-    return delivery, Report(
+    """What is handed over at a stop, and what there is to say of it."""
+    problem, options, seconds = structure.problem, structure.options, dict(structure.clock.seconds)
+    seconds["total"] = time.perf_counter() - began
+    made = structure.deliver()
+    return made, Report(
         model=problem.name,
-        budget=delivery.budget,
+        budget=made.budget,
         settings=options.described() | {"steps": len(structure.steps), "images": count(images.score)},
         dense=dense,
-        pruned=delivery.size,
-        layers=structure.layers(),
+        pruned=made.size,
+        layers=made.layers,
         steps=tuple(structure.steps),
         unrepaired=agreed[0],
         repaired=agreed[1],
         heldout=images.described,
         seconds=seconds,
-        provenance=provenance(options.seed, preserve.device_of(delivery.model)),
-        notes=(*delivery.notes, *structure.notes(), *images.notes(bool(options.methods))),
-        removed=structure.removed(),
-        timings=timings,
+        provenance=provenance(options.seed, preserve.device_of(made.model)),
+        notes=(*made.notes, *images.notes(bool(options.methods))),
+        removed=made.removed,
+        timings=structure.timings or time_in_turns([problem.dense, made.model], problem.example[:1]),
     )
+
+
+def check_scores(scores: object, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Refuse scores that are not of these units or weights, or rank nothing; name -> scores on the CPU.
+
+    Args:
+        scores: What a criterion gave.
+        shapes: Name of a group or a weight -> shape of its scores.
+
+    Raises:
+        ArgumentError: Not scores, or of another model.
+        NonFiniteError: NaN or Inf in them.
+        DataError: All are zero.
+    """
+    values = scores.values() if isinstance(scores, Scores | WeightScores) else scores
+    if not isinstance(values, Mapping):
+        raise ArgumentError(f"criterion gave {type(scores).__name__}, not a mapping from names to scores.")
+    checked = {}
+    for name, shape in shapes.items():
+        found = torch.as_tensor(values[name]).cpu() if name in values else None
+        if found is None or found.shape != tuple(shape):
+            got = "none" if found is None else tuple(found.shape)
+            raise ArgumentError(
+                f"{name} needs scores of shape {tuple(shape)}, got {got}: they are of another model, or were made with "
+                "another `ignore` or `width`. Score this model."
+            )
+        if not torch.isfinite(found).all():
+            raise NonFiniteError(f"The scores of {name} contain NaN or Inf: nothing can be ranked by them.")
+        checked[name] = found
+    check_some(checked.values())
+    return checked

@@ -23,7 +23,7 @@ from jbrprune.budgets.selection import Floors
 from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
-from jbrprune.errors import ArgumentError, BudgetError, unknown
+from jbrprune.errors import ArgumentError, BudgetError, check_known, unknown
 from jbrprune.repair.repair import METHODS
 from jbrprune.sparsity.patterns import Pattern, Remainder, Scope
 
@@ -31,7 +31,10 @@ PANELS = ("Budget", "Criterion", "Repair", "Data", "Output")
 BUDGETS = ("macs", "params", "channels", "latency", "latency_ms")
 Check = Callable[[str, Any], None]
 Function = TypeVar("Function", bound=Callable[..., Any])
+<<<<<<< HEAD
 _RANK_BY = "What to rank by: a preset of relevance; in Python also a Relevance, scores made before, or a function."
+=======
+>>>>>>> 5ba7b5d ([REF] A structure holds its problem and options; one check of scores; scripts/size.py; facts are counted by a test)
 
 
 def option(default: Any, text: str, panel: str | None, check: Check | None = None) -> Any:
@@ -65,9 +68,8 @@ def whole(least: float, *, optional: bool = False) -> Check:
     """Accept an integer of at least ``least``; ``optional``: or None."""
 
     def check(name: str, value: Any) -> None:
-        if value is None and optional:
-            return
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        integer = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+        if not integer and not (value is None and optional):
             bound = f" of at least {least}" if least > -math.inf else ""
             raise ArgumentError(f"{name} must be a whole number{bound}, got {value!r}.")
 
@@ -76,12 +78,7 @@ def whole(least: float, *, optional: bool = False) -> Check:
 
 def one_of(*known: str) -> Check:
     """Accept one of several words."""
-
-    def check(name: str, value: Any) -> None:
-        if value not in known:
-            raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
-
-    return check
+    return lambda name, value: check_known(name, value, known)
 
 
 def check_criterion(name: str, value: Any) -> None:
@@ -94,14 +91,14 @@ def check_criterion(name: str, value: Any) -> None:
 
 def check_repair(name: str, value: Any) -> None:
     """Accept ``"auto"``, one or several methods, or None."""
-    methods = as_methods(value)
+    methods = (value,) if isinstance(value, str) else value or ()
     if any(method not in (*METHODS, "auto") for method in methods) or ("auto" in methods and len(methods) > 1):
         raise ArgumentError(f"{name} must be 'auto', None, or some of {', '.join(METHODS)}; got {value!r}.")
 
 
-def as_methods(repair: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The methods that ``repair=`` names."""
-    return () if repair is None else (repair,) if isinstance(repair, str) else tuple(repair)
+def check_pattern(name: str, value: str) -> None:
+    """Accept N:M."""
+    Pattern.of_text(value)
 
 
 def criterion_name(criterion: object) -> str:
@@ -120,7 +117,9 @@ def criterion_name(criterion: object) -> str:
 class Options:
     """Options of scoring and pruning alike."""
 
-    criterion: str | object = option("jbr", _RANK_BY, "Criterion", check_criterion)
+    criterion: str | object = option(
+        "jbr", "What to rank by: a preset, Relevance, scores, ...", "Criterion", check_criterion
+    )
     ignore: Sequence[str] = option((), "Globs of modules that keep their width, or their weights.", "Criterion")
     batch_size: int = option(32, "Images per pass.", "Data", whole(1))
     progress: bool = option(True, "Show progress bars.", None)
@@ -137,9 +136,9 @@ class Options:
         """The criterion, a preset in the place of its name."""
         return PRESETS[self.criterion] if isinstance(self.criterion, str) else self.criterion
 
-    def refuse_criterion(self, scores: type, units: str) -> None:
-        """Refuse scores, or a relevance, of something else than these units."""
-        if isinstance(self.ranking, scores):
+    def check_ranking(self, scores: type, units: Literal["units", "weights"]) -> None:
+        """Refuse scores, or a relevance, that are not of these units."""
+        if isinstance(self.ranking, Scores | WeightScores) and not isinstance(self.ranking, scores):
             raise ArgumentError(f"criterion holds {criterion_name(self.ranking)} of something else than {units}.")
         if isinstance(self.ranking, Relevance):
             self.ranking.check(units)
@@ -150,22 +149,16 @@ class ScoreOptions(Options):
     """Options of `jbrprune.score`."""
 
     criterion: str | object = option(
-        None,
-        "The name of a preset of relevance, or a Relevance; default: jbr, for single weights jbr_projection.",
-        "Criterion",
-        check_criterion,
+        None, "A preset, or Relevance; default: jbr, for weights jbr_projection.", "Criterion", check_criterion
     )
     granularity: Literal["unit", "layer", "weight"] = option(
         "unit",
-        "Score removable units, every channel of every layer by itself, or every single weight.",
+        "Score removable units, channels layer by layer, or weights.",
         "Criterion",
         one_of("unit", "layer", "weight"),
     )
     parameters: Literal["weights", "all"] = option(
-        "weights",
-        "With granularity weight: the weights of convolutions and linear layers, or all parameters.",
-        "Criterion",
-        one_of("weights", "all"),
+        "weights", "Of granularity weight: weights, or biases and norms as well.", "Criterion", one_of("weights", "all")
     )
     width: bool = option(False, "Include the residual width under LayerNorms.", "Criterion")
 
@@ -187,45 +180,26 @@ class ScoreOptions(Options):
 class RunOptions(Options):
     """Options of every pruning run."""
 
-    repair: str | Sequence[str] | None = option(
-        "auto",
-        "Repair after every step: auto (try what applies, keep what helps on images held back), batch_norm, "
-        "mean_shift, least_squares, several of these, or none.",
-        "Repair",
-        check_repair,
-    )
-    images: int | None = option(
-        512, "Calibration images to read, None for all; they are kept in memory.", "Data", whole(1, optional=True)
-    )
+    repair: str | Sequence[str] | None = option("auto", "How to repair after every step.", "Repair", check_repair)
+    images: int | None = option(512, "Calibration images to read.", "Data", whole(1, optional=True))
     eval_data: str | object = option(
-        None, "Images to measure the agreement on; default: a fifth of the calibration images.", "Data"
+        None, "Images to measure the agreement on; default: a fifth of the others.", "Data"
     )
     seed: int = option(0, "Seed of the split of the images and of everything random.", "Data", whole(-math.inf))
-    resume: str | Path | None = option(
-        None,
-        "Directory for this run alone: every finished step is written there, and the same call goes on behind the "
-        "last one.",
-        "Output",
-    )
-    inplace: bool = option(
-        False,
-        "Change the given model itself, at the very end. Its parameters are new objects then: make a new optimizer.",
-        None,
-    )
+    resume: str | Path | None = option(None, "Directory that keeps finished steps, to go on behind the last.", "Output")
+    inplace: bool = option(False, "Change the given model itself, at the very end.", None)
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Methods of repair."""
-        return as_methods(self.repair)
+        return (self.repair,) if isinstance(self.repair, str) else tuple(self.repair or ())
 
     def described(self) -> dict[str, Any]:
         """The options that a report lists, without the budget and the data."""
-        hidden = {"eval_data", "resume", "max_drop", "sparsity", "pattern", *BUDGETS}
+        hidden = {"eval_data", "resume", "max_drop", "sparsity", "pattern", "floors", *BUDGETS}
         names = [item.name for item in fields(self) if item.metadata["panel"] and item.name not in hidden]
-        shown = {name: getattr(self, name) for name in names}
-        shown |= {"criterion": criterion_name(self.criterion), "repair": list(self.methods)}
-        shown |= {"ignore": list(self.ignore)}
-        return shown | asdict(shown.pop("floors")) if "floors" in shown else shown
+        lists = {"repair": list(self.methods), "ignore": list(self.ignore)}
+        return {n: getattr(self, n) for n in names} | lists | {"criterion": criterion_name(self.criterion)}
 
 
 @dataclass(frozen=True)
@@ -235,26 +209,12 @@ class ChannelOptions(RunOptions):
     macs: float | None = option(None, "Share of the multiply-accumulates to keep.", "Budget", between(0, 1))
     params: float | None = option(None, "Share of the parameters to keep.", "Budget", between(0, 1))
     channels: float | None = option(None, "Share of the removable channels to keep.", "Budget", between(0, 1))
-    latency: float | None = option(
-        None,
-        "Share of the time of a forward pass of one image to keep: after every step the whole model is timed in turns "
-        "with the dense one.",
-        "Budget",
-        between(0, 1),
-    )
-    latency_ms: float | None = option(
-        None, "Milliseconds of a forward pass of one image.", "Budget", between(0, math.inf)
-    )
+    latency: float | None = option(None, "Share of the time of one image to keep.", "Budget", between(0, 1))
+    latency_ms: float | None = option(None, "Milliseconds of one image.", "Budget", between(0, math.inf))
     max_drop: float | None = option(
-        None,
-        "Prune as far as accuracy (without labels: agreement with the dense model) falls by no more than this on "
-        "images set aside; macs, params or channels beside it is the least to keep.",
-        "Budget",
-        between(0, 1, closed=True),
+        None, "Go as far as accuracy (or agreement) falls by this.", "Budget", between(0, 1, closed=True)
     )
-    steps: int | None = option(
-        None, "Number of steps; default: one for every 5 % of the dense cost.", "Budget", whole(1)
-    )
+    steps: int | None = option(None, "Number of steps; default: one for every 5 %.", "Budget", whole(1))
     floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget")
 
     @property
@@ -265,74 +225,58 @@ class ChannelOptions(RunOptions):
     def __post_init__(self) -> None:
         """Check every option, and that they fit together."""
         super().__post_init__()
-        self.refuse_criterion(WeightScores, "units")
+        self.check_ranking(Scores, "units")
         given, searched = [f"{name}=" for name in self.budgets], self.max_drop is not None
-        chosen = searched or "latency=" in given or "latency_ms=" in given  # the run chooses its steps
+        timed = "latency=" in given or "latency_ms=" in given
         if len(given) > 1 or not (given or searched):
             kinds = ", ".join(f"{name}=" for name in BUDGETS)
             raise BudgetError(f"Give exactly one of {kinds} or max_drop=; got {' and '.join(given) or 'none'}.")
-        if searched and {"latency=", "latency_ms="} & {*given}:
+        if searched and timed:
             raise BudgetError(f"Beside max_drop=, macs=, params= or channels= is the least to keep; got {given[0]}.")
-        if self.steps is not None and chosen:
+        if self.steps is not None and (searched or timed):
             raise ArgumentError("steps= has no meaning beside max_drop= or a latency: the run chooses them.")
         if self.resume is not None and searched:
             raise ArgumentError("resume= cannot follow the steps back and forth of max_drop=: leave one of them out.")
-        if isinstance(self.criterion, Scores) and (chosen or self.steps not in (None, 1)):
+        if isinstance(self.criterion, Scores) and (searched or timed or self.steps not in (None, 1)):
             raise ArgumentError(
                 "Scores made before hold for one step: the channels of the next step are others. Pass a Relevance or "
                 "a function as criterion=, or steps=1."
             )
+
+    def described(self) -> dict[str, Any]:
+        """The options that a report lists, without the budget and the data."""
+        return super().described() | asdict(self.floors)
 
 
 @dataclass(frozen=True)
 class WeightOptions(RunOptions):
     """Options of `jbrprune.sparsify`: either ``sparsity`` or ``pattern``."""
 
-    criterion: str | object = option("jbr_projection", _RANK_BY, "Criterion", check_criterion)
-    sparsity: float | None = option(
-        None, "Share of the weights of convolutions and linear layers to set to zero.", "Budget", between(0, 1)
+    criterion: str | object = option(
+        "jbr_projection", "What to rank by: a preset, Relevance, scores, ...", "Criterion", check_criterion
     )
+    sparsity: float | None = option(None, "Share of the weights to set to zero.", "Budget", between(0, 1))
     pattern: str | None = option(
-        None,
-        "N:M such as 2:4: of every M weights in a row along the inputs, N stay.",
-        "Budget",
-        lambda name, value: Pattern.of_text(value),
+        None, "N:M such as 2:4: N of every M weights along the inputs stay.", "Budget", check_pattern
     )
-    scope: Scope = option(
-        "global", "Rank all weights together, or each layer by itself.", "Budget", one_of("global", "layer")
-    )
+    scope: Scope = option("global", "Rank all weights together, or by layer.", "Budget", one_of("global", "layer"))
     steps: int = option(1, "Number of steps.", "Budget", whole(1))
-    remainder: Remainder = option(
-        "skip",
-        "Where M does not divide a layer's inputs: skip the layer, or pad its last group.",
-        "Budget",
-        one_of("skip", "pad"),
-    )
+    remainder: Remainder = option("skip", "Where M does not divide the inputs.", "Budget", one_of("skip", "pad"))
     floor: float = option(
-        0.001,
-        "Share of every layer's weights that stays, at least one weight.",
-        "Budget",
-        between(0, 1, ArgumentError, closed=True),
+        0.001, "Share of every layer's weights that stays.", "Budget", between(0, 1, ArgumentError, closed=True)
     )
-    shrink: bool = option(False, "Remove the channels that contribute nothing once their weights are zero.", "Output")
-    permanent: bool = option(
-        True, "Zeros in plain parameters; otherwise masks of torch.nn.utils.prune, to train on.", "Output"
-    )
+    shrink: bool = option(False, "Remove the channels that contribute nothing any more.", "Output")
+    permanent: bool = option(True, "Zeros in plain parameters, not masks of torch.nn.utils.prune.", "Output")
 
     def __post_init__(self) -> None:
         """Check every option, and that they fit together."""
         super().__post_init__()
-        self.refuse_criterion(Scores, "weights")
+        self.check_ranking(WeightScores, "weights")
         if (self.sparsity is None) == (self.pattern is None):
-            raise BudgetError(
-                f"Give either sparsity= or pattern=, got {'neither' if self.sparsity is None else 'both'}."
-            )
+            raise BudgetError(f"Give either sparsity= or pattern=, got {'both' if self.pattern else 'neither'}.")
         foreign = ("scope", "floor") if self.pattern else ("remainder",)
         for item in fields(self):
             if item.name in foreign and getattr(self, item.name) != item.default:
                 raise ArgumentError(f"{item.name}= has no meaning for {'pattern' if self.pattern else 'sparsity'}=.")
         if self.shrink and self.pattern:
-            raise ArgumentError(
-                f"shrink=True would move the inputs of layers out of their groups and end the {self.pattern} pattern: "
-                "leave one of them out."
-            )
+            raise ArgumentError(f"shrink=True would end the {self.pattern} pattern: leave one of them out.")

@@ -114,10 +114,10 @@ def open_problem(
     check_model(given)
     if not masked:
         preserve.refuse_masked(given)
-    if masks_of(given):
+    elif masks_of(given):
         with torch.no_grad(), fresh(given):  # deepcopy refuses a tensor with a graph, which a masked weight is
             model = make_permanent(preserve.copy_model(given))
-    opened = open_data(data, model, batch_size=batch_size)
+    opened = data if isinstance(data, Tensor) else open_data(data, model, batch_size=batch_size)
     batch, opened = peek(opened, batch_size)
     first, parameter = batch.images, preserve.first_tensor(model)
     converted = first if parameter is None else first.to(parameter.dtype)
@@ -215,7 +215,7 @@ def read_calibration(
 
     Args:
         model: The dense model.
-        data: As for `jbrprune.prune`; batches that carry the dense model's logits as reference keep them.
+        data: Images as `open_problem` opened them; batches that carry the dense model's logits as reference keep them.
         images: Images to read; None: all.
         eval_data: Images to report the agreement on; all are read.
         batch_size: Images per pass.
@@ -240,7 +240,7 @@ def read_calibration(
         heldout, purpose = part(0, apart), "also decided how far to prune" if judged else "were used for nothing else"
         described = f"{apart} calibration images that {purpose}"
     else:
-        others = _read(model, eval_data, None, batch_size, progress)
+        others = _read(model, open_data(eval_data, model, batch_size=batch_size), None, batch_size, progress)
         heldout, described = rebatch([others], batch_size), f"{len(others)} images of eval_data"
     cut = len(whole) - fifth
     return Calibration(
@@ -256,9 +256,8 @@ def read_calibration(
 
 def _read(model: nn.Module, data: object, images: int | None, batch_size: int, progress: bool) -> Batch:
     """Images in the model's precision, with the dense model's logits."""
-    opened = open_data(data, model, batch_size=batch_size)
     with preserve.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
-        batches = distributed.fail_together(lambda: materialise(opened, images=images, batch_size=batch_size))
+        batches = distributed.fail_together(lambda: materialise(data, images=images, batch_size=batch_size))
     batches = distributed.broadcast(batches)  # a loader that shuffles gives every rank others
     parameter = preserve.first_tensor(model)
     if parameter is not None:
