@@ -168,12 +168,8 @@ class Channels(Structure):
             self.overshoot = max(self.overshoot, self.foreseen / self.cost(self.kind).total - 1)
             self.foreseen = None
             if self.kind in TIMED:
-<<<<<<< HEAD
-                self.timings = distributed.broadcast(time_in_turns([self.dense, self.model], self.example[:1]))
-=======
                 models = [self.problem.dense, self.model]
                 self.timings = distributed.broadcast(time_in_turns(models, self.problem.example[:1]))
->>>>>>> 5ba7b5d ([REF] A structure holds its problem and options; one check of scores; scripts/size.py; facts are counted by a test)
 
     def plan(self, scores: Mapping[str, Tensor], share: float) -> Cut:
         """What one step would remove to reach a share of the dense cost.
@@ -263,13 +259,6 @@ def find_channels(problem: Problem, options: ChannelOptions, stops: Sequence[flo
         UnsupportedModelError: Nothing can be removed safely.
     """
     model, found = find_units(problem.dense, problem.example, options.ignore, options.floors.width, options.seed)
-<<<<<<< HEAD
-    kind, unit = next(iter(options.budgets), "macs"), 1.0
-    if kind == "latency_ms":
-        unit = distributed.broadcast(time_in_turns([problem.dense], problem.example[:1]).latencies[0].median_ms)
-        stops = [Budget(kind, stop).as_share(unit).share for stop in stops]
-=======
->>>>>>> 5ba7b5d ([REF] A structure holds its problem and options; one check of scores; scripts/size.py; facts are counted by a test)
     full = axis_widths(model, found.groups)
     channels = Channels(
         problem=problem,

@@ -31,10 +31,6 @@ PANELS = ("Budget", "Criterion", "Repair", "Data", "Output")
 BUDGETS = ("macs", "params", "channels", "latency", "latency_ms")
 Check = Callable[[str, Any], None]
 Function = TypeVar("Function", bound=Callable[..., Any])
-<<<<<<< HEAD
-_RANK_BY = "What to rank by: a preset of relevance; in Python also a Relevance, scores made before, or a function."
-=======
->>>>>>> 5ba7b5d ([REF] A structure holds its problem and options; one check of scores; scripts/size.py; facts are counted by a test)
 
 
 def option(default: Any, text: str, panel: str | None, check: Check | None = None) -> Any:
@@ -118,7 +114,7 @@ class Options:
     """Options of scoring and pruning alike."""
 
     criterion: str | object = option(
-        "jbr", "What to rank by: a preset, Relevance, scores, ...", "Criterion", check_criterion
+        "jbr", "A preset to rank by; in Python also Relevance, scores or a function.", "Criterion", check_criterion
     )
     ignore: Sequence[str] = option((), "Globs of modules that keep their width, or their weights.", "Criterion")
     batch_size: int = option(32, "Images per pass.", "Data", whole(1))
@@ -149,7 +145,10 @@ class ScoreOptions(Options):
     """Options of `jbrprune.score`."""
 
     criterion: str | object = option(
-        None, "A preset, or Relevance; default: jbr, for weights jbr_projection.", "Criterion", check_criterion
+        None,
+        "A preset; in Python also Relevance; default jbr, of weights jbr_projection.",
+        "Criterion",
+        check_criterion,
     )
     granularity: Literal["unit", "layer", "weight"] = option(
         "unit",
@@ -253,7 +252,10 @@ class WeightOptions(RunOptions):
     """Options of `jbrprune.sparsify`: either ``sparsity`` or ``pattern``."""
 
     criterion: str | object = option(
-        "jbr_projection", "What to rank by: a preset, Relevance, scores, ...", "Criterion", check_criterion
+        "jbr_projection",
+        "A preset to rank by; in Python also Relevance, scores or a function.",
+        "Criterion",
+        check_criterion,
     )
     sparsity: float | None = option(None, "Share of the weights to set to zero.", "Budget", between(0, 1))
     pattern: str | None = option(
