@@ -194,8 +194,11 @@ def write_card(path: str | os.PathLike[str]) -> Path:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # --- directories ----------------------------------------------------------------------------------

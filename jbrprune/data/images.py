@@ -286,7 +286,7 @@ def _has_pictures(data: object, model: nn.Module) -> bool:
         return False
     try:
         with same_randomness(torch.device("cpu")):
-            return len(data) > 0 and picture_of(data[0]) is not None
+            return len(data) > 0 and picture_of(data[0]) is not None  # type: ignore[arg-type,index]
     except LookupError:
         return False
 

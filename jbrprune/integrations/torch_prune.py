@@ -92,7 +92,7 @@ def jbr_unstructured(
     where = parameter or name
     slot = _find_slot(module, name)
     if isinstance(scores, WeightScores):
-        if parameter not in scores.sums:
+        if parameter is None or parameter not in scores.sums:
             raise ArgumentError(
                 f"parameter={parameter!r} is not scored; give its name in the scored model, such as "
                 f"{next(iter(scores.sums))!r}."
