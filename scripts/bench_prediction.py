@@ -1,12 +1,17 @@
-"""Damage predicted from one pass against what removal does: criteria x channel ratios; one JSON line per cut.
+"""What predictions are worth: damage predicted from one pass, with repair, and how far `max_drop` may go.
 
-    python scripts/bench_prediction.py resnet50 --checkpoint resnet50.safetensors --model-arg in_chans=1 \
-        --model-arg num_classes=10 --fashion-mnist FOLDER --out results/prediction.jsonl
-    python scripts/bench_prediction.py any --out results/prediction.jsonl --table --plot prediction.png
+    python scripts/bench_prediction.py cuts --model resnet50 --weights resnet50.safetensors --data fashion_mnist \
+        --root FOLDER --out results/prediction.jsonl
+    python scripts/bench_prediction.py repaired ... --macs 0.7 0.5 0.3 --out results/calibrate.jsonl
+    python scripts/bench_prediction.py max_drop ... --drops 0.01 0.03 --seeds 0 1 2 --out results/max_drop.jsonl
+    python scripts/bench_prediction.py cuts --out results/prediction.jsonl --table --plot prediction.png
 
-Cuts are made in one step, ranked over all layers by score alone, without repair. Lines that are there already are not
-made again. `prediction_error` and `valid` are those of `jbrprune.predict`, by the first 64 images. `--table` also bends
-every curve through the one point that `jbrprune.predict(calibrate=True)` would choose.
+``cuts``: criteria x shares of the channels, cut in one step without repair. `jbrprune.predict` says what each would do
+to the calibration images, and measures it there with the units masked; beside it stands what the pruned model does on
+test images. ``repaired``: flips with repair, predicted with and without one budget that is really pruned to, beside
+those of a run that prunes to these budgets, on test images. ``max_drop``: how far a run goes, and what was lost on test
+images that no decision has seen. TPV is summed over outputs and averaged over images; a flip is an image whose top-1
+class changes. Lines that are there are not made again.
 """
 
 from __future__ import annotations
@@ -15,195 +20,178 @@ import argparse
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, commit, keywords, lines, make_parser
-from protocols import name_weights as weights_named
+from benchmark import Dense, choose_criterion, load_calibration, load_dense, show_labels
+from common import append, describe_call, exit_on_error, key_of, keywords, lines, make_parser, markdown, use_threads
+from protocols import make_setup
 from scipy.stats import spearmanr
-from sources import fashion_mnist
-from torch import nn
 
 from baselines import CRITERIA
-from jbrprune.data.batches import Batch, attach_reference, rebatch
+from jbrprune import predict, prune, sweep
+from jbrprune.data.batches import Batch
+from jbrprune.errors import BudgetError
 from jbrprune.evaluation.agreement import compute_logits
-from jbrprune.models import timm_models
-from jbrprune.prediction.changes import predict_changes
-from jbrprune.prediction.damage import Correction, measure_damage
-from jbrprune.prediction.predict import CALIBRATED_AT, compute_masked_logits
-from jbrprune.prediction.validity import check
-from jbrprune.pruning.channels import Channels, Cut, find_channels
-from jbrprune.pruning.options import ChannelOptions
-from jbrprune.pruning.prepare import open_problem
 from jbrprune.report.records import plain
 
-KEY = ("model", "weights", "model_args", "criterion", "ratio", "seed", "images", "eval_images")
-"""A line that agrees in these has been made."""
-CHECKED = 64
-"""Images by which `jbrprune.predict` finds out whether a row is valid, where it is not told otherwise."""
-SCALES = torch.logspace(-1, 1, 41, base=10).tolist()
-"""Flips are noted for changes that are so many times as large, so that a curve can be bent afterwards."""
+Records = Iterator[dict[str, Any]]
 
 
-def net_parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments of a benchmark that begins with a net trained on Fashion-MNIST."""
-    parser = make_parser(description)
-    parser.add_argument("model", help="timm name")
-    parser.add_argument("--checkpoint", type=Path, help="trained weights")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--fashion-mnist", type=Path, help="folder with the IDX files")
-    return parser
+# --- runs ------------------------------------------------------------------------------------------
 
 
-def arguments() -> argparse.Namespace:
-    parser = net_parser(__doc__)
-    parser.add_argument("--criteria", nargs="+", default=["jbr", "l1", "l2_grouped", "taylor", "random"])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=512, help="training images to predict on")
-    parser.add_argument("--eval-images", type=int, default=10_000, help="test images to measure on")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--plot", type=Path, help="with --table: a figure")
-    return parser.parse_args()
+def predict_cuts(args: argparse.Namespace, dense: Dense, batches: list[Batch], seed: int) -> Records:
+    """One line per criterion and share of the channels that goes."""
+    reference = torch.cat([batch.reference for batch in dense.test])
+    for name in args.criteria:
+        data = show_labels(name, batches)
+        shared = {"criterion": choose_criterion(CRITERIA, name, seed), "repair": None, "images": None, "seed": seed}
+        shared |= {"progress": False, "batch_size": 64}
+        kept = sorted((round(1 - ratio, 6) for ratio in args.ratios), reverse=True)
+        for row in predict_within_floors(dense, data, kept, shared):
+            result = prune(dense.model, data, channels=row["target"], steps=1, **shared)
+            change = torch.cat(compute_logits(result.model, dense.test)) - reference
+            flips = (change + reference).argmax(1) != reference.argmax(1)
+            test = {"tpv": change.square().sum(1).mean().item(), "flips": flips.double().mean().item()}
+            predicted, masked = ({what: row[f"{of}_{what}"] for what in test} for of in ("predicted", "masked"))
+            line = {
+                "criterion": name,
+                "ratio": round(1 - row["target"], 6),
+                "macs": row["macs"],
+                "params": row["params"],
+            }
+            line |= {"macs": row["macs"], "params": row["params"]}
+            line |= {"predicted": predicted, "masked": masked, "test": test}
+            yield line | {error: row[error] for error in ("taylor_error", "prediction_error", "valid")}
 
 
-def cuts_of(
-    model: nn.Module, batches: Sequence[Batch], wanted: Iterable[tuple[str, float]], seed: int
-) -> tuple[Channels, dict[tuple[str, float], Cut]]:
-    """(criterion, ratio) -> what goes; a ratio that the floors do not allow is left out."""
-    by_criterion: dict[str, list[float]] = defaultdict(list)
-    for criterion, ratio in wanted:
-        by_criterion[criterion].append(ratio)
-    found = {}
-    problem = open_problem(model, batches, len(batches[0]))
-    state = find_channels(problem, ChannelOptions(channels=0.99, seed=seed), ())
-    for criterion, ratios in by_criterion.items():
-        options = replace(state.options, criterion=CRITERIA[criterion], progress=False)
-        scores = replace(state, options=options).score(batches, 0)
-        allowed = [ratio for ratio in ratios if 1 - ratio >= state.least]
-        print(f"{criterion}: {len(allowed)} of {len(ratios)} ratios are within the floors", flush=True)
-        cuts = [state.plan(scores, 1 - ratio) for ratio in allowed]
-        found |= {(criterion, ratio): cut for ratio, cut in zip(allowed, cuts, strict=True)}
-    return state, found
+def predict_within_floors(
+    dense: Dense, data: list[Batch], kept: list[float], how: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows for the shares that the floors allow."""
+    try:
+        return predict(dense.model, data, channels=kept, checked=None, **how).to_dict("records")
+    except BudgetError:
+        if len(kept) == 1:
+            raise
+        return predict_within_floors(dense, data, kept[:-1], how)
 
 
-def run(
-    model: nn.Module,
-    calibration: Sequence[Batch],
-    test: Sequence[Batch],
-    wanted: Sequence[tuple[str, float]],
-    seed: int,
-) -> Iterable[dict[str, Any]]:
-    """One record per cut, predicted together, measured one by one."""
-    began = time.process_time()
-    state, cuts = cuts_of(model, calibration, wanted, seed)
-    units = [cut.units for cut in cuts.values()]
-    predicted = predict_changes(model, calibration, state.groups, units, refits=False, seed=seed)
-    seconds = time.process_time() - began
-    plainly = replace(predicted, saturate=False)
-    dense, dense_test = (torch.cat(compute_logits(model, batches)) for batches in (calibration, test))
-    for number, ((criterion, ratio), cut) in enumerate(cuts.items()):
-        masked = compute_masked_logits(model, calibration, state.groups, cut.units)
-        seen = check(predicted, number, masked[:CHECKED], dense)
-        tested = compute_masked_logits(model, test, state.groups, cut.units)
+def predict_repaired(args: argparse.Namespace, dense: Dense, batches: list[Batch], seed: int) -> Records:
+    """One line per budget, without and with a budget that is really pruned to."""
+    unlabelled = show_labels("jbr", batches)
+    shared = {"images": None, "seed": seed, "progress": False}
+    results = sweep(dense.model, unlabelled, args.macs, eval_data=dense.test, **shared)
+    real = {result.report.budget["macs"]: 1 - result.report.final.top1 for result in results}
+    for calibrate in (False, True):
+        found = predict(dense.model, unlabelled, macs=args.macs, calibrate=calibrate, **shared)
+        for row in found.to_dict("records"):
+            names = ("target", "macs", "predicted_flips", "predicted_flips_repaired", "masked_flips", "valid")
+            measured = {
+                "measured_flips_repaired": row.get("measured_flips_repaired"),
+                "test_flips": real[row["target"]],
+            }
+            yield {"points": int(calibrate), **{name: row[name] for name in names}, **measured}
+
+
+def search(args: argparse.Namespace, dense: Dense, batches: list[Batch], seed: int) -> Records:
+    """One line per drop that is allowed."""
+    data = batches if args.labels else show_labels("jbr", batches)
+    for drop in args.drops:
+        how = {"max_drop": drop, "eval_data": dense.test, "seed": seed, "images": None, "batch_size": 64}
+        report = prune(dense.model, data, progress=False, **how).report
         yield {
-            "criterion": criterion,
-            "ratio": ratio,
-            "macs": round(cut.macs, 5),
-            "params": round(cut.params, 5),
-            "predicted": plain(predicted.damage(number)),
-            "first_order": plain(plainly.damage(number)),
-            "flips_by_scale": [round(predicted.damage(number, scale=scale).flips, 5) for scale in SCALES],
-            "taylor_error": check(predicted, number, masked, dense).taylor_error,
-            "prediction_error": seen.prediction_error,
-            "valid": seen.valid,
-            "masked": plain(measure_damage(dense, masked)),
-            "test": plain(measure_damage(dense_test, tested)),
-            "cpu_seconds_of_all_predictions": round(seconds, 1),
+            **{"max_drop": drop, "labels": args.labels, "kept": report.kept, "params": report.pruned.params},
+            **{"evaluations": len(report.search.trials), "steps": len(report.steps)},
+            **{"search": plain(report.search), "test": plain(report.final)},
         }
 
 
-def bent(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of one criterion with ``calibrated`` TPV and flips; None at the point itself, which is measured."""
-    point = min(found, key=lambda line: abs(line["predicted"]["flips"] - CALIBRATED_AT))
-    curve = Correction.through(point["predicted"]["tpv"], point["masked"]["tpv"])
-    result = []
-    for line in found:
-        scale = curve.scale(line["predicted"]["tpv"])
-        nearest = min(range(len(SCALES)), key=lambda i: abs(torch.tensor(SCALES[i] / scale).log().item()))
-        calibrated = {"tpv": line["predicted"]["tpv"] * scale**2, "flips": line["flips_by_scale"][nearest]}
-        result.append(line | {"calibrated": None if line is point else calibrated})
-    return result
+# --- tables ----------------------------------------------------------------------------------------
 
 
-def summary(found: Sequence[dict[str, Any]], what: str) -> str:
-    """Rank correlation, and the largest errors: by measured flips, by predicted ones, of what is valid."""
-    known = [line for line in found if line[what] is not None]
-    tpv, real = [line[what]["tpv"] for line in known], [line["test"]["flips"] for line in known]
-    below = [i for i, flips in enumerate(real) if flips < 0.8]
-    cells = [f"{spearmanr(tpv, real).statistic:.3f}"]
-    cells.append(f"{spearmanr([tpv[i] for i in below], [real[i] for i in below]).statistic:.3f}")
-    for by in ("test", what):
-        cells += [worst([line for line in known if line[by]["flips"] <= limit], what) for limit in (0.1, 0.3)]
-    return " | ".join([*cells, worst([line for line in known if line.get("valid")], what)])
+def show_cuts(found: Sequence[dict[str, Any]]) -> str:
+    """What the predictions are worth, and every cut."""
+    parts = []
+    for title, group in _by_setting(found).items():
+        tpv, real = [line["predicted"]["tpv"] for line in group], [line["test"]["flips"] for line in group]
+        row: list[object] = [f"{spearmanr(tpv, real).statistic:.3f}"]
+        for by, limit in (("test", 0.1), ("test", 0.3), ("predicted", 0.1), ("predicted", 0.3)):
+            row.append(_worst([line for line in group if line[by]["flips"] <= limit]))
+        row.append(_worst([line for line in group if line["valid"]]))
+        limits = ["<= 10 % measured", "<= 30 %", "<= 10 % predicted", "<= 30 %", "called valid"]
+        parts.append(f"{title}: points of flips (TPV) that the prediction is off by at most\n")
+        parts.append(markdown(["Spearman of TPV with flips on test images", *limits], [row]) + "\n")
+        rows = []
+        for line in group:
+            tpvs = [f"{line[what]['tpv']:.3g}" for what in ("predicted", "masked", "test")]
+            flips = [f"{line[what]['flips']:.3f}" for what in ("predicted", "masked", "test")]
+            rows.append([line["criterion"], line["ratio"], f"{line['macs']:.3f}", " / ".join(tpvs), " / ".join(flips)])
+        parts.append(markdown(["criterion", "ratio", "MACs", "TPV predicted / masked / test", "flips"], rows) + "\n")
+    return "\n".join(parts)
 
 
-def worst(found: Sequence[dict[str, Any]], what: str) -> str:
-    """Largest error of the flips on test images (on the images of the prediction) in points, of the TPV as a factor."""
+def _worst(found: Sequence[dict[str, Any]]) -> str:
+    """Largest error of the flips on test images in points, of the TPV as a factor."""
     if not found:
         return "-"
-    test, same = (max(abs(line[what]["flips"] - line[real]["flips"]) for line in found) for real in ("test", "masked"))
-    factor = max(math.exp(abs(math.log(line[what]["tpv"] / line["test"]["tpv"]))) for line in found)
-    return f"{100 * test:.1f} ({100 * same:.1f}), TPV x {factor:.2f}, {len(found)} cuts"
+    flips = max(abs(line["predicted"]["flips"] - line["test"]["flips"]) for line in found)
+    factor = max(math.exp(abs(math.log(line["predicted"]["tpv"] / line["test"]["tpv"]))) for line in found)
+    return f"{100 * flips:.1f} (x {factor:.2f}), {len(found)} cuts"
 
 
-def table(path: Path) -> str:
-    """Every cut, and what the predictions are worth."""
-    groups: dict[tuple, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for line in lines(path):
-        key = tuple(str(line.get(name)) for name in KEY if name not in ("criterion", "ratio"))
-        groups[key][line["criterion"]].append(line)
-    texts = []
-    for key, by_criterion in groups.items():
-        found = [line for each in by_criterion.values() for line in bent(sorted(each, key=lambda line: line["ratio"]))]
-        one = dict(zip([name for name in KEY if name not in ("criterion", "ratio")], key, strict=True))
-        texts.append(
-            f"{one['model']}, seed {one['seed']}, {one['images']} images, measured on {one['eval_images']} test "
-            "images\n"
-        )
-        texts.append(
-            "| prediction | Spearman, all | below 80 % | points of flips, <= 10 % measured | <= 30 % | <= 10 % "
-            "predicted | <= 30 % | called valid |\n|---|---|---|---|---|---|---|---|"
-        )
-        names = {"first_order": "first order", "predicted": "saturating", "calibrated": "one point measured"}
-        names["masked"] = "(measured TPV and flips of the same images)"
-        texts += [f"| {shown} | {summary(found, what)} |" for what, shown in names.items()]
-        texts.append(
-            "\n| criterion | ratio | MACs | TPV first order / saturating / measured | flips | same images | test |"
-        )
-        texts.append("|---|---|---|---|---|---|---|")
-        for line in found:
-            tpvs = " / ".join(f"{line[what]['tpv']:.3g}" for what in ("first_order", "predicted", "masked"))
-            flips = " | ".join(f"{line[what]['flips']:.3f}" for what in ("predicted", "masked", "test"))
-            texts.append(f"| {line['criterion']} | {line['ratio']} | {line['macs']:.3f} | {tpvs} | {flips} |")
-    return "\n".join(texts)
+def show_repaired(found: Sequence[dict[str, Any]]) -> str:
+    """Flips in percent by budget; `*` where the budget was really pruned to."""
+    parts = []
+    for title, group in _by_setting(found).items():
+        by_budget: dict[float, dict[int, dict[str, Any]]] = defaultdict(dict)
+        for line in group:
+            by_budget[line["target"]][line["points"]] = line
+        points, rows = sorted({line["points"] for line in group}), []
+        for budget, own in sorted(by_budget.items(), reverse=True):
+            cells = []
+            for line in (own.get(number) for number in points):
+                star = "*" if line and line["measured_flips_repaired"] is not None else ""
+                cells.append(f"{100 * line['predicted_flips_repaired']:.1f}{star}" if line else "")
+            real = next(iter(own.values())).get("test_flips")
+            rows.append([budget, *cells, "" if real is None else f"{100 * real:.1f}"])
+        parts.append(f"{title}\n\n" + markdown(["MACs", *(f"{n} points" for n in points), "test"], rows) + "\n")
+    return "\n".join(parts)
 
 
-def plot(path: Path, out: Path) -> None:
-    """Predicted against measured flips, one panel per model."""
+def show_search(found: Sequence[dict[str, Any]]) -> str:
+    """What was allowed, kept and lost; intervals allow for choosing among all evaluated models."""
+    rows = []
+    for line in sorted(found, key=lambda line: (line["model"], line["max_drop"], line["seed"])):
+        drop, test = line["search"]["drop"], line["test"]
+        decided = f"{drop['lost']:.4f} ({drop['low']:.3f} to {drop['high']:.3f}) of {drop['images']}"
+        lost = [f"{1 - test['top1']:.4f}", f"{test['dense_accuracy'] - test['accuracy']:+.4f}"]
+        cells = [line["model"], drop["of"], line["max_drop"], line["seed"], f"{line['kept']:.3f}", line["evaluations"]]
+        rows.append([*cells, decided, *lost])
+    head = ["model", "decided by", "max_drop", "seed", "MACs kept", "evaluations", "drop where it was decided (95 %)"]
+    return markdown([*head, "agreement drop, test", "accuracy drop, test"], rows)
+
+
+def _by_setting(found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in found:
+        groups[f"{line['model']}, seed {line['seed']}, {line['images']} images"].append(line)
+    return groups
+
+
+def plot(found: Sequence[dict[str, Any]], out: Path) -> None:
+    """Predicted against measured flips of cuts, one panel per model."""
     from matplotlib.figure import Figure
 
-    models = sorted({line["model"] for line in lines(path)})
+    models = sorted({line["model"] for line in found})
     figure = Figure(figsize=(5 * len(models), 4.6), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        found = [line for line in lines(path) if line["model"] == model]
-        for criterion in sorted({line["criterion"] for line in found}):
-            mine = [line for line in found if line["criterion"] == criterion]
-            x, y = [line["test"]["flips"] for line in mine], [line["predicted"]["flips"] for line in mine]
+        for criterion in dict.fromkeys(line["criterion"] for line in found):
+            mine = [line for line in found if (line["model"], line["criterion"]) == (model, criterion)]
+            x, y = ([line[what]["flips"] for line in mine] for what in ("test", "predicted"))
             axes.plot(x, y, "o", markersize=4, label=criterion)
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
         axes.set(title=model, xlabel="measured on test images", ylabel="predicted share of flips")
@@ -211,35 +199,55 @@ def plot(path: Path, out: Path) -> None:
     figure.savefig(out)
 
 
-def main() -> None:
-    args = arguments()
+WHAT = {
+    "cuts": (predict_cuts, show_cuts, ("criteria", "ratios")),
+    "repaired": (predict_repaired, show_repaired, ("macs",)),
+    "max_drop": (search, show_search, ("drops", "labels")),
+}
+"""Name -> what makes lines, what shows them, and the arguments that tell its runs apart."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--model", help="timm name")
+    parser.add_argument("--weights", default="pretrained", help="pretrained, trained (on digits) or a file")
+    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--data", help="as for benchmark.py")
+    parser.add_argument("--root", help="where named data are stored")
+    parser.add_argument("--criteria", nargs="+", default=["jbr", "l1", "l2_grouped", "taylor", "random"], help="cuts")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], help="cuts")
+    parser.add_argument("--macs", type=float, nargs="+", default=[0.7, 0.5, 0.4, 0.3, 0.2, 0.1], help="repaired")
+    parser.add_argument("--drops", type=float, nargs="+", default=[0.01, 0.03], help="max_drop")
+    parser.add_argument("--labels", action="store_true", help="max_drop: let the accuracy decide, not the agreement")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--images", type=int, default=512, help="calibration images")
+    parser.add_argument("--eval-images", type=int, help="test images, which decide nothing; default: all")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
+    parser.add_argument("--table", action="store_true", help="print what is in the file, run nothing")
+    parser.add_argument("--plot", type=Path, help="with --table, of cuts: a figure")
+    args = parser.parse_args(argv)
+    make, show, names = WHAT[args.what]
     if args.table:
-        print(table(args.out))
+        print(show(lines(args.out)))
         if args.plot:
-            plot(args.out, args.plot)
+            plot(lines(args.out), args.plot)
         return
-    train, labels = fashion_mnist(args.fashion_mnist, train=True)
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))[: args.images]
-    tests = fashion_mnist(args.fashion_mnist, train=False)[0][: args.eval_images]
-    own = keywords(args.model_arg)
-    model = timm_models.create(args.model, checkpoint=args.checkpoint, pretrained=False, **own).eval()
-    calibration = rebatch([Batch(train[chosen], labels[chosen])], 64)
-    calibration = attach_reference(calibration, compute_logits(model, calibration))
-    shared = {"model": args.model, "weights": weights_named(str(args.checkpoint)), "model_args": own}
-    shared |= {"data": "fashion_mnist", "seed": args.seed, "images": args.images}
-    shared |= {"eval_images": args.eval_images, "threads": torch.get_num_threads(), "commit": commit()}
-    made = [{name: line.get(name) for name in KEY} for line in lines(args.out)]
-    same = {name: shared[name] for name in KEY if name in shared}
-    wanted = [
-        (criterion, ratio)
-        for criterion in args.criteria
-        for ratio in args.ratios
-        if same | {"criterion": criterion, "ratio": ratio} not in made
-    ]
-    if wanted:
-        for record in run(model, calibration, rebatch([Batch(tests)], 100), wanted, args.seed):
-            append(args.out, [shared | record])
-            print(f"{args.model} {record['criterion']} {record['ratio']} done", flush=True)
+    with exit_on_error("bench_prediction.py"):
+        use_threads(args.threads)
+        places = {"weights": args.weights, "root": args.root, "eval_images": args.eval_images}
+        setup = make_setup(args.model, args.data, keywords(args.model_arg), **places)
+        for seed in args.seeds:
+            shared = setup.described() | {"seed": seed, "images": args.images, "eval_images": args.eval_images}
+            run = key_of([args.what, shared, {name: getattr(args, name) for name in names}])
+            if run in {line.get("run") for line in lines(args.out)}:
+                continue
+            began = time.process_time()
+            made = list(make(args, load_dense(setup), load_calibration(setup, args.images, seed), seed))
+            facts = {"run": run, "cpu_seconds": round(time.process_time() - began, 1), **describe_call()}
+            append(args.out, [plain(shared | line | facts | {"threads": torch.get_num_threads()}) for line in made])
+            print(f"{args.model} {args.what} seed {seed}: {facts['cpu_seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
-from frame import COLOURS, MARKERS, Places, Settings, Study, correlated, main, panels
+from frame import COLOURS, MARKERS, Settings, Study, Tables, correlated, dots, main, panels
 from matplotlib.figure import Figure
-from recipes import SIGNALS, losses, signals, trained
+from recipes import SIGNALS, measure
 from recipes import settings as training
 
 NETS = (("mlp", 64), ("mlp", 256), ("convnet", 8))
@@ -33,64 +33,53 @@ def settings(quick: bool) -> Iterator[Settings]:
                     yield training(data, net, width, seed, quick, **recipe)
 
 
-def measure(wanted: Settings, places: Places) -> dict[str, Any]:
-    model, data, held_back = trained(wanted, places)
-    return losses(model, data, held_back) | signals(model, data, wanted)
-
-
 # --- what came out ---------------------------------------------------------------------------------
-
-RECIPE = ["data", "net", "width", "weight_decay", "dropout", "smoothing"]
 
 
 def means(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for every net and recipe: the mean over seeds."""
-    return frame.groupby(RECIPE, sort=False).mean(numeric_only=True).reset_index()
+    recipe = ["data", "net", "width", *LEVELS]
+    return frame.groupby(recipe, sort=False).mean(numeric_only=True).reset_index()
 
 
-def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def tables(frame: pd.DataFrame) -> Tables:
     rows = []
     for data, part in means(frame).groupby("data"):
         sets = {"all": part, f"training loss below {FITTED:g}": part[part["train_loss"] < FITTED]}
         sets |= {f"{net} {width}": part[(part["net"] == net) & (part["width"] == width)] for net, width in NETS}
         for name, chosen in sets.items():
-            row: dict[str, Any] = {"data": data, "nets and recipes": name, "n": len(chosen)}
-            row |= {
-                title: correlated(chosen[f"{signal}_train"], chosen["test_loss"]) for signal, title in SIGNALS.items()
-            }
-            rows.append(row | {"training loss": correlated(chosen["train_loss"], chosen["test_loss"])})
+            told = {title: chosen[f"{signal}_train"] for signal, title in SIGNALS.items()}
+            told["training loss"] = chosen["train_loss"]
+            cells = {title: correlated(values, chosen["test_loss"]) for title, values in told.items()}
+            rows.append({"data": data, "nets and recipes": name, "n": len(chosen), **cells})
     sides = []
     for data, part in frame.groupby("data"):
         for signal, title in SIGNALS.items():
-            ratio = part[f"{signal}_train"] / part[f"{signal}_test"]
-            rho = part[f"{signal}_train"].corr(part[f"{signal}_test"], method="spearman")
-            low, median, high = ratio.quantile([0.05, 0.5, 0.95])
-            sides.append(
-                {"data": data, "signal": title, "train / test": f"{median:.2f} ({low:.2f} to {high:.2f})", "rank": rho}
-            )
-    return [
-        ("Spearman's rank correlation of the signal on training images with the clean test loss, 95 % interval; "
-         "of few nets: exact p",
-         pd.DataFrame(rows)),
-        ("The signal on training over that on test images: median (5 % to 95 %), and their rank correlation",
-         pd.DataFrame(sides)),
-    ]  # fmt: skip
+            low, median, high = (part[f"{signal}_train"] / part[f"{signal}_test"]).quantile([0.05, 0.5, 0.95])
+            row: dict[str, Any] = {"data": data, "signal": title}
+            row["train / test"] = f"{median:.2f} ({low:.2f} to {high:.2f})"
+            row["rank"] = part[f"{signal}_train"].corr(part[f"{signal}_test"], method="spearman")
+            sides.append(row)
+    correlations = (
+        "Spearman's rank correlation of the signal on training images with the clean test loss, 95 % interval; of few "
+        "nets: exact p"
+    )
+    ratios = "The signal on training over that on test images: median (5 % to 95 %), and their rank correlation"
+    return [(correlations, pd.DataFrame(rows)), (ratios, pd.DataFrame(sides))]
 
 
 def figure(frame: pd.DataFrame) -> Figure:
     """Test loss by TPV: label noise, relative noise, and by the logits; one row for every set of data."""
-    groups = list(means(frame).groupby("data"))
-    shown = ("label_noise", "relative", "logits")
-    drawn, axes = panels(len(shown), len(groups), height=3.4)
+    frame = means(frame)
     kinds = ["none", *LEVELS]
+    frame["kind"] = [next((name for name in LEVELS if row[name] > 0), "none") for _, row in frame.iterrows()]
+    groups, shown = list(frame.groupby("data")), ("label_noise", "relative", "logits")
+    drawn, axes = panels(len(shown), len(groups), height=3.4)
     for row, (data, part) in zip(axes, groups, strict=True):
         for one, signal in zip(row, shown, strict=True):
-            for place, (net, width) in enumerate(NETS):
-                for kind, marker in zip(kinds, MARKERS, strict=False):
-                    chosen = part[(part["net"] == net) & (part["width"] == width) & (part.apply(_kind, axis=1) == kind)]
-                    one.plot(
-                        chosen[f"{signal}_train"], chosen["test_loss"], marker, color=COLOURS[place], ms=5, alpha=0.8
-                    )
+            for (net, width, kind), chosen in part.groupby(["net", "width", "kind"]):
+                style = {"marker": MARKERS[kinds.index(kind)], "ms": 5}
+                dots(one, chosen, f"{signal}_train", "test_loss", NETS.index((net, width)), **style)
             one.set(xscale="log", yscale="log", title=data, xlabel=f"{SIGNALS[signal]}, training images")
         row[0].set_ylabel("test loss")
     for place, (net, width) in enumerate(NETS):
@@ -101,11 +90,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     return drawn
 
 
-def _kind(row: pd.Series) -> str:
-    return next((name for name in LEVELS if row[name] > 0), "none")
-
-
-STUDY = Study("clean_loss", __doc__ or "", settings, measure, tables, figure)
+STUDY = Study("clean_loss", __doc__, settings, measure, tables, figure)
 
 if __name__ == "__main__":
     main(STUDY)

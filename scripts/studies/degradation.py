@@ -8,11 +8,12 @@ their channels. What each cut does to the logits of 300 images is predicted from
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from fitting import TIMM, on_digits
-from frame import COLOURS, MARKERS, Places, Settings, Study, correlated, main, panels
+from frame import Settings, Study, Tables, correlated, dots, main, panels
 from matplotlib.figure import Figure
 
 from baselines import CRITERIA
@@ -34,63 +35,46 @@ def settings(quick: bool) -> Iterator[Settings]:
                     yield {"net": net, "criterion": criterion, "channels": share, "seed": seed, **how}
 
 
-def measure(wanted: Settings, places: Places) -> dict[str, Any]:
+def measure(wanted: Settings, folder: Path | None) -> dict[str, Any]:
     model, data = on_digits(*(wanted[name] for name in ("net", "seed", "steps", "train", "test")))
     inputs, labels = data.images[: wanted["images"]], data.targets[: wanted["images"]]
+    batches = [Batch(*pair) for pair in zip(inputs.split(50), labels.split(50), strict=True)]
     shared = {"seed": wanted["seed"], "images": None, "progress": False}
-    report = prune(
-        model,
-        [Batch(*pair) for pair in zip(inputs.split(50), labels.split(50), strict=True)],
-        channels=wanted["channels"],
-        criterion=CRITERIA[wanted["criterion"]],
-        steps=1,
-        repair=None,
-        eval_data=data.test_images,
-        **shared,
-    ).report
+    how = {"channels": wanted["channels"], "criterion": CRITERIA[wanted["criterion"]], "steps": 1, "repair": None}
+    report = prune(model, batches, eval_data=data.test_images, **how, **shared).report
     found = degradation(model, report, inputs, **shared)
-    return {
-        "macs": report.kept,
-        "predicted_tpv": found.predicted.tpv,
-        "measured_tpv": found.measured.tpv,
-        "predicted_flips": found.predicted.flips,
-        "measured_flips": found.measured.flips,
-        "taylor_error": found.taylor_error,
-        "prediction_error": found.prediction_error,
-        "valid": found.valid,
-    }
+    damage = {f"predicted_{what}": getattr(found.predicted, what) for what in ("tpv", "flips")}
+    damage |= {f"measured_{what}": getattr(found.measured, what) for what in ("tpv", "flips")}
+    errors = {name: getattr(found, name) for name in ("taylor_error", "prediction_error", "valid")}
+    return {"macs": report.kept, **damage, **errors}
 
 
 # --- what came out ---------------------------------------------------------------------------------
 
 
-def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def tables(frame: pd.DataFrame) -> Tables:
     ranks, errors = [], []
     for net, part in frame.groupby("net"):
         for criterion, rows in [*part.groupby("criterion"), ("all", part)]:
             row: dict[str, Any] = {"net": net, "criterion": criterion, "cuts": len(rows)}
-            for predicted in ("tpv", "flips"):
-                mean = rows.groupby(["criterion", "channels"])[[f"predicted_{predicted}", "measured_flips"]].mean()
-                shown = correlated(mean[f"predicted_{predicted}"], mean["measured_flips"], digits=3)
-                row[f"predicted {predicted}, measured flips"] = shown
+            for what in ("tpv", "flips"):
+                mean = rows.groupby(["criterion", "channels"])[[f"predicted_{what}", "measured_flips"]].mean()
+                shown = correlated(mean[f"predicted_{what}"], mean["measured_flips"], digits=3)
+                row[f"predicted {what}, measured flips"] = shown
             ranks.append(row)
         for low, high in ((-1.0, 0.03), (0.03, 0.1), (0.1, 0.3), (0.3, 1.0)):
             rows = part[(part["measured_flips"] > low) & (part["measured_flips"] <= high)]
-            missed = (rows["predicted_flips"] - rows["measured_flips"]).abs()
+            missed = 100 * (rows["predicted_flips"] - rows["measured_flips"]).abs()
             ratio = rows["predicted_tpv"] / rows["measured_tpv"]
             row = {"net": net, "measured flips": f"{max(0.0, low):.0%} to {high:.0%}", "cuts": len(rows)}
             if len(rows):
-                row["flips missed by, points"] = f"{100 * missed.mean():.1f} (at most {100 * missed.max():.1f})"
+                row["flips missed by, points"] = f"{missed.mean():.1f} (at most {missed.max():.1f})"
                 row["predicted / measured TPV"] = f"{ratio.median():.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
                 row["called valid"] = f"{rows['valid'].mean():.0%}"
             errors.append(row)
-    return [
-        (
-            "Spearman's rank correlation over criteria and shares (means over seeds), 95 % interval; of few: exact p",
-            pd.DataFrame(ranks),
-        ),
-        ("How far the prediction is off, by what is measured", pd.DataFrame(errors).fillna("")),
-    ]
+    title = "Spearman's rank correlation over criteria and shares (means over seeds), 95 % interval; of few: exact p"
+    off = "How far the prediction is off, by what is measured"
+    return [(title, pd.DataFrame(ranks)), (off, pd.DataFrame(errors).fillna(""))]
 
 
 def figure(frame: pd.DataFrame) -> Figure:
@@ -99,11 +83,10 @@ def figure(frame: pd.DataFrame) -> Figure:
     drawn, axes = panels(2, len(groups), height=3.4)
     for row, (net, part) in zip(axes, groups, strict=True):
         for one, what, scale in zip(row, ("tpv", "flips"), ("log", "linear"), strict=True):
+            measured, predicted = f"measured_{what}", f"predicted_{what}"
             for place, criterion in enumerate(COMPARED):
-                rows = part[part["criterion"] == criterion]
-                style = {"color": COLOURS[place], "marker": MARKERS[place], "lw": 0, "ms": 4, "alpha": 0.7}
-                one.plot(rows[f"measured_{what}"], rows[f"predicted_{what}"], label=criterion, **style)
-            ends = part[[f"measured_{what}", f"predicted_{what}"]].to_numpy()
+                dots(one, part[part["criterion"] == criterion], measured, predicted, place, criterion)
+            ends = part[[measured, predicted]].to_numpy()
             low, high = (ends[ends > 0].min(), ends.max()) if scale == "log" else (0.0, 1.0)
             one.plot([low, high], [low, high], color="black", lw=0.8)
             one.set(xscale=scale, yscale=scale, xlabel=f"measured {what}", ylabel=f"predicted {what}", title=net)
@@ -111,7 +94,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     return drawn
 
 
-STUDY = Study("degradation", __doc__ or "", settings, measure, tables, figure)
+STUDY = Study("degradation", __doc__, settings, measure, tables, figure)
 
 if __name__ == "__main__":
     main(STUDY)

@@ -12,15 +12,14 @@ weights, and the share of images whose top-1 class changes: what first order hol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from fitting import NETS, Data, entropy_and_accuracy, on_digits, outputs
-from frame import COLOURS, Places, Settings, Study, curve, main, panels
+from fitting import NETS, Data, Relative, change, losses_of, on_digits, outputs, relearn, wander
+from frame import Settings, Study, Tables, curve, dots, main, panels
 from matplotlib.figure import Figure
-from noises import Relative
-from relearning import change, relearn, wander
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -57,18 +56,22 @@ def settings(quick: bool) -> Iterator[Settings]:
                     yield {"net": net, "perturbation": perturbation, "size": size, "seed": seed, **how}
 
 
-def measure(wanted: Settings, places: Places) -> dict[str, Any]:
+def measure(wanted: Settings, folder: Path | None) -> dict[str, Any]:
     model, data = on_digits(*(wanted[name] for name in ("net", "seed", "steps", "train", "test")))
     dw = MAKERS[wanted["perturbation"]](model, data, wanted["size"], wanted["seed"])
-    weights = dict(model.named_parameters())
-    moved = {name: weights[name].detach() + step for name, step in dw.items()}
+    weights = weights_of(model)
     before = outputs(model, data.test_images)
     with torch.no_grad():
+        moved = {name: weights[name] + step for name, step in dw.items()}
         after = functional_call(model, moved, (data.test_images,))
     validity = taylor_error(model, data.test_images, dw, [1.0], batch_size=125, progress=False)
+
+    def square(tensors: Change) -> float:
+        return sum(tensor.double().square().sum().item() for tensor in tensors.values())
+
     return {
-        "accuracy": entropy_and_accuracy(model, data.test_images, data.test_targets)[1],
-        "relative_size": (_squared(dw) / _squared(weights)) ** 0.5,
+        "accuracy": losses_of(model, data)["test_accuracy"],
+        "relative_size": (square(dw) / square(weights)) ** 0.5,
         "tpv": (after - before).square().sum(1).mean().item(),
         "relative_tpv": ((after - before).square().sum() / before.square().sum()).item(),
         "flips": (after.argmax(1) != before.argmax(1)).double().mean().item(),
@@ -76,8 +79,8 @@ def measure(wanted: Settings, places: Places) -> dict[str, Any]:
     }
 
 
-def _squared(tensors: Change) -> float:
-    return sum(tensor.detach().double().square().sum().item() for tensor in tensors.values())
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 # --- perturbations: (model, data, size, seed) -> dw ------------------------------------------------
@@ -85,15 +88,12 @@ def _squared(tensors: Change) -> float:
 
 def isotropic(model: nn.Module, data: Data, size: float, seed: int) -> Change:
     """Normal noise in proportion to the root mean square of every tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return Relative(size).of(model, weights).sample(generator)
+    return Relative(size).of(model, weights_of(model)).sample(torch.Generator().manual_seed(seed))
 
 
 def quantization(model: nn.Module, data: Data, size: float, seed: int) -> Change:
     """Real rounding, one range for every tensor."""
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return Quantization(int(size), rounding=True).of(model, weights).sample(torch.Generator())
+    return Quantization(int(size), rounding=True).of(model, weights_of(model)).sample(torch.Generator())
 
 
 def sgd(model: nn.Module, data: Data, size: float, seed: int) -> Change:
@@ -119,59 +119,44 @@ def removal(model: nn.Module, data: Data, size: float, seed: int) -> Change:
         group.name: torch.randperm(group.size, generator=generator)[: max(1, round(size * group.size))].sort().values
         for group in groups
     }
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return Removal(drawn, groups).of(model, weights).sample(torch.Generator())
+    return Removal(drawn, groups).of(model, weights_of(model)).sample(torch.Generator())
 
 
 def removal_of_weights(model: nn.Module, data: Data, size: float, seed: int) -> Change:
     """The smallest weights of every matrix and kernel."""
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = weights_of(model)
     keep = {name: w.abs() > w.abs().flatten().quantile(size) for name, w in weights.items() if w.dim() > 1}
     return Removal(keep).of(model, weights).sample(torch.Generator())
 
 
 MAKERS: dict[str, Callable[[nn.Module, Data, float, int], Change]] = {
-    "isotropic": isotropic,
-    "quantization": quantization,
-    "sgd": sgd,
-    "label_noise": label_noise,
-    "removal": removal,
-    "removal_of_weights": removal_of_weights,
+    make.__name__: make for make in (isotropic, quantization, sgd, label_noise, removal, removal_of_weights)
 }
 
 
 # --- what came out ---------------------------------------------------------------------------------
 
 
-def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def tables(frame: pd.DataFrame) -> Tables:
     means = frame.groupby(["perturbation", "size", "net"])[["error", "flips"]].mean()
     rows = []
-    for perturbation, sizes in SIZES.items():
-        for size in sizes:
-            row: dict[str, Any] = {"perturbation": NAMES[perturbation], "size": f"{size:g}"}
-            for net in NETS:
-                if (perturbation, size, net) in means.index:
-                    found = means.loc[(perturbation, size, net)]
-                    row[net] = f"{found['error']:.2f} ({found['flips']:.1%})"
-            rows.append(row)
-    table = pd.DataFrame([row for row in rows if len(row) > 2]).fillna("")
-    limits = [
-        {"perturbation": NAMES[name].split(",")[0]} | {net: _limit(part[part["net"] == net]) for net in NETS}
-        for name, part in frame.groupby("perturbation", sort=False)
-    ]
-    return [
-        ("Relative error of the first-order change, and share of top-1 classes that change; means over seeds", table),
-        (
-            "The largest share of changed top-1 classes among runs with an error of at most 0.1 / 0.3 / 0.5",
-            pd.DataFrame(limits),
-        ),
-    ]
-
-
-def _limit(rows: pd.DataFrame) -> str:
-    """The largest share of flips that first order has survived, at three tolerances."""
-    found = [rows[rows["error"] <= tolerance]["flips"].max() for tolerance in (0.1, 0.3, 0.5)]
-    return " / ".join("-" if pd.isna(value) else f"{value:.1%}" for value in found)
+    for perturbation, size in dict.fromkeys((name, size) for name, sizes in SIZES.items() for size in sizes):
+        row: dict[str, Any] = {"perturbation": NAMES[perturbation], "size": f"{size:g}"}
+        for net in [net for net in NETS if (perturbation, size, net) in means.index]:
+            found = means.loc[(perturbation, size, net)]
+            row[net] = f"{found['error']:.2f} ({found['flips']:.1%})"
+        rows += [row] if len(row) > 2 else []
+    limits = []
+    for name, part in frame.groupby("perturbation", sort=False):
+        row = {"perturbation": NAMES[name].split(",")[0]}
+        for net in NETS:
+            own = part[part["net"] == net]
+            found = [own[own["error"] <= tolerance]["flips"].max() for tolerance in (0.1, 0.3, 0.5)]
+            row[net] = " / ".join("-" if pd.isna(value) else f"{value:.1%}" for value in found)
+        limits.append(row)
+    title = "Relative error of the first-order change, and share of top-1 classes that change; means over seeds"
+    limit = "The largest share of changed top-1 classes among runs with an error of at most 0.1 / 0.3 / 0.5"
+    return [(title, pd.DataFrame(rows).fillna("")), (limit, pd.DataFrame(limits))]
 
 
 def figure(frame: pd.DataFrame) -> Figure:
@@ -183,7 +168,7 @@ def figure(frame: pd.DataFrame) -> Figure:
             place = list(SIZES).index(name)
             sizes = part.groupby("size")[["relative_size", "error"]].mean().reset_index()
             curve(axes[0, column], sizes, "relative_size", "error", place, NAMES[name].split(",")[0])
-            axes[1, column].plot(part["relative_tpv"], part["error"], "o", ms=3, color=COLOURS[place], alpha=0.7)
+            dots(axes[1, column], part, "relative_tpv", "error", place, marker="o", ms=3)
         axes[0, column].set(title=net, xlabel="|dw| / |w|")
         axes[1, column].set(xlabel="TPV / mean squared logits")
         for one in axes[:, column]:
@@ -193,7 +178,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     return drawn
 
 
-STUDY = Study("first_order", __doc__ or "", settings, measure, tables, figure)
+STUDY = Study("first_order", __doc__, settings, measure, tables, figure)
 
 if __name__ == "__main__":
     main(STUDY)

@@ -1,11 +1,15 @@
-"""Data and small nets of the studies: made or trained in seconds, the same for the same seed."""
+"""Data and small nets of the studies, made or trained in seconds, the same for the same seed; what moves their weights.
+
+Perturbations that training makes are here as well: label noise learnt from the weights w* on, and where SGD wanders to.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +23,7 @@ from jbrprune.demo import digits
 from jbrprune.errors import ArgumentError
 from jbrprune.models import timm_models
 from jbrprune.models.preserve import evaluating, same_randomness
+from jbrprune.tpv import Diagonal
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -56,23 +61,22 @@ def synthetic(teacher: str, *, dimension: int, train: int, test: int, seed: int)
     if teacher not in ("linear", "relu"):
         raise ArgumentError(f"teacher must be linear or relu, got {teacher!r}.")
     rules, trained, tested = (np.random.default_rng([seed, part]) for part in range(3))
+
+    def normal(generator: np.random.Generator, *shape: int) -> Tensor:
+        return torch.from_numpy(generator.standard_normal(shape)).float()  # fewer numbers are the first of more
+
     units = 1 if teacher == "linear" else 10
-    weights, biases = _normal(rules, dimension, units), 0.5 * _normal(rules, units)
+    weights, biases = normal(rules, dimension, units), 0.5 * normal(rules, units)
 
     def answer(x: Tensor) -> Tensor:
         return x @ weights if teacher == "linear" else (x @ weights + biases).relu().sum(1, keepdim=True)
 
-    scale = answer(_normal(rules, 10_000, dimension)).std()
-    x, test_x = _normal(trained, train, dimension), _normal(tested, test, dimension)
+    scale = answer(normal(rules, 10_000, dimension)).std()
+    x, test_x = normal(trained, train, dimension), normal(tested, test, dimension)
     return Data(x[:, None, None], answer(x) / scale, test_x[:, None, None], answer(test_x) / scale)
 
 
-def _normal(generator: np.random.Generator, *shape: int) -> Tensor:
-    """Standard normal numbers; unlike torch's, fewer of them are the first of more."""
-    return torch.from_numpy(generator.standard_normal(shape)).float()
-
-
-def images(name: str, folder: Path | None, *, train: int, test: int, seed: int, side: int | None = None) -> Data:
+def images(name: str, folder: Path | None, *, train: int, test: int, seed: int, side: int = 32) -> Data:
     """So many images drawn by a seed from the training images, and the first ``test`` of the test images.
 
     Args:
@@ -81,14 +85,13 @@ def images(name: str, folder: Path | None, *, train: int, test: int, seed: int, 
         train: Number of training images.
         test: Number of test images.
         seed: Of the draw.
-        side: Average the pixels to so many rows and columns, a divisor of 32; None: leave them.
+        side: Average the pixels to so many rows and columns, a divisor of 32.
     """
     x, y, test_x, test_y = _stored(name, folder)
     if train > len(x) or test > len(test_x):
         raise ArgumentError(f"{name} has {len(x)} training and {len(test_x)} test images, got {train} and {test}.")
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:train]
-    size = 32 if side is None else side
-    shrunk = [nn.functional.avg_pool2d(part, 32 // size) for part in (x[chosen], test_x[:test])]
+    shrunk = [nn.functional.avg_pool2d(part, 32 // side) for part in (x[chosen], test_x[:test])]
     return Data(shrunk[0], y[chosen], shrunk[1], test_y[:test])
 
 
@@ -148,37 +151,31 @@ def fit(
     rate: float = 1e-3,
     batch_size: int | None = None,
     weight_decay: float = 0.0,
-    goal: float = 0.0,
     seed: int = 0,
-) -> float:
-    """Train in place by Adam with a cosine schedule, in train mode; return the loss of the last step.
+) -> None:
+    """Train in place by Adam with a cosine schedule, in train mode.
 
     Args:
-        model: The net.
+        model: The net; left in eval mode.
         inputs: Images.
         targets: What ``loss`` takes.
         loss: ``(outputs, targets) -> `` mean loss.
-        steps: At most so many.
+        steps: So many.
         rate: Learning rate of the first step.
         batch_size: Images per step; None: all.
         weight_decay: Decoupled (AdamW).
-        goal: Stop once the loss of a step is below it.
         seed: Of the order of the images and of dropout.
     """
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
     with _seeded(seed):
-        for step, chosen in enumerate(_orders(len(inputs), batch_size)):
-            found = loss(model(inputs[chosen]), targets[chosen])
+        for _, chosen in zip(range(steps), _orders(len(inputs), batch_size)):
             optimizer.zero_grad()
-            found.backward()
+            loss(model(inputs[chosen]), targets[chosen]).backward()
             optimizer.step()
             schedule.step()
-            if step + 1 == steps or found.item() < goal:
-                break
     model.eval()
-    return found.item()
 
 
 def _orders(count: int, batch_size: int | None) -> Iterator[Tensor | slice]:
@@ -214,7 +211,91 @@ def squared(found: Tensor, wanted: Tensor) -> Tensor:
     return (found - wanted).square().sum(1).mean()
 
 
-def entropy_and_accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean cross entropy (without smoothing) and share of right answers."""
-    found = outputs(model, inputs)
-    return nn.functional.cross_entropy(found, labels).item(), (found.argmax(1) == labels).double().mean().item()
+def losses_of(model: nn.Module, data: Data) -> dict[str, float]:
+    """Training and test loss: squared error, or of classes cross entropy (without smoothing), with the accuracy."""
+    found = {}
+    for side, x, y in (("train", data.images, data.targets), ("test", data.test_images, data.test_targets)):
+        said = outputs(model, x)
+        if y.is_floating_point():
+            found[f"{side}_loss"] = squared(said, y).item()
+        else:
+            found[f"{side}_loss"] = nn.functional.cross_entropy(said, y).item()
+            found[f"{side}_accuracy"] = (said.argmax(1) == y).double().mean().item()
+    return found
+
+
+# --- perturbations ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Normal noise on every weight in proportion to the root mean square of its tensor.
+
+    Attributes:
+        share: Standard deviation as a share of it.
+    """
+
+    share: float
+
+    def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Diagonal:
+        """The covariance of these weights."""
+        return Diagonal({name: self.share**2 * w.double().square().mean() for name, w in weights.items()}, weights)
+
+
+def relearn(
+    model: nn.Module, inputs: Tensor, targets: Tensor, penalty: float, *, steps: int = 40, tolerance: float = 0.0
+) -> nn.Module:
+    """A copy that minimises squared error plus ``penalty ||w - w*||^2`` from w* on, in eval mode, by L-BFGS.
+
+    Args:
+        model: With the weights w*.
+        inputs: Images.
+        targets: ``[N, K]``.
+        penalty: On the squared distance to w*.
+        steps: At most so many.
+        tolerance: Stop once a step lowers the loss by less.
+    """
+    learner = copy.deepcopy(model).eval()
+    centre = [parameter.detach().clone() for parameter in learner.parameters()]
+    how = {"history_size": 20, "line_search_fn": "strong_wolfe", "tolerance_grad": 0.0}
+    optimizer = torch.optim.LBFGS(learner.parameters(), max_iter=steps, tolerance_change=tolerance, **how)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        away = [(now - then).square().sum() for now, then in zip(learner.parameters(), centre, strict=True)]
+        loss = squared(learner(inputs), targets) + penalty * torch.stack(away).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return learner
+
+
+def wander(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    *,
+    steps: int,
+    rate: float,
+    batch_size: int,
+    momentum: float = 0.0,
+    seed: int = 0,
+) -> nn.Module:
+    """A copy after so many steps of SGD from w* on, in eval mode, batches drawn with replacement."""
+    learner = copy.deepcopy(model).eval()
+    optimizer = torch.optim.SGD(learner.parameters(), rate, momentum=momentum)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        chosen = torch.randint(len(inputs), (batch_size,), generator=generator)
+        optimizer.zero_grad()
+        loss(learner(inputs[chosen]), targets[chosen]).backward()
+        optimizer.step()
+    return learner
+
+
+def change(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> how far it has moved."""
+    moved = dict(after.named_parameters())
+    return {name: moved[name].detach() - parameter.detach() for name, parameter in before.named_parameters()}

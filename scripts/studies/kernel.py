@@ -16,13 +16,16 @@ for any net. That is the variance itself where there are more parameters than sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from jbrprune.errors import ArgumentError
+
+PENALTIES = {"label_noise": 1e-2, "repeated_noise": 0.0}
+"""Label noise: penalty as a multiple of the mean squared norm of a gradient."""
 
 
 def kernel(model: nn.Sequential, first: Tensor, second: Tensor) -> Tensor:
@@ -103,3 +106,13 @@ def spectrum(model: nn.Sequential, train: Tensor, points: Sequence[Tensor]) -> S
     values, vectors = torch.linalg.eigh(kernel(model, train, train))
     values = torch.where(values > 1e-12 * values[-1], values, 0.0)
     return Spectrum(values, vectors, tuple(kernel(model, one, train) @ vectors for one in points))
+
+
+def label_noise(model: nn.Sequential, sides: Mapping[str, Tensor]) -> dict[str, float]:
+    """TPV for label noise of variance 1 at each of `PENALTIES`, as ``NAME_train`` and ``NAME_test``."""
+    seen = spectrum(model, sides["train"], tuple(sides.values()))
+    found = {}
+    for name, penalty in PENALTIES.items():
+        values = seen.label_noise(penalty * seen.values.mean().item())
+        found |= {f"{name}_{side}": value for side, value in zip(sides, values, strict=True)}
+    return found

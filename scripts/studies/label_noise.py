@@ -12,15 +12,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from fitting import Data, fit, mlp, outputs, squared, synthetic
-from frame import Places, Settings, Study, curve, main, panels, spread
+from fitting import Data, fit, losses_of, mlp, outputs, relearn, squared, synthetic
+from frame import Settings, Study, Tables, curve, label_widths, main, panels, spread
 from kernel import Spectrum, spectrum
 from matplotlib.figure import Figure
-from relearning import relearn
 from torch import nn
 
 WIDTHS = (128, 256, 512, 800, 1024, 1600)
@@ -44,20 +44,14 @@ def settings(quick: bool) -> Iterator[Settings]:
                 yield {"teacher": "linear", "width": width, "seed": seed, **sizes, **noise}
 
 
-def measure(wanted: Settings, places: Places) -> dict[str, Any]:
+def measure(wanted: Settings, folder: Path | None) -> dict[str, Any]:
     how = ("teacher", "width", "seed", "dimension", "train", "test", "steps")
     data, model, seen = trained(*(wanted[name] for name in how))
     scale = seen.values.mean().item()  # trace K / n
     penalty, variance = wanted["penalty"] * scale, wanted["sigma"] ** 2
     train, test = (variance * value for value in seen.label_noise(penalty))
-    found = {
-        "train_loss": squared(outputs(model, data.images), data.targets).item(),
-        "test_loss": squared(outputs(model, data.test_images), data.test_targets).item(),
-        "squared_gradient": scale,
-        "learnt": seen.dimension(penalty),
-        "trace_train": train,
-        "trace_test": test,
-    }
+    found = losses_of(model, data) | {"squared_gradient": scale, "learnt": seen.dimension(penalty)}
+    found |= {"trace_train": train, "trace_test": test}
     return found | (retrained(model, data, seen, penalty, wanted) if wanted["draws"] else {})
 
 
@@ -96,29 +90,27 @@ def retrained(model: nn.Module, data: Data, seen: Spectrum, penalty: float, want
 # --- what came out ---------------------------------------------------------------------------------
 
 
-def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def tables(frame: pd.DataFrame) -> Tables:
     frame = _relative(frame)
-    rows = []
+    columns = [f"{form}_{side}" for side in ("train", "test") for form in ("trace", "paired", "empirical")]
+    retrained, limits = [], []
     for (width, penalty, sigma), part in frame.groupby(["width", "penalty", "sigma"]):
         row = {"width": width, "penalty": penalty, "sigma": sigma, "seeds": len(part), "learnt": part["learnt"].mean()}
-        columns = ("trace_train", "paired_train", "empirical_train", "trace_test", "paired_test", "empirical_test")
-        row |= {name.replace("_", ", "): spread(part[name]) for name in columns if part[name].notna().any()}
-        if "empirical, train" in row:
-            row |= {f"error, {side}": spread(part[f"error_{side}"]) for side in ("train", "test")}
-        row["test loss of the net"] = spread(part["test_loss"])
-        rows.append(row)
-    retrained = pd.DataFrame([row for row in rows if "empirical, train" in row])
-    limits = pd.DataFrame([row for row in rows if row["sigma"] == 0.1]).drop(columns=["sigma"], errors="ignore")
-    limits = limits.drop(columns=[name for name in limits if name.startswith(("empirical", "paired", "error"))])
-    limits = limits.drop_duplicates(["width", "penalty"])
-    return [
-        (
-            "TPV / sigma^2 by retraining (empirical), to first order for the same noise (paired) and in expectation "
-            "(trace), and the relative error of the first-order change; mean (smallest to largest) over seeds",
-            retrained,
-        ),
-        ("TPV / sigma^2 by the trace form, for every penalty", limits.sort_values(["penalty", "width"])),
-    ]
+        shown = {name: spread(part[name]) for name in columns if part[name].notna().any()}
+        if "empirical_train" in shown:
+            errors = {f"error, {side}": spread(part[f"error_{side}"]) for side in ("train", "test")}
+            cells = {name.replace("_", ", "): text for name, text in shown.items()}
+            retrained.append(row | cells | errors | {"test loss of the net": spread(part["test_loss"])})
+        if sigma == 0.1:
+            del row["sigma"]
+            row |= {f"trace, {side}": shown[f"trace_{side}"] for side in ("train", "test")}
+            limits.append(row | {"test loss of the net": spread(part["test_loss"])})
+    title = (
+        "TPV / sigma^2 by retraining (empirical), to first order for the same noise (paired) and in expectation "
+        "(trace), and the relative error of the first-order change; mean (smallest to largest) over seeds"
+    )
+    limit = "TPV / sigma^2 by the trace form, for every penalty"
+    return [(title, pd.DataFrame(retrained)), (limit, pd.DataFrame(limits).sort_values(["penalty", "width"]))]
 
 
 def _relative(frame: pd.DataFrame) -> pd.DataFrame:
@@ -146,15 +138,13 @@ def figure(frame: pd.DataFrame) -> Figure:
     right.set(xscale="log", ylabel="train TPV / test TPV", title="trace form")
     right.axhline(1, color="black", lw=0.8)
     for axes in (left, middle, right):
-        axes.set_xlabel("width")
-        axes.set_xticks(sorted(frame["width"].unique()), sorted(frame["width"].unique()), fontsize=7)
-        axes.minorticks_off()
+        label_widths(axes, frame)
     left.legend(frameon=False, fontsize=7)
     right.legend(frameon=False, fontsize=7)
     return drawn
 
 
-STUDY = Study("label_noise", __doc__ or "", settings, measure, tables, figure)
+STUDY = Study("label_noise", __doc__, settings, measure, tables, figure)
 
 if __name__ == "__main__":
     main(STUDY)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from fitting import Data, convnet, entropy_and_accuracy, fit, images, mlp, outputs, squared
-from frame import Places, Settings
-from noises import Relative
-from relearning import wander
+from fitting import Data, Relative, convnet, fit, images, losses_of, mlp, outputs, squared, wander
+from frame import Settings
 from torch import Tensor, nn
 
 from jbrprune.tpv import Isotropic, Quantization, trace_form
@@ -17,6 +16,15 @@ from jbrprune.tpv import Isotropic, Quantization, trace_form
 SIZES = {"digits": {"train": 600, "test": 500, "side": 8}, "fashion_mnist": {"train": 1000, "test": 2000, "side": 16}}
 HELD_BACK = 200
 """Images that are drawn after the training images: a validation set, which only the comparison sees."""
+WEIGHTS = {"isotropic": Isotropic(0.01), "relative": Relative(0.01), "quantization": Quantization(8)}
+SIGNALS = {
+    "label_noise": "label noise",
+    "isotropic": "noise on every weight",
+    "relative": "noise of 1 % of each layer's weights",
+    "quantization": "8-bit quantization",
+    "logits": "(mean logit)^2",
+}
+"""What is compared, all without labels; the last is no TPV but what the published label noise is scaled by."""
 
 
 def settings(data: str, net: str, width: int, seed: int, quick: bool, **recipe: float) -> Settings:
@@ -36,52 +44,25 @@ def settings(data: str, net: str, width: int, seed: int, quick: bool, **recipe: 
     return {"data": data, "net": net, "width": width, "seed": seed, **sizes, **plain, **how}
 
 
-def trained(wanted: Settings, places: Places) -> tuple[nn.Module, Data, Data]:
-    """The net, its data, and the same data with the images held back as test images."""
+def measure(wanted: Settings, folder: Path | None) -> dict[str, Any]:
+    """Losses and accuracies of a net on training, held-back and test images, and every signal."""
     count = wanted["train"]
-    everything = images(
-        wanted["data"],
-        places.fashion_mnist,
-        train=count + HELD_BACK,
-        test=wanted["test"],
-        seed=wanted["seed"],
-        side=wanted["side"],
-    )
-    x, y = everything.images, everything.targets
-    data = Data(x[:count], y[:count], everything.test_images, everything.test_targets)
+    sizes = {name: wanted[name] for name in ("test", "seed", "side")}
+    whole = images(wanted["data"], folder, train=count + HELD_BACK, **sizes)
+    data = Data(whole.images[:count], whole.targets[:count], whole.test_images, whole.test_targets)
+    held_back = Data(data.images, data.targets, whole.images[count:], whole.targets[count:])
     make = partial(mlp, wanted["side"] ** 2) if wanted["net"] == "mlp" else partial(convnet, 1)
     model = make(wanted["width"], 10, dropout=wanted["dropout"], seed=wanted["seed"])
     loss = nn.CrossEntropyLoss(label_smoothing=wanted["smoothing"])
     how = {name: wanted[name] for name in ("steps", "rate", "batch_size", "weight_decay", "seed")}
     fit(model, data.images, data.targets, loss, **how)
-    return model, data, Data(data.images, data.targets, x[count:], y[count:])
+    validation = losses_of(model, held_back)
+    found = {f"validation_{what}": validation[f"test_{what}"] for what in ("loss", "accuracy")}
+    found |= {"params": sum(parameter.numel() for parameter in model.parameters())}
+    return found | losses_of(model, data) | signals(model, data, wanted["seed"])
 
 
-def losses(model: nn.Module, data: Data, held_back: Data) -> dict[str, Any]:
-    """Cross entropy without smoothing and accuracy, on the training, held-back and test images."""
-    sets = {
-        "train": (data.images, data.targets),
-        "validation": (held_back.test_images, held_back.test_targets),
-        "test": (data.test_images, data.test_targets),
-    }
-    found: dict[str, Any] = {"params": sum(parameter.numel() for parameter in model.parameters())}
-    for name, (x, y) in sets.items():
-        found[f"{name}_loss"], found[f"{name}_accuracy"] = entropy_and_accuracy(model, x, y)
-    return found
-
-
-WEIGHTS = {"isotropic": Isotropic(0.01), "relative": Relative(0.01), "quantization": Quantization(8)}
-SIGNALS = {
-    "label_noise": "label noise",
-    "isotropic": "noise on every weight",
-    "relative": "noise of 1 % of each layer's weights",
-    "quantization": "8-bit quantization",
-    "logits": "(mean logit)^2",
-}
-"""What is compared, all without labels; the last is no TPV but what the published label noise is scaled by."""
-
-
-def signals(model: nn.Module, data: Data, wanted: Settings) -> dict[str, float]:
+def signals(model: nn.Module, data: Data, seed: int) -> dict[str, float]:
     """Every signal on the training and on the test images, as ``NAME_train`` and ``NAME_test``."""
     sides = {"train": data.images, "test": data.test_images[: len(data.images)]}
     how = {"rtol": 0.05, "method": "projection", "validity": False, "progress": False, "batch_size": 100}
@@ -90,7 +71,7 @@ def signals(model: nn.Module, data: Data, wanted: Settings) -> dict[str, float]:
         found[f"logits_{side}"] = outputs(model, inputs).abs().mean().item() ** 2
         for name, covariance in WEIGHTS.items():
             found[f"{name}_{side}"] = trace_form(model, inputs, covariance, **how).value
-    return found | label_noise(model, sides, wanted["seed"])
+    return found | label_noise(model, sides, seed)
 
 
 def label_noise(model: nn.Module, sides: dict[str, Tensor], seed: int, *, draws: int = 3) -> dict[str, float]:

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
-from frame import COLOURS, MARKERS, Places, Settings, Study, main, panels, spread
+from frame import COLOURS, MARKERS, Settings, Study, Tables, dots, main, panels, spread
 from matplotlib.figure import Figure
-from recipes import SIGNALS, losses, signals, trained
+from recipes import SIGNALS, measure
 from recipes import settings as training
 
 NETS = (("mlp", 128), ("convnet", 8))
@@ -47,11 +47,6 @@ def settings(quick: bool) -> Iterator[Settings]:
                     yield training(data, net, width, seed, quick, **recipe)
 
 
-def measure(wanted: Settings, places: Places) -> dict[str, Any]:
-    model, data, held_back = trained(wanted, places)
-    return losses(model, data, held_back) | signals(model, data, wanted)
-
-
 # --- what came out ---------------------------------------------------------------------------------
 
 
@@ -73,7 +68,7 @@ def choices(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def tables(frame: pd.DataFrame) -> Tables:
     made = choices(frame)
     rows = []
     for (data, pool), part in made.groupby(["data", "pool"], sort=False):
@@ -94,8 +89,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     for (left, right), (data, rows) in zip(axes, groups, strict=True):
         for place, (net, width) in enumerate(NETS):
             part = rows[(rows["net"] == net) & (rows["width"] == width)]
-            style = {"color": COLOURS[place], "marker": MARKERS[place], "lw": 0, "ms": 4, "alpha": 0.8}
-            left.plot(part["label_noise_train"], part["test_loss"], label=f"{net} {width}", **style)
+            dots(left, part, "label_noise_train", "test_loss", place, f"{net} {width}")
         left.set(xscale="log", yscale="log", xlabel="label-noise TPV, training images", ylabel="test loss", title=data)
         left.legend(frameon=False, fontsize=7)
         rules = ["at random", *list(RULES.values())[:-1]][::-1]
@@ -113,7 +107,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     return drawn
 
 
-STUDY = Study("selecting", __doc__ or "", settings, measure, tables, figure)
+STUDY = Study("selecting", __doc__, settings, measure, tables, figure)
 
 if __name__ == "__main__":
     main(STUDY)

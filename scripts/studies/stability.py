@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from fitting import fit, mlp, outputs, squared, synthetic
-from frame import Places, Settings, Study, curve, main, panels
-from kernel import spectrum
+from fitting import fit, losses_of, mlp, squared, synthetic
+from frame import Settings, Study, Tables, curve, main, panels
+from kernel import label_noise
 from matplotlib.figure import Figure
 
 from jbrprune.tpv import Isotropic, Quantization, TPVWarning, trace_form, train_test_ratio
@@ -25,8 +26,6 @@ from jbrprune.tpv import Isotropic, Quantization, TPVWarning, trace_form, train_
 COUNTS = (10, 30, 100, 300, 500, 1000, 3000)
 WIDTHS = (8, 64, 256)
 WEIGHTS = {"isotropic": Isotropic(0.01), "quantization": Quantization(8)}
-PENALTIES = {"label_noise": 1e-2, "repeated_noise": 0.0}
-"""Label noise: penalty as a multiple of the mean squared norm of a gradient."""
 NAMES = {
     "isotropic": "noise on every weight",
     "quantization": "8-bit quantization",
@@ -45,17 +44,13 @@ def settings(quick: bool) -> Iterator[Settings]:
                 yield {"teacher": "relu", "width": width, "train": train, "seed": seed, **sizes}
 
 
-def measure(wanted: Settings, places: Places) -> dict[str, Any]:
+def measure(wanted: Settings, folder: Path | None) -> dict[str, Any]:
     sizes = {name: wanted[name] for name in ("dimension", "train", "test", "seed")}
     data = synthetic(wanted["teacher"], **sizes)
     model = mlp(wanted["dimension"], wanted["width"], 1, seed=wanted["seed"])
     fit(model, data.images, data.targets, squared, steps=wanted["steps"], rate=3e-3)
     sides = {"train": data.images, "test": data.test_images}
-    found = {
-        "train_loss": squared(outputs(model, data.images), data.targets).item(),
-        "test_loss": squared(outputs(model, data.test_images), data.test_targets).item(),
-        "params": sum(parameter.numel() for parameter in model.parameters()),
-    }
+    found = losses_of(model, data) | {"params": sum(parameter.numel() for parameter in model.parameters())}
     how = {"rtol": 0.0, "validity": False, "progress": False, "batch_size": 250}
     for name, covariance in WEIGHTS.items():
         both = {side: trace_form(model, inputs, covariance, **how) for side, inputs in sides.items()}
@@ -66,11 +61,7 @@ def measure(wanted: Settings, places: Places) -> dict[str, Any]:
             ratio = train_test_ratio(both["train"], both["test"])
         found |= {f"{name}_ratio": ratio.value, f"{name}_ratio_error": ratio.standard_error}
         found[f"{name}_warned"] = any(issubclass(one.category, TPVWarning) for one in said)
-    seen = spectrum(model, data.images, tuple(sides.values()))
-    for name, penalty in PENALTIES.items():
-        values = seen.label_noise(penalty * seen.values.mean().item())
-        found |= {f"{name}_{side}": value for side, value in zip(sides, values, strict=True)}
-    return found
+    return found | label_noise(model, sides)
 
 
 # --- what came out ---------------------------------------------------------------------------------
@@ -81,7 +72,7 @@ def ratios(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**{name: frame[f"{name}_train"] / frame[f"{name}_test"] for name in NAMES})
 
 
-def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def tables(frame: pd.DataFrame) -> Tables:
     frame = ratios(frame)
     rows = []
     for (width, train), part in frame.groupby(["width", "train"]):
@@ -96,7 +87,7 @@ def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(title, pd.DataFrame(rows)), *flags(frame)]
 
 
-def flags(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def flags(frame: pd.DataFrame) -> Tables:
     """How often the library warns, against how often the ratio of a run is off; of lines that say it."""
     rows = []
     for name in WEIGHTS:
@@ -134,7 +125,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     return drawn
 
 
-STUDY = Study("stability", __doc__ or "", settings, measure, tables, figure)
+STUDY = Study("stability", __doc__, settings, measure, tables, figure)
 
 if __name__ == "__main__":
     main(STUDY)

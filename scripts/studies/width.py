@@ -9,20 +9,20 @@ mean squared weight instead: noise in proportion to the weights of each layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from fitting import Data, entropy_and_accuracy, fit, images, mlp, outputs, squared, synthetic
-from frame import Places, Settings, Study, correlated, curve, main, panels, spread
-from kernel import spectrum
+from fitting import Data, fit, images, losses_of, mlp, squared, synthetic
+from frame import Settings, Study, Tables, correlated, curve, label_widths, main, panels, spread
+from kernel import label_noise
 from matplotlib.figure import Figure
-from noises import Relative
+from recipes import WEIGHTS
 from torch import nn
 
-from jbrprune.tpv import Isotropic, Quantization, trace_form
+from jbrprune.tpv import trace_form
 
 WIDTHS = (16, 32, 64, 128, 256, 512)
-PENALTIES = {"label_noise": 1e-2, "repeated_noise": 0.0}
 NAMES = {
     "isotropic": "noise of 0.01 on every weight",
     "relative": "noise of 1 % of each layer's weights",
@@ -30,9 +30,6 @@ NAMES = {
     "label_noise": "label noise of 1, penalty 0.01",
     "repeated_noise": "label noise of 1, no penalty",
 }
-
-
-WEIGHTS = {"isotropic": Isotropic(0.01), "relative": Relative(0.01), "quantization": Quantization(8)}
 
 
 def settings(quick: bool) -> Iterator[Settings]:
@@ -43,27 +40,18 @@ def settings(quick: bool) -> Iterator[Settings]:
                 yield {"data": data, "width": width, "seed": seed, **sizes}
 
 
-def measure(wanted: Settings, places: Places) -> dict[str, Any]:
-    model, data = trained(wanted, places)
+def measure(wanted: Settings, folder: Path | None) -> dict[str, Any]:
+    model, data = trained(wanted, folder)
     sides = {"train": data.images, "test": data.test_images}
-    found: dict[str, Any] = {"params": sum(parameter.numel() for parameter in model.parameters())}
-    for side, targets in zip(sides, (data.targets, data.test_targets), strict=True):
-        if wanted["data"] == "synthetic":
-            found[f"{side}_loss"] = squared(outputs(model, sides[side]), targets).item()
-        else:
-            found[f"{side}_loss"], found[f"{side}_accuracy"] = entropy_and_accuracy(model, sides[side], targets)
+    found = losses_of(model, data) | {"params": sum(parameter.numel() for parameter in model.parameters())}
+    how = {"rtol": 0.0, "method": "exact", "validity": False, "progress": False, "batch_size": 250}
+    for side, inputs in sides.items():
         for name, covariance in WEIGHTS.items():
-            how = {"rtol": 0.0, "method": "exact", "validity": False, "progress": False, "batch_size": 250}
-            found[f"{name}_{side}"] = trace_form(model, sides[side][:500], covariance, **how).value
-    if wanted["data"] == "synthetic":
-        seen = spectrum(model, data.images, tuple(sides.values()))
-        for name, penalty in PENALTIES.items():
-            values = seen.label_noise(penalty * seen.values.mean().item())
-            found |= {f"{name}_{side}": value for side, value in zip(sides, values, strict=True)}
-    return found
+            found[f"{name}_{side}"] = trace_form(model, inputs[:500], covariance, **how).value
+    return found | (label_noise(model, sides) if wanted["data"] == "synthetic" else {})
 
 
-def trained(wanted: Settings, places: Places) -> tuple[nn.Sequential, Data]:
+def trained(wanted: Settings, folder: Path | None) -> tuple[nn.Sequential, Data]:
     """A net and its data."""
     sizes = {name: wanted[name] for name in ("train", "test", "seed")}
     if wanted["data"] == "synthetic":
@@ -71,7 +59,7 @@ def trained(wanted: Settings, places: Places) -> tuple[nn.Sequential, Data]:
         model = mlp(20, wanted["width"], 1, seed=wanted["seed"])
         fit(model, data.images, data.targets, squared, steps=wanted["steps"], rate=3e-3)
         return model, data
-    data = images(wanted["data"], places.fashion_mnist, side=8, **sizes)
+    data = images(wanted["data"], folder, side=8, **sizes)
     model = mlp(64, wanted["width"], 10, seed=wanted["seed"])
     how = {"steps": wanted["steps"], "rate": 3e-3, "batch_size": 128, "seed": wanted["seed"]}
     fit(model, data.images, data.targets, nn.functional.cross_entropy, **how)
@@ -81,7 +69,7 @@ def trained(wanted: Settings, places: Places) -> tuple[nn.Sequential, Data]:
 # --- what came out ---------------------------------------------------------------------------------
 
 
-def tables(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def tables(frame: pd.DataFrame) -> Tables:
     means = frame.groupby(["data", "width"], sort=False).mean(numeric_only=True)
     widths = []
     for (data, width), part in frame.groupby(["data", "width"]):
@@ -123,14 +111,12 @@ def figure(frame: pd.DataFrame) -> Figure:
         left.set(xscale="log", yscale="log", ylabel="TPV / that of the narrowest", title=f"{data}, test inputs")
         right.set(xscale="log", yscale="log", ylabel="loss", title=data)
         for one in (left, right):
-            one.set_xticks(sorted(rows["width"].unique()), sorted(rows["width"].unique()))
-            one.minorticks_off()
-            one.set_xlabel("width")
+            label_widths(one, rows)
             one.legend(frameon=False, fontsize=7)
     return drawn
 
 
-STUDY = Study("width", __doc__ or "", settings, measure, tables, figure)
+STUDY = Study("width", __doc__, settings, measure, tables, figure)
 
 if __name__ == "__main__":
     main(STUDY)

@@ -18,15 +18,14 @@ from torch.func import functional_call, jacrev
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts" / "studies"))
 
+import common
 import first_order
 import fitting
 import frame
 import kernel
 import label_noise
 import recipes
-import relearning
 import stability
-from noises import Relative
 
 from jbrprune.errors import ArgumentError
 from jbrprune.tpv import LabelNoise, trace_form
@@ -51,9 +50,9 @@ def test_a_tiny_version_gives_lines_a_table_and_a_figure(
 ) -> None:
     study, out = importlib.import_module(name).STUDY, tmp_path / f"{name}.jsonl"
     frame.main(study, ["--out", str(out), "--quick"])
-    lines = frame.lines(out)
+    lines = common.lines(out)
     wanted = [s for s in study.settings(True) if s.get("data") != "fashion_mnist"]
-    assert [line["key"] for line in lines] == [frame.key_of(name, s) for s in wanted]
+    assert [line["key"] for line in lines] == [common.key_of([name, s]) for s in wanted]
     for line, settings in zip(lines, wanted, strict=True):
         assert settings.items() <= line.items()
         assert {"seconds", "versions", "hardware", "commit", "command"} <= line.keys()
@@ -73,7 +72,7 @@ def test_a_tiny_version_gives_lines_a_table_and_a_figure(
 def test_settings_tell_runs_apart_and_say_the_seed(name: str) -> None:
     study = importlib.import_module(name).STUDY
     for quick in (True, False):
-        keys = [frame.key_of(name, settings) for settings in study.settings(quick)]
+        keys = [common.key_of([name, settings]) for settings in study.settings(quick)]
         assert len(keys) == len(set(keys))
     seeds = {settings["seed"] for settings in study.settings(False)}
     assert len(seeds) == 3
@@ -82,7 +81,7 @@ def test_settings_tell_runs_apart_and_say_the_seed(name: str) -> None:
 def counting(broken: list[int]) -> frame.Study:
     """A study of five runs; those whose number is in the list are interrupted."""
 
-    def measure(settings: frame.Settings, places: frame.Places) -> dict[str, int]:
+    def measure(settings: frame.Settings, folder: Path | None) -> dict[str, int]:
         if settings["number"] in broken:
             raise KeyboardInterrupt
         return {"square": settings["number"] ** 2}
@@ -104,15 +103,15 @@ def test_an_interrupted_study_loses_no_line_and_doubles_none(tmp_path: Path) -> 
     out = tmp_path / "lines.jsonl"
     with pytest.raises(KeyboardInterrupt):
         frame.main(counting([3]), ["--out", str(out)])
-    assert [line["number"] for line in frame.lines(out)] == [0, 1, 2]
+    assert [line["number"] for line in common.lines(out)] == [0, 1, 2]
     out.write_bytes(out.read_bytes()[:-20])  # killed while the third line was written
     frame.main(counting([]), ["--out", str(out)])
-    assert sorted(line["number"] for line in frame.lines(out)) == [0, 1, 2, 3, 4]
+    assert sorted(line["number"] for line in common.lines(out)) == [0, 1, 2, 3, 4]
     assert len(out.read_text().splitlines()) == 5
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    def measure(settings: frame.Settings, places: frame.Places) -> dict[str, int]:
+    def measure(settings: frame.Settings, folder: Path | None) -> dict[str, int]:
         if settings["number"] == 1:
             raise ArgumentError("no such number")
         return {"square": 0}
@@ -121,7 +120,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytes
     study = frame.Study(study.name, study.about, study.settings, measure, study.tables, study.figure)
     with pytest.raises(SystemExit, match="1 of 5 runs failed"):
         frame.main(study, ["--out", str(out)])
-    assert [line["number"] for line in frame.lines(out)] == [0, 2, 3, 4]
+    assert [line["number"] for line in common.lines(out)] == [0, 2, 3, 4]
     assert "no such number" in capsys.readouterr().err
 
 
@@ -204,14 +203,6 @@ def test_squared_sums_over_outputs_and_averages_over_samples() -> None:
     assert fitting.squared(found, wanted).item() == pytest.approx(float(slow), rel=1e-6)
 
 
-def test_training_stops_at_its_goal() -> None:
-    data = fitting.synthetic("linear", dimension=4, train=40, test=5, seed=0)
-    model = fitting.mlp(4, 16, 1)
-    last = fitting.fit(model, data.images, data.targets, fitting.squared, steps=2000, rate=1e-2, goal=0.05)
-    assert 0.02 < last < 0.05
-    assert not model.training
-
-
 # --- label noise in closed form --------------------------------------------------------------------
 
 
@@ -273,9 +264,9 @@ def test_relearning_finds_the_ridge_solution_for_several_outputs() -> None:
     x = torch.cat([data.images.flatten(1), torch.ones(30, 1)], 1).double()
     noise, penalty = torch.randn(30, 3, dtype=torch.float64), 0.2
     before = fitting.outputs(model, data.images.double())
-    learner = relearning.relearn(model, data.images.double(), before + noise, penalty)
+    learner = fitting.relearn(model, data.images.double(), before + noise, penalty)
     step = torch.linalg.solve(x.T @ x / 30 + penalty * torch.eye(6, dtype=torch.float64), x.T @ noise / 30)
-    moved = relearning.change(model, learner)
+    moved = fitting.change(model, learner)
     assert torch.allclose(moved["1.weight"], step[:5].T, atol=1e-6)
     assert torch.allclose(moved["1.bias"], step[5], atol=1e-6)
 
@@ -303,7 +294,7 @@ def test_relative_noise_by_hand() -> None:
     square = x.square().flatten(1).sum(1).mean()
     by_hand = 0.01 * 2 * (weight.square().mean() * square + bias.square().mean())
     how = {"rtol": 0.0, "method": "exact", "validity": False, "progress": False}
-    assert trace_form(model, x, Relative(0.1), **how).value == pytest.approx(by_hand.item(), rel=1e-5)
+    assert trace_form(model, x, fitting.Relative(0.1), **how).value == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 def test_the_published_label_noise_step_by_step() -> None:
@@ -345,7 +336,7 @@ def test_perturbations_are_what_they_say() -> None:
 def test_the_error_of_first_order_by_hand() -> None:
     """Of a product of two layers the second order is the product of the changes."""
     settings = {"net": "mlp", "perturbation": "isotropic", "size": 0.2, "seed": 0, "steps": 3, "train": 64, "test": 20}
-    found = first_order.measure(settings, frame.Places())
+    found = first_order.measure(settings, None)
     model, data = fitting.on_digits("mlp", 0, 3, 64, 20)
     dw = first_order.isotropic(model, data, 0.2, 0)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
