@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,29 +11,24 @@ import torch
 from reference import signs
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from jbrprune.criteria.relevance import Relevance
-from jbrprune.criteria.weight_relevance import MAX_MEMORY, WeightScores, weight_scores
+from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
 
 # --- slow twins ------------------------------------------------------------------------------------------------------
 
 
 def products(model: nn.Module, images: Tensor, m: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Name -> ``[N, *shape]`` w_j g_j(x_n), g from vmap(grad)."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    buffers = dict(model.named_buffers())
-
-    def scalar(some: dict[str, Tensor], image: Tensor, direction: Tensor) -> Tensor:
-        logits = functional_call(model, (parameters | some, buffers), (image[None],))
-        return (logits[0] * direction).sum()
-
-    some = {name: parameters[name] for name in names}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # attention has no batching rule and is slow under vmap
-        found = vmap(grad(scalar), in_dims=(None, 0, 0))(some, images, m)
-    return {name: found[name] * parameters[name] for name in names}
+    """Name -> ``[N, *shape]`` w_j g_j(x_n), one plain backward after the other, on a copy."""
+    twin = copy.deepcopy(model).requires_grad_()
+    weights = [dict(twin.named_parameters())[name] for name in names]
+    found: list[list[Tensor]] = []
+    for image, direction in zip(images, m):
+        logits = twin(image[None].clone())
+        gradients = torch.autograd.grad((logits[0] * direction).sum(), weights, allow_unused=True)
+        found.append([w.detach() * (0 if g is None else g) for w, g in zip(weights, gradients)])
+    return {name: torch.stack(rows) for name, rows in zip(names, zip(*found))}
 
 
 def assert_exact(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
@@ -53,16 +48,15 @@ def scored(
     ignore: Sequence[str] = (),
     parameters: str = "weights",
     batch_size: int = 32,
-    max_memory: int = MAX_MEMORY,
     **how: Any,
 ) -> WeightScores:
     relevance = Relevance(**{"objective": "projection"} | how)
-    options = {"ignore": ignore, "parameters": parameters, "batch_size": batch_size, "max_memory": max_memory}
+    options = {"ignore": ignore, "parameters": parameters, "batch_size": batch_size}
     return weight_scores(model, images, relevance, **options)  # type: ignore[arg-type]
 
 
 def compare(model: nn.Module, images: Tensor, **options: Any) -> WeightScores:
-    """Score, compare with vmap(grad), and give back the scores."""
+    """Score, compare with one backward per sample, and give back the scores."""
     scores = scored(model, images, **options)
     with torch.no_grad():
         m = signs(len(images), model(images).shape[1], 0).to(images)
@@ -167,16 +161,6 @@ OWN: dict[str, Callable[[], nn.Module]] = {
     "four frames an image": lambda: PerImage(3),
     "four frames an image, pointwise": lambda: PerImage(1),
     "four frames an image, grouped": lambda: PerImage(3, groups=3),
-}
-
-# Every way to form the squares, on every layer that allows it: FEW_POSITIONS, UNFOLDED_POSITIONS, CACHE_BYTES
-ROUTES = {
-    "as it is": {},
-    "pairs": {"FEW_POSITIONS": 64},
-    "products": {"FEW_POSITIONS": 0, "UNFOLDED_POSITIONS": 10**6},
-    "kernels": {"FEW_POSITIONS": 0, "UNFOLDED_POSITIONS": 0},
-    "small blocks": {"FEW_POSITIONS": 0, "CACHE_BYTES": 200},
-    "small blocks of kernels": {"FEW_POSITIONS": 0, "UNFOLDED_POSITIONS": 0, "CACHE_BYTES": 700},
 }
 
 

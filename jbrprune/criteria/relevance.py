@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -15,12 +15,11 @@ from tqdm import tqdm
 
 from jbrprune.criteria.gates import Key, by_sample, differentiate, effects, gated_logits
 from jbrprune.criteria.objectives import OBJECTIVES, Directions, Objective
-from jbrprune.criteria.passes import check_logits, check_samples
 from jbrprune.criteria.scores import Accumulator, Scores, Settings
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError, check_known
-from jbrprune.evaluation.agreement import check_weights, explain_out_of_memory
+from jbrprune.evaluation.agreement import check_weights, explain_out_of_memory, raise_nonfinite
 from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import logits_of
 from jbrprune.structure.groups import Group, Member
@@ -155,29 +154,30 @@ class Relevance:
         # What is squared by itself: a unit, or a unit's share in one layer.
         parts = {group.name: split_by_layer(model, group) if self.site == "layers" else [group] for group in groups}
         squared = [part for own in parts.values() for part in own]
-        accumulator = Accumulator(squared, self.batch if self.statistic == "batched" else None)
-        share = distributed.Parts(batches, batch_size=batch_size, block=accumulator.batch)
-        shown = tqdm(share, "scoring", unit="batch", disable=None if progress else True, leave=False)
-        skipped = 0
+        accumulator = Accumulator({p.name: torch.zeros(p.size, dtype=torch.float64) for p in squared}, self.block)
+        power = 2 if self.block is None else 1
 
-        def score_share() -> None:
-            nonlocal skipped
-            for values, stays in relevances(model, shown, squared, self, means=means):
-                accumulator.add({name: v[stays] for name, v in values.items()})
-                skipped += int((~stays).sum())
+        def visit(numbered: Iterable[tuple[int, Batch]]) -> Iterator[Tensor]:
+            for values, stays in relevances(model, numbered, squared, self, means=means):
+                rows = {name: v[stays].cpu().double() for name, v in values.items()}
+                accumulator.add(
+                    int(stays.sum()), lambda some, rows=rows: {n: (v[some] ** power).sum(0) for n, v in rows.items()}
+                )
+                yield stays
 
-        distributed.fail_together(score_share)
-        share.check()
-        samples, skipped = distributed.total(accumulator.samples, skipped)
-        check_samples(samples, skipped, self.confidence)
+        samples, skipped = run_pass(batches, self, visit, batch_size=batch_size, progress=progress)
         totals = distributed.all_sum(accumulator.finish())
         sums = {name: torch.stack([totals[part.name] for part in own]).sum(0) for name, own in parts.items()}
         return Scores(sums, groups, samples, skipped, self.settings(self.site))
 
+    @property
+    def block(self) -> int | None:
+        """Samples whose mean is squared; None: every sample counts by itself."""
+        return self.batch if self.statistic == "batched" else None
+
     def settings(self, site: str) -> Settings:
         """What scores made at a site mean."""
-        batch = self.batch if self.statistic == "batched" else None
-        return Settings(self.objective, site, self.statistic, batch, self.confidence)
+        return Settings(self.objective, site, self.statistic, self.block, self.confidence)
 
     def check(self, what: Literal["units", "weights"]) -> None:
         """Refuse what has no meaning for units, or for single weights, or on several ranks.
@@ -369,3 +369,53 @@ def channel_means(
     share.check()
     sums, numbers = distributed.all_sum(totals), distributed.all_sum(counts)
     return {name: total / numbers[name] for name, total in sums.items()}
+
+
+def check_logits(model: nn.Module, batch: Batch, number: int, logits: Tensor, autocast: torch.dtype | None) -> None:
+    """Refuse logits that do not belong to the images, or are not finite."""
+    if len(logits) != len(batch):
+        raise ModelError(f"Batch {number}: {len(batch)} images went in, {len(logits)} rows of logits came out.")
+    if not torch.isfinite(logits).all():
+        raise_nonfinite(model, batch.images, f"Batch {number}: the logits", autocast_dtype=autocast)
+
+
+def run_pass(
+    batches: object,
+    how: Relevance,
+    visit: Callable[[Iterable[tuple[int, Batch]]], Iterator[Tensor]],
+    *,
+    batch_size: int,
+    progress: bool,
+) -> tuple[int, int]:
+    """Let this rank visit its share of the data.
+
+    Args:
+        batches: Anything that yields images.
+        how: Says which samples belong together.
+        visit: From batches, each with the position of its first sample, to ``[n]`` which samples of each stay.
+        batch_size: Images per pass where the data do not say.
+        progress: Show a progress bar.
+
+    Returns:
+        Samples that stay, and samples that are left out, of all ranks.
+
+    Raises:
+        DataError: No sample stays.
+    """
+    share = distributed.Parts(batches, batch_size=batch_size, block=how.block)
+    shown = tqdm(share, "scoring", unit="batch", disable=None if progress else True, leave=False)
+    counts = torch.zeros(2, dtype=torch.int64)
+
+    def visit_share() -> None:
+        for stays in visit(shown):
+            counts.add_(torch.tensor([stays.sum(), (~stays).sum()]))
+
+    distributed.fail_together(visit_share)
+    share.check()
+    samples, skipped = distributed.total(*counts.tolist())
+    if samples == 0:
+        raise DataError(
+            f"No sample was left: the dense model's largest probability exceeds confidence={how.confidence} on none "
+            f"of {skipped} images. Lower the threshold."
+        )
+    return samples, skipped

@@ -1,10 +1,11 @@
-"""Scores of removable units, as sums over samples that can be added, saved and ranked."""
+"""Scores as sums over samples, which can be added up, saved and ranked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from jbrprune.data.files import tensor_file, write_tensors
 from jbrprune.errors import ArgumentError, DataError
 from jbrprune.structure.groups import Group, Member
 
-KIND = "units"
+S = TypeVar("S", bound="SummedScores")
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,77 @@ class Settings:
     confidence: float = 0.0
 
 
+class SummedScores:
+    """What scores of units and of single weights have in common."""
+
+    KIND: ClassVar[str]
+    sums: Mapping[str, Tensor]
+    samples: int
+    skipped: int
+    settings: Settings
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Scores of one group or parameter: the mean over samples; for ``signed`` its absolute value."""
+        mean = self.sums[name] / self.samples
+        return mean.abs() if self.settings.statistic == "signed" else mean
+
+    def values(self) -> dict[str, Tensor]:
+        """Name -> scores."""
+        return {name: self[name] for name in self.sums}
+
+    def __add__(self: S, other: S) -> S:
+        """Merge the scores of two disjoint sets of samples.
+
+        The sum of the shards is the score of the whole; for ``batched`` if the shards are cut between batches,
+        and for the random signs of ``projection`` in expectation.
+
+        Raises:
+            ArgumentError: They were made with other settings, or of something else.
+        """
+        if type(other) is not type(self):
+            return NotImplemented
+        if self.settings != other.settings:
+            raise ArgumentError(f"Cannot add scores made with {self.settings} and {other.settings}.")
+        mine, theirs = self._scored(), other._scored()
+        if list(mine.items()) != list(theirs.items()):
+            name = next((n for n in [*mine, *theirs] if mine.get(n) != theirs.get(n)), "their order")
+            raise ArgumentError(
+                f"Cannot add scores of different {self.KIND}: they differ in {name}. Score both shards with the same "
+                "model, the same groups (of one call of find_groups) and the same `ignore`."
+            )
+        sums = {name: total + other.sums[name] for name, total in self.sums.items()}
+        counts = {"samples": self.samples + other.samples, "skipped": self.skipped + other.skipped}
+        return replace(self, sums=sums, **counts)  # type: ignore[type-var]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file (atomically)."""
+        header = {"settings": vars(self.settings), "samples": self.samples, "skipped": self.skipped}
+        write_tensors(path, self.KIND, header | {"scored": self._scored()}, self.sums)
+
+    @classmethod
+    def load(cls: type[S], path: str | Path) -> S:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, or does not hold such scores in a known format.
+        """
+        with tensor_file(path, cls.KIND) as (header, tensors):
+            sums = {name: tensors[name] for name in header["scored"]}
+            counts = {"samples": header["samples"], "skipped": header["skipped"]}
+            return cls(sums=sums, **counts, settings=Settings(**header["settings"]), **cls._read(header["scored"]))
+
+    def _scored(self) -> dict[str, Any]:
+        """Name -> what is scored, as JSON."""
+        return {name: list(total.shape) for name, total in self.sums.items()}
+
+    @staticmethod
+    def _read(scored: Mapping[str, Any]) -> dict[str, Any]:
+        """What else is made from it."""
+        return {}
+
+
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(SummedScores):
     """s_u = E_x[v_u(x)^2] (or its batched or mean-replaced form) for every unit of every group.
 
     Attributes:
@@ -40,77 +110,27 @@ class Scores:
         settings: Objective, site and statistic.
     """
 
+    KIND = "units"
     sums: Mapping[str, Tensor]
     groups: tuple[Group, ...]
     samples: int
     skipped: int
     settings: Settings
 
-    def __getitem__(self, name: str) -> Tensor:
-        """``[units]`` scores of one group: the mean over samples."""
-        return self.sums[name] / self.samples
-
-    def values(self) -> dict[str, Tensor]:
-        """Group name -> ``[units]`` scores."""
-        return {name: self[name] for name in self.sums}
-
-    def __add__(self, other: Scores) -> Scores:
-        """Merge the scores of two disjoint sets of samples.
-
-        The sum of the shards is the score of the whole; for ``batched`` if the shards are cut between batches,
-        and for the random signs of ``projection`` in expectation.
-
-        Raises:
-            ArgumentError: They were made with other settings, or for other units.
-        """
-        if self.settings != other.settings:
-            raise ArgumentError(f"Cannot add scores made with {self.settings} and {other.settings}.")
-        if list(map(_described, self.groups)) != list(map(_described, other.groups)):
-            raise ArgumentError(
-                "Cannot add scores of different units: the groups or their members differ. Score both shards with the "
-                "groups of one call of find_groups."
-            )
-        return replace(
-            self,
-            sums={name: total + other.sums[name] for name, total in self.sums.items()},
-            samples=self.samples + other.samples,
-            skipped=self.skipped + other.skipped,
-        )
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file (atomically)."""
-        tensors = {f"sums/{name}": total for name, total in self.sums.items()}
-        for number, group in enumerate(self.groups):
-            for position, member in enumerate(group.members):
-                tensors[f"members/{number}/{position}/channel"] = member.channel
-                tensors[f"members/{number}/{position}/unit"] = member.unit
-        header = {
-            "settings": vars(self.settings),
-            "samples": self.samples,
-            "skipped": self.skipped,
-            "groups": [
-                {"name": g.name, "kind": g.kind, "size": g.size, "axes": [list(m.axis) for m in g.members]}
-                for g in self.groups
-            ],
+    def _scored(self) -> dict[str, Any]:
+        return {
+            group.name: [group.kind, group.size]
+            + [[list(member.axis), member.channel.tolist(), member.unit.tolist()] for member in group.members]
+            for group in self.groups
         }
-        write_tensors(path, KIND, header, tensors)
 
     @staticmethod
-    def load(path: str | Path) -> Scores:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: The file is missing, damaged, or does not hold scores of units in a known format.
-        """
-        with tensor_file(path, KIND) as (header, tensors):
-            groups = tuple(_group(number, entry, tensors) for number, entry in enumerate(header["groups"]))
-            return Scores(
-                sums={group.name: tensors[f"sums/{group.name}"] for group in groups},
-                groups=groups,
-                samples=header["samples"],
-                skipped=header["skipped"],
-                settings=Settings(**header["settings"]),
-            )
+    def _read(scored: Mapping[str, Any]) -> dict[str, Any]:
+        groups = [
+            Group(name, kind, size, tuple(Member(tuple(axis), *map(torch.tensor, rest)) for axis, *rest in members))
+            for name, (kind, size, *members) in scored.items()
+        ]
+        return {"groups": tuple(groups)}
 
 
 def check_some(sums: Iterable[Tensor]) -> None:
@@ -124,50 +144,31 @@ def check_some(sums: Iterable[Tensor]) -> None:
             "Every score is zero, so nothing can be ranked: what the criterion looks at does not depend on any unit. "
             "Look at the model's logits on these images: where they do not differ from image to image, the images or "
             "the weights are not the right ones; where they are huge, the softmax is saturated and its gradient zero: "
-            "pass objective='projection' or 'margin', which do without it."
+            "choose the objective 'projection' or 'margin', which do without it."
         )
 
 
-def _described(group: Group) -> tuple:
-    members = [(member.axis, member.channel.tolist(), member.unit.tolist()) for member in group.members]
-    return group.name, group.kind, group.size, members
-
-
-def _group(number: int, entry: dict, tensors: Mapping[str, Tensor]) -> Group:
-    members = tuple(
-        Member(tuple(axis), tensors[f"members/{number}/{p}/channel"], tensors[f"members/{number}/{p}/unit"])
-        for p, axis in enumerate(entry["axes"])
-    )
-    return Group(entry["name"], entry["kind"], entry["size"], members)
-
-
 class Accumulator:
-    """Adds up per-sample relevances into the sums of a statistic.
+    """Adds up what samples contribute, in float64.
 
-    ``second_moment``: sum of v^2. ``batched``: consecutive samples are gathered to batches of ``batch``
-    whatever the size they arrive in, n_b * mean_b(v)^2 is summed; a last, smaller batch counts by its size.
+    Without a ``batch``, contributions are added. With one, those of consecutive samples are gathered to batches of
+    ``batch``, whatever the size they arrive in, and n_b * mean_b(v)^2 is added; a last, smaller batch counts by its
+    size.
     """
 
-    def __init__(self, groups: tuple[Group, ...], batch: int | None) -> None:
+    def __init__(self, like: Mapping[str, Tensor], batch: int | None) -> None:
         self.batch = batch
-        self.samples = 0
-        self.sums = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
-        self._open = {name: torch.zeros_like(total) for name, total in self.sums.items()}
+        self.sums = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+        self._open = {name: torch.zeros_like(tensor) for name, tensor in like.items()} if batch else self.sums
         self._filled = 0
 
-    def add(self, relevances: Mapping[str, Tensor]) -> None:
-        """Add ``[n, units]`` relevances of n samples, one tensor per group."""
-        n = len(next(iter(relevances.values())))
-        self.samples += n
-        if self.batch is None:
-            for name, v in relevances.items():
-                self.sums[name] += v.cpu().double().square().sum(0)  # on the CPU: not every accelerator has float64
-            return
+    def add(self, samples: int, of: Callable[[slice], Mapping[str, Tensor]]) -> None:
+        """Add samples; ``of`` gives the sum of the contributions of some of them."""
         start = 0
-        while start < n:
-            stop = min(n, start + self.batch - self._filled)
-            for name, v in relevances.items():
-                self._open[name] += v[start:stop].cpu().double().sum(0)
+        while start < samples:
+            stop = samples if self.batch is None else min(samples, start + self.batch - self._filled)
+            for name, total in of(slice(start, stop)).items():
+                self._open[name] += total.to(self._open[name])
             self._filled += stop - start
             start = stop
             if self._filled == self.batch:
@@ -175,7 +176,7 @@ class Accumulator:
 
     def finish(self) -> dict[str, Tensor]:
         """The sums, with what is left of an open batch."""
-        if self._filled:
+        if self.batch and self._filled:
             self._close()
         return self.sums
 

@@ -1,56 +1,43 @@
-r"""Scores of single weights: s_j = w_j^2 E_x[g_j(x)^2], g_j(x) = m(x)^T df/dw_j, exact per sample.
+r"""Relevance of single weights: s_j = w_j^2 E_x[g_j(x)^2], g_j(x) = m(x)^T df/dw_j.
 
-One backward to the activations. `jbrprune.criteria.collectors` sees every use of a scored parameter by a layer
-function, `jbrprune.criteria.squares` forms the squares.
-
-What is seen is compared with autograd on two images before the pass: a parameter that is used in any way that is not
-in this list is refused, and so are samples that influence each other.
+g is the gradient of sum_k m_k(x) f_k(x), sample by sample: `torch.func.vmap` of `torch.func.grad`, some samples at a
+time. Where a model cannot be mapped so (in-place operations, branches on values), one backward after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jbrprune.criteria.collectors import Means, Squares
-from jbrprune.criteria.factors import wide
-from jbrprune.criteria.objectives import OBJECTIVES
-from jbrprune.criteria.passes import (
-    Draws,
-    Question,
-    check_logits,
-    check_samples,
-    losses_of,
-    own,
-)
-from jbrprune.criteria.relevance import Relevance
-from jbrprune.criteria.scores import Settings
+from jbrprune.criteria.gates import differentiate
+from jbrprune.criteria.objectives import OBJECTIVES, Directions
+from jbrprune.criteria.relevance import Relevance, check_logits, run_pass
+from jbrprune.criteria.scores import Accumulator, Settings, SummedScores
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
-from jbrprune.data.files import tensor_file, write_tensors
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError, check_known
-from jbrprune.evaluation.agreement import check_weights
-from jbrprune.evaluation.portions import Portions
+from jbrprune.evaluation.agreement import check_weights, explain_out_of_memory
 from jbrprune.models import layers, preserve
-from jbrprune.models.preserve import logits_of
-from jbrprune.sparsity.masks import Slot, fresh, ignored, is_weight_layer, slots
+from jbrprune.models.preserve import copy_model, logits_of
+from jbrprune.sparsity.masks import Slot, fresh, ignored, is_weight_layer, make_permanent, slots
+from jbrprune.structure.verification import check_samples_apart
+
+log = logging.getLogger(__name__)
 
 Parameters = Literal["weights", "all"]
-PARAMETERS = ("weights", "all")
-
-KIND = "weights"
-MAX_MEMORY = 256 << 20
-"""Bytes of scratch memory unless the user says otherwise."""
+CHUNK_NUMBERS = 1 << 26
+"""Gradients of so many samples are formed at once that they are no more numbers than this, but of one at least."""
 
 
 @dataclass(frozen=True, eq=False)
-class WeightScores:
+class WeightScores(SummedScores):
     """s_j = E_x[(w_j g_j(x))^2] for every scored weight, or its batched or signed form.
 
     Attributes:
@@ -61,45 +48,11 @@ class WeightScores:
         settings: Objective and statistic; the site is ``weight``.
     """
 
+    KIND = "weights"
     sums: Mapping[str, Tensor]
     samples: int
     skipped: int
     settings: Settings
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Scores of one parameter, in its shape: the mean over samples; for ``signed`` its absolute value."""
-        mean = self.sums[name] / self.samples
-        return mean.abs() if self.settings.statistic == "signed" else mean
-
-    def values(self) -> dict[str, Tensor]:
-        """Parameter name -> scores in the parameter's shape."""
-        return {name: self[name] for name in self.sums}
-
-    def __add__(self, other: WeightScores) -> WeightScores:
-        """Merge the scores of two disjoint sets of samples.
-
-        The sum of the shards is the score of the whole; for ``batched`` if the shards are cut between batches.
-
-        Raises:
-            ArgumentError: They were made with other settings, or for other parameters.
-        """
-        if not isinstance(other, WeightScores):
-            return NotImplemented
-        if self.settings != other.settings:
-            raise ArgumentError(f"Cannot add scores made with {self.settings} and {other.settings}.")
-        shapes = [{name: tuple(total.shape) for name, total in s.sums.items()} for s in (self, other)]
-        if shapes[0] != shapes[1]:
-            name = next(n for n in shapes[0] | shapes[1] if shapes[0].get(n) != shapes[1].get(n))
-            raise ArgumentError(
-                f"Cannot add scores of different parameters: {name} has shapes {shapes[0].get(name)} and "
-                f"{shapes[1].get(name)}. Score both shards with the same model and the same `ignore`."
-            )
-        return replace(
-            self,
-            sums={name: total + other.sums[name] for name, total in self.sums.items()},
-            samples=self.samples + other.samples,
-            skipped=self.skipped + other.skipped,
-        )
 
     def importance_scores(self, model: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
         """The dictionary that ``torch.nn.utils.prune.global_unstructured(importance_scores=...)`` takes.
@@ -138,7 +91,7 @@ class WeightScores:
                     f"{slot.name} has shape {tuple(tensor.shape)}, but its scores {tuple(self.sums[key].shape)}: they "
                     "are of another model. Score this model."
                 )
-            found[slot.module, slot.kind] = self[key].to(tensor.device, wide(tensor.device))
+            found[slot.module, slot.kind] = self[key].to(tensor.device, _wide(tensor.device))
             missing.discard(key)
         if missing:
             raise ArgumentError(
@@ -147,23 +100,8 @@ class WeightScores:
             )
         return found
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file (atomically)."""
-        header = {"settings": vars(self.settings), "samples": self.samples, "skipped": self.skipped}
-        write_tensors(path, KIND, header, {f"sums/{name}": total for name, total in self.sums.items()})
 
-    @staticmethod
-    def load(path: str | Path) -> WeightScores:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: The file is missing, damaged, or does not hold scores of weights in a known format.
-        """
-        with tensor_file(path, KIND) as (header, tensors):
-            sums = {name.removeprefix("sums/"): tensor for name, tensor in tensors.items()}
-            return WeightScores(sums, header["samples"], header["skipped"], Settings(**header["settings"]))
-
-
+@torch.inference_mode(False)  # sums that are made in inference mode could not be added to
 def weight_scores(
     model: nn.Module,
     batches: object,
@@ -172,7 +110,6 @@ def weight_scores(
     ignore: Sequence[str] = (),
     parameters: Parameters = "weights",
     batch_size: int = 32,
-    max_memory: int = MAX_MEMORY,
     progress: bool = False,
 ) -> WeightScores:
     r"""Score every single weight: s_j = w_j^2 E_x[g_j(x)^2], g_j(x) = m(x)^T df/dw_j.
@@ -183,32 +120,25 @@ def weight_scores(
         batches: Anything that yields images (`jbrprune.data.batches.iterate`). Read once, streaming.
         relevance: Objective, statistic and how samples are chosen; the site has no meaning for single weights.
             ``second_moment``: E[(w g)^2] per sample. ``batched``: E[(mean over ``batch`` samples of w g)^2], as
-            in the published code. ``signed``: \|E[w g]\|, the form of SNIP. The last two need no per-sample gradient:
-            they cost one backward per batch.
+            in the published code. ``signed``: \|E[w g]\|, the form of SNIP. The last two need no gradient of a single
+            sample: they cost one backward per batch.
         ignore: Globs of modules or parameters that are left out (a module covers its submodules).
         parameters: ``weights`` of convolutions and linear layers, or ``all``: their biases, and the scales and biases
             of norms, as well.
         batch_size: Images per pass where the data do not say.
-        max_memory: Bytes for per-sample gradients and copies of activations, on top of what a forward and a backward
-            to the activations take, of the sums (8 bytes per weight), and of what PyTorch's own kernels take for
-            one sample. It bounds memory, not the result.
         progress: Show a progress bar.
 
     Returns:
-        `WeightScores`. Blocks are squared and summed in float32 (float64 models: float64) over a few samples, and
-        added to float64 sums.
+        `WeightScores`; sums over samples are float64.
 
     Raises:
-        ArgumentError: The statistic is of units, a glob matches nothing, or ``max_memory`` is too small for one row of
-            one sample.
+        ArgumentError: The statistic is of units, or a glob matches nothing.
         DataError: No data, or no sample above the confidence threshold; no labels where the objective needs them.
-        ModelError: A weight is transformed before it is used, or used in a way that is not known; samples influence
-            each other, or the first dimension of an activation is not the batch.
+        ModelError: A weight is computed from others, or samples influence each other.
         NonFiniteError: NaN or Inf in weights, images, logits or gradients.
 
     Source:
-        Arpit, arXiv 2512.11089 (relevance); squares of single per-sample gradients: Dangel et al., BackPACK, ICLR 2020;
-        ``signed``: Lee et al., SNIP, ICLR 2019.
+        Arpit, arXiv 2512.11089 (relevance); ``signed``: Lee et al., SNIP, ICLR 2019.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
@@ -216,78 +146,112 @@ def weight_scores(
         >>> scores["1.weight"].shape
         torch.Size([4, 12])
     """
-    check_known("parameters", parameters, PARAMETERS)
+    check_known("parameters", parameters, get_args(Parameters))
     relevance.check("weights")
-    if max_memory < 1:
-        raise ArgumentError(f"max_memory must be a positive number of bytes, got {max_memory}.")
     check_weights(model)
-    scored = _scored_slots(model, parameters, ignore)
-    batch = relevance.batch if relevance.statistic == "batched" else None
-    collector = Squares(model, scored, max_memory) if relevance.statistic == "second_moment" else Means(scored, batch)
-    question = Question(
-        OBJECTIVES[relevance.objective], relevance.confidence, relevance.autocast, Draws(relevance.seed)
-    )
-    parts = distributed.Parts(batches, batch_size=batch_size, block=batch)
-    shown = tqdm(parts, "scoring", unit="batch", disable=not progress, leave=False)
-    samples, skipped = distributed.fail_together(lambda: _collect(model, shown, collector, question))
-    parts.check()
-    samples, skipped = distributed.total(samples, skipped)
-    check_samples(samples, skipped, relevance.confidence)
-    settings = relevance.settings("weight")
-    sums = distributed.all_sum(collector.finish())
-    for name, total in sums.items():
+    with preserve.inference_state(model), fresh(model):
+        masked = any(slot.masked for slot in slots(model))
+        work = make_permanent(copy_model(model)) if masked else model
+    weights = {slot.name: slot.stored.detach() for slot in _scored_slots(work, parameters, ignore)}
+    directions = Directions(OBJECTIVES[relevance.objective], relevance.confidence, relevance.seed)
+    squared = relevance.statistic == "second_moment"
+    gradients = _Gradients(work, weights, relevance.autocast, squared)
+    accumulator = Accumulator({name: w.to(_wide(w.device)) for name, w in weights.items()}, relevance.block)
+
+    def visit(numbered: Iterable[tuple[int, Batch]]) -> Iterator[Tensor]:
+        for number, (start, batch) in enumerate(numbered):
+            with preserve.inference_state(work), explain_out_of_memory(len(batch)):
+                batch = batch.to(preserve.device_of(work))
+                if number == 0 and squared:
+                    check_samples_apart(work, batch.images, ())
+                logits = gradients.logits({}, batch.images)
+                check_logits(work, batch, number, logits, relevance.autocast)
+                m, stays = directions(logits, batch, start)
+                most = gradients.most or len(batch)
+                for x, of_x in zip(batch.images[stays].split(most), m[stays].split(most), strict=True):
+                    accumulator.add(len(x), lambda some, x=x, of_x=of_x: gradients(x[some], of_x[some]))
+            yield stays
+
+    samples, skipped = run_pass(batches, relevance, visit, batch_size=batch_size, progress=progress)
+    power = 1 if relevance.statistic == "signed" else 2
+    sums = {name: (total * weights[name].to(total) ** power).cpu() for name, total in accumulator.finish().items()}
+    totals = distributed.all_sum(sums)
+    for name, total in totals.items():
         if not torch.isfinite(total).all():
             raise NonFiniteError(
                 f"The scores of {name} contain NaN or Inf although the logits are finite: the gradient is not. A "
                 "square root of zero or an overflow in half precision does that; try float32."
             )
-    return WeightScores(sums, samples, skipped, settings)
+    return WeightScores(totals, samples, skipped, relevance.settings("weight"))
 
 
-def _collect(
-    model: nn.Module, numbered: Iterable[tuple[int, Batch]], collector: Squares | Means, question: Question
-) -> tuple[int, int]:
-    """Numbers of samples scored, and left out."""
-    device = preserve.device_of(model)
-    portions = Portions()
-    scored = seen = 0
-    for number, (start, batch) in enumerate(numbered):
-        with preserve.inference_state(model, gradients=collector.gradients), fresh(model):
-            batch = batch.to(device).map(own)
-            if number == 0:
-                collector.check(batch.images)
+class _Gradients:
+    """Gradients by single weights, summed over samples, or squared and then summed."""
 
-            def one(part: Batch, before: int, number: int = number, start: int = start) -> int:
-                return _added(model, part, number, start + before, collector, question)
+    def __init__(
+        self, model: nn.Module, weights: dict[str, Tensor], autocast: torch.dtype | None, squared: bool
+    ) -> None:
+        self.model, self.weights, self.autocast = model, weights, autocast
+        numbers = sum(weight.numel() for weight in weights.values())
+        self.most = max(1, CHUNK_NUMBERS // numbers) if squared else None
+        self.mapping, self.copying = True, False
 
-            scored += sum(portions.run(batch, one, collector.mark))
-        seen += len(batch)
-    return scored, seen - scored
+    def __call__(self, images: Tensor, m: Tensor) -> dict[str, Tensor]:
+        """Name -> sum over samples of the gradient of sum_k m_k f_k, or of its square, of at most ``most`` samples."""
+        return self._gradient(images, m) if self.most is None else self._squares(images, m)
 
+    def logits(self, weights: dict[str, Tensor], images: Tensor) -> Tensor:
+        """``[n, K]`` with other weights."""
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            return logits_of(functional_call(self.model, weights, (images.clone(),)))
 
-def _added(
-    model: nn.Module, batch: Batch, number: int, start: int, collector: Squares | Means, question: Question
-) -> int:
-    """Add a batch to the sums; the number of samples that were."""
-    amp = torch.autocast(batch.images.device.type, question.autocast, enabled=question.autocast is not None)
-    with torch.enable_grad(), collector.recording(len(batch)), amp:
-        logits = logits_of(model(batch.images.clone()))  # a clone, for a model that changes its input in place
-    check_logits(model, batch, number, logits, question.autocast)
-    losses, _ = losses_of(batch, logits, question, start)
-    if len(losses):
-        collector.backward(losses)
-    return len(losses)
+    def _squares(self, images: Tensor, m: Tensor) -> dict[str, Tensor]:
+        def scalar(weights: dict[str, Tensor], image: Tensor, m: Tensor) -> Tensor:
+            return (self.logits(weights, image[None])[0] * m).sum()
+
+        wide = _wide(images.device)
+        if self.mapping:
+            try:
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be mapped
+                    found = vmap(grad(scalar), in_dims=(None, 0, 0))(self.weights, images, m)
+                return {name: g.square().sum(0, dtype=wide) for name, g in found.items()}
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                why = str(error).partition("\n")[0]
+                log.info("Samples are differentiated one by one: torch.func.vmap does not take this model (%s).", why)
+                self.mapping = False
+        total: dict[str, Tensor] = {}
+        for image in zip(images.split(1), m.split(1), strict=True):
+            for name, g in self._gradient(*image).items():
+                total[name] = total.get(name, 0) + g.to(wide).square()
+        return total
+
+    def _gradient(self, images: Tensor, m: Tensor) -> dict[str, Tensor]:
+        """Parameters that take no part are absent."""
+
+        def run() -> tuple[Tensor | None, ...]:
+            leaves = {name: weight.clone().requires_grad_() for name, weight in self.weights.items()}
+            with torch.enable_grad():
+                total = (self.logits(leaves, images) * m).sum()
+            return torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+
+        found, self.copying = differentiate(run, self.copying)
+        return {name: g for name, g in zip(self.weights, found, strict=True) if g is not None}
 
 
 def _scored_slots(model: nn.Module, parameters: Parameters, ignore: Sequence[str]) -> list[Slot]:
     left_out = ignored(model, ignore)
     found: dict[int, Slot] = {}
     for name, module in model.named_modules():
-        for kind in _kinds(module, parameters):
+        kinds: tuple[str, ...] = ("weight",) if is_weight_layer(module) else ()
+        if parameters == "all" and layers.channel_dim(module) is not None:
+            kinds = ("weight", "bias")
+        for kind in kinds:
             slot = Slot(f"{name}.{kind}".removeprefix("."), module, kind)
             if {name, slot.name} & left_out or getattr(module, kind, None) is None:
                 continue
-            if module._parameters.get(kind) is None and not slot.masked:
+            if module._parameters.get(kind) is None:
                 raise ModelError(
                     f"{slot.name} ({type(module).__name__}) is not a plain parameter (a parametrization or a weight "
                     "norm computes it), so a single weight has no meaning there. Remove the parametrization, or put it "
@@ -299,7 +263,6 @@ def _scored_slots(model: nn.Module, parameters: Parameters, ignore: Sequence[str
     return list(found.values())
 
 
-def _kinds(module: nn.Module, parameters: Parameters) -> tuple[str, ...]:
-    if is_weight_layer(module):
-        return ("weight",) if parameters == "weights" else ("weight", "bias")
-    return ("weight", "bias") if parameters == "all" and layers.channel_dim(module) is not None else ()
+def _wide(device: torch.device) -> torch.dtype:
+    """The widest dtype for sums that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

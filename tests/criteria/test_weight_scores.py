@@ -84,8 +84,8 @@ def _scores(shape: tuple[int, ...] = (2, 3), name: str = "a.weight", **settings:
     "other, message",
     [
         (_scores(confidence=0.9), "made with"),
-        (_scores((3, 2)), r"a.weight has shapes \(2, 3\) and \(3, 2\)"),
-        (_scores(name="b.weight"), "different parameters"),
+        (_scores((3, 2)), "different weights: they differ in a.weight"),
+        (_scores(name="b.weight"), "different weights: they differ in a.weight"),
     ],
 )
 def test_unlike_scores_do_not_add(other: WeightScores, message: str) -> None:

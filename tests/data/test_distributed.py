@@ -24,7 +24,6 @@ from jbrprune import Scores, prune, score, sparsify, sweep
 from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint.resume import hash_tensors
 from jbrprune.cli import measure_agreement
-from jbrprune.criteria.passes import Draws
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data import distributed
@@ -410,13 +409,3 @@ def test_a_program_that_shares_its_gradients_may_call_on_one_rank_only() -> None
     first, second = on_ranks(2, work)
     assert second is None
     assert all(torch.equal(torch.as_tensor(first[name]), torch.as_tensor(value)) for name, value in one.items())
-
-
-def test_draws_belong_to_the_sample() -> None:
-    """In any order and portion, forwards and backwards, what one generator draws in order."""
-    whole = torch.randint(0, 2, (3000, 7), generator=torch.Generator().manual_seed(5), dtype=torch.int8)
-    draws = Draws(5)
-    for start, count in ((0, 3), (3, 1), (2500, 20), (2520, 5), (10, 4), (0, 1), (2999, 1)):
-        generator = draws.at(start, count, 7)
-        found = torch.randint(0, 2, (count, 7), generator=generator, dtype=torch.int8)
-        assert torch.equal(found, whole[start : start + count]), start
