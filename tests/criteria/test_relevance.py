@@ -23,9 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from jbrprune.criteria import relevance as criterion
 from jbrprune.criteria.objectives import OBJECTIVES, Target
 from jbrprune.criteria.relevance import Relevance
+from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch, iterate
 from jbrprune.data.distributed import number_batches
-from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from jbrprune.errors import ArgumentError, DataError, MemoryLimitError, ModelError, NonFiniteError
 from jbrprune.structure.discovery import find_groups, layer_groups
 from jbrprune.structure.groups import Group, Member
 
@@ -632,6 +633,23 @@ def test_gradients_that_are_not_finite_are_refused() -> None:
     model = Root()
     with pytest.raises(NonFiniteError, match="Batch 0: the relevances of group one:in contain NaN or Inf"):
         relevances(model, HAND_IMAGES, site_groups(model, "consumer"), site="consumer")
+
+
+def test_memory_that_runs_out_is_explained() -> None:
+    class Large(TwoUnits):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 3:  # the check that samples are apart sees three
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return super().forward(x)
+
+    images = HAND_IMAGES.repeat(2, 1, 1, 1)
+    for work in (
+        lambda **how: Relevance()(Large(), images, (HAND_GROUP,), **how),
+        lambda **how: weight_scores(Large(), images, **how),
+    ):
+        with pytest.raises(MemoryLimitError, match=r"ran out with 4 images at once .*Pass a smaller batch_size="):
+            work()
+        assert work(batch_size=2).samples == 4
 
 
 def test_logits_without_scored_layers_are_refused() -> None:
