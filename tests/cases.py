@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -15,6 +16,9 @@ from timm.models.resnet import Bottleneck
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from jbrprune.pruning.options import RunOptions
+from jbrprune.pruning.prepare import Calibration, open_problem, read_calibration
 
 CLASSES = 4
 
@@ -331,3 +335,9 @@ def images(n: int, size: int = 8, seed: int = 1) -> Tensor:
 
 def _downsample(inside: int, outside: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inside, outside, 1, 2, bias=False), nn.BatchNorm2d(outside))
+
+
+def calibration(model: nn.Module, data: object, *, judged: bool = False, **options: Any) -> Calibration:
+    """All of the images as a run splits them."""
+    how = RunOptions(**{"images": None, "progress": False} | options)
+    return read_calibration(open_problem(model, data, how.batch_size), how, judged=judged)

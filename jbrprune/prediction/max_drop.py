@@ -202,7 +202,7 @@ class _Walk:
     def _allowed(self, share: float) -> bool:
         """Measure the model as it is."""
         predicted = self.outlook.flips(share)
-        with self.state.clock.timed("judging"):
+        with self.state.timed("judging"):
             logits = torch.cat(compute_logits(self.state.model, self.judge))
         drop = measure_drop(logits, self.reference, self.labels)
         accepted = drop.within(self.allowed)

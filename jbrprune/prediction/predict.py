@@ -24,7 +24,7 @@ from jbrprune.prediction.validity import TOLERANCE, check, warn_if_constant
 from jbrprune.pruning.api import PruneResult
 from jbrprune.pruning.channels import find_channels, find_units
 from jbrprune.pruning.loop import run
-from jbrprune.pruning.options import ChannelOptions
+from jbrprune.pruning.options import ChannelOptions, RunOptions
 from jbrprune.pruning.prepare import open_problem, read_calibration
 from jbrprune.report.records import Report, import_optional
 from jbrprune.structure.groups import Group
@@ -145,9 +145,7 @@ def predict(
     problem.check_classes("predict")
     state = find_channels(problem, options, (least,))
     shares = [share for share in shares if share >= state.least]
-    read = read_calibration(
-        problem.dense, problem.data, images=images, batch_size=batch_size, seed=seed, progress=progress
-    )
+    read = read_calibration(problem, options)
     if calibrate and not read.gate:
         raise DataError(f"calibrate= prunes and repairs, which {count(read.score)} images are too few for.")
     scores = state.score(read.score, 1)
@@ -299,9 +297,8 @@ def degradation(
     problem.check_classes("degradation")
     _, found = find_units(problem.dense, problem.example, left_out, widths)
     cut = check_cut(units, found.groups)
-    read = read_calibration(
-        problem.dense, problem.data, images=images, batch_size=batch_size, seed=seed, progress=progress
-    )
+    options = RunOptions(images=images, batch_size=batch_size, seed=seed, progress=progress)
+    read = read_calibration(problem, options)
     batches = [*read.heldout, *read.score]  # in one order for all passes
     reference = _references(batches)
     changes = predict_changes(problem.dense, batches, found.groups, [cut], refits=refits, seed=seed, progress=progress)

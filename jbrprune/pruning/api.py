@@ -51,16 +51,8 @@ class PruneResult:
 
     def save(self, path: str | Path, *, card: bool = False, overwrite: bool = False) -> None:
         """Write the model into a directory (``card``: a model card as well); see `jbrprune.checkpoint`."""
-        save(
-            path,
-            self.model,
-            recipe=self.recipe,
-            config=self.config,
-            provenance=self.report.provenance,
-            report=self.report.to_dict(),
-            card=card,
-            overwrite=overwrite,
-        )
+        known = {"provenance": self.report.provenance, "report": self.report.to_dict()}
+        save(path, self.model, recipe=self.recipe, config=self.config, **known, card=card, overwrite=overwrite)
 
 
 @describe(ChannelOptions)
@@ -90,8 +82,21 @@ def prune(  # noqa: D417
     r"""Remove channels and heads from a trained model, without labels and without training.
 
     Units are ranked by relevance per cost, s_u / cost_u with s_u = E_x[(m(x)^T J_u(x) w_u)^2], and removed in steps;
-    after every step the model is repaired without training and scored again, until the budget is met. It is overshot
-    by less than one unit.
+    after every step the model is repaired without training and scored again, until the budget is met. A counted
+    budget is overshot by less than one unit. A budget of ``channels`` ranks by score alone, as the paper does.
+
+    * ``latency``, ``latency_ms``: units are ranked per multiply-accumulate. After every step the whole model is timed
+      in turns with the dense one, on one image and with one thread; that ratio decides when the budget is met.
+    * ``max_drop``: prediction proposes and measurement decides, on two fifths of the images, which neither score,
+      repair nor gate. Without a budget beside it, MACs are reduced as far as the floors allow.
+    * ``criterion``: a function ``(model, batches, groups)`` returns the scores of the units of every group by its name;
+      the lowest go first. It is called before every step. Scores made before hold for one step.
+    * ``repair``: ``auto`` tries what applies and keeps what brings the model closer to the dense one on images held
+      back; otherwise one or several of ``batch_norm``, ``mean_shift``, ``least_squares``, or None.
+    * ``resume``: a directory for this run alone. The same call with the same model, images and versions goes on behind
+      the last finished step, to the same weights and numbers. A function as ``criterion`` is compared by its name.
+    * ``inplace``: until the very end, and after an exception, the model is untouched. Its parameters are new objects
+      then: make a new optimizer.
 
     Args:
         model: A timm name (its pretrained weights are fetched; see `create`) or any module
@@ -152,8 +157,15 @@ def sparsify(  # noqa: D417
 ) -> PruneResult:
     """Set single weights to zero, without labels and without training.
 
-    Weights are ranked by s_j = w_j^2 E_x[(m(x)^T df/dw_j)^2]; those that stay are repaired without training.
-    Zeros make a model smaller on disk, and faster only where hardware knows the pattern.
+    Weights are ranked by s_j = w_j^2 E_x[(m(x)^T df/dw_j)^2]; those that stay are repaired without training. A sparsity
+    is reached exactly. Zeros make a model smaller on disk, and faster only where hardware knows the pattern.
+
+    * ``criterion``: a function ``(model, batches, names)`` returns scores in the shape of every named weight, none of
+      them negative; the lowest go first.
+    * ``shrink``: channels that contribute nothing once their weights are zero are removed; the outputs stay equal.
+    * ``permanent=False``: masks of `torch.nn.utils.prune` stay, with the values from before under them (zero in layers
+      that ``shrink`` has cut), to train on.
+    * ``repair``, ``resume``, ``inplace``: as for `prune`.
 
     Args:
         model: As for `prune`; it may be masked by `torch.nn.utils.prune` already, and what is masked stays so.
@@ -363,16 +375,14 @@ def info(
     _, found = find_units(dense, images, ignore, floors.width)
     costs = [cost_model(kind, dense, images, found.groups) for kind in ("macs", "params")]
     whole = [round(cost.total) for cost in costs]
-    rows = tuple(
-        InfoRow(
-            *(group.name, group.kind, group.size, *(round(cost.saving(group.name)) for cost in costs)),
-            layers=len({member.axis[0] for member in group.members}),
-        )
-        for group in found.groups
-    )
     sizes = {group.name: group.size for group in found.groups}
-    least = [reduce_to_floors(cost, found.groups, floors, sizes) / all_ for cost, all_ in zip(costs, whole)]
-    return Info(tuple(images.shape[1:]), *whole, *least, rows=rows, skipped=found.skipped)
+    rows = []
+    for group in found.groups:
+        layers = len({member.axis[0] for member in group.members})
+        savings = (round(cost.saving(group.name)) for cost in costs)
+        rows.append(InfoRow(group.name, group.kind, group.size, *savings, layers))
+    least = (reduce_to_floors(cost, found.groups, floors, sizes) / cost_ for cost, cost_ in zip(costs, whole))
+    return Info(tuple(images.shape[1:]), *whole, *least, tuple(rows), found.skipped)
 
 
 def carry_out(
@@ -393,8 +403,7 @@ def carry_out(
             if not options.permanent:
                 refuse_hidden_sharing(problem.given, structure.masks)
                 originals = {slot.name: slot.stored.detach().clone() for slot in slots(problem.given)}
-        how = {name: getattr(options, name) for name in ("images", "eval_data", "batch_size", "seed", "progress")}
-        images = read_calibration(problem.dense, problem.data, judged=drop is not None, **how)
+        images = read_calibration(problem, options, judged=drop is not None)
         if directory is not None:
             unrelated = ("progress", "resume", "inplace", "eval_data")
             depends = {name: value for name, value in vars(options).items() if name not in unrelated}
@@ -424,11 +433,11 @@ def transplant(source: nn.Module, target: nn.Module) -> nn.Module:
     Everything is prepared first, so that nothing can fail between the first change and the last.
     """
     pruned, changes = dict(source.named_modules()), []
-    make_permanent(target)
     for name, module in target.named_modules():
         new = vars(pruned[name])
         sizes = {key: value for key, value in new.items() if isinstance(value, int | tuple) and key != "training"}
         changes.append((module, sizes | {key: new[key] for key in ("_parameters", "_buffers")}))
+    make_permanent(target)
     for module, attributes in changes:
         vars(module).update(attributes)
     return target

@@ -81,7 +81,7 @@ class Channels(Structure):
     foreseen: float | None = None
 
     def copy(self) -> Channels:
-        """The same on a model of its own, for `restore`; the clock is shared."""
+        """The same on a model of its own, for `restore`; the times are shared."""
         return replace(self, model=preserve.copy_model(self.model), kept=dict(self.kept), steps=list(self.steps))
 
     def restore(self, saved: Channels) -> None:

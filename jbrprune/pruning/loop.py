@@ -6,6 +6,7 @@ What is removed is a *structure*: channels and heads (`jbrprune.pruning.channels
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -34,24 +35,6 @@ from jbrprune.structure.groups import Axis
 
 Agreed = tuple[Agreement | None, Agreement | None]
 """Held-out agreement at a stop, before and after the repair."""
-
-
-@dataclass(eq=False)
-class Clock:
-    """Seconds spent on each part of the work.
-
-    Attributes:
-        seconds: Part -> seconds.
-    """
-
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Add the time of the block to a part."""
-        start = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - start
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +75,7 @@ class Structure(ABC):
         masks: Parameter name -> boolean mask on the CPU, False where the model's value is zero and stays so.
         timings: Of the dense model and this one, where they were timed after the last step.
         overshoot: How much more than the truth a step expected the model to cost, as a share; the largest of all steps.
-        clock: Time spent on each part of the work.
+        seconds: Part of the work -> time spent on it.
     """
 
     problem: Problem
@@ -105,7 +88,14 @@ class Structure(ABC):
     masks: dict[str, Tensor] = field(default_factory=dict)
     timings: Timings | None = None
     overshoot: float = 0.0
-    clock: Clock = field(default_factory=Clock)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of the block to a part of the work."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
 
     @abstractmethod
     def goals(self) -> Iterator[Any]:
@@ -161,10 +151,10 @@ def run(
         DataError: The objective needs labels, or no image is left to score.
         NonFiniteError: NaN or Inf on the way.
     """
-    began, clock, options, targets = time.perf_counter(), structure.clock, structure.options, None
+    began, timed, options, targets = time.perf_counter(), structure.timed, structure.options, None
     dense = structure.size()
     if images.gate and options.methods:
-        with clock.timed("repair"):
+        with timed("repair"):
             targets = record_targets(structure.problem.dense, images.repair, structure.consumers())
 
     planned = structure.goals() if goals is None else goals
@@ -173,35 +163,29 @@ def run(
         if log is not None and number <= log.finished:
             stops, agreed = replay(structure, log, number)
         else:
-            with clock.timed("scoring"):
+            with timed("scoring"):
                 scores = structure.score(images.score, number)
-            with clock.timed("selection"):
+            with timed("selection"):
                 chosen = distributed.broadcast(structure.select(scores, goal))
-            with clock.timed("removal"):
+            with timed("removal"):
                 structure.apply(chosen)
             stops = goals is None and structure.is_stop(goal)
             outcome, agreed = repair_and_evaluate(structure, images, targets, stops)
-            size = structure.size()
-            row = StepRow(
-                step=number,
-                target=structure.share(goal),
-                macs=size.macs,
-                params=size.params,
-                seconds=time.perf_counter() - start,
-                nonzero=size.nonzero,
-                relative_latency=structure.timings.ratios[1] if structure.timings else None,
-            )
+            size, took = structure.size(), time.perf_counter() - start
+            row = StepRow(number, structure.share(goal), size.macs, size.params, took, nonzero=size.nonzero)
             if outcome is not None:
                 row = replace(row, unrepaired=outcome.before, repaired=outcome.after, repair=outcome.kept)
+            if structure.timings is not None:
+                row = replace(row, relative_latency=structure.timings.ratios[1])
             structure.steps.append(row)
             if log is not None:
                 facts = {"row": row, "stops": stops, "agreed": agreed, "overshoot": structure.overshoot}
                 state = structure.model.state_dict()
-                log.write(number, plain(facts | {"seconds": clock.seconds}), chosen, state, keep=stops)
+                log.write(number, plain(facts | {"seconds": structure.seconds}), chosen, state, keep=stops)
         if stops:
             yield report(structure, images, dense, agreed, began)
     if goals is not None:
-        with clock.timed("evaluation"):
+        with timed("evaluation"):
             final = agreement_on(structure.model, images.heldout) if images.heldout else None
         yield report(structure, images, dense, (None, final), began)
 
@@ -211,14 +195,14 @@ def repair_and_evaluate(
 ) -> tuple[Outcome | None, Agreed]:
     """Repair the model; at a stop, measure on the held-out images before and after."""
     measured, outcome, model = stops and bool(images.heldout), None, structure.model
-    with structure.clock.timed("evaluation"):
+    with structure.timed("evaluation"):
         before = after = agreement_on(model, images.heldout) if measured else None
     if targets is not None:
         how = structure.kept, structure.options.methods
-        with structure.clock.timed("repair"):
+        with structure.timed("repair"):
             outcome = repair_model(model, images.repair, images.gate, targets, *how, masks=structure.masks or None)
     if measured and outcome is not None and outcome.kept != "none":
-        with structure.clock.timed("evaluation"):
+        with structure.timed("evaluation"):
             after = agreement_on(model, images.heldout)
     return outcome, (before, after)
 
@@ -231,7 +215,7 @@ def replay(structure: Structure, log: ResumeLog, number: int) -> tuple[bool, Agr
         structure.model.load_state_dict(tensors)
     structure.steps.append(record(StepRow, facts["row"]))
     structure.overshoot = facts["overshoot"]
-    structure.clock.seconds.update(facts["seconds"])
+    structure.seconds.update(facts["seconds"])
     before, after = (None if found is None else record(Agreement, found) for found in facts["agreed"])
     return facts["stops"], (before, after)
 
@@ -240,7 +224,7 @@ def report(
     structure: Structure, images: Calibration, dense: Size, agreed: Agreed, began: float
 ) -> tuple[Delivery, Report]:
     """What is handed over at a stop, and what there is to say of it."""
-    problem, options, seconds = structure.problem, structure.options, dict(structure.clock.seconds)
+    problem, options, seconds = structure.problem, structure.options, dict(structure.seconds)
     seconds["total"] = time.perf_counter() - began
     made = structure.deliver()
     return made, Report(
@@ -262,15 +246,16 @@ def report(
     )
 
 
-def check_scores(scores: object, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def check_scores(scores: object, shapes: Mapping[str, Sequence[int]], *, least: float = -math.inf) -> dict[str, Tensor]:
     """Refuse scores that are not of these units or weights, or rank nothing; name -> scores on the CPU.
 
     Args:
         scores: What a criterion gave.
         shapes: Name of a group or a weight -> shape of its scores.
+        least: No score may be below this.
 
     Raises:
-        ArgumentError: Not scores, or of another model.
+        ArgumentError: Not scores, or of another model, or too low.
         NonFiniteError: NaN or Inf in them.
         DataError: All are zero.
     """
@@ -288,6 +273,8 @@ def check_scores(scores: object, shapes: Mapping[str, Sequence[int]]) -> dict[st
             )
         if not torch.isfinite(found).all():
             raise NonFiniteError(f"The scores of {name} contain NaN or Inf: nothing can be ranked by them.")
+        if (found < least).any():
+            raise ArgumentError(f"The scores of {name} are negative in places: the least important weight has 0.")
         checked[name] = found
     check_some(checked.values())
     return checked

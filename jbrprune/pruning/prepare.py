@@ -18,6 +18,7 @@ from jbrprune.errors import ArgumentError, DataError, JBRError, ModelError
 from jbrprune.evaluation.agreement import agreement, check_weights, compute_logits
 from jbrprune.evaluation.latency import describe_hardware
 from jbrprune.models import preserve, timm_models
+from jbrprune.pruning.options import RunOptions
 from jbrprune.sparsity.masks import fresh, make_permanent, masks_of
 
 FEWEST_TO_HOLD_BACK = 10
@@ -111,14 +112,23 @@ def open_problem(
         NonFiniteError: NaN or Inf in weights or logits.
     """
     given = model = create_model(model)
-    check_model(given)
+    for name, parameter in given.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ModelError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}: relevances and repairs need full precision. "
+                "Call model.float(), then this, and .half() afterwards; Relevance(autocast=torch.bfloat16) makes "
+                "scoring cheap."
+            )
+    check_weights(given)
     if not masked:
         preserve.refuse_masked(given)
     elif masks_of(given):
         with torch.no_grad(), fresh(given):  # deepcopy refuses a tensor with a graph, which a masked weight is
             model = make_permanent(preserve.copy_model(given))
     opened = data if isinstance(data, Tensor) else open_data(data, model, batch_size=batch_size)
-    batch, opened = peek(opened, batch_size)
+    with preserve.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
+        batches = iterate(opened, batch_size=batch_size)
+        batch = next(batches)
     first, parameter = batch.images, preserve.first_tensor(model)
     converted = first if parameter is None else first.to(parameter.dtype)
     recipe = timm_models.recipe(model)
@@ -126,20 +136,12 @@ def open_problem(
         given=given,
         dense=model,
         example=(converted if len(first) > 1 else converted.repeat(2, 1, 1, 1))[:2].to(preserve.device_of(model)),
-        data=opened,
+        data=itertools.chain([batch], batches) if isinstance(opened, Iterator) else opened,
         outputs=check_runs(model, first if as_given else converted),
         recipe=recipe,
         config=timm_models.data_config(model) if recipe else None,
         name=recipe.name if recipe else type(model).__name__,
     )
-
-
-def peek(data: object, batch_size: int) -> tuple[Batch, object]:
-    """The first batch, and data that still yield it."""
-    with preserve.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
-        batches = iterate(data, batch_size=batch_size)
-        first = next(batches)
-    return first, itertools.chain([first], batches) if isinstance(data, Iterator) else data
 
 
 def create_model(model: nn.Module | str) -> nn.Module:
@@ -154,23 +156,6 @@ def create_model(model: nn.Module | str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a timm name or an nn.Module, got {type(model).__name__}.")
     return model
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse a model that cannot be scored or pruned as it is.
-
-    Raises:
-        ModelError: Parameters in half precision.
-        NonFiniteError: NaN or Inf in the weights.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            raise ModelError(
-                f"{name} is {str(parameter.dtype).removeprefix('torch.')}: relevances and repairs need full precision. "
-                "Call model.float(), then this, and .half() afterwards; Relevance(autocast=torch.bfloat16) makes "
-                "scoring cheap."
-            )
-    check_weights(model)
 
 
 def check_runs(model: nn.Module, images: Tensor) -> int:
@@ -197,51 +182,38 @@ def check_runs(model: nn.Module, images: Tensor) -> int:
         ) from error
 
 
-def read_calibration(
-    model: nn.Module,
-    data: object,
-    *,
-    images: int | None,
-    eval_data: object = None,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: bool = False,
-    judged: bool = False,
-) -> Calibration:
+def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = False) -> Calibration:
     """Read the images, compute the dense model's logits on them, and split them at random.
 
     A fifth is held out for the report, unless ``eval_data`` is given; another fifth gates the repair. With ``judged``,
     two fifths decide how far to prune; without ``eval_data`` the report is about these, and says so.
 
     Args:
-        model: The dense model.
-        data: Images as `open_problem` opened them; batches that carry the dense model's logits as reference keep them.
-        images: Images to read; None: all.
-        eval_data: Images to report the agreement on; all are read.
-        batch_size: Images per pass.
-        seed: Seeds the split.
-        progress: Show a progress bar.
+        problem: The dense model, and the images; batches that carry its logits as reference keep them.
+        options: How many images, others to report on (all of which are read), images per pass, seed of the split.
         judged: Set images aside that decide how far to prune.
 
     Raises:
         DataError: The images cannot be used, or the model does not run on them.
         NonFiniteError: NaN or Inf in images or logits.
     """
-    whole = _read(model, data, images, batch_size, progress)
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    whole = _read(problem.dense, problem.data, options.images, options)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(options.seed))
     whole = whole.map(lambda tensor: tensor[order])
     fifth = len(whole) // 5 if len(whole) >= FEWEST_TO_HOLD_BACK else 0
-    apart = 2 * fifth if judged else fifth if eval_data is None else 0
+    apart = 2 * fifth if judged else fifth if options.eval_data is None else 0
 
     def part(start: int, stop: int) -> list[Batch]:
-        return rebatch([whole.map(lambda tensor: tensor[start:stop])], batch_size) if stop > start else []
+        batch = whole.map(lambda tensor: tensor[start:stop])
+        return rebatch([batch], options.batch_size) if stop > start else []
 
-    if eval_data is None:
+    if options.eval_data is None:
         heldout, purpose = part(0, apart), "also decided how far to prune" if judged else "were used for nothing else"
         described = f"{apart} calibration images that {purpose}"
     else:
-        others = _read(model, open_data(eval_data, model, batch_size=batch_size), None, batch_size, progress)
-        heldout, described = rebatch([others], batch_size), f"{len(others)} images of eval_data"
+        opened = open_data(options.eval_data, problem.dense, batch_size=options.batch_size)
+        others = _read(problem.dense, opened, None, options)
+        heldout, described = rebatch([others], options.batch_size), f"{len(others)} images of eval_data"
     cut = len(whole) - fifth
     return Calibration(
         score=part(apart, len(whole)),
@@ -254,17 +226,17 @@ def read_calibration(
     )
 
 
-def _read(model: nn.Module, data: object, images: int | None, batch_size: int, progress: bool) -> Batch:
+def _read(model: nn.Module, data: object, images: int | None, options: RunOptions) -> Batch:
     """Images in the model's precision, with the dense model's logits."""
     with preserve.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
-        batches = distributed.fail_together(lambda: materialise(data, images=images, batch_size=batch_size))
+        batches = distributed.fail_together(lambda: materialise(data, images=images, batch_size=options.batch_size))
     batches = distributed.broadcast(batches)  # a loader that shuffles gives every rank others
     parameter = preserve.first_tensor(model)
     if parameter is not None:
         batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
     check_runs(model, batches[0].images)
     if any(batch.reference is None for batch in batches):
-        logits = compute_logits(model, batches, progress=progress)
+        logits = compute_logits(model, batches, progress=options.progress)
         batches = [replace(batch, reference=reference) for batch, reference in zip(batches, logits)]
     whole = concatenate(batches)
     if whole.reference is not None:

@@ -15,7 +15,7 @@ from jbrprune.checkpoint.description import packed_bytes
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
 from jbrprune.data.batches import Batch
-from jbrprune.errors import ArgumentError, BudgetError, ModelError, UnsupportedModelError
+from jbrprune.errors import BudgetError, ModelError, UnsupportedModelError
 from jbrprune.evaluation.agreement import bytes_of, parameters_of
 from jbrprune.models import preserve
 from jbrprune.pruning.loop import Delivery, Structure, check_scores
@@ -74,7 +74,7 @@ class Weights(Structure):
         else:
             known = isinstance(criterion, WeightScores)
             scores = criterion if known else criterion(self.model, batches, list(self.shapes))
-        return check_weight_scores(scores, self.shapes)
+        return check_scores(scores, self.shapes, least=0)
 
     def select(self, scores: Mapping[str, Tensor], goal: Goal) -> dict[str, Tensor]:
         """The masks that reach a goal, without those of weights that a pattern does not fit."""
@@ -127,7 +127,7 @@ class Weights(Structure):
         if options.shrink:
             parameters = {slot.name for slot in slots(model)}  # removing channels knows nothing smaller than modules
             left_out = {n.rpartition(".")[0] if n in parameters else n for n in ignored(model, options.ignore)} - {""}
-            with self.clock.timed("shrinking"):
+            with self.timed("shrinking"):
                 shrunk = shrink(model, self.problem.example, masks=masks, ignore=sorted(left_out), seed=options.seed)
             removed = (
                 f"{sum(shrunk.removed.values())} channels that contributed nothing were removed from "
@@ -198,19 +198,10 @@ def find_weights(problem: Problem, options: WeightOptions, stops: Sequence[Goal]
         macs=sum(count_macs(model, problem.example).values()),
     )
     if isinstance(options.criterion, WeightScores):
-        check_weight_scores(options.criterion, shapes)
+        check_scores(options.criterion, shapes, least=0)
     for stop in stops:
         weights.select({name: weights.masks[name].float() for name in shapes}, stop)
     return weights
-
-
-def check_weight_scores(scores: object, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """As `check_scores`; scores of single weights are not negative either."""
-    checked = check_scores(scores, shapes)
-    for name, values in checked.items():
-        if (values < 0).any():
-            raise ArgumentError(f"The scores of {name} are negative in places: the least important weight has 0.")
-    return checked
 
 
 def size_with_masks(model: nn.Module, masks: Mapping[str, Tensor], macs: int) -> Size:

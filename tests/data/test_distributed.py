@@ -31,7 +31,6 @@ from jbrprune.data.batches import Batch, iterate
 from jbrprune.errors import ArgumentError, CheckpointError, DataError, NonFiniteError, RankError
 from jbrprune.evaluation.agreement import Agreement, agreement, compute_logits
 from jbrprune.prediction import max_drop as search
-from jbrprune.pruning.prepare import read_calibration
 from jbrprune.repair import repair
 from jbrprune.repair.repair import record_targets, repair_model
 from jbrprune.structure.discovery import layer_groups
@@ -254,7 +253,7 @@ def test_a_loader_that_shuffles_shows_all_ranks_the_same(tmp_path: Path) -> None
         loader = DataLoader(TensorDataset(images), batch_size=4, shuffle=True)
         states = distributed.gather(hash_tensors({"state": torch.get_rng_state()}))
         assert len(set(states)) == len(states)
-        read = read_calibration(net, loader, images=None)
+        read = cases.calibration(net, loader)
         orders = distributed.gather([hash_tensors({"images": batch.images}) for batch in read.score])
         assert all(order == orders[0] for order in orders)
         found = score(net, loader, progress=False)

@@ -17,7 +17,6 @@ from jbrprune.data.batches import Batch, concatenate
 from jbrprune.errors import ArgumentError, BudgetError, DataError
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.prediction import max_drop as search_module
-from jbrprune.pruning.prepare import read_calibration
 from jbrprune.report.records import Search
 
 IMAGES = cases.images(60, 32).float()
@@ -27,7 +26,7 @@ QUICK: dict[str, Any] = {"progress": False, "floors": Floors(channels=1)}
 def judges(model: nn.Module, labels: Tensor | None = None, seed: int = 0) -> Batch:
     """The images that decide, found by an own reading of the same split."""
     data = IMAGES if labels is None else [(IMAGES, labels)]
-    return concatenate(read_calibration(model.eval(), data, images=512, seed=seed, judged=True).judge)
+    return concatenate(cases.calibration(model.eval(), data, seed=seed, judged=True).judge)
 
 
 def lost(pruned: nn.Module, images: Batch) -> int:
@@ -98,13 +97,13 @@ def test_with_labels_the_accuracy_decides() -> None:
 
 
 def test_images_that_decide_are_used_for_nothing_else() -> None:
-    parts = read_calibration(own(), IMAGES, images=None, judged=True)
+    parts = cases.calibration(own(), IMAGES, judged=True)
     sizes = [sum(map(len, part)) for part in (parts.score, parts.repair, parts.gate, parts.judge, parts.heldout)]
     assert sizes == [36, 24, 12, 24, 24]
     scored = {image.sum().item() for batch in parts.score for image in batch.images}
     assert not scored & {image.sum().item() for batch in parts.judge for image in batch.images}
     assert parts.described == "24 calibration images that also decided how far to prune"
-    other = read_calibration(own(), IMAGES, images=None, eval_data=IMAGES[:7] + 1, judged=True)
+    other = cases.calibration(own(), IMAGES, eval_data=IMAGES[:7] + 1, judged=True)
     assert [sum(map(len, part)) for part in (other.score, other.judge, other.heldout)] == [36, 24, 7]
 
 

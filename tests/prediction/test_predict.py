@@ -25,7 +25,6 @@ from jbrprune.models.preserve import copy_model
 from jbrprune.prediction import predict as predict_module
 from jbrprune.pruning import api
 from jbrprune.pruning.channels import Channels
-from jbrprune.pruning.prepare import read_calibration
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.slicing import remove_units
 from jbrprune.tpv import TPVWarning
@@ -37,7 +36,7 @@ SHARES = [0.5, 0.9, 0.7]
 
 def heldout(model: nn.Module) -> list[Batch]:
     """What predict() measures the pruned models on."""
-    return read_calibration(model.eval(), IMAGES, images=512, seed=0).heldout
+    return cases.calibration(model.eval(), IMAGES).heldout
 
 
 def rows(frame: pandas.DataFrame) -> list[dict[str, Any]]:

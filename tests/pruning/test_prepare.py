@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import cases
 import pytest
 import timm
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from jbrprune.data.batches import Batch, concatenate, count
 from jbrprune.errors import DataError, NonFiniteError
-from jbrprune.pruning.prepare import FEWEST_TO_HOLD_BACK, Calibration, read_calibration
+from jbrprune.pruning.prepare import FEWEST_TO_HOLD_BACK, Calibration
 
 
 def net(classes: int = 3) -> nn.Module:
@@ -38,7 +39,7 @@ def sizes(parts: Calibration) -> tuple[int, int, int, int]:
     [(1, (1, 1, 0, 0)), (9, (9, 9, 0, 0)), (10, (8, 6, 2, 2)), (14, (12, 10, 2, 2)), (40, (32, 24, 8, 8))],
 )
 def test_a_fifth_is_held_out_and_a_fifth_gates(n: int, expected: tuple[int, ...]) -> None:
-    parts = read_calibration(net().eval(), images(n), images=None)
+    parts = cases.calibration(net().eval(), images(n))
     assert sizes(parts) == expected
     assert parts.described == f"{expected[3]} calibration images that were used for nothing else"
     assert sorted(numbers(parts.score) + numbers(parts.heldout)) == list(range(n))
@@ -47,16 +48,14 @@ def test_a_fifth_is_held_out_and_a_fifth_gates(n: int, expected: tuple[int, ...]
 
 @pytest.mark.parametrize(("n", "expected"), [(9, (9, 9, 0, 7)), (40, (40, 32, 8, 7))])
 def test_images_of_their_own_for_the_report(n: int, expected: tuple[int, ...]) -> None:
-    parts = read_calibration(net().eval(), images(n), images=None, eval_data=images(7, seed=1))
+    parts = cases.calibration(net().eval(), images(n), eval_data=images(7, seed=1))
     assert sizes(parts) == expected
     assert parts.described == "7 images of eval_data"
     assert numbers(parts.heldout) == list(range(7))
 
 
 def test_the_split_is_random_and_the_same_for_a_seed() -> None:
-    one, same, other = (
-        numbers(read_calibration(net().eval(), images(40), images=None, seed=s).score) for s in (1, 1, 2)
-    )
+    one, same, other = (numbers(cases.calibration(net().eval(), images(40), seed=s).score) for s in (1, 1, 2))
     assert one == same
     assert one != other
     assert one != sorted(one)
@@ -65,7 +64,7 @@ def test_the_split_is_random_and_the_same_for_a_seed() -> None:
 def test_every_image_keeps_its_label_and_the_logits_of_the_dense_model() -> None:
     model = net().eval()
     data = [(images(25), torch.arange(25) % 3)]
-    parts = read_calibration(model, data, images=None, eval_data=data, batch_size=4)
+    parts = cases.calibration(model, data, eval_data=data, batch_size=4)
     for batches in (parts.score, parts.repair, parts.gate, parts.heldout):
         whole = concatenate(batches)
         assert whole.labels is not None
@@ -84,20 +83,20 @@ def test_no_more_is_read_than_was_asked_for() -> None:
             read.append(1)
             yield images(8)
 
-    parts = read_calibration(net().eval(), endless(), images=20)
+    parts = cases.calibration(net().eval(), endless(), images=20)
     assert len(read) == 3
     assert count(parts.score) + count(parts.heldout) == 20
 
 
 def test_images_take_the_precision_of_the_model() -> None:
-    parts = read_calibration(net().double().eval(), images(3), images=None)
+    parts = cases.calibration(net().double().eval(), images(3))
     assert parts.score[0].images.dtype == parts.score[0].reference.dtype == torch.float64  # type: ignore[union-attr]
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were(fingerprint: Callable[[nn.Module], dict]) -> None:
     model = net()
     before = fingerprint(model)
-    read_calibration(model, images(12), images=None, seed=3)
+    cases.calibration(model, images(12), seed=3)
     assert fingerprint(model) == before
 
 
@@ -159,7 +158,7 @@ def test_images_that_cannot_be_used(case: str, fingerprint: Callable[[nn.Module]
     model = make()
     before = fingerprint(model)
     with pytest.raises(error, match=message):
-        read_calibration(model, data, **{"images": None, **options})
+        cases.calibration(model, data, **options)
     assert fingerprint(model) == before
 
 

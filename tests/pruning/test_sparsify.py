@@ -317,7 +317,7 @@ def test_the_model_is_left_as_it_was(make: Callable[[], nn.Module], fingerprint:
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
-    "where", ["repair_and_evaluate", "check_weight_scores", "repair_model", "record_targets", "agreement_on", "report"]
+    "where", ["repair_and_evaluate", "check_scores", "repair_model", "record_targets", "agreement_on", "report"]
 )
 def test_an_exception_in_the_middle(
     where: str, inplace: bool, monkeypatch: pytest.MonkeyPatch, fingerprint: Callable[[nn.Module], dict]
@@ -327,7 +327,7 @@ def test_an_exception_in_the_middle(
 
     model = premasked()
     before = fingerprint(model)
-    monkeypatch.setattr(weights_module if where == "check_weight_scores" else loop, where, interrupted)
+    monkeypatch.setattr(weights_module if where == "check_scores" else loop, where, interrupted)
     with pytest.raises(KeyboardInterrupt):
         thin(model, sparsity=0.7, inplace=inplace)
     assert fingerprint(model) == before
