@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -291,7 +291,7 @@ class _Task:
     first: int = 0
     autocast: torch.dtype | None = None
     outputs: int = 0
-    prints: list[int] = field(default_factory=list)
+    seen: int | None = None
     head: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -393,25 +393,22 @@ class _Task:
 
     def _read(self, parts: distributed.Parts, what: str) -> Iterator[tuple[int, int, Tensor]]:
         """One pass over the own part: the number of each batch, that of its first image, and the images."""
-        first, number = not self.prints, 0
+        number = seen = 0
         for start, batch in tqdm(parts, what, unit="batch", disable=not self.progress, leave=False):
             images = batch.images.detach()[: None if self.samples is None else max(0, self.samples - start)]
             if not len(images):
                 break
-            found = zlib.crc32(images.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            if first:
-                self.prints.append(found)
-            elif found not in self.prints[number : number + 1]:
-                raise DataError(
-                    f"Batch {number} is not the one of the first pass: the data are shuffled or augmented anew every "
-                    "time they are read. Use shuffle=False, or pass a tensor or a list of batches."
-                )
+            seen = zlib.crc32(images.cpu().contiguous().view(torch.uint8).numpy().tobytes(), seen)
             images = images.to(device_of(self.model))
             self.head = images if self.head is None else self.head
             yield number, start, images
             number += 1
-        if number != len(self.prints):
-            raise DataError(f"The data gave {len(self.prints)} batches in the first pass and {number} in a later one.")
+        if self.seen not in (None, seen):
+            raise DataError(
+                f"The {number} batches are not those of the first pass: the data are shuffled or augmented anew every "
+                "time they are read. Use shuffle=False, or pass a tensor or a list of batches."
+            )
+        self.seen = seen
 
     def reached(self, found: Estimate) -> bool:
         """Whether the relative standard error is small enough to stop."""

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from jbrprune.data.batches import Batch, concatenate, materialise
 from jbrprune.errors import ArgumentError, NonFiniteError, check_known
-from jbrprune.models import preserve
-from jbrprune.models.preserve import copy_model, logits_of
+from jbrprune.models.preserve import copy_model, device_of, inference_state, logits_of, same_randomness
 from jbrprune.tpv.covariances import Change, Gradients
 from jbrprune.tpv.estimators import sample_gradients
 from jbrprune.tpv.validity import TPVWarning, linear_outputs, outputs_of
@@ -101,30 +100,38 @@ class SGDNoise:
         if not 0 < self.lr < math.inf or self.batch_size < 1:
             raise ArgumentError(f"lr and batch_size must be positive, got {self.lr} and {self.batch_size}.")
 
-    def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> StationarySGD:
+    def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> TrainingNoise:
         """The covariance of these weights."""
         batches = materialise(self.data, images=self.samples, batch_size=64)
-        kind = StationarySGD if self.trajectory is None else SGDWalk
-        return kind(model, weights, [batch.to(preserve.device_of(model)) for batch in batches], self)
+        return TrainingNoise(model, weights, [batch.to(device_of(model)) for batch in batches], self)
 
 
 @dataclass(eq=False)
-class StationarySGD:
-    """C = lr / (2 B) G.
+class TrainingNoise:
+    """C = lr / (2 B) G, or draws along a trajectory of SGD.
 
     Attributes:
         model: The model at w*.
         weights: The weights that are perturbed.
         batches: The N images, on the model's device.
-        noise: Learning rate, batch size and loss.
+        noise: Learning rate, batch size, loss and trajectory.
+        walker: The copy of the model that moves along the trajectory; None before the first draw.
+        velocity: Name -> velocity of the walker.
     """
 
     model: nn.Module
     weights: Mapping[str, Tensor]
     batches: list[Batch]
     noise: SGDNoise
+    walker: nn.Module | None = None
+    velocity: dict[str, Tensor] = field(default_factory=dict)
 
     by_draws = True
+
+    @property
+    def walked(self) -> bool:
+        """Whether draws follow from one another."""
+        return self.noise.trajectory is not None
 
     @property
     def scale(self) -> float:
@@ -132,11 +139,17 @@ class StationarySGD:
         return self.noise.lr / (2 * self.noise.batch_size) / sum(map(len, self.batches))
 
     def quadratic(self, gradients: Gradients) -> Tensor:
-        r"""``[B]`` scale sum_i \|A_i^T J(x_i) g\|^2, A_i as in `sample`: one Jacobian-vector product per g and x_i."""
+        r"""``[B]`` scale sum_i \|A_i^T J(x_i) g\|^2, A_i as in `sample`: one Jacobian-vector product per g and x_i.
+
+        Raises:
+            ArgumentError: There is a trajectory, whose covariance is not known.
+        """
+        if self.walked:
+            raise ArgumentError("The covariance of a trajectory of SGD is not known: use method='jvp', or empirical().")
         total = torch.zeros(len(next(iter(gradients.values()))), dtype=torch.float64)
         for n in range(len(total)):
             for batch in self.batches:
-                with preserve.inference_state(self.model):
+                with inference_state(self.model):
                     direction = {name: g[n] for name, g in gradients.items()}
                     outputs, product = linear_outputs(self.model, batch.images, direction, logits_of)
                 if self.noise.loss == "cross_entropy":
@@ -146,13 +159,15 @@ class StationarySGD:
         return self.scale * total
 
     def sample(self, generator: torch.Generator) -> Change:
-        """sqrt(scale) sum_i J(x_i)^T A_i e_i with standard normal e_i: one backward over the images.
+        """sqrt(scale) sum_i J(x_i)^T A_i e_i with standard normal e_i, one backward over the images; or steps further.
 
         A_i A_i^T = H_i; A_i = diag(sqrt p_i) - p_i sqrt(p_i)^T for ``cross_entropy``, the identity for ``mse``.
         """
+        if self.noise.trajectory is not None:
+            return self._walk(self.noise.trajectory, generator)
         change = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         for batch in self.batches:
-            with preserve.inference_state(self.model, gradients=True):
+            with inference_state(self.model, gradients=True):
                 leaves = dict(self.model.named_parameters())
                 outputs = outputs_of(self.model, batch.images)
                 e = torch.randn(outputs.shape, generator=generator).to(outputs)
@@ -165,32 +180,8 @@ class StationarySGD:
                     change[name] += math.sqrt(self.scale) * gradient
         return change
 
-
-@dataclass(eq=False)
-class SGDWalk(StationarySGD):
-    """Draws along a trajectory of SGD.
-
-    Attributes:
-        walker: The copy of the model that moves; None before the first draw.
-        velocity: Name -> velocity of the walker.
-    """
-
-    walker: nn.Module | None = None
-    velocity: dict[str, Tensor] = field(default_factory=dict)
-
-    walked = True
-
-    def quadratic(self, gradients: Gradients) -> Tensor:
-        """Refused.
-
-        Raises:
-            ArgumentError: Always.
-        """
-        raise ArgumentError("The covariance of a trajectory of SGD is not known: use method='jvp', or empirical().")
-
-    def sample(self, generator: torch.Generator) -> Change:
+    def _walk(self, path: Trajectory, generator: torch.Generator) -> Change:
         """The walker's weights minus w*, after the burn-in, then ``every`` steps later."""
-        path: Trajectory = self.noise.trajectory  # type: ignore[assignment]
         steps = path.every
         if self.walker is None:
             self.walker = copy_model(self.model).eval()
@@ -199,7 +190,7 @@ class SGDWalk(StationarySGD):
         leaves = {name: p for name, p in self.walker.named_parameters() if name in self.weights}
         for _ in range(steps):
             picked = torch.randperm(len(whole), generator=generator)[: self.noise.batch_size]
-            with preserve.inference_state(self.walker, gradients=True):
+            with inference_state(self.walker, gradients=True):
                 loss = self._loss(whole.map(lambda tensor, picked=picked: tensor[picked]), generator)
                 found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
             if not torch.isfinite(loss):
@@ -214,7 +205,7 @@ class SGDWalk(StationarySGD):
     def _loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Loss of the walker on a batch; targets that are not there are drawn from the model at w*."""
         walker: nn.Module = self.walker  # type: ignore[assignment]
-        with preserve.inference_state(self.model):
+        with inference_state(self.model):
             dense = outputs_of(self.model, batch.images)
         outputs, labels = outputs_of(walker, batch.images), batch.labels
         if self.noise.loss == "mse":
@@ -300,7 +291,7 @@ class LabelNoise:
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Relabelled:
         """The covariance of these weights."""
         images = concatenate(materialise(self.data, images=self.samples)).images
-        return Relabelled(model, weights, images.to(preserve.device_of(model)), self)
+        return Relabelled(model, weights, images.to(device_of(model)), self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,7 +332,7 @@ class Relabelled:
     def _solved(self) -> tuple[Tensor, Tensor]:
         """J ``[N K, P]`` and (J J^T + N proximity I)^+, in float64."""
         samples, size = len(self.images), sum(w.numel() for w in self.weights.values())
-        with preserve.inference_state(self.model):
+        with inference_state(self.model):
             outputs = outputs_of(self.model, self.images[:1]).shape[1]
             if samples * outputs * size > MOST_ENTRIES:
                 raise ArgumentError(
@@ -366,17 +357,17 @@ class Relabelled:
         for name, p in copy.named_parameters():
             p.requires_grad_(name in self.weights)
         images = self.images.clone()
-        with preserve.inference_state(self.model):
+        with inference_state(self.model):
             outputs = outputs_of(self.model, images)
         targets = outputs + self._draw(outputs.shape, generator).to(outputs)
         buffers = {name: b.clone() for name, b in copy.named_buffers()}
         before = float((outputs - targets).square().sum(1).mean())
         if isinstance(retrain, Retraining):
             retrain = partial(retrain, proximity=self.noise.proximity)
-        with preserve.same_randomness(images.device), torch.enable_grad():
+        with same_randomness(images.device), torch.enable_grad():
             torch.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
             retrain(copy, images, targets)
-        with preserve.inference_state(copy):
+        with inference_state(copy):
             after = float((outputs_of(copy, images) - targets).square().sum(1).mean())
         if not math.isfinite(after):
             raise NonFiniteError("Retraining diverged: the loss is not finite. Lower the learning rate.")

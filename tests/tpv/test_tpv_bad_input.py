@@ -153,7 +153,7 @@ def test_data_that_are_shuffled_between_passes() -> None:
             self.passes += 1
             return iter([pixels(4), pixels(4, seed=1)][: 3 - self.passes])
 
-    with pytest.raises(DataError, match="2 batches in the first pass and 1 in a later one"):
+    with pytest.raises(DataError, match="The 1 batches are not those of the first pass"):
         measured(NET, Shrinking(), Isotropic(1.0), draws=2)
 
 

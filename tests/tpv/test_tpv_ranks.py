@@ -105,7 +105,7 @@ class Augmented(TensorDataset):
 def test_images_that_change_between_passes() -> None:
     for error in on_ranks(2, lambda: CASES["measured"](Augmented(IMAGES[:23]))):
         assert isinstance(error, DataError)
-        assert "is not the one of the first pass" in str(error)
+        assert "are not those of the first pass" in str(error)
 
 
 def test_no_image_at_all() -> None:
