@@ -223,11 +223,11 @@ def test_training_and_test_images_that_disagree() -> None:
 
 
 def test_command(run: Run, pictures: Any) -> None:  # noqa: F811
-    net = ["test_vit", "--no-pretrained", "--data", pictures, "--model-arg", "num_classes=4"]
+    net = ["test_vit", "--random", "--data", pictures, "--model-arg", "num_classes=4"]
     net += ["--model-arg", "img_size=32", "--model-arg", "depth=2"]
     code, out, _ = run("tpv", *net, "--sigma", 0.001, "--measure", "--draws", 3, "--json")
-    facts = json.loads(out)
     assert code == 0
+    facts = json.loads(out)
     assert facts["trace_form"]["samples"] == facts["empirical"]["samples"] == 12
     assert facts["empirical"]["value"] == pytest.approx(facts["trace_form"]["value"], rel=1)
     code, out, _ = run("tpv", *net, "--bits", 8, "--rounding", "--ignore", "head")
