@@ -47,7 +47,8 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"(step|model)-\d{4,}\.safetensors|\..*\.part")
+_NAME = re.compile(r"(step|model)-\d{4,}\.safetensors|\..*")
+"""Names in the directory of a log; hidden files are what a process that died was writing."""
 _PACKAGES = ("jbrprune", "torch", "timm", "torch-pruning")
 
 

@@ -23,7 +23,7 @@ from torch.nn.utils import prune as torch_prune
 
 from jbrprune import PruneResult, Scores, prune, score, sparsify, sweep
 from jbrprune.budgets.selection import Floors
-from jbrprune.checkpoint.resume import ResumeLog, fingerprint_run, hash_tensors, open_log
+from jbrprune.checkpoint.resume import ResumeLog, check_directory, fingerprint_run, hash_tensors, open_log
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.data.batches import Batch
 from jbrprune.errors import CheckpointError
@@ -329,6 +329,13 @@ def test_the_log_alone(tmp_path: Path) -> None:
     with open_log(None, {}) as log:
         log.write(1, {}, units, tensors)
         assert (log.finished, log.directory) == (ResumeLog().finished, None)
+
+
+def test_what_a_dead_process_was_writing_is_passed_over(tmp_path: Path) -> None:
+    """Under a temporary name of ours, or of safetensors."""
+    for name in (".step-0001.safetensors.0123.part", ".tmpgcohX4"):
+        (tmp_path / name).write_bytes(b"half")
+    assert check_directory(tmp_path) == tmp_path
 
 
 def test_directories_are_looked_at_first(tmp_path: Path) -> None:
