@@ -191,7 +191,8 @@ def open_log(directory: Path | None, fingerprint: Mapping[str, Any]) -> Iterator
         return
     descriptor = os.open(directory, os.O_RDONLY) if fcntl is not None and distributed.rank() == 0 else None
     try:
-        finished = distributed.fail_together(lambda: _count_finished(directory, fingerprint, descriptor))
+        with distributed.fail_together():
+            finished = _count_finished(directory, fingerprint, descriptor)
         if distributed.broadcast(finished) != finished:
             raise CheckpointError(
                 f"resume={str(directory)!r} holds {finished} steps for rank {distributed.rank()}, and another number "

@@ -360,12 +360,10 @@ def channel_means(
     hooks = {name: record(name) for name in sorted({m.axis[0] for g in groups for m in g.side("in")})}
     share = distributed.Parts(batches, batch_size=batch_size)
 
-    def read_share() -> None:
+    with distributed.fail_together():
         for _, batch in share:
             with preserve.inference_state(model), preserve.hooked(model, forward_pre=hooks):
                 model(batch.to(preserve.device_of(model)).images.clone())
-
-    distributed.fail_together(read_share)
     share.check()
     sums, numbers = distributed.all_sum(totals), distributed.all_sum(counts)
     return {name: total / numbers[name] for name, total in sums.items()}
@@ -405,12 +403,9 @@ def run_pass(
     share = distributed.Parts(batches, batch_size=batch_size, block=how.block)
     shown = tqdm(share, "scoring", unit="batch", disable=None if progress else True, leave=False)
     counts = torch.zeros(2, dtype=torch.int64)
-
-    def visit_share() -> None:
+    with distributed.fail_together():
         for stays in visit(shown):
             counts.add_(torch.tensor([stays.sum(), (~stays).sum()]))
-
-    distributed.fail_together(visit_share)
     share.check()
     samples, skipped = distributed.total(*counts.tolist())
     if samples == 0:

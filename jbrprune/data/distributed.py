@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -277,27 +277,28 @@ def broadcast_tensors(tensors: Mapping[str, Tensor]) -> None:
             tensors[name].copy_(value)
 
 
-def fail_together(work: Callable[[], T]) -> T:
-    """Call a function that needs no other rank; if it fails on one rank, fail on all.
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+    """Run a block that needs no other rank; if it fails on one rank, fail on all.
 
     Raises:
         JBRError: The error itself on the rank that failed; an error of the same class, with its number, on the others.
     """
     if size() == 1:
-        return work()
-    result: Any = None
+        yield
+        return
     error: Exception | None = None
     try:
-        result = work()
+        yield
     except Exception as caught:
         error = caught
     kind = type(error) if isinstance(error, JBRError) else RankError
-    failures = enumerate(gather(None if error is None else (kind, str(error))))
+    failures = gather(None if error is None else (kind, str(error)))
     if error is not None:
         raise error
-    for number, (kind, message) in ((number, failure) for number, failure in failures if failure is not None):
-        raise kind(f"On rank {number}: {message}")
-    return result
+    for number, failure in enumerate(failures):
+        if failure is not None:
+            raise failure[0](f"On rank {number}: {failure[1]}")
 
 
 def gather(value: T) -> list[T]:

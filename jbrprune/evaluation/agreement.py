@@ -91,26 +91,21 @@ def compute_logits(model: nn.Module, batches: Iterable[Batch], *, progress: bool
         ModelError: The output is not one row of logits per image.
         NonFiniteError: NaN or Inf in the logits; names the batch, and the weight or module they come from.
     """
-
-    def compute_share() -> dict[int, Tensor]:
-        found = {}
-        bar = tqdm(batches, desc="logits", unit="batch", leave=False, disable=None if progress else True)
-        with preserve.inference_state(model):
-            for number, batch in enumerate(bar):
-                if number % distributed.size() != distributed.rank():
-                    continue
-                images = batch.images.to(preserve.device_of(model), non_blocking=True)
-                with explain_out_of_memory(len(images)):
-                    out = logits_of(model(images))
-                if len(out) != len(images):
-                    raise ModelError(f"Batch {number}: {len(images)} images gave {len(out)} rows of logits.")
-                if not _finite(out):
-                    raise_nonfinite(model, images, f"Batch {number}: the logits")
-                found[number] = out.to("cpu", torch.promote_types(out.dtype, torch.float32))
-        return found
-
-    shares = distributed.gather(distributed.fail_together(compute_share))
-    found = {number: logits for share in shares for number, logits in share.items()}
+    own = {}
+    bar = tqdm(batches, desc="logits", unit="batch", leave=False, disable=None if progress else True)
+    with distributed.fail_together(), preserve.inference_state(model):
+        for number, batch in enumerate(bar):
+            if number % distributed.size() != distributed.rank():
+                continue
+            images = batch.images.to(preserve.device_of(model), non_blocking=True)
+            with explain_out_of_memory(len(images)):
+                out = logits_of(model(images))
+            if len(out) != len(images):
+                raise ModelError(f"Batch {number}: {len(images)} images gave {len(out)} rows of logits.")
+            if not _finite(out):
+                raise_nonfinite(model, images, f"Batch {number}: the logits")
+            own[number] = out.to("cpu", torch.promote_types(out.dtype, torch.float32))
+    found = {number: logits for share in distributed.gather(own) for number, logits in share.items()}
     return [found[number] for number in range(len(found))]
 
 

@@ -228,8 +228,9 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
 
 def _read(model: nn.Module, data: object, images: int | None, options: RunOptions) -> Batch:
     """Images in the model's precision, with the dense model's logits."""
-    with preserve.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
-        batches = distributed.fail_together(lambda: materialise(data, images=images, batch_size=options.batch_size))
+    # a loader draws when it is iterated
+    with distributed.fail_together(), preserve.same_randomness(torch.device("cpu")):
+        batches = materialise(data, images=images, batch_size=options.batch_size)
     batches = distributed.broadcast(batches)  # a loader that shuffles gives every rank others
     parameter = preserve.first_tensor(model)
     if parameter is not None:

@@ -376,12 +376,15 @@ class _Task:
         mine, position = self._read(parts, what), 0
         waiting: dict[int, Tensor] = {}
 
-        def one() -> tuple[int, Tensor] | None:
-            batch = next(mine, None)
-            return None if batch is None else (batch[1], work(*batch))
-
-        while answers := [found for found in distributed.gather(distributed.fail_together(one)) if found is not None]:
-            waiting.update(answers)
+        while True:
+            with distributed.fail_together():
+                batch = next(mine, None)
+                own = {} if batch is None else {batch[1]: work(*batch)}
+            answers = [found for found in distributed.gather(own) if found]
+            if not answers:
+                break
+            for found in answers:
+                waiting.update(found)
             while position in waiting:
                 values = waiting.pop(position)
                 position += len(values)
