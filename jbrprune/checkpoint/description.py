@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from jbrprune.errors import CheckpointError
 from jbrprune.models import timm_models
-from jbrprune.models.layers import is_size, set_size_attributes, size_attributes
+from jbrprune.models.layers import is_size, repeated_widths, set_size_attributes, size_attributes
 from jbrprune.models.preserve import same_randomness
 from jbrprune.sparsity.masks import KINDS, masks_of, put_masks
 
@@ -548,6 +548,7 @@ def fill(dense: nn.Module, description: Description, state: Mapping[str, Tensor]
     """Give a model that `check_fits` has accepted the stored tensors, sizes, masks and configuration, in place."""
     made: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
+    repeated = repeated_widths(dense)
     for name, place in _places(dense).items():
         stored = description.names[name]
         info = description.tensors[stored]
@@ -564,6 +565,8 @@ def fill(dense: nn.Module, description: Description, state: Mapping[str, Tensor]
     modules = dict(dense.named_modules())
     for name, sizes in description.attributes.items():
         set_size_attributes(modules[name], sizes)
+    for set_width, layer, attribute in repeated:
+        set_width(getattr(layer, attribute))
     put_masks(dense, masks)
     if description.data_config is not None:
         # timm's sizes for testing would win over the stored ones where a caller asks for them.

@@ -7,8 +7,9 @@ model and restored with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ LAYERS: dict[str, Layer] = {
     **dict.fromkeys(["LayerNorm2d", "LayerNorm2dFp32", "LayerNormExp2d"], replace(_TOKEN_NORM, channel_dim=1)),
     **dict.fromkeys(["RmsNorm2d", "RmsNorm2dFp32"], replace(_TOKEN_NORM, channel_dim=1)),
     **dict.fromkeys(["SimpleNorm2d", "SimpleNorm2dFp32"], replace(_TOKEN_NORM, channel_dim=1)),
-    "FrozenBatchNormAct2d": Layer(None, _STATISTICS),
+    **dict.fromkeys(["FrozenBatchNorm2d", "FrozenBatchNormAct2d"], Layer(None, _STATISTICS)),
     "GlobalResponseNorm": Layer(-1, _WEIGHT_AND_BIAS, mixes_channels=True, adds_input=True),
     "LayerScale": Layer(-1, {"out": {"gamma": 0}}),
     "LayerScale2d": Layer(1, {"out": {"gamma": 0}}),
@@ -156,7 +157,7 @@ def set_size_attributes(module: nn.Module, values: Mapping[str, int | tuple[int,
 def refresh(module: nn.Module, *, width: int | None = None) -> None:
     """Set the attributes that say how wide a layer is from the shapes of its tensors.
 
-    Grouped convolutions and GroupNorm keep the number of channels per group they had.
+    Grouped convolutions and GroupNorm keep the number of channels per group they had, attention the size of a head.
 
     Args:
         module: The module, its tensors already replaced.
@@ -185,6 +186,12 @@ def refresh(module: nn.Module, *, width: int | None = None) -> None:
         before = getattr(module, name, None)
         if side in sizes and before is not None:
             setattr(module, name, (*before[:-1], sizes[side]) if isinstance(before, tuple) else sizes[side])
+    layout = head_layout(module)
+    if layout is not None:
+        inner = width_of(module.get_submodule(layout.consumer), "in")
+        setattr(module, layout.count, inner // getattr(module, layout.size))  # type: ignore[operator]
+        for name in layout.widths:
+            setattr(module, name, inner)
 
 
 # --- channels -------------------------------------------------------------------------------------
@@ -227,6 +234,13 @@ def width_of(module: nn.Module, side: str) -> int | None:
         return width[-1] if isinstance(width, tuple) else width
     own = own_tensors(module)
     return next((own[name].shape[dim] for name, dim in channel_tensors(module, side).items() if name in own), None)
+
+
+def head_layout(module: nn.Module) -> HeadLayout | None:
+    """How an attention module lays out its heads; None for any other module, or where something mixes the heads."""
+    layout = HEADS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    apart = layout and all(type(getattr(module, part)) is nn.Identity for part in layout.mixed)
+    return layout if apart else None
 
 
 def group_count(module: nn.Module) -> int:
@@ -296,46 +310,6 @@ def has_running_statistics(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
 
 
-# --- heads ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The heads of one attention module: qualified names and sizes."""
-
-    name: str
-    producers: tuple[tuple[str, int], ...]
-    consumer: str
-    count: int
-    head_dim: int
-
-
-def head_layout(module: nn.Module) -> HeadLayout | None:
-    """How an attention module lays out its heads; None for any other module."""
-    return HEADS.get(f"{type(module).__module__}.{type(module).__qualname__}")
-
-
-def attention_heads(model: nn.Module) -> Iterator[Heads]:
-    """Attention modules whose whole heads can be removed."""
-    for name, module in model.named_modules():
-        layout = head_layout(module)
-        if layout is None or any(type(getattr(module, part)) is not nn.Identity for part in layout.mixed):
-            continue
-        prefix = f"{name}." if name else ""
-        present = tuple((prefix + p, blocks) for p, blocks in layout.producers if getattr(module, p) is not None)
-        count, size = getattr(module, layout.count), getattr(module, layout.size)
-        yield Heads(name, present, prefix + layout.consumer, count, size)
-
-
-def set_heads(module: nn.Module, count: int) -> None:
-    """Tell an attention module how many heads are left; the size of a head stays."""
-    layout = head_layout(module)
-    assert layout is not None
-    setattr(module, layout.count, count)
-    for width in layout.widths:
-        setattr(module, width, count * getattr(module, layout.size))
-
-
 # --- whole models ---------------------------------------------------------------------------------
 
 
@@ -349,30 +323,44 @@ def classifiers(model: nn.Module) -> tuple[str, ...]:
     return tuple(names[head] for head in heads if head in names)
 
 
-def repeated_widths(model: nn.Module, streams: Iterable[str] = ()) -> list[tuple[nn.Module, str, nn.Module, str]]:
-    """Attributes in which models, heads and blocks repeat the width of a layer; ``reset_classifier`` builds from them.
+def repeated_widths(
+    model: nn.Module, streams: Iterable[str] = ()
+) -> list[tuple[Callable[[int], None], nn.Module, str]]:
+    """Where models, heads and blocks repeat the width of a layer: ``reset_classifier`` and decoders build from it.
 
     Args:
         model: The model, before channels go.
         streams: Names of layers that write to a residual stream.
 
     Returns:
-        Module and attribute, then the layer and the attribute in which it says the same.
+        What sets such a number, the layer, and the attribute in which the layer says it.
     """
     modules = dict(model.named_modules())
+    widths = {module: facts for module in modules.values() if (facts := _fact(module, "widths", {}))}
     readers = [modules[name] for name in (*classifiers(model)[:1], "conv_head") if name in modules]
-    reading = [(layer, _fact(layer, "widths")["in"]) for layer in readers if width_of(layer, "in") is not None]
-    writing = [(modules[name], _fact(modules[name], "widths")["out"]) for name in streams]
+    reading = [(layer, widths[layer]["in"]) for layer in readers if "in" in widths.get(layer, {})]
     found = []
     for module in modules.values():
-        if _fact(module, "widths") or head_layout(module):
+        if module in widths or head_layout(module):
             continue
         for attribute in sorted(SIZE_ATTRIBUTES & vars(module).keys()):
-            same = [(layer, attribute) for layer in module.modules() if _fact(layer, "widths")]
+            same = [(layer, attribute) for layer in module.modules() if layer in widths]
             if attribute in STREAM_WIDTHS:
-                same = writing
-            elif attribute in FEATURE_WIDTHS and any(readers[0] is layer for layer in module.modules() if reading):
+                same = [(modules[name], widths[modules[name]]["out"]) for name in streams]
+            elif attribute in FEATURE_WIDTHS and reading and reading[0][0] in set(module.modules()):
                 same = reading
             value = getattr(module, attribute)
-            found += [(module, attribute, *pair) for pair in same if getattr(*pair, None) == value][:1]
+            pair = next((pair for pair in same if getattr(*pair, None) == value), None)
+            if pair is not None:
+                found.append((partial(setattr, module, attribute), *pair))
+    info = getattr(model, "feature_info", ())
+    for feature in info if isinstance(info, list) else ():
+        name, own = feature.get("module"), list(modules)
+        last = max((i for i, inner in enumerate(own) if f"{inner}.".startswith(f"{name}.")), default=-1)
+        before = [(modules[inner], "out") for inner in reversed(own[: last + 1])]
+        after = [(modules[inner], "in") for inner in own[last + 1 :]]  # which reads what several layers put together
+        for layer, side in before + after:
+            if width_of(layer, side) == feature["num_chs"] and side in widths.get(layer, {}):
+                found.append((partial(feature.__setitem__, "num_chs"), layer, widths[layer][side]))
+                break
     return found

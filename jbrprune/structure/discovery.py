@@ -125,9 +125,14 @@ class _Atoms:
 
 def _couple_layers(atoms: _Atoms, model: nn.Module, images: Tensor) -> dict[Axis, str]:
     """Add the couplings by heads, and those that torch-pruning sees; return the axes that must stay, and why."""
-    heads = tuple(layers.attention_heads(model))
-    owned: set[Axis] = {(h.consumer, "in", 0) for h in heads}
-    owned |= {(name, "out", 0) for h in heads for name, _ in h.producers}
+    heads: dict[str, list[tuple[Axis, int]]] = {}
+    for name, module in model.named_modules():
+        layout = layers.head_layout(module)
+        if layout is not None:
+            makers = [(part, "out", blocks) for part, blocks in layout.producers if getattr(module, part) is not None]
+            parts = [(layout.consumer, "in", 1), *makers]
+            heads[name] = [((f"{name}.{part}".lstrip("."), side, 0), blocks) for part, side, blocks in parts]
+    owned = {axis for parts in heads.values() for axis, _ in parts}
     fixed: dict[Axis, str] = {}
     covered = set(owned)
     graph = trace_model(model, images)
@@ -146,11 +151,12 @@ def _couple_layers(atoms: _Atoms, model: nn.Module, images: Tensor) -> dict[Axis
                 atoms.join(start[coupling.root], there[coupling.channel])
             if why:
                 fixed.setdefault(coupling.axis, why)
-    for head in heads:
-        of_channel = np.repeat(atoms.numbers((head.name, "heads", 0), head.count), head.head_dim)
-        atoms.join(of_channel, atoms.numbers((head.consumer, "in", 0), len(of_channel)))
-        for name, blocks in head.producers:
-            atoms.join(np.tile(of_channel, blocks), atoms.numbers((name, "out", 0), blocks * len(of_channel)))
+    for name, parts in heads.items():
+        attention = model.get_submodule(name)
+        size = getattr(attention, layers.head_layout(attention).size)
+        of_channel = np.repeat(atoms.numbers((name, "heads", 0), layers.width_of(attention, "heads")), size)
+        for axis, blocks in parts:
+            atoms.join(np.tile(of_channel, blocks), atoms.numbers(axis, blocks * len(of_channel)))
     return fixed
 
 

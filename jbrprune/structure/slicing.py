@@ -119,12 +119,11 @@ def remove_units(model: nn.Module, groups: Sequence[Group], selection: Selection
     streams = [group.name.rstrip("'") for group in groups if group.kind == "width"]
     repeated = layers.repeated_widths(model, streams)
     remove_channels(model, {axis: channels for axis, channels in gone.items() if axis[1] != "heads"})
-    for (name, side, _), channels in gone.items():
+    for name, side, _ in gone:
         if side == "heads":
-            module = model.get_submodule(name)
-            layers.set_heads(module, layers.width_of(module, "heads") - len(channels))  # type: ignore[operator]
-    for module, attribute, layer, width in repeated:
-        setattr(module, attribute, getattr(layer, width))
+            layers.refresh(model.get_submodule(name))
+    for set_width, layer, attribute in repeated:
+        set_width(getattr(layer, attribute))
     return after_removal(groups, selection)
 
 

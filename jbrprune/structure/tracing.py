@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,22 @@ class CouplingGraph:
                 waiting.append((dependency, there, origin))
 
 
+class _PerChannel(tp.function.BasePruningFunc):
+    """Tells torch-pruning of layers that keep what belongs to a channel in buffers, such as frozen batch norms."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """Never called: only the couplings are read."""
+        raise NotImplementedError
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> int | None:
+        """Width of the layer."""
+        return layers.width_of(layer, "out")
+
+    get_in_channels = get_out_channels
+
+
 def trace_model(model: nn.Module, images: Tensor) -> CouplingGraph:
     """Trace a model.
 
@@ -173,9 +189,15 @@ def trace_model(model: nn.Module, images: Tensor) -> CouplingGraph:
         return logits
 
     graph = tp.DependencyGraph()
+    fixed = {
+        type(module): _PerChannel()
+        for module in model.modules()
+        if not module._parameters and module._buffers and layers.channel_tensors(module, "out")
+    }
     with preserve.inference_state(model, gradients=True):
         try:
-            graph.build_dependency(model, example_inputs=(images.detach().clone(),), forward_fn=forward, verbose=False)
+            inputs = (images.detach().clone(),)
+            graph.build_dependency(model, inputs, forward, customized_pruners=fixed, verbose=False)
         except Exception as error:  # whatever a foreign forward, or torch-pruning about it, raises
             if not getattr(graph, "module2node", None):
                 raise UnsupportedModelError(

@@ -13,7 +13,7 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 from jbrprune.checkpoint.checkpoint import load, save
-from jbrprune.models import layers, timm_models
+from jbrprune.models import layers, preserve, timm_models
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.slicing import remove_units
 
@@ -64,6 +64,7 @@ def test_every_width_that_pruning_changes_is_restored(name: str, tmp_path: Path)
     save(tmp_path / "m", model, recipe=recipe)
     loaded = load(tmp_path / "m")
     assert sizes(loaded) == sizes(model)
+    assert loaded.feature_info == model.feature_info
     with torch.no_grad():
         assert torch.equal(loaded(images), model(images))
 
@@ -117,3 +118,18 @@ def test_size_attributes_go_from_one_module_to_another() -> None:
     one, other = nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=4)
     layers.set_size_attributes(other, layers.size_attributes(one))
     assert layers.size_attributes(other) == {"groups": 2, "in_channels": 4, "out_channels": 8}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "densenet121", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
+def test_feature_info_says_the_widths_of_the_pruned_model(name: str) -> None:
+    model, _, images = pruned(name, **NETS.get(name, {}))
+    said = [feature["num_chs"] for feature in model.feature_info]  # type: ignore[union-attr]
+    got: dict[str, int] = {}
+
+    def record(name: str):
+        return lambda module, args, kwargs, output: got.update({name: output.shape[1 if output.dim() == 4 else -1]})
+
+    names = [feature["module"] for feature in model.feature_info]  # type: ignore[union-attr]
+    with preserve.hooked(model, {name: record(name) for name in names}):
+        model(images)
+    assert said == [got[name] for name in names]

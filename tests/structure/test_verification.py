@@ -350,3 +350,14 @@ def test_a_model_without_removable_layers_says_so() -> None:
     images = torch.randn(2, 3, 2, 2)
     with pytest.raises(UnsupportedModelError, match=r"passed the trial\. It has no channels that one layer makes"):
         verify_groups(model, images, find_groups(model, images))
+
+
+@pytest.mark.parametrize("change", [timm.layers.freeze_batch_norm_2d, lambda model: model], ids=["frozen", "blurred"])
+def test_layers_that_keep_their_channels_in_buffers_can_shrink(change: Callable[[nn.Module], nn.Module]) -> None:
+    plain = timm.create_model("test_resnet", num_classes=4).eval()
+    model = change(timm.create_model("test_resnet", num_classes=4, aa_layer=timm.layers.BlurPool2d)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    found = verify_groups(model, images, find_groups(model, images))
+    assert [(group.name, group.size) for group in found.groups] == [
+        (group.name, group.size) for group in find_groups(plain, images).groups
+    ]
