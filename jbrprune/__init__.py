@@ -2,19 +2,19 @@
 
 from importlib.metadata import version
 
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.checkpoint.checkpoint import load
 from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.data import distributed
-from jbrprune.integrations.torch_prune import (
+from jbrprune.integrations import (
+    JBRImportance,
     JBRUnstructured,
     jbr_global_unstructured,
     jbr_unstructured,
     to_semi_structured,
 )
-from jbrprune.integrations.torch_pruning import JBRImportance
 from jbrprune.prediction.predict import Degradation, degradation, predict
 from jbrprune.pruning.api import PruneResult, create, info, prune, score, sparsify, sweep
 from jbrprune.report.records import Report

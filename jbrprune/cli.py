@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from torch import nn
 
+from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
-from jbrprune.budgets.selection import Floors
 from jbrprune.checkpoint.checkpoint import check_target, load, write_card
 from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.relevance import PRESETS, Relevance

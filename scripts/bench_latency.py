@@ -27,7 +27,7 @@ from torch import nn
 
 from baselines.weights_only import l1
 from jbrprune import prune
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.evaluation.latency import describe_hardware, time_in_turns
 
 MODELS = ("resnet50", "vit_small_patch16_224", "efficientnet_lite0", "mobilenetv2_100")

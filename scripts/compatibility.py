@@ -31,8 +31,8 @@ from common import append, commit, lines, make_parser, markdown
 from torch import Tensor, nn
 
 import jbrprune
+from jbrprune.budgets.budget import Floors, select
 from jbrprune.budgets.cost import cost_model, count_macs
-from jbrprune.budgets.selection import Floors, select
 from jbrprune.errors import JBRError
 from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.pruning.api import Info

@@ -17,7 +17,7 @@ from common import check_least, key_of
 from sources import IMAGENET, SMALL, check_source, data_digest, folder_of
 
 from baselines import CRITERIA, WEIGHT_CRITERIA
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.errors import ArgumentError, unknown
 from jbrprune.models.timm_models import check_name
 from jbrprune.pruning.options import ChannelOptions, WeightOptions

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import jbrprune
+from jbrprune.budgets.budget import Floors, select
 from jbrprune.budgets.cost import cost_model
-from jbrprune.budgets.selection import Floors, select
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.structure.discovery import find_groups

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import jbrprune
 from jbrprune import cli
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
@@ -230,7 +230,7 @@ def test_a_page_shows_what_was_predicted(run: Run, pictures: Path, tmp_path: Pat
     drawn: list[Any] = []
     original = figures.plot_report
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jbrprune.report.html.plot_report", lambda *a, **k: (drawn.append(k), original(*a, **k))[1])
+        patch.setattr("jbrprune.report.figures.plot_report", lambda *a, **k: (drawn.append(k), original(*a, **k))[1])
         page = ["--report", tmp_path / "r.html", "--quiet"]
         assert run("prune", *RANDOM, "--data", pictures, "--macs", 0.85, "--steps", 1, *page) == (0, "", "")
     assert list(drawn[0]["predicted"]["macs"]) == [pytest.approx(0.85, abs=0.03)]

@@ -1,12 +1,19 @@
-"""What a user asks for: one budget, as a share of the dense model to keep."""
+"""What a user asks for, a share of the dense model to keep and floors, and the choice of what to remove for it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import Any
 
-from jbrprune.errors import BudgetError
+import torch
+from torch import Tensor
+
+from jbrprune.budgets.cost import CostModel
+from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.structure.groups import Group, Selection
 
 KINDS = ("macs", "params", "channels")
 """What is counted."""
@@ -104,3 +111,137 @@ def check_reachable(budget: Budget, least: float) -> None:
             f"{budget.kind}={budget.share:g} cannot be reached: with every group at its floor {least:.3f} of the dense "
             f"model's {budget.kind} are left. Ask for at least {least + 0.001:.3f}, lower the floors, or ignore less."
         )
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text, "panel": "Budget"})
+
+
+@dataclass(frozen=True)
+class Floors:
+    """How narrow a group may become.
+
+    Attributes:
+        share: Share of the dense width that stays at least.
+        channels: Channels that stay at least, where the dense group has as many; of heads, one stays.
+        round_to: Kept widths of channel groups are multiples of this, as far as the dense width allows.
+        width: Whether the residual width under LayerNorms is offered for removal at all.
+    """
+
+    share: float = _option(0.0, "Share of every group's dense width that stays at least.")
+    channels: int = _option(8, "Channels of every group that stay, where it has as many; of heads, one stays.")
+    round_to: int = _option(1, "Keep widths at multiples of this number.")
+    width: bool = _option(False, "Also offer the residual width under LayerNorms, whose statistics then change.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ArgumentError(
+                f"Floors: share must satisfy 0 <= share < 1 (a share of the dense width), got {self.share!r}."
+            )
+        for name, value in (("channels", self.channels), ("round_to", self.round_to)):
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise ArgumentError(f"Floors: {name} must be a whole number of at least 1, got {value!r}.")
+
+    def of(self, group: Group, dense_size: int) -> int:
+        """Units of a group that must stay.
+
+        Args:
+            group: The group, at its present or dense size.
+            dense_size: Its units in the dense model.
+        """
+        share = math.ceil(self.share * dense_size - 1e-9)
+        if group.kind == "head":
+            return max(1, share)
+        if group.kind == "group":  # as many channels, in whole groups of the convolution
+            wide = group.channels_per_unit()[group.members[0].axis]
+            return min(dense_size, max(1, share, math.ceil(self.channels / wide)))
+        least = max(1, share, min(self.channels, dense_size))
+        return min(dense_size, math.ceil(least / self.round_to) * self.round_to)
+
+
+def select(
+    scores: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    cost: CostModel,
+    target: float,
+    *,
+    floors: Floors,
+    dense_sizes: Mapping[str, int] | None = None,
+    per_cost: bool = True,
+) -> Selection:
+    """Choose the units to remove so that the total of the cost model falls to the target.
+
+    Units are taken in the order of score / cost (or of score alone), lowest first, ties in the order of
+    groups and units; the last one is the one that meets the target, so it is overshot by less than one
+    unit (one block of ``round_to`` units, which is ranked by the mean of its scores).
+
+    Args:
+        scores: Group name -> ``[units]``.
+        groups: The units.
+        cost: Prices the plan; it is left at the price of the selection.
+        target: Total to reach, in the unit of the cost model.
+        floors: How narrow groups may become.
+        dense_sizes: Group name -> units in the dense model, for the floors; default: the groups' sizes.
+        per_cost: Divide the score by what the unit saves.
+
+    Returns:
+        Group name -> units to remove, ascending; groups that lose nothing are absent.
+
+    Raises:
+        ArgumentError: Scores are missing, of the wrong length, or not finite.
+        BudgetError: The target lies below what the floors allow (says how far it can go).
+    """
+    for group in groups:
+        score = scores.get(group.name)
+        if score is None or tuple(score.shape) != (group.size,):
+            got = "none" if score is None else f"shape {tuple(score.shape)}"
+            raise ArgumentError(
+                f"Scores for {group.name}: expected [{group.size}], got {got}. Were they made for another model?"
+            )
+        if not torch.isfinite(score).all():
+            raise ArgumentError(
+                f"Scores for {group.name} contain NaN or Inf at unit {int((~score.isfinite()).nonzero()[0])}."
+            )
+    if cost.total <= target:
+        return {}
+    blocks: list[tuple[float, int, Tensor]] = []  # key, number of the group, units that go together
+    for number, group in enumerate(groups):
+        saved = cost.saving(group.name)
+        if saved <= 0:  # what saves nothing would be lost for nothing
+            continue
+        score, step = scores[group.name], floors.round_to if group.kind in ("channel", "width") else 1
+        order = torch.sort(score, stable=True).indices
+        removable = group.size - floors.of(group, (dense_sizes or {}).get(group.name, group.size))
+        start, stop, key = 0, group.size % step or step, -math.inf  # the first block leaves a multiple
+        while stop <= removable:
+            units = order[start:stop]
+            # rounding must not rank a later block of a group before an earlier one
+            key = max(key, float(score[units].mean()) / (saved if per_cost else 1.0))
+            blocks.append((key, number, units))
+            start, stop = stop, stop + step
+    before = cost.total
+    taken: dict[str, list[Tensor]] = {}
+    for _, number, units in sorted(blocks, key=lambda block: block[:2]):
+        name = groups[number].name
+        cost.remove(name, len(units))
+        taken.setdefault(name, []).append(units)
+        if cost.total <= target * (1 + 1e-12):
+            return {name: torch.cat(units).sort().values for name, units in taken.items()}
+    raise BudgetError(
+        f"The budget cannot be reached: with every group at its floor {cost.total / before:.3f} of the present cost "
+        f"are left, {target / before:.3f} were asked for. Lower the floors, ignore fewer layers, or ask for less."
+    )
+
+
+def reduce_to_floors(cost: CostModel, groups: Sequence[Group], floors: Floors, dense_sizes: Mapping[str, int]) -> float:
+    """Remove every unit above the floors from a cost model; return its total, the least that can be reached.
+
+    Args:
+        cost: The cost of the model as it is; it is left at the floors.
+        groups: The units that are left.
+        floors: How narrow groups may become.
+        dense_sizes: Group name -> units in the dense model.
+    """
+    for group in groups:
+        cost.remove(group.name, max(0, group.size - floors.of(group, dense_sizes[group.name])))
+    return cost.total

@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jbrprune.budgets.budget import KINDS, Budget
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import KINDS, Budget, Floors
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch, concatenate, count, rebatch
 from jbrprune.errors import ArgumentError, BudgetError, DataError
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.prediction.changes import predict_changes
-from jbrprune.prediction.damage import Correction, Damage, measure_damage
-from jbrprune.prediction.validity import TOLERANCE, check, warn_if_constant
+from jbrprune.prediction.damage import TOLERANCE, Correction, Damage, check, measure_damage, warn_if_constant
 from jbrprune.pruning.api import PruneResult
 from jbrprune.pruning.channels import find_channels, find_units
 from jbrprune.pruning.loop import run

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jbrprune.budgets.budget import Floors, reduce_to_floors
 from jbrprune.budgets.cost import cost_model
-from jbrprune.budgets.selection import Floors, reduce_to_floors
 from jbrprune.checkpoint.checkpoint import save
 from jbrprune.checkpoint.resume import check_directory, fingerprint_run, open_log
 from jbrprune.criteria.relevance import Relevance

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jbrprune.budgets.budget import STEP, TIMED, Budget, check_reachable
+from jbrprune.budgets.budget import STEP, TIMED, Budget, check_reachable, reduce_to_floors, select
 from jbrprune.budgets.cost import CostModel, Term, axis_widths, cost_model, mac_terms
-from jbrprune.budgets.selection import reduce_to_floors, select
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.data import distributed

@@ -228,7 +228,7 @@ class Report:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from jbrprune.report.html import make_page
+        from jbrprune.report.figures import make_page
 
         return make_page(self, path, predicted)
 

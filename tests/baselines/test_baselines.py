@@ -21,7 +21,7 @@ import jbrprune
 from baselines import CRITERIA, LABELS, activations
 from baselines.common import parts
 from baselines.torch_pruning_shipped import KNOWN_FAULTS
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, ModelError, UnsupportedModelError

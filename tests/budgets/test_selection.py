@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jbrprune.budgets import selection
+from jbrprune.budgets import budget
+from jbrprune.budgets.budget import Floors, reduce_to_floors
 from jbrprune.budgets.cost import CostModel, Term
-from jbrprune.budgets.selection import Floors, reduce_to_floors
 from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.structure.groups import Axis, Group, Member, Selection
 
@@ -39,7 +39,7 @@ def select(
     scores: Mapping[str, Tensor], groups: Sequence[Group], cost: CostModel, target: float, **options: Any
 ) -> Selection:
     """The function of this name, with the floors of `floors_of`."""
-    return selection.select(scores, groups, cost, target, **{"floors": floors_of(), **options})
+    return budget.select(scores, groups, cost, target, **{"floors": floors_of(), **options})
 
 
 def plain(chosen: Selection) -> dict[str, list[int]]:

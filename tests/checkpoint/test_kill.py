@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from jbrprune import prune, sweep
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.checkpoint.checkpoint import describe, load, save
 from jbrprune.data.files import tensor_file, write_tensors
 

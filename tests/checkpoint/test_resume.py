@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
 from jbrprune import PruneResult, Scores, prune, score, sparsify, sweep
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.checkpoint.resume import ResumeLog, check_directory, fingerprint_run, hash_tensors, open_log
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.data.batches import Batch

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from jbrprune import Scores, prune, score, sparsify, sweep
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.checkpoint.resume import hash_tensors
 from jbrprune.cli import measure_agreement
 from jbrprune.criteria.relevance import Relevance

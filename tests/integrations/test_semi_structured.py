@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from jbrprune.errors import ModelError
-from jbrprune.integrations.torch_prune import LEAST_CAPABILITY, is_two_to_four, to_semi_structured
+from jbrprune.integrations import LEAST_CAPABILITY, is_two_to_four, to_semi_structured
 
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= LEAST_CAPABILITY
 

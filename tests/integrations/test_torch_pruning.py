@@ -13,12 +13,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from jbrprune.budgets.budget import Floors, select
 from jbrprune.budgets.cost import cost_model
-from jbrprune.budgets.selection import Floors, select
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.errors import ArgumentError
-from jbrprune.integrations.torch_pruning import JBRImportance, layer_norm_pruner
+from jbrprune.integrations import JBRImportance, layer_norm_pruner
 from jbrprune.structure.discovery import find_groups
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))

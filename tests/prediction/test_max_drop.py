@@ -12,7 +12,7 @@ from test_api import own, resnet, vit
 from torch import Tensor, nn
 
 import jbrprune
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.data.batches import Batch, concatenate
 from jbrprune.errors import ArgumentError, BudgetError, DataError
 from jbrprune.evaluation.agreement import compute_logits

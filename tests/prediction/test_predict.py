@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import jbrprune
 from jbrprune import Scores, degradation, predict, prune, score
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.cli import app
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, BudgetError, DataError, ModelError, NonFiniteError

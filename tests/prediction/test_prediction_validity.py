@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jbrprune.prediction.changes import Changes
-from jbrprune.prediction.validity import Check, check, tpvs_agree
+from jbrprune.prediction.damage import Check, check, tpvs_agree
 
 LOGITS = torch.tensor([[3.0, 0.0], [4.0, 1.0], [9.0, 2.0]]).repeat(40, 1).double()
 """Two classes, the first one ahead by 3, 3 and 7; spread 3 / sqrt 2 and so on."""

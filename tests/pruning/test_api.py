@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jbrprune
 from jbrprune import PruneResult, create, prune, sweep
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.checkpoint import checkpoint
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import ArgumentError, BudgetError, CheckpointError

@@ -22,7 +22,7 @@ from torch.nn.utils import prune as masks
 
 import jbrprune
 from jbrprune import create, prune, sparsify
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.checkpoint import checkpoint
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import (

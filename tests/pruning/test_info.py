@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from jbrprune import info, prune
+from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
-from jbrprune.budgets.selection import Floors
 from jbrprune.errors import ArgumentError, UnsupportedModelError
 from jbrprune.evaluation.agreement import parameters_of
 from jbrprune.structure.discovery import find_groups

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune import prune, sweep
+from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
-from jbrprune.budgets.selection import Floors
 from jbrprune.errors import BudgetError
 from jbrprune.evaluation import latency
 

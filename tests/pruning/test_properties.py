@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import jbrprune
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.checkpoint.checkpoint import save
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores

@@ -18,7 +18,7 @@ from torch.nn.utils import prune as torch_prune
 import jbrprune
 from baselines import WEIGHT_CRITERIA
 from jbrprune import PruneResult, Report, WeightScores, make_permanent, prune, score, sparsify, sweep
-from jbrprune.budgets.selection import Floors
+from jbrprune.budgets.budget import Floors
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Settings
 from jbrprune.errors import ArgumentError, BudgetError, DataError, JBRError, NonFiniteError

@@ -1,1 +1,0 @@
-"""The seams to torch-pruning and torch.nn.utils.prune."""
