@@ -192,10 +192,6 @@ class Channels(Structure):
         macs = round(sum(term.amount for term in self.terms))
         return Size(macs, parameters_of(self.model), bytes_of(self.model))
 
-    def consumers(self) -> list[str]:
-        """Layers that may lose inputs."""
-        return [axis[0] for axis in self.full if axis[1] == "in"]
-
     def deliver(self) -> Delivery:
         """The model, a copy where it shrinks further; widths of the layers whose outputs are as wide as their units."""
         reached = self.steps[-1].target if self.steps else 1.0
@@ -259,11 +255,9 @@ def find_channels(problem: Problem, options: ChannelOptions, stops: Sequence[flo
     """
     model, found = find_units(problem.dense, problem.example, options.ignore, options.floors.width, options.seed)
     full = axis_widths(model, found.groups)
+    consumers = [axis[0] for axis in full if axis[1] == "in"]
     channels = Channels(
-        problem=problem,
-        options=options,
-        model=model,
-        stops=tuple(stops),
+        *(problem, options, model, tuple(stops), consumers),
         kept={axis: torch.arange(width) for axis, width in full.items()},
         found=found,
         groups=found.groups,

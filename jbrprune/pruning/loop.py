@@ -60,7 +60,7 @@ class Delivery:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False)
 class Structure(ABC):
     """What can be removed from a model, and the model on its way.
 
@@ -69,7 +69,8 @@ class Structure(ABC):
         options: How to prune.
         model: Loses something in every step.
         stops: Goals at which a model is handed over, in order.
-        stop: The one that is aimed at.
+        consumers: Layers that may lose inputs.
+        stop: The stop that is aimed at.
         steps: The steps that led here.
         kept: Axis -> channels of the dense model that are left.
         masks: Parameter name -> boolean mask on the CPU, False where the model's value is zero and stays so.
@@ -82,6 +83,7 @@ class Structure(ABC):
     options: Any
     model: nn.Module
     stops: tuple[Any, ...]
+    consumers: list[str]
     stop: Any = None
     steps: list[StepRow] = field(default_factory=list)
     kept: dict[Axis, Tensor] = field(default_factory=dict)
@@ -126,10 +128,6 @@ class Structure(ABC):
         """What the model costs, time apart."""
 
     @abstractmethod
-    def consumers(self) -> list[str]:
-        """Layers that may lose inputs."""
-
-    @abstractmethod
     def deliver(self) -> Delivery:
         """What is handed over now."""
 
@@ -155,7 +153,7 @@ def run(
     dense = structure.size()
     if images.gate and options.methods:
         with timed("repair"):
-            targets = record_targets(structure.problem.dense, images.repair, structure.consumers())
+            targets = record_targets(structure.problem.dense, images.repair, structure.consumers)
 
     planned = structure.goals() if goals is None else goals
     for goal in tqdm(planned, "pruning", unit="step", disable=None if options.progress else True, leave=False):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from jbrprune.budgets.budget import Floors
 from jbrprune.criteria.relevance import PRESETS, Relevance
@@ -29,6 +29,7 @@ from jbrprune.sparsity.patterns import Pattern, Remainder, Scope
 
 PANELS = ("Budget", "Criterion", "Repair", "Data", "Output")
 BUDGETS = ("macs", "params", "channels", "latency", "latency_ms")
+RANK_BY = "Preset of relevance to rank by; in Python also a Relevance, scores made before, or a function."
 Check = Callable[[str, Any], None]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -72,11 +73,6 @@ def whole(least: float, *, optional: bool = False) -> Check:
     return check
 
 
-def one_of(*known: str) -> Check:
-    """Accept one of several words."""
-    return lambda name, value: check_known(name, value, known)
-
-
 def check_criterion(name: str, value: Any) -> None:
     """Accept the name of a preset, a function, or scores."""
     if isinstance(value, str) and value not in PRESETS:
@@ -113,18 +109,19 @@ def criterion_name(criterion: object) -> str:
 class Options:
     """Options of scoring and pruning alike."""
 
-    criterion: str | object = option(
-        "jbr", "A preset to rank by; in Python also Relevance, scores or a function.", "Criterion", check_criterion
-    )
+    criterion: str | object = option("jbr", RANK_BY, "Criterion", check_criterion)
     ignore: Sequence[str] = option((), "Globs of modules that keep their width, or their weights.", "Criterion")
     batch_size: int = option(32, "Images per pass.", "Data", whole(1))
     progress: bool = option(True, "Show progress bars.", None)
 
     def __post_init__(self) -> None:
-        """Check every option."""
+        """Check every option; one of several words by its type."""
+        hints = get_type_hints(type(self))
         for item in fields(self):
             check, value = item.metadata["check"], getattr(self, item.name)
-            if check is not None and not (value is None and item.default is None):
+            if get_origin(hints[item.name]) is Literal:
+                check_known(item.name, value, get_args(hints[item.name]))
+            elif check is not None and not (value is None and item.default is None):
                 check(item.name, value)
 
     @property
@@ -144,20 +141,12 @@ class Options:
 class ScoreOptions(Options):
     """Options of `jbrprune.score`."""
 
-    criterion: str | object = option(
-        None,
-        "A preset; in Python also Relevance; default jbr, of weights jbr_projection.",
-        "Criterion",
-        check_criterion,
-    )
+    criterion: str | object = option(None, RANK_BY, "Criterion", check_criterion)
     granularity: Literal["unit", "layer", "weight"] = option(
-        "unit",
-        "Score removable units, channels layer by layer, or weights.",
-        "Criterion",
-        one_of("unit", "layer", "weight"),
+        "unit", "What has a score: removable units, channels layer by layer, or single weights.", "Criterion"
     )
     parameters: Literal["weights", "all"] = option(
-        "weights", "Of granularity weight: weights, or biases and norms as well.", "Criterion", one_of("weights", "all")
+        "weights", "Single weights of convolutions and linear layers, or all parameters.", "Criterion"
     )
     width: bool = option(False, "Include the residual width under LayerNorms.", "Criterion")
 
@@ -181,9 +170,7 @@ class RunOptions(Options):
 
     repair: str | Sequence[str] | None = option("auto", "How to repair after every step.", "Repair", check_repair)
     images: int | None = option(512, "Calibration images to read.", "Data", whole(1, optional=True))
-    eval_data: str | object = option(
-        None, "Images to measure the agreement on; default: a fifth of the others.", "Data"
-    )
+    eval_data: str | object = option(None, "Images to report on; default: a fifth of the others.", "Data")
     seed: int = option(0, "Seed of the split of the images and of everything random.", "Data", whole(-math.inf))
     resume: str | Path | None = option(None, "Directory that keeps finished steps, to go on behind the last.", "Output")
     inplace: bool = option(False, "Change the given model itself, at the very end.", None)
@@ -211,7 +198,10 @@ class ChannelOptions(RunOptions):
     latency: float | None = option(None, "Share of the time of one image to keep.", "Budget", between(0, 1))
     latency_ms: float | None = option(None, "Milliseconds of one image.", "Budget", between(0, math.inf))
     max_drop: float | None = option(
-        None, "Go as far as accuracy (or agreement) falls by this.", "Budget", between(0, 1, closed=True)
+        None,
+        "As far as accuracy (or agreement) falls by no more than this.",
+        "Budget",
+        between(0, 1, closed=True),
     )
     steps: int | None = option(None, "Number of steps; default: one for every 5 %.", "Budget", whole(1))
     floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget")
@@ -251,19 +241,14 @@ class ChannelOptions(RunOptions):
 class WeightOptions(RunOptions):
     """Options of `jbrprune.sparsify`: either ``sparsity`` or ``pattern``."""
 
-    criterion: str | object = option(
-        "jbr_projection",
-        "A preset to rank by; in Python also Relevance, scores or a function.",
-        "Criterion",
-        check_criterion,
-    )
+    criterion: str | object = option("jbr_projection", RANK_BY, "Criterion", check_criterion)
     sparsity: float | None = option(None, "Share of the weights to set to zero.", "Budget", between(0, 1))
     pattern: str | None = option(
         None, "N:M such as 2:4: N of every M weights along the inputs stay.", "Budget", check_pattern
     )
-    scope: Scope = option("global", "Rank all weights together, or by layer.", "Budget", one_of("global", "layer"))
+    scope: Scope = option("global", "Rank all weights together, or each layer by itself.", "Budget")
     steps: int = option(1, "Number of steps.", "Budget", whole(1))
-    remainder: Remainder = option("skip", "Where M does not divide the inputs.", "Budget", one_of("skip", "pad"))
+    remainder: Remainder = option("skip", "Where M does not divide the inputs: skip the layer, or pad.", "Budget")
     floor: float = option(
         0.001, "Share of every layer's weights that stays.", "Budget", between(0, 1, ArgumentError, closed=True)
     )

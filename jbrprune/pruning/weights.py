@@ -113,14 +113,10 @@ class Weights(Structure):
         """What the model costs, time apart."""
         return size_with_masks(self.model, self.masks, self.macs)
 
-    def consumers(self) -> list[str]:
-        """Layers whose weights may be pruned."""
-        return [name.rpartition(".")[0] for name in self.shapes]
-
     def deliver(self) -> Delivery:
         """A model with zeros, without the channels that contribute nothing if that was asked for."""
         rows, notes, options, masks = [], list(self.notes()), self.options, dict(self.masks)
-        for name, layer in zip(self.shapes, self.consumers()):
+        for name, layer in zip(self.shapes, self.consumers):
             kind = type(self.model.get_submodule(layer)).__name__
             rows.append(LayerRow(layer, kind, "weight", masks[name].numel(), int(masks[name].sum())))
         model = preserve.copy_model(self.model) if len(self.stops) > 1 else self.model
@@ -188,11 +184,9 @@ def find_weights(problem: Problem, options: WeightOptions, stops: Sequence[Goal]
                 "`ignore`."
             )
     given = {name: mask.cpu() for name, mask in masks_of(problem.given).items()}
+    consumers = [name.rpartition(".")[0] for name in shapes]
     weights = Weights(
-        problem=problem,
-        options=options,
-        model=model,
-        stops=tuple(stops),
+        *(problem, options, model, tuple(stops), consumers),
         masks={name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()} | given,
         shapes=shapes,
         macs=sum(count_macs(model, problem.example).values()),
