@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -290,12 +290,12 @@ def is_consumer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | _ConvNd) and not is_depthwise(module)
 
 
-def is_depthwise(module: nn.Module) -> bool:
+def is_depthwise(module: nn.Module) -> TypeGuard[_ConvNd]:
     """Whether every output channel reads one input channel only."""
     return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels
 
 
-def is_grouped(module: nn.Module) -> bool:
+def is_grouped(module: nn.Module) -> TypeGuard[_ConvNd]:
     """Whether a convolution has several groups of several input channels."""
     return isinstance(module, _ConvNd) and 1 < module.groups < module.in_channels
 

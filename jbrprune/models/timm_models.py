@@ -218,7 +218,10 @@ def image_size(model: nn.Module) -> tuple[int, int, int] | None:
         (1, 176, 176)
     """
     stored = _config(model).get("input_size")
-    return (_input_channels(model), *(_spatial_size(model) or stored[1:])) if stored else None
+    if not stored:
+        return None
+    height, width = _spatial_size(model) or stored[1:]
+    return _input_channels(model), height, width
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
@@ -293,7 +296,7 @@ def _spatial_size(model: nn.Module) -> tuple[int, int] | None:
     """Image size that the model was made or resized for, where it keeps one."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     size = size or getattr(model, "_traits", {}).get("img_size") or getattr(model, "_model_args", {}).get("img_size")
-    return timm.layers.to_2tuple(size) if size else None
+    return timm.layers.to_2tuple(size) if size else None  # type: ignore[return-value]
 
 
 def _shorten(error: BaseException) -> str:

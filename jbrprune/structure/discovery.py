@@ -125,14 +125,16 @@ class _Atoms:
 
 def _couple_layers(atoms: _Atoms, model: nn.Module, images: Tensor) -> dict[Axis, str]:
     """Add the couplings by heads, and those that torch-pruning sees; return the axes that must stay, and why."""
-    heads: dict[str, list[tuple[Axis, int]]] = {}
+    heads: list[tuple[str, int, int, list[tuple[Axis, int]]]] = []
     for name, module in model.named_modules():
         layout = layers.head_layout(module)
         if layout is not None:
-            makers = [(part, "out", blocks) for part, blocks in layout.producers if getattr(module, part) is not None]
-            parts = [(layout.consumer, "in", 1), *makers]
-            heads[name] = [((f"{name}.{part}".lstrip("."), side, 0), blocks) for part, side, blocks in parts]
-    owned = {axis for parts in heads.values() for axis, _ in parts}
+            prefix = f"{name}." if name else ""
+            parts: list[tuple[Axis, int]] = [((prefix + layout.consumer, "in", 0), 1)]
+            makers = [(part, blocks) for part, blocks in layout.producers if getattr(module, part) is not None]
+            parts += [((prefix + part, "out", 0), blocks) for part, blocks in makers]  # type: ignore[assignment]
+            heads.append((name, getattr(module, layout.count), getattr(module, layout.size), parts))
+    owned = {axis for *_, parts in heads for axis, _ in parts}
     fixed: dict[Axis, str] = {}
     covered = set(owned)
     graph = trace_model(model, images)
@@ -151,10 +153,8 @@ def _couple_layers(atoms: _Atoms, model: nn.Module, images: Tensor) -> dict[Axis
                 atoms.join(start[coupling.root], there[coupling.channel])
             if why:
                 fixed.setdefault(coupling.axis, why)
-    for name, parts in heads.items():
-        attention = model.get_submodule(name)
-        size = getattr(attention, layers.head_layout(attention).size)
-        of_channel = np.repeat(atoms.numbers((name, "heads", 0), layers.width_of(attention, "heads")), size)
+    for name, count, size, parts in heads:
+        of_channel = np.repeat(atoms.numbers((name, "heads", 0), count), size)
         for axis, blocks in parts:
             atoms.join(np.tile(of_channel, blocks), atoms.numbers(axis, blocks * len(of_channel)))
     return fixed

@@ -18,7 +18,7 @@ from torch_pruning.ops import OPTYPE, _OutputOp
 
 from jbrprune.errors import UnsupportedModelError
 from jbrprune.models import layers, preserve
-from jbrprune.structure.groups import Axis
+from jbrprune.structure.groups import Axis, Side
 
 MOST_VISITS = 64
 """So often may a walk find new channels at one node of the dependency graph: a concatenation has fewer parts."""
@@ -113,7 +113,7 @@ class CouplingGraph:
             return None
         out = self._graph.is_out_channel_pruning_fn(dependency.handler)
         times = module.out_channels // module.groups if layers.is_depthwise(module) and not out else 1
-        side = "out" if out or layers.is_depthwise(module) else "in"  # of its inputs, a multiple comes out
+        side: Side = "out" if out or layers.is_depthwise(module) else "in"  # of its inputs, a multiple comes out
         width = layers.width_of(module, side)
         return None if width is None else ((name, side, 0), width, times)
 
@@ -189,7 +189,7 @@ def trace_model(model: nn.Module, images: Tensor) -> CouplingGraph:
         return logits
 
     graph = tp.DependencyGraph()
-    fixed = {
+    fixed: dict[Any, tp.function.BasePruningFunc] = {
         type(module): _PerChannel()
         for module in model.modules()
         if not module._parameters and module._buffers and layers.channel_tensors(module, "out")
