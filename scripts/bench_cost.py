@@ -46,14 +46,12 @@ from common import (
     done,
     exit_on_error,
     key_of,
-    keywords,
     lines,
     make_parser,
     markdown,
     mend,
-    use_threads,
 )
-from protocols import PROTOCOLS, Setup, make_setup
+from protocols import PROTOCOLS, Setup, add_setup_arguments, read_setup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -253,23 +251,15 @@ def show(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", help="timm name")
-    parser.add_argument("--weights", default="random", help="pretrained, random, trained (on digits) or a file")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--data", help="as for benchmark.py")
-    parser.add_argument("--root", help="where named data are stored")
+    add_setup_arguments(parser, weights="random")
     parser.add_argument("--what", nargs="+", default=list(PROTOCOLS["budget"].criteria), help="see above")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="measure peaks of memory as well")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
     parser.add_argument("--table", action="store_true", help="print what is in the file, run nothing")
     args = parser.parse_args(argv)
     with exit_on_error("bench_cost.py"):
         if not args.table:
-            use_threads(args.threads)
             run(args)
         print(show(args.out))
 
@@ -279,8 +269,7 @@ def run(args: argparse.Namespace) -> None:
     for name in args.what:
         if name not in KNOWN:
             raise unknown("criterion", name, KNOWN)
-    places = {"weights": args.weights, "root": args.root, "device": args.device}
-    setup = make_setup(args.model, args.data, keywords(args.model_arg), **places)
+    setup = read_setup(args)
     there = done(args.out, "rounds")
     mend(args.out)
     if not there.issuperset(list_keys(args, setup).values()):

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from benchmark import Dense, choose_criterion, load_calibration, load_dense, show_labels
-from common import append, describe_call, exit_on_error, key_of, keywords, lines, make_parser, markdown, use_threads
-from protocols import make_setup
+from common import append, describe_call, exit_on_error, key_of, lines, make_parser, markdown
+from protocols import add_setup_arguments, read_setup
 from scipy.stats import spearmanr
 
 from baselines import CRITERIA
@@ -210,11 +210,7 @@ WHAT = {
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("what", choices=WHAT)
-    parser.add_argument("--model", help="timm name")
-    parser.add_argument("--weights", default="pretrained", help="pretrained, trained (on digits) or a file")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--data", help="as for benchmark.py")
-    parser.add_argument("--root", help="where named data are stored")
+    add_setup_arguments(parser)
     parser.add_argument("--criteria", nargs="+", default=["jbr", "l1", "l2_grouped", "taylor", "random"], help="cuts")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], help="cuts")
     parser.add_argument("--macs", type=float, nargs="+", default=[0.7, 0.5, 0.4, 0.3, 0.2, 0.1], help="repaired")
@@ -223,8 +219,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=512, help="calibration images")
     parser.add_argument("--eval-images", type=int, help="test images, which decide nothing; default: all")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
     parser.add_argument("--table", action="store_true", help="print what is in the file, run nothing")
     parser.add_argument("--plot", type=Path, help="with --table, of cuts: a figure")
     args = parser.parse_args(argv)
@@ -235,9 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             plot(lines(args.out), args.plot)
         return
     with exit_on_error("bench_prediction.py"):
-        use_threads(args.threads)
-        places = {"weights": args.weights, "root": args.root, "eval_images": args.eval_images}
-        setup = make_setup(args.model, args.data, keywords(args.model_arg), **places)
+        setup = read_setup(args)
         for seed in args.seeds:
             shared = setup.described() | {"seed": seed, "images": args.images, "eval_images": args.eval_images}
             run = key_of([args.what, shared, {name: getattr(args, name) for name in names}])

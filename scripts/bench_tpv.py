@@ -34,13 +34,11 @@ from common import (
     describe_call,
     exit_on_error,
     key_of,
-    keywords,
     lines,
     make_parser,
     markdown,
-    use_threads,
 )
-from protocols import Setup, make_setup
+from protocols import Setup, add_setup_arguments, read_setup
 from torch import Tensor, nn
 
 from jbrprune.report.records import plain
@@ -145,11 +143,7 @@ WHAT = {"time": compare_times, "quantization": compare_quantizations}
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("what", choices=WHAT)
-    parser.add_argument("--model", help="timm name")
-    parser.add_argument("--weights", default="random", help="pretrained, random, trained (on digits) or a file")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--data", help="as for benchmark.py")
-    parser.add_argument("--root", help="where named data are stored")
+    add_setup_arguments(parser, weights="random")
     parser.add_argument("--images", type=int, default=1024, help="of a split, that may be read")
     parser.add_argument("--empirical-images", type=int, default=2000, help="most images of the empirical estimators")
     parser.add_argument("--draws", type=int, default=8, help="of the published estimator in a round; of noise")
@@ -157,18 +151,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rtol", type=float, default=0.02, help="relative error to stop at")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
     parser.add_argument("--table", action="store_true", help="print the lines of quantization, run nothing")
     args = parser.parse_args(argv)
     with exit_on_error("bench_tpv.py"):
         if args.table:
             print(show(args.out))
             return
-        use_threads(args.threads)
-        setup = make_setup(args.model, args.data, keywords(args.model_arg), weights=args.weights, root=args.root)
-        names = ("what", "images", "empirical_images", "draws", "rounds", "rtol", "batch_size", "seed", "threads")
+        setup = read_setup(args)
+        names = ("what", "images", "empirical_images", "draws", "rounds", "rtol", "batch_size", "seed")
         shared = setup.described() | {name: getattr(args, name) for name in names}
+        shared |= {"threads": torch.get_num_threads()}
         if key_of(shared) in {line.get("run") for line in lines(args.out)}:
             return
         for line in WHAT[args.what](args, setup):

@@ -30,8 +30,8 @@ from typing import Any
 
 from benchmark import choose_criterion, describe_failure, load_calibration, load_dense, show_labels
 from benchmark import load as load_setup
-from common import append, describe_call, done, exit_on_error, key_of, keywords, make_parser, mend, use_threads
-from protocols import Setup, make_setup
+from common import append, describe_call, done, exit_on_error, key_of, make_parser, mend
+from protocols import Setup, add_setup_arguments, read_setup
 from torch import nn
 from train_reference import (
     Loss,
@@ -150,8 +150,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         JBRError: What was asked for is impossible for all of them.
     """
-    places = {"weights": args.weights, "root": args.root, "eval_images": args.eval_images, "device": args.device}
-    setup = make_setup(args.model, args.data, keywords(args.model_arg), **places, workers=args.workers)
+    setup = read_setup(args)
     for name in args.criterion or ():
         if name not in CRITERIA:
             raise unknown("criterion", name, CRITERIA)
@@ -189,11 +188,7 @@ def add_line(args: argparse.Namespace, setup: Setup, path: Path, what: dict[str,
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", required=True, help="timm name of the dense model")
-    parser.add_argument("--weights", default="pretrained", help="pretrained, trained (on digits) or a file")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--data", required=True, help="as for train_reference.py")
-    parser.add_argument("--root", help="where named data are stored")
+    add_setup_arguments(parser)
     models = parser.add_mutually_exclusive_group(required=True)
     models.add_argument("--pruned", type=Path, nargs="+", help="directories of saved models")
     models.add_argument("--criterion", nargs="+", help="prune by these first")
@@ -206,14 +201,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weight", type=float, default=0.5, help="of the teacher, in distillation")
     parser.add_argument("--temperature", type=float, default=2.0, help="in distillation")
     parser.add_argument("--eval-images", type=int, help="default: all")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, required=True, help="directory for models and states")
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
     add_training_arguments(parser, lr=0.02)
     args = parser.parse_args(argv)
     with exit_on_error("finetune.py"):
-        use_threads(args.threads)
         number = run(args)
     if number:
         raise SystemExit(f"finetune.py: {number} failed; {args.out} says why.")

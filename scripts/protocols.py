@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import check_least, key_of
+from common import check_least, key_of, keywords, use_threads
 from sources import IMAGENET, SMALL, check_source, data_digest, folder_of
 
 from baselines import CRITERIA, WEIGHT_CRITERIA
@@ -209,6 +210,28 @@ def make_setup(
         data = str(folder.resolve())
     arguments = tuple((SMALL.get(data, {}) | dict(model_args)).items())
     return Setup(model, weights, arguments, data, root, eval_images, device, workers, data_digest(data, root))
+
+
+def add_setup_arguments(parser: argparse.ArgumentParser, weights: str = "pretrained") -> None:
+    """Arguments of a script about one model and its data, and the file of its lines."""
+    parser.add_argument("--model", help="timm name")
+    parser.add_argument(
+        "--weights", default=weights, help="pretrained, random, trained (on digits), packaged or a file"
+    )
+    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE", help="for timm; repeatable")
+    parser.add_argument("--data", help="as for benchmark.py")
+    parser.add_argument("--root", help="where named data are stored")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
+
+
+def read_setup(args: argparse.Namespace) -> Setup:
+    """The setup in such arguments; sets the threads."""
+    use_threads(args.threads)
+    places = ("weights", "root", "eval_images", "device", "workers")
+    given = {name: getattr(args, name) for name in places if hasattr(args, name)}
+    return make_setup(args.model, args.data, keywords(args.model_arg), **given)
 
 
 @functools.cache

@@ -16,14 +16,14 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import check_least, commit, exit_on_error, keywords, make_parser, use_threads
-from protocols import Setup, make_setup
+from common import check_least, commit, exit_on_error, make_parser
+from protocols import Setup, read_setup
 from safetensors.torch import save_file
 from sources import ALIASES, NORMALISED, folder_of, measured_folder, open_source
 from timm.data import create_transform
@@ -53,25 +53,21 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 # --- images ----------------------------------------------------------------------------------------
 
 
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field that the command line explains."""
+    return field(default=default, metadata={"help": text, **more})
+
+
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training image, by transforms of timm and torchvision.
+    """What is done to a training image, by transforms of timm and torchvision."""
 
-    Attributes:
-        padding: A random crop of the image padded by so many pixels; 0: timm's random crop, resized.
-        scale: Share of the area that a resized crop covers, at least.
-        hflip: Probability of a mirror image.
-        color_jitter: Strength.
-        auto_augment: timm's name of a policy, such as ``rand-m9-mstd0.5-inc1``.
-        re_prob: Probability of random erasing.
-    """
-
-    padding: int = 0
-    scale: float = 0.35
-    hflip: float = 0.5
-    color_jitter: float = 0.0
-    auto_augment: str | None = None
-    re_prob: float = 0.0
+    padding: int = option(0, "shift images by up to so many pixels; 0: timm's random crops, resized")
+    scale: float = option(0.35, "least share of the area that a resized crop covers")
+    hflip: float = option(0.5, "probability of a mirror image")
+    color_jitter: float = option(0.0, "strength")
+    auto_augment: str | None = option(None, "timm's name of a policy, such as rand-m9-mstd0.5-inc1")
+    re_prob: float = option(0.0, "probability of random erasing")
 
 
 AUGMENTATIONS: Mapping[str, Augmentation] = {
@@ -150,31 +146,21 @@ def open_training(name: str, root: str | None, model: nn.Module, how: Augmentati
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train, in the words of timm's factories.
-
-    Attributes:
-        opt: Optimiser of ``timm.optim.create_optimizer_v2``.
-        sched: Schedule of ``timm.scheduler.create_scheduler_v2``, stepped at every update.
-        warmup_epochs: Of them the learning rate rises to ``lr``.
-        min_lr: Where the schedule ends.
-        clip: Largest norm of the gradient; None: any.
-        autocast: ``bfloat16`` for mixed precision; None: as the model is.
-        channels_last: Memory layout, faster for convolutions on most hardware.
-    """
+    """How to train, in the words of timm's factories."""
 
     epochs: int
     batch_size: int = 128
-    opt: str = "sgd"
+    opt: str = option("sgd", "optimiser of timm.optim.create_optimizer_v2")
     lr: float = 0.05
     weight_decay: float = 5e-4
     momentum: float = 0.9
-    sched: str = "cosine"
-    warmup_epochs: float = 0.5
-    min_lr: float = 0.0
-    clip: float | None = None
-    autocast: str | None = None
-    channels_last: bool = True
-    workers: int = 0
+    sched: str = option("cosine", "schedule of timm.scheduler.create_scheduler_v2, stepped at every update")
+    warmup_epochs: float = option(0.5, "of them the learning rate rises to --lr")
+    min_lr: float = option(0.0, "where the schedule ends")
+    clip: float | None = option(None, "largest norm of the gradient; default: any")
+    autocast: str | None = option(None, "mixed precision", choices=["bfloat16"])
+    channels_last: bool = option(True, "memory layout, faster for convolutions on most hardware")
+    workers: int = option(0, "processes that read and augment pictures")
     seed: int = 0
 
 
@@ -355,28 +341,16 @@ def read_augmentation(args: argparse.Namespace) -> Augmentation:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
-    """Arguments of a recipe and of an augmentation."""
-    parser.add_argument("--epochs", type=int, required=True)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--opt", help="timm's name of an optimiser")
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--weight-decay", type=float)
-    parser.add_argument("--momentum", type=float)
-    parser.add_argument("--sched", help="timm's name of a schedule")
-    parser.add_argument("--warmup-epochs", type=float)
-    parser.add_argument("--min-lr", type=float)
-    parser.add_argument("--clip", type=float, help="largest norm of the gradient")
-    parser.add_argument("--autocast", choices=["bfloat16"], help="mixed precision")
-    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--workers", type=int, help="processes that read and augment pictures")
-    parser.add_argument("--seed", type=int)
-    parser.set_defaults(**{f.name: f.default for f in fields(Recipe) if f.name != "epochs"} | defaults)
-    parser.add_argument("--padding", type=int, help="shift images by up to so many pixels; 0: timm's resized crops")
-    parser.add_argument("--scale", type=float, help="least share of the area of a resized crop")
-    parser.add_argument("--hflip", type=float, help="probability of a mirror image")
-    parser.add_argument("--color-jitter", type=float)
-    parser.add_argument("--auto-augment", help="timm's name of a policy")
-    parser.add_argument("--re-prob", type=float, help="probability of random erasing")
+    """Arguments of a recipe and of an augmentation, from their fields."""
+    kinds = {"int": int, "float": float, "str": str}
+    for item in (*fields(Recipe), *fields(Augmentation)):
+        flag, text = "--" + item.name.replace("_", "-"), item.metadata.get("help")
+        if item.type == "bool":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            needed, kind = item.default is MISSING, kinds[str(item.type).split(" ")[0]]
+            parser.add_argument(flag, type=kind, required=needed, help=text, choices=item.metadata.get("choices"))
+    parser.set_defaults(**{f.name: f.default for f in fields(Recipe) if f.default is not MISSING} | defaults)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -393,9 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_training_arguments(parser)
     args = parser.parse_args(argv)
     with exit_on_error("train_reference.py"):
-        use_threads(args.threads)
-        places = {"weights": args.weights, "root": args.root, "device": args.device}
-        facts = train_and_write(args, make_setup(args.model, args.data, keywords(args.model_arg), **places))
+        facts = train_and_write(args, read_setup(args))
     print(f"{facts['accuracy']:.4f} of {facts['test_images']} test images right; {args.out}")
 
 
