@@ -40,17 +40,7 @@ from typing import Any
 
 import torch
 from benchmark import load, load_calibration, load_dense, show_labels
-from common import (
-    append,
-    describe_call,
-    done,
-    exit_on_error,
-    key_of,
-    lines,
-    make_parser,
-    markdown,
-    mend,
-)
+from common import append, describe_call, done, exit_on_error, key_of, lines, make_parser, markdown, mend
 from protocols import PROTOCOLS, Setup, add_setup_arguments, read_setup
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -29,15 +29,7 @@ from typing import Any
 
 import torch
 from benchmark import load
-from common import (
-    append,
-    describe_call,
-    exit_on_error,
-    key_of,
-    lines,
-    make_parser,
-    markdown,
-)
+from common import append, describe_call, exit_on_error, key_of, lines, make_parser, markdown
 from protocols import Setup, add_setup_arguments, read_setup
 from torch import Tensor, nn
 
