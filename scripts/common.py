@@ -34,12 +34,6 @@ def lines(path: Path) -> list[dict]:
         return _parse(path, _complete(file.read()))
 
 
-def cut(path: Path) -> int:
-    """How many characters there are of a last line that was not written to its end."""
-    found = path.read_text()
-    return max(0, len(found) - len(_complete(found)))  # a line that lacks its end of line only is whole
-
-
 def done(path: Path, field: str) -> set[str]:
     """Keys of the lines of a file that did not fail.
 
@@ -75,7 +69,7 @@ def append(path: Path, records: Iterable[Mapping[str, object]]) -> None:
         found = file.read()
         complete = _complete(found)
         if len(complete) < len(found):
-            print(f"{_said_to_be_cut(path, len(found) - len(complete))}; removed.", file=sys.stderr, flush=True)
+            print(f"{_say_cut(path, len(found) - len(complete))}; removed.", file=sys.stderr, flush=True)
             file.truncate(len(complete.encode()))
         last = {line["key"]: line.get("failed") for line in _parse(path, complete) if "key" in line}
         new = [r for r in records if (key := r.get("key")) not in last or last[key] not in (None, r.get("failed"))]
@@ -88,12 +82,14 @@ def mend(path: Path) -> None:
         append(path, [])
 
 
-def describe_cut(path: Path) -> list[str]:
-    """A sentence, if the last line of a file was not written to its end."""
-    return [f"{_said_to_be_cut(path, number)}; left out."] if (number := cut(path)) else []
+def describe_cuts(paths: Iterable[Path]) -> list[str]:
+    """A sentence for every file whose last line was not written to its end."""
+    found = {path: path.read_text() for path in paths}
+    sizes = {path: len(text) - len(_complete(text)) for path, text in found.items()}  # -1: only its end of line is not
+    return [f"{_say_cut(path, number)}; left out." for path, number in sizes.items() if number > 0]
 
 
-def _said_to_be_cut(path: Path, number: int) -> str:
+def _say_cut(path: Path, number: int) -> str:
     return f"{path}: the last line was cut in the middle ({number} characters)"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, commit, make_parser
+from common import append, commit, lines, make_parser
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 
@@ -190,29 +191,27 @@ def attributes(case: Case) -> None:
 
 
 def tensors(case: Case) -> None:
-    """Extra, missing, renamed, reshaped, of another dtype; sometimes the description is changed as well."""
+    """Extra, missing, renamed, of another dtype, reshaped, of other values; sometimes described so."""
     found, listed = case.tensors(), case.body["tensors"]
-    name = case.some(found)
-    how, described = case.source.randrange(6), name in listed and case.half()
+    name, how = case.some(found), case.source.randrange(6)
+    tensor, info = found.pop(name), listed.get(name, {})
     if how == 0:
-        found[case.some(["extra", "../x", "a.b.c", f"{name}.bitmap"])] = torch.zeros(3)
-    elif how == 1:
-        del found[name]
-        if described:
-            del listed[name]
+        found |= {name: tensor, case.some(["extra", "../x", "a.b.c", f"{name}.bitmap"]): torch.zeros(3)}
+    elif how == 1 and case.half():
+        listed.pop(name, None)
     elif how == 2:
-        found[f"{name}_"] = found.pop(name)
-        if described:
+        found[f"{name}_"] = tensor
+        if name in listed and case.half():
             listed[f"{name}_"] = listed.pop(name)
     elif how == 3:
-        found[name] = found[name].to(case.some([torch.float64, torch.float16, torch.int8, torch.bool]))
-        if described:
-            listed[name]["dtype"] = str(found[name].dtype).removeprefix("torch.")
+        found[name] = tensor.to(case.some([torch.float64, torch.float16, torch.int8, torch.bool]))
+        if case.half():
+            info["dtype"] = str(found[name].dtype).removeprefix("torch.")
     elif how == 4:
-        found[name] = torch.cat([found[name].flatten(), torch.zeros(1).to(found[name])])
-    else:
-        found[name] = found[name].clone()
-        found[name].view(-1)[:1] = float("nan") if found[name].is_floating_point() else 1  # some hold nothing
+        found[name] = torch.cat([tensor.flatten(), torch.zeros(1).to(tensor)])
+    elif how == 5:
+        found[name] = tensor.clone()
+        found[name].view(-1)[:1] = float("nan") if tensor.is_floating_point() else 1  # some hold nothing
     case.data = save_bytes(found)
     case.sum_anew()
 
@@ -365,46 +364,26 @@ def find_difference(model: torch.nn.Module, directory: Path) -> str:
 
 def try_guarded(base: Path, folder: Path, trials: list[Trial]) -> list[Outcome]:
     """The trials in a child process; one that ends it is wrong, and the next one starts another."""
-    outcomes: list[Outcome] = []
-    while len(outcomes) < len(trials):
-        reader, writer = os.pipe()
+    said = folder / "said.jsonl"
+    said.unlink(missing_ok=True)
+    reasons = {
+        -signal.SIGALRM: f"took longer than {SECONDS} s",
+        FORBIDDEN_DONE: f"did one of {', '.join(FORBIDDEN)}, or opened a file for writing",
+    }
+    while (done := len(lines(said))) < len(trials):
+        child = multiprocessing.get_context("fork").Process(target=_try_all, args=(base, folder, trials[done:], said))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads; there are none that work
-            child = os.fork()
-        if child == 0:
-            os.close(reader)
-            _try_in_child(base, folder, trials[len(outcomes) :], writer)
-        os.close(writer)
-        with os.fdopen(reader) as file:
-            outcomes += [Outcome(**json.loads(line)) for line in file]
-        status = os.waitpid(child, 0)[1]
-        if len(outcomes) < len(trials):
-            why = f"the process ended with status {status}"
-            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-                why = f"took longer than {SECONDS} s"
-            elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == FORBIDDEN_DONE:
-                why = f"did one of {', '.join(FORBIDDEN)}, or opened a file for writing"
-            outcomes.append(Outcome("wrong", why))
-    return outcomes
+            child.start()
+        child.join()
+        if len(lines(said)) < len(trials):
+            why = reasons.get(child.exitcode, f"the process ended with code {child.exitcode}")
+            append(said, [vars(Outcome("wrong", why))])
+    return [Outcome(**line) for line in lines(said)]
 
 
-def _try_in_child(base: Path, folder: Path, trials: list[Trial], writer: int) -> None:
-    """Write an outcome per line; never returns."""
-    try:
-        _watch(folder)
-        for trial in trials:
-            signal.alarm(SECONDS)
-            try:
-                outcome = try_once(base, folder, trial)
-            except BaseException:
-                outcome = Outcome("unaccounted", traceback.format_exc()[-900:])
-            os.write(writer, (json.dumps(vars(outcome)) + "\n").encode())
-    finally:
-        os._exit(0)
-
-
-def _watch(folder: Path) -> None:
-    """Little memory; nothing may be started, fetched, unpickled, or written outside of the folder."""
+def _try_all(base: Path, folder: Path, trials: list[Trial], said: Path) -> None:
+    """Write an outcome per line, in a process with little memory that ends when something forbidden happens."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
@@ -416,6 +395,14 @@ def _watch(folder: Path) -> None:
             os._exit(FORBIDDEN_DONE)
 
     sys.addaudithook(hook)
+    for trial in trials:
+        signal.alarm(SECONDS)
+        try:
+            outcome = try_once(base, folder, trial)
+        except BaseException:
+            outcome = Outcome("unaccounted", traceback.format_exc()[-900:])
+        append(said, [vars(outcome)])
+    os._exit(0)
 
 
 def run(trials: int, seed: int, folder: Path) -> list[tuple[Trial, Outcome]]:
@@ -430,13 +417,6 @@ def run(trials: int, seed: int, folder: Path) -> list[tuple[Trial, Outcome]]:
     return found
 
 
-def count(kind: str, outcomes: list[Outcome]) -> dict[str, Any]:
-    """A line of the results."""
-    counts = {what: sum(outcome.what == what for outcome in outcomes) for what in OUTCOMES}
-    slowest = max(outcome.seconds for outcome in outcomes)
-    return {"kind": kind, "tried": len(outcomes), **counts, "slowest_seconds": round(slowest, 2)}
-
-
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--trials", type=int, default=1000)
@@ -448,15 +428,18 @@ def main() -> None:
     for trial, outcome in found:
         if outcome.why:
             print(f"{trial}: {outcome.what}: {outcome.why}", file=sys.stderr)
-    kinds = dict.fromkeys(trial.kind for trial, _ in found)
-    made = [count(kind, [outcome for trial, outcome in found if trial.kind == kind]) for kind in kinds]
-    whole = count("all", [outcome for _, outcome in found])
-    made.append(whole | {"seed": args.seed, "commit": commit(), "torch": torch.__version__})
+    made = []
+    for kind in (*ALL, "all"):
+        own = [outcome for trial, outcome in found if kind in (trial.kind, "all")]
+        counts = {what: sum(outcome.what == what for outcome in own) for what in OUTCOMES}
+        slowest = round(max((outcome.seconds for outcome in own), default=0.0), 2)
+        made.append({"kind": kind, "tried": len(own), **counts, "slowest_seconds": slowest})
+    made[-1] |= {"seed": args.seed, "commit": commit(), "torch": torch.__version__}
     for line in made:
         print(json.dumps(line))
     if args.out:
         append(args.out, made)
-    sys.exit(1 if whole["wrong"] + whole["unaccounted"] else 0)
+    sys.exit(1 if made[-1]["wrong"] + made[-1]["unaccounted"] else 0)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ import json
 import math
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import describe_cut, exit_on_error, lines, make_parser
+from common import describe_cuts, exit_on_error, lines, make_parser
 from common import markdown as grid_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -77,35 +78,32 @@ def read(paths: Sequence[Path], criteria: Sequence[str] | None = None) -> tuple[
         raise ArgumentError(f"There is no file {missing[0]}.")
     found = [line for path in paths for line in lines(path)]
     if not found:
-        raise ArgumentError(
-            " ".join([f"{names}: no whole line yet.", *(s for path in paths for s in describe_cut(path))])
-        )
+        raise ArgumentError(" ".join([f"{names}: no whole line yet.", *describe_cuts(paths)]))
     if not all({"key", "protocol"} <= line.keys() for line in found):
         raise ArgumentError(f"{names}: expected lines written by benchmark.py.")
     latest = {line["key"]: line for line in sorted(found, key=lambda line: "failed" not in line)}.values()
-    wanted = [line for line in latest if not criteria or line["criterion"] in criteria]
-    failed: dict[str, int] = {}
-    for line in wanted:
-        if "failed" in line:
-            what = f"{line['criterion']} on {line['model']}, {line['protocol']}, seed {line['seed']}: {line['failed']}"
-            failed[what] = failed.get(what, 0) + 1
-    left_out = [f"Left out, it failed: {what} ({count} budgets)" for what, count in failed.items()]
-    frame = pd.DataFrame([line for line in wanted if "failed" not in line])
-    there = sorted({line["criterion"] for line in latest if "failed" not in line})
-    if absent := sorted(set(criteria or ()) - set(there)):
+    there = {line["criterion"]: None for line in latest if "failed" not in line}
+    if absent := [name for name in criteria or () if name not in there]:
         raise ArgumentError(f"No line of {', '.join(absent)}; there are {', '.join(there)}.")
-    if frame.empty:
+    wanted = [line for line in latest if not criteria or line["criterion"] in criteria]
+    failed = Counter(
+        f"{line['criterion']} on {line['model']}, {line['protocol']}, seed {line['seed']}: {line['failed']}"
+        for line in wanted
+        if "failed" in line
+    )
+    left_out = [f"Left out, it failed: {what} ({count} budgets)" for what, count in failed.items()]
+    if not there:
         raise ArgumentError(f"{names}: every run failed. {left_out[0]}")
+    frame = pd.DataFrame([line for line in wanted if "failed" not in line])
     for name in ("model_args", "options", "budgets"):
         frame[name] = [json.dumps(value, sort_keys=True) for value in frame[name]]
     frame["steps"] = ["auto" if pd.isna(steps) else str(int(steps)) for steps in frame["steps"]]
-    times = frame.reindex(columns=["latency_ms", "dense_latency_ms"]).apply(pd.to_numeric)
-    frame = frame.assign(
-        at_macs=frame["macs"] / frame["dense_macs"],
-        at_params=pd.to_numeric(frame["nonzero"]).fillna(frame["params"]) / frame["dense_params"],
-        at_sparsity=pd.to_numeric(frame["sparsity"]),
-        at_latency=times["latency_ms"] / times["dense_latency_ms"],
-    )
+    numbers = ("nonzero", "params", "sparsity", "latency_ms", "dense_latency_ms")
+    known = {name: pd.to_numeric(frame.get(name, pd.Series(index=frame.index, dtype=float))) for name in numbers}
+    frame["at_macs"] = frame["macs"] / frame["dense_macs"]
+    frame["at_params"] = known["nonzero"].fillna(known["params"]) / frame["dense_params"]
+    frame["at_sparsity"] = known["sparsity"]
+    frame["at_latency"] = known["latency_ms"] / known["dense_latency_ms"]
     return frame, left_out
 
 
@@ -118,18 +116,16 @@ def contexts(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """
     for values, rows in frame.groupby(list(CONTEXT), sort=False, dropna=False):
         for name in ("dense_accuracy", "dense_macs", "dense_params"):
-            different = rows[name].dropna().unique()
-            if len(different) > 1:
+            different = ", ".join(map(str, rows[name].dropna().unique()))
+            if ", " in different:
                 raise ArgumentError(
-                    f"Lines of the same settings have different {name} ({', '.join(map(str, different[:3]))}): other "
-                    "weights, images or versions under one name. They are not averaged; put them into different files."
+                    f"Lines of the same settings have different {name} ({different}): other weights, images or "
+                    "versions under one name. They are not averaged; put them into different files."
                 )
-        twice = rows[rows.duplicated(["criterion", "seed", "budget"])]
-        if len(twice):
-            one = twice.iloc[0]
+        for one in rows[rows.duplicated(["criterion", "seed", "budget"])].itertuples():
             raise ArgumentError(
-                f"{one['criterion']}, seed {one['seed']}, budget {one['budget']} was measured twice in the same "
-                "settings. They are not averaged; put them into different files."
+                f"{one.criterion}, seed {one.seed}, budget {one.budget} was measured twice in the same settings. They "
+                "are not averaged; put them into different files."
             )
         own = dict(zip(CONTEXT, values, strict=True))
         way = "each budget from the dense model" if own["from_dense"] else f"through budgets {own['budgets'][1:-1]}"
@@ -341,22 +337,14 @@ def markdown(found: Sequence[Table], metric: str) -> str:
 
 
 def latex(found: Sequence[Table], metric: str) -> str:
-    """Table environments for booktabs, with their notes below."""
+    """Tables for booktabs, titles and notes as comments."""
     parts = []
     for table in found:
         frame = wide(table, metric)
-        layout = {"index": False, "escape": True, "column_format": "l" + "r" * (len(frame.columns) - 1)}
-        notes = " \\\\\n".join(_escape(note) for note in _footnotes(table))
-        text = frame.to_latex(caption=_escape(table.title), position="t", **layout)
-        text = text.replace("\\end{table}", "\\par\\footnotesize\\raggedright\n" + notes + "\n\\end{table}")
-        parts.append(text.replace("±", "$\\pm$").replace("\\textasciitilde ", "$\\sim$"))
-    return "\n".join(parts)
-
-
-def _escape(text: str) -> str:
-    for character in "&%$#_{}":
-        text = text.replace(character, "\\" + character)
-    return text.replace(MARK, "\\textasciitilde ")
+        grid = frame.to_latex(index=False, escape=True, column_format="l" + "r" * (len(frame.columns) - 1))
+        grid = grid.replace("±", "$\\pm$").replace("\\textasciitilde ", "$\\sim$")
+        parts.append("\n".join([f"% {table.title}", grid, *(f"% {note}" for note in _footnotes(table))]))
+    return "\n\n".join(parts)
 
 
 def csv(found: Sequence[Table], metric: str) -> str:
@@ -448,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = FORMATS[args.format](tables(frame, args.at, args.metric, args.values, area=args.area), args.metric)
         if args.figure:
             figure(frame, args.at, args.metric).savefig(args.figure, dpi=130)
-        for sentence in (*left_out, *(sentence for path in args.lines for sentence in describe_cut(path))):
+        for sentence in (*left_out, *describe_cuts(args.lines)):
             print(sentence, file=sys.stderr)
     if left_out and args.format == "markdown":
         text += "\n\n" + "\n".join(f"- {sentence}" for sentence in left_out)

@@ -106,7 +106,7 @@ def test_the_judge_finds_fault(bases: list[Path], tmp_path: Path, monkeypatch: p
     greedy.__cause__ = RuntimeError("DefaultCPUAllocator: can't allocate memory")
     assert outcome(fails(greedy)).why == "asked for too much memory: could not be created"
     assert outcome(writing).why.endswith("opened a file for writing")
-    assert outcome(lambda directory: fuzz.os._exit(3)).why == "the process ended with status 768"
+    assert outcome(lambda directory: fuzz.os._exit(3)).why == "the process ended with code 3"
     assert outcome(lambda directory: nn.Module()).what == "wrong"
     monkeypatch.setattr(fuzz, "mutate", fails(KeyError("mine")))
     assert outcome(real).what == "unaccounted"

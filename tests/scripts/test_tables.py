@@ -155,7 +155,7 @@ def test_formats(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
             lines = [line for line in common.lines(measured) if line["criterion"] == "jbr" and line["budget"] == 0.6]
             assert all(abs(line["macs"] / line["dense_macs"] - 0.6) < 0.2 for line in lines)
         if form == "latex":
-            assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 1
+            assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1
             assert r"tp\_taylor (L) [1]" in text
         if form == "markdown":
             assert "| tp_taylor (L) [1] |" in text
