@@ -6,8 +6,10 @@
 
 What is measured: a criterion of `baselines.CRITERIA`; one of single weights (``weights/NAME``); ``published``, the
 method of the published code (arXiv 2512.11089: gradient of the mean cross-entropy over a batch, then (sum of w g)^2 for
-every input and output channel); ``prune``, a whole `jbrprune.prune` to half of the MACs with its repairs. The yardstick
-is one pass in eval mode, forward and a backward that makes the gradient of every parameter.
+every input and output channel); ``tpv`` and ``tpv_published``, one draw per image of sigma^2 E_x |J(x)|^2 by
+`jbrprune.tpv.trace_form` and by the published code, which makes the gradient of one image and one vector of random
+signs per backward (draws of both have the same deviation); ``prune``, a whole `jbrprune.prune` to half of the MACs with
+its repairs. The yardstick is one pass in eval mode, forward and a backward that makes the gradient of every parameter.
 
 Time: in a round the yardstick is timed first and last, and everything else in between, in one process, so that what
 disturbs the machine disturbs all; a round's ratio is to the mean of its two yardsticks. Given are median and quartiles
@@ -57,8 +59,10 @@ from jbrprune.pruning.prepare import provenance
 from jbrprune.sparsity.masks import weights_of
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group
+from jbrprune.tpv import Isotropic, trace_form
 
-KNOWN = (*CRITERIA, *(f"weights/{name}" for name in WEIGHT_CRITERIA), "published", "prune")
+TPV = ("tpv", "tpv_published")
+KNOWN = (*CRITERIA, *(f"weights/{name}" for name in WEIGHT_CRITERIA), "published", "prune", *TPV)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 YARDSTICK = "training"
 Step = Callable[[], object]
@@ -75,6 +79,12 @@ def make_step(name: str, model: nn.Module, batches: Sequence[Batch], groups: Seq
         return lambda: train_once(model, batches, square_channels)
     if name == "prune":
         return lambda: prune(model, show_labels("jbr", batches), macs=0.5, images=None, progress=False)
+    if name in TPV:
+        images = torch.cat([batch.images for batch in batches])
+        how = {"method": "projection", "rtol": 0.0, "validity": False, "progress": False}
+        if name == "tpv":
+            return lambda: trace_form(model, images, Isotropic(1.0), batch_size=len(batches[0]), **how)
+        return lambda: draw_as_published(model, images)
     kind, _, own = name.rpartition("/")
     shown, criterion = show_labels(own, batches), (WEIGHT_CRITERIA if kind else CRITERIA)[own]
     if kind and isinstance(criterion, Relevance):
@@ -102,6 +112,18 @@ def square_channels(model: nn.Module, gradients: Mapping[Tensor, Tensor]) -> Non
         if isinstance(module, nn.Linear | nn.Conv2d):
             products = (module.weight * gradients[module.weight]).reshape(*module.weight.shape[:2], -1).sum(-1)
             products.sum(1).square(), products.sum(0).square()
+
+
+def draw_as_published(model: nn.Module, images: Tensor) -> float:
+    """One image and one vector of signs per backward; all gradients are made, squared and added up."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total, generator = 0.0, torch.Generator().manual_seed(0)
+    for image in images.to(preserve.device_of(model)):
+        outputs = model(image[None])[0]
+        signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
+        gradients = torch.autograd.grad((signs * outputs).sum(), parameters, allow_unused=True)
+        total += sum(gradient.pow(2).sum().item() for gradient in gradients if gradient is not None)
+    return total / len(images)
 
 
 # --- time ------------------------------------------------------------------------------------------

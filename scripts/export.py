@@ -8,7 +8,6 @@ random images (`BATCHES`), within ``--tolerance`` of the largest output. Needs `
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -16,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from common import exit_on_error, make_parser
 from torch import Tensor, nn
 
 from jbrprune import load
-from jbrprune.cli import check_file
 from jbrprune.errors import ArgumentError, JBRError, ModelError
 from jbrprune.models import timm_models
 from jbrprune.models.preserve import logits_of
@@ -32,7 +31,7 @@ TRACED = 2
 Runner = Callable[[Tensor], Tensor]
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
     """The model as a function of images to logits."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,6 +39,7 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
+        """``[B, K]``."""
         return logits_of(self.model(images))
 
 
@@ -50,15 +50,9 @@ def to_onnx(model: nn.Module, example: Tensor, path: Path) -> Runner:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ArgumentError(f"{error.name} is not installed: pip install 'jbrprune[export]'.") from error
-    program = torch.onnx.export(
-        model,
-        (example,),
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=["images"],
-        output_names=["logits"],
-        verbose=False,
-    )
+    shapes = ({0: torch.export.Dim("batch")},)
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
     program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
@@ -71,14 +65,14 @@ def to_program(model: nn.Module, example: Tensor, path: Path) -> Runner:
     return torch.export.load(path).module()
 
 
-def exported(model: nn.Module, size: Sequence[int], path: Path, write: Callable, tolerance: float) -> dict[str, object]:
+def export(model: nn.Module, size: Sequence[int], path: Path, write: Callable, tolerance: float) -> dict[str, object]:
     """Export, verify, and only then give the file its name; what a JSON line says of it.
 
     Raises:
         ModelError: The model cannot be exported, or the export gives other outputs.
     """
     generator = torch.Generator().manual_seed(0)
-    wrapped = _Logits(model).eval()
+    wrapped, largest = Logits(model).eval(), 0.0
     # In a directory of its own beside the target: exporters choose names of further files by that of the first.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
         temporary = Path(directory) / path.name
@@ -88,62 +82,47 @@ def exported(model: nn.Module, size: Sequence[int], path: Path, write: Callable,
             raise
         except Exception as error:  # whatever an exporter stumbles over
             raise ModelError(f"{path.name}: the model cannot be exported: {type(error).__name__}: {error}") from error
-        images = {count: torch.randn(count, *size, generator=generator) for count in BATCHES}
-        found = {count: difference(wrapped, run, batch) for count, batch in images.items()}
-        for count, value in found.items():
-            if not value <= tolerance:  # NaN is not
+        for count in BATCHES:
+            images = torch.randn(count, *size, generator=generator)
+            with torch.no_grad():
+                wanted, found = wrapped(images), run(images)
+            if found.shape != wanted.shape:
+                shapes = f"{tuple(found.shape)}, not {tuple(wanted.shape)}"
+                raise ModelError(f"{path.name}: {count} images gave outputs of shape {shapes}. Nothing was written.")
+            apart = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+            if not apart <= tolerance:  # NaN is not
                 raise ModelError(
-                    f"{path.name}: on {count} images the outputs differ by {value:.2g} of the largest one, more than "
+                    f"{path.name}: on {count} images the outputs differ by {apart:.2g} of the largest one, more than "
                     f"{tolerance:.2g}. Nothing was written."
                 )
+            largest = max(largest, apart)
         os.replace(temporary, path)
-    return {"file": str(path), "bytes": path.stat().st_size, "largest_difference": max(found.values())}
-
-
-def difference(model: nn.Module, run: Runner, images: Tensor) -> float:
-    """The largest difference between two functions, as a share of the largest output."""
-    with torch.no_grad():
-        wanted, found = model(images), run(images)
-    if found.shape != wanted.shape:
-        raise ModelError(f"{len(images)} images gave outputs of shape {tuple(found.shape)}, not {tuple(wanted.shape)}.")
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
-
-
-def targets(onnx: Path | None, program: Path | None) -> dict[Path, Callable]:
-    """File -> what writes it.
-
-    Raises:
-        ArgumentError: There is none, or both are the same.
-        CheckpointError: One cannot be written.
-    """
-    wanted = {path: write for path, write in ((onnx, to_onnx), (program, to_program)) if path}
-    if not wanted:
-        raise ArgumentError("Say what to write: --onnx FILE, --program FILE, or both.")
-    if onnx and program and onnx.resolve() == program.resolve():
-        raise ArgumentError(f"--onnx and --program are both {onnx}: give each format a file of its own.")
-    for path in wanted:
-        check_file(path)
-    return wanted
+    return {"file": str(path), "bytes": path.stat().st_size, "largest_difference": largest}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("pruned", type=Path, help="directory of a saved model")
     parser.add_argument("--onnx", type=Path, help="file to write (.onnx)")
     parser.add_argument("--program", type=Path, help="file to write (.pt2)")
     parser.add_argument("--size", type=int, nargs=3, metavar=("C", "H", "W"), help="default: what timm says")
     parser.add_argument("--tolerance", type=float, default=1e-4)
     args = parser.parse_args(argv)
-    try:
-        wanted = targets(args.onnx, args.program)
+    with exit_on_error("export.py"):
+        wanted = [(path, write) for path, write in ((args.onnx, to_onnx), (args.program, to_program)) if path]
+        if not wanted:
+            raise ArgumentError("Say what to write: --onnx FILE, --program FILE, or both.")
+        for path, _ in wanted:
+            if path.is_dir() or not path.absolute().parent.is_dir():
+                raise ArgumentError(f"{path} cannot be written: expected a file in a directory that is there.")
+        if len({path.resolve() for path, _ in wanted}) < len(wanted):
+            raise ArgumentError(f"--onnx and --program are both {args.onnx}: give each format a file of its own.")
         model = make_permanent(load(args.pruned))
         size = args.size or timm_models.image_size(model)
         if size is None:
             raise ArgumentError("The model does not say what images it takes: pass --size C H W.")
-        for path, write in wanted.items():
-            print(json.dumps({"model": str(args.pruned)} | exported(model, size, path, write, args.tolerance)))
-    except JBRError as error:
-        raise SystemExit(f"export.py: {error}") from error
+        for path, write in wanted:
+            print(json.dumps({"model": str(args.pruned)} | export(model, size, path, write, args.tolerance)))
 
 
 if __name__ == "__main__":

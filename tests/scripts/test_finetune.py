@@ -204,7 +204,7 @@ def test_an_export_that_is_wrong_leaves_nothing(tmp_path: Path) -> None:
 
     for write, words in ((wrong, "outputs differ by"), (misshapen, "gave outputs of shape"), (broken, "KeyError")):
         with pytest.raises(ModelError, match=words):
-            export.exported(net, (1, 2, 2), tmp_path / "a.onnx", write, 1e-4)
+            export.export(net, (1, 2, 2), tmp_path / "a.onnx", write, 1e-4)
     assert list(tmp_path.iterdir()) == []
 
 
