@@ -90,11 +90,11 @@ def mac_terms(model: nn.Module, images: Tensor) -> list[Term]:
     """The MACs of a model as terms."""
     terms = []
     for name, macs in count_macs(model, images).items():
-        module, out = model.get_submodule(name), (name, "out", 0)
+        module = model.get_submodule(name)
         if layers.is_depthwise(module) or layers.is_grouped(module):
-            axes: tuple[Axis, ...] = (out,)
+            axes: tuple[Axis, ...] = ((name, "out", 0),)
         elif layers.is_consumer(module):
-            axes = (out, (name, "in", 0))
+            axes = ((name, "out", 0), (name, "in", 0))
         else:
             axes = ((name, "heads", 0),) if layers.head_layout(module) else ()
         terms.append(Term(macs, axes))
