@@ -60,7 +60,7 @@ class Gate(torch.autograd.Function):
         return x.detach()  # the same memory, but no view for autograd: an in-place operation may follow
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, None]:  # type: ignore
         """Sum over positions, in pieces of a few samples."""
         (a,), (kinds, samples, _) = ctx.saved_tensors, ctx.shape
         if a.data_ptr() == ctx.version[0] and a._version != ctx.version[1]:  # neither as it was, nor a copy
@@ -152,7 +152,7 @@ def gated_logits(
             before[name] = lambda _, args, kw, name=name: inputs[name].append(preserve.input_of(args, kw).detach())
         part = layers.affine_part(layer)
         if part is None:
-            after[name] = lambda _, args, kw, output, at=(name, side, layer): gated(*at, output)
+            after[name] = lambda _, args, kw, output, at=(name, side, layer): gated(*at, output)  # type: ignore
         else:  # an activation follows: the affine output is the input of a part of the layer
             before[f"{name}.{part}".removeprefix(".")] = on_input(name, side, layer)
     amp = torch.autocast(images.device.type, autocast, enabled=autocast is not None)
@@ -164,7 +164,7 @@ def _line_of(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Slope and intercept of a batch norm, whose input autograd keeps, while its output is often overwritten."""
     names = ("running_mean", "running_var", "weight", "bias")
     mean, variance, weight, bias = (None if (t := getattr(norm, n)) is None else t.to(dtype) for n in names)
-    slope = weight * torch.rsqrt(variance + norm.eps)
+    slope = weight * torch.rsqrt(variance + norm.eps)  # type: ignore[reportOperatorIssue, reportOptionalOperand]
     return slope, (0 if bias is None else bias) - mean * slope
 
 

@@ -85,7 +85,7 @@ class SummedScores:
         with tensor_file(path, cls.KIND) as (header, tensors):
             sums = {name: tensors[name] for name in header["scored"]}
             counts = {"samples": header["samples"], "skipped": header["skipped"]}
-            return cls(sums=sums, **counts, settings=Settings(**header["settings"]), **cls._read(header["scored"]))
+            return cls(sums=sums, **counts, settings=Settings(**header["settings"]), **cls._read(header["scored"]))  # type: ignore
 
     def _scored(self) -> dict[str, Any]:
         """Name -> what is scored, as JSON."""

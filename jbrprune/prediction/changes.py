@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,7 +200,8 @@ def change_logits(
             found, copying = differentiate(run, copying)
             wide = torch.promote_types(found[0].dtype, torch.float32)
             parts.append([part.cpu().to(wide) if part.is_floating_point() else part.cpu() for part in found])
-    return Changes(*(torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 0, 1, 1, 2, 0))))
+    whole: list[Any] = [torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 0, 1, 1, 2, 0))]
+    return Changes(*whole)
 
 
 def cut_masks(model: nn.Module, groups: Sequence[Group], cuts: Sequence[Selection]) -> dict[str, Tensor]:

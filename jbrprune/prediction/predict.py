@@ -125,11 +125,11 @@ def predict(
         Arpit, arXiv 2512.11089 (TPV as the cost of a removal).
     """
     pandas = import_optional("pandas")
-    given = {"macs": macs, "params": params, "channels": channels}
-    given = {kind: wanted for kind, wanted in given.items() if wanted is not None}
+    pairs: list[tuple[str, Any]] = [("macs", macs), ("params", params), ("channels", channels)]
+    given = {kind: wanted for kind, wanted in pairs if wanted is not None}
     kind, wanted = next(iter(given.items()), ("macs", SHARES))
     wanted = [wanted] if isinstance(wanted, Real) else wanted
-    shares = sorted((Budget.of(**{kind: share}).share for share in wanted), reverse=True)
+    shares = sorted((Budget.of(**{kind: share}).share for share in wanted), reverse=True)  # type: ignore
     if len(given) > 1 or not shares or len(set(shares)) < len(shares):
         raise BudgetError(f"Give one or more different shares of one kind: {', '.join(KINDS)}; got {given}.")
     if checked is not None and (not isinstance(checked, Integral) or checked < 1):
@@ -137,8 +137,15 @@ def predict(
     if not 0 < tolerance < math.inf:
         raise ArgumentError(f"tolerance must satisfy 0 < tolerance < inf, got {tolerance!r}.")
     least = shares[-1] if given else shares[0]
-    shared = {"criterion": criterion, "ignore": ignore, "batch_size": batch_size, "progress": progress, "seed": seed}
-    options = ChannelOptions(**shared, repair=repair, images=images, floors=floors, **{kind: least})
+    budget: dict[str, Any] = {kind: least}
+    shared: dict[str, Any] = {
+        "criterion": criterion,
+        "ignore": ignore,
+        "batch_size": batch_size,
+        "progress": progress,
+        "seed": seed,
+    }
+    options = ChannelOptions(**shared, repair=repair, images=images, floors=floors, **budget)
     problem = open_problem(model, data, batch_size)
     problem.check_classes("predict")
     state = find_channels(problem, options, (least,))

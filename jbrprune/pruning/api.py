@@ -380,9 +380,9 @@ def info(
     for group in found.groups:
         layers = len({member.axis[0] for member in group.members})
         savings = (round(cost.saving(group.name)) for cost in costs)
-        rows.append(InfoRow(group.name, group.kind, group.size, *savings, layers))
+        rows.append(InfoRow(group.name, group.kind, group.size, *savings, layers))  # type: ignore[reportCallIssue]
     least = (reduce_to_floors(cost, found.groups, floors, sizes) / cost_ for cost, cost_ in zip(costs, whole))
-    return Info(tuple(images.shape[1:]), *whole, *least, tuple(rows), found.skipped)
+    return Info(tuple(images.shape[1:]), *whole, *least, tuple(rows), found.skipped)  # type: ignore[reportCallIssue]
 
 
 def carry_out(
@@ -414,7 +414,7 @@ def carry_out(
         if drop is not None:
             from jbrprune.prediction import max_drop  # drives the same loop from above
 
-            outcomes = iter([max_drop.search(structure, images)])
+            outcomes = iter([max_drop.search(structure, images)])  # type: ignore[reportArgumentType]
         for made, report in outcomes:
             pruned = made.model
             if options.inplace and model is problem.given:

@@ -54,8 +54,8 @@ def between(low: float, high: float, error: type[ArgumentError] = BudgetError, *
     """Accept a number between two bounds; ``closed``: or the lower bound itself."""
 
     def check(name: str, value: Any) -> None:
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not (low <= value < high if closed else low < value < high):
+        number: bool = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not (low <= value < high if closed else low < value < high):  # type: ignore
             raise error(f"{name} must satisfy {low} {'<=' if closed else '<'} {name} < {high}, got {value!r}.")
 
     return check
@@ -65,7 +65,7 @@ def whole(least: float, *, optional: bool = False) -> Check:
     """Accept an integer of at least ``least``; ``optional``: or None."""
 
     def check(name: str, value: Any) -> None:
-        integer = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+        integer = isinstance(value, Integral) and not isinstance(value, bool) and value >= least  # type: ignore
         if not integer and not (value is None and optional):
             bound = f" of at least {least}" if least > -math.inf else ""
             raise ArgumentError(f"{name} must be a whole number{bound}, got {value!r}.")

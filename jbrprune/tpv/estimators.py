@@ -349,7 +349,7 @@ class _Task:
                 break
         method = distributed.broadcast(self.method)  # a rank without images has not chosen it
         draws, stopped = self.signs if method == "projection" else len(columns), "rtol" if close else "budget"
-        found = replace(found, method=method, draws=draws, seconds=time.perf_counter() - began, stopped=stopped)
+        found = replace(found, method=method, draws=draws, seconds=time.perf_counter() - began, stopped=stopped)  # type: ignore
         head = distributed.broadcast(self.head) if self.validity else None
         if head is not None:
             direction = first or self.covariance.sample(torch.Generator().manual_seed(self.seed))
