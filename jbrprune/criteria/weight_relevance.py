@@ -152,7 +152,7 @@ def weight_scores(
     with preserve.inference_state(model), fresh(model):
         masked = any(slot.masked for slot in slots(model))
         work = make_permanent(copy_model(model)) if masked else model
-    weights = {slot.name: slot.stored.detach() for slot in _scored_slots(work, parameters, ignore)}
+    weights = {slot.name: slot.stored.detach() for slot in scored_slots(work, parameters, ignore)}
     directions = Directions(OBJECTIVES[relevance.objective], relevance.confidence, relevance.seed)
     squared = relevance.statistic == "second_moment"
     gradients = _Gradients(work, weights, relevance.autocast, squared)
@@ -240,7 +240,13 @@ class _Gradients:
         return {name: g for name, g in zip(self.weights, found, strict=True) if g is not None}
 
 
-def _scored_slots(model: nn.Module, parameters: Parameters, ignore: Sequence[str]) -> list[Slot]:
+def scored_slots(model: nn.Module, parameters: Parameters, ignore: Sequence[str]) -> list[Slot]:
+    """The parameters that have scores, a shared one once.
+
+    Raises:
+        ArgumentError: A glob in ``ignore`` matches nothing.
+        ModelError: A parametrization computes a weight, or none is left.
+    """
     left_out = ignored(model, ignore)
     found: dict[int, Slot] = {}
     for name, module in model.named_modules():

@@ -23,9 +23,9 @@ from jbrprune.evaluation.agreement import Drop, compute_logits, measure_drop
 from jbrprune.prediction.changes import Changes, predict_changes
 from jbrprune.prediction.damage import Damage, measure_damage
 from jbrprune.pruning.channels import Channels
-from jbrprune.pruning.loop import Delivery, run
+from jbrprune.pruning.loop import Stop, run
 from jbrprune.pruning.prepare import Calibration
-from jbrprune.report.records import Report, Search, Trial
+from jbrprune.report.records import Search, Trial
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Outlook:
         return self.changes.damage(number, repaired=self.repaired, scale=self.scale)
 
 
-def search(state: Channels, images: Calibration) -> tuple[Delivery, Report]:
+def search(state: Channels, images: Calibration) -> Stop:
     """Prune a copy of the dense model as far as no more than ``max_drop`` is lost on the images that decide.
 
     Args:
@@ -92,9 +92,9 @@ def search(state: Channels, images: Calibration) -> tuple[Delivery, Report]:
         raise DataError(f"max_drop needs images that decide, but there are only {count(images.score)}: pass more.")
     check_resolution(images, allowed)
     walk = _Walk(state, images.judge, allowed, _outlook(state, images, _grid(state)))
-    delivery, report = next(run(state, images, goals=walk.shares()))
+    stop = next(run(state, images, goals=walk.shares()))
     found = Search(allowed, images.judged, tuple(walk.trials), walk.chosen(), walk.limit)
-    return delivery, replace(report, search=found, notes=(*report.notes, *_notes(found)))
+    return replace(stop, report=replace(stop.report, search=found, notes=(*stop.report.notes, *_notes(found))))
 
 
 def check_resolution(images: Calibration, allowed: float) -> None:

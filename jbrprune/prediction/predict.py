@@ -165,7 +165,7 @@ def predict(
     if calibrate:  # the deepest of equals
         point = min(range(len(cuts)), key=lambda cut: (abs(damages[cut].flips - CALIBRATED_AT), -cut))
         stopping = replace(state.copy(), stops=(cuts[point].target,))
-        pruned = next(run(stopping, read))[0].model
+        pruned = next(run(stopping, read)).model
         real = measure_damage(_references(read.heldout), torch.cat(compute_logits(pruned, read.heldout)))
         masked = measure_damage(reference, compute_masked_logits(state.model, every, state.groups, units[point]))
         measured[point] = masked, real

@@ -415,15 +415,15 @@ def carry_out(
             from jbrprune.prediction import max_drop  # drives the same loop from above
 
             outcomes = iter([max_drop.search(structure, images)])  # type: ignore[reportArgumentType]
-        for made, report in outcomes:
-            pruned = made.model
+        for stop in outcomes:
+            pruned = stop.model
             if options.inplace and model is problem.given:
                 pruned = transplant(pruned, problem.given)
             if originals:
-                masks = {name: mask for name, mask in made.masks.items() if not bool(mask.all())}
+                masks = {name: mask for name, mask in stop.masks.items() if not bool(mask.all())}
                 before = {name: originals[name] for name in masks if originals[name].shape == masks[name].shape}
                 put_masks(pruned, masks, before)
-            results.append(PruneResult(pruned, report, problem.recipe, problem.config))
+            results.append(PruneResult(pruned, stop.report, problem.recipe, problem.config))
     return results
 
 

@@ -20,7 +20,7 @@ from jbrprune.evaluation.agreement import bytes_of, parameters_of
 from jbrprune.evaluation.latency import time_in_turns
 from jbrprune.models import preserve
 from jbrprune.models.layers import is_normalisation
-from jbrprune.pruning.loop import Delivery, Structure, check_scores
+from jbrprune.pruning.loop import Structure, check_scores
 from jbrprune.pruning.options import ChannelOptions
 from jbrprune.pruning.prepare import Problem
 from jbrprune.report.records import LayerRow, Size
@@ -192,7 +192,7 @@ class Channels(Structure):
         macs = round(sum(term.amount for term in self.terms))
         return Size(macs, parameters_of(self.model), bytes_of(self.model))
 
-    def deliver(self) -> Delivery:
+    def deliver(self) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
         """The model, a copy where it shrinks further; widths of the layers whose outputs are as wide as their units."""
         reached = self.steps[-1].target if self.steps else 1.0
         kinds = {member.axis: group.kind for group in self.found.groups for member in group.members}
@@ -209,14 +209,10 @@ class Channels(Structure):
             gone = ~torch.isin(member.channel, self.kept[member.axis])
             if bool(gone.any()):
                 removed[group.name] = member.unit[gone].unique().tolist()
-        return Delivery(
-            model=preserve.copy_model(self.model) if len(self.stops) > 1 else self.model,
-            budget={self.kind: (reached if self.stop is None else self.stop) * self.unit},
-            size=self.size(),
-            layers=tuple(layers),
-            notes=tuple(self.notes()),
-            removed=removed,
-        )
+        budget = {self.kind: (reached if self.stop is None else self.stop) * self.unit}
+        facts = {"budget": budget, "pruned": self.size(), "layers": tuple(layers), "removed": removed}
+        model = preserve.copy_model(self.model) if len(self.stops) > 1 else self.model
+        return model, {}, facts | {"notes": tuple(self.notes())}
 
     def notes(self) -> Iterator[str]:
         """What keeps its width, and how the budget was met."""

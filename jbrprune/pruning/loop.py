@@ -30,7 +30,7 @@ from jbrprune.evaluation.latency import Timings, time_in_turns
 from jbrprune.models import preserve
 from jbrprune.pruning.prepare import Calibration, Problem, provenance
 from jbrprune.repair.repair import Outcome, Targets, record_targets, repair_model
-from jbrprune.report.records import LayerRow, Report, Size, StepRow, plain, record
+from jbrprune.report.records import Report, Size, StepRow, plain, record
 from jbrprune.structure.groups import Axis
 
 Agreed = tuple[Agreement | None, Agreement | None]
@@ -38,26 +38,18 @@ Agreed = tuple[Agreement | None, Agreement | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Delivery:
+class Stop:
     """What is handed over at a stop.
 
     Attributes:
         model: The model.
-        budget: What it meets.
-        size: What it costs, time apart.
-        layers: What is left of each layer.
-        notes: What a reader of the report ought to know.
-        removed: Group -> units of the dense model that are gone; of single weights, none.
-        masks: Parameter name -> boolean mask, where single weights were pruned.
+        masks: Parameter name -> boolean mask in the model's shapes, where single weights were pruned.
+        report: What was done and what it cost.
     """
 
     model: nn.Module
-    budget: dict[str, Any]
-    size: Size
-    layers: tuple[LayerRow, ...]
-    notes: tuple[str, ...]
-    removed: dict[str, list[int]] = field(default_factory=dict)
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor]
+    report: Report
 
 
 @dataclass(eq=False)
@@ -128,14 +120,14 @@ class Structure(ABC):
         """What the model costs, time apart."""
 
     @abstractmethod
-    def deliver(self) -> Delivery:
-        """What is handed over now."""
+    def deliver(self) -> tuple[nn.Module, Mapping[str, Tensor], dict[str, Any]]:
+        """The model, its masks, and what the report says of them."""
 
 
 def run(
     structure: Structure, images: Calibration, *, goals: Iterable[Any] | None = None, log: ResumeLog | None = None
-) -> Iterator[tuple[Delivery, Report]]:
-    """Prune step by step; yield what is handed over, with a report, at every stop.
+) -> Iterator[Stop]:
+    """Prune step by step; yield what is handed over at every stop.
 
     Args:
         structure: What to remove, and how; changed.
@@ -181,11 +173,11 @@ def run(
                 state = structure.model.state_dict()
                 log.write(number, plain(facts | {"seconds": structure.seconds}), chosen, state, keep=stops)
         if stops:
-            yield report(structure, images, dense, agreed, began)
+            yield hand_over(structure, images, dense, agreed, began)
     if goals is not None:
         with timed("evaluation"):
             final = agreement_on(structure.model, images.heldout) if images.heldout else None
-        yield report(structure, images, dense, (None, final), began)
+        yield hand_over(structure, images, dense, (None, final), began)
 
 
 def repair_and_evaluate(
@@ -218,30 +210,27 @@ def replay(structure: Structure, log: ResumeLog, number: int) -> tuple[bool, Agr
     return facts["stops"], (before, after)
 
 
-def report(
-    structure: Structure, images: Calibration, dense: Size, agreed: Agreed, began: float
-) -> tuple[Delivery, Report]:
-    """What is handed over at a stop, and what there is to say of it."""
-    problem, options, seconds = structure.problem, structure.options, dict(structure.seconds)
-    seconds["total"] = time.perf_counter() - began
-    made = structure.deliver()
-    return made, Report(
+def hand_over(structure: Structure, images: Calibration, dense: Size, agreed: Agreed, began: float) -> Stop:
+    """The model at a stop, and what there is to say of it."""
+    problem, options = structure.problem, structure.options
+    seconds = {**structure.seconds, "total": time.perf_counter() - began}
+    model, masks, facts = structure.deliver()
+    facts["notes"] = (*facts["notes"], *images.notes(bool(options.methods)))
+    timings = structure.timings or time_in_turns([problem.dense, model], problem.example[:1])
+    report = Report(
         model=problem.name,
-        budget=made.budget,
         settings=options.described() | {"steps": len(structure.steps), "images": count(images.score)},
         dense=dense,
-        pruned=made.size,
-        layers=made.layers,
         steps=tuple(structure.steps),
         unrepaired=agreed[0],
         repaired=agreed[1],
         heldout=images.described,
         seconds=seconds,
-        provenance=provenance(options.seed, preserve.device_of(made.model)),
-        notes=(*made.notes, *images.notes(bool(options.methods))),
-        removed=made.removed,
-        timings=structure.timings or time_in_turns([problem.dense, made.model], problem.example[:1]),
+        provenance=provenance(options.seed, preserve.device_of(model)),
+        timings=timings,
+        **facts,
     )
+    return Stop(model, masks, report)
 
 
 def check_scores(scores: object, shapes: Mapping[str, Sequence[int]], *, least: float = -math.inf) -> dict[str, Tensor]:

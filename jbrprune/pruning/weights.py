@@ -13,17 +13,17 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from jbrprune.budgets.cost import count_macs
 from jbrprune.checkpoint.description import packed_bytes
 from jbrprune.criteria.relevance import Relevance
-from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
+from jbrprune.criteria.weight_relevance import WeightScores, scored_slots, weight_scores
 from jbrprune.data.batches import Batch
-from jbrprune.errors import BudgetError, ModelError, UnsupportedModelError
+from jbrprune.errors import BudgetError, UnsupportedModelError
 from jbrprune.evaluation.agreement import bytes_of, parameters_of
 from jbrprune.models import preserve
-from jbrprune.pruning.loop import Delivery, Structure, check_scores
+from jbrprune.pruning.loop import Structure, check_scores
 from jbrprune.pruning.options import WeightOptions
 from jbrprune.pruning.prepare import Problem
 from jbrprune.report.records import LayerRow, Size
 from jbrprune.sparsity.dead_channels import shrink
-from jbrprune.sparsity.masks import ignored, is_weight_layer, masks_of, slots, weights_of
+from jbrprune.sparsity.masks import ignored, masks_of, slots, weights_of
 from jbrprune.sparsity.patterns import Pattern, at_floor, keep_most_important, keep_pattern, schedule
 
 Criterion = Callable[[nn.Module, Sequence[Batch], Sequence[str]], Mapping[str, Any] | WeightScores]
@@ -113,7 +113,7 @@ class Weights(Structure):
         """What the model costs, time apart."""
         return size_with_masks(self.model, self.masks, self.macs)
 
-    def deliver(self) -> Delivery:
+    def deliver(self) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
         """A model with zeros, without the channels that contribute nothing if that was asked for."""
         rows, notes, options, masks = [], list(self.notes()), self.options, dict(self.masks)
         for name, layer in zip(self.shapes, self.consumers):
@@ -132,14 +132,9 @@ class Weights(Structure):
             )
             masks, notes = shrunk.masks, [removed, *shrunk.notes, *notes]
         macs = sum(count_macs(model, self.problem.example).values()) if options.shrink else self.macs
-        return Delivery(
-            model=model,
-            budget={"pattern": str(self.stop)} if isinstance(self.stop, Pattern) else {"sparsity": self.stop},
-            size=size_with_masks(model, masks, macs),
-            layers=tuple(rows),
-            notes=tuple(notes),
-            masks=masks,
-        )
+        budget = {"pattern": str(self.stop)} if isinstance(self.stop, Pattern) else {"sparsity": self.stop}
+        size = size_with_masks(model, masks, macs)
+        return model, masks, {"budget": budget, "pruned": size, "layers": tuple(rows), "notes": tuple(notes)}
 
     def notes(self) -> Iterator[str]:
         """Which weights a pattern does not fit, and of which only the floor is left."""
@@ -173,16 +168,7 @@ def find_weights(problem: Problem, options: WeightOptions, stops: Sequence[Goal]
     shapes = {name: slot.stored.shape for name, slot in weights_of(model, options.ignore).items()}
     if not shapes:
         raise UnsupportedModelError("The model has no convolution or linear layer left to prune. Is all in `ignore`?")
-    left_out = ignored(model, options.ignore)
-    for name, module in model.named_modules():
-        full = f"{name}.weight".removeprefix(".")
-        computed = module._parameters.get("weight") is None and isinstance(getattr(module, "weight", None), Tensor)
-        if is_weight_layer(module) and computed and not {name, full} & left_out:
-            raise ModelError(
-                f"{full} ({type(module).__name__}) is not a plain parameter (a parametrization or a weight norm "
-                "computes it), so a single weight has no meaning there. Remove the parametrization, or put it into "
-                "`ignore`."
-            )
+    scored_slots(model, "weights", options.ignore)  # refuses weights that a parametrization computes
     given = {name: mask.cpu() for name, mask in masks_of(problem.given).items()}
     consumers = [name.rpartition(".")[0] for name in shapes]
     weights = Weights(

@@ -307,7 +307,7 @@ def test_a_forward_that_raises_leaves_the_model_as_it_was(
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt("no")])
 @pytest.mark.parametrize(
-    "where", ["report", "repair_and_evaluate", "remove_units", "repair_model", "record_targets", "agreement_on"]
+    "where", ["hand_over", "repair_and_evaluate", "remove_units", "repair_model", "record_targets", "agreement_on"]
 )
 def test_an_exception_in_the_middle_leaves_the_model_as_it_was(
     where: str,
@@ -322,7 +322,7 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(
     before = fingerprint(model)
 
     def interrupted(*arguments: Any, **options: Any) -> object:
-        if where in ("report", "record_targets") or next(calls) == 2:
+        if where in ("hand_over", "record_targets") or next(calls) == 2:
             raise error
         return original(*arguments, **options)
 

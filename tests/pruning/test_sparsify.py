@@ -317,7 +317,7 @@ def test_the_model_is_left_as_it_was(make: Callable[[], nn.Module], fingerprint:
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
-    "where", ["repair_and_evaluate", "check_scores", "repair_model", "record_targets", "agreement_on", "report"]
+    "where", ["repair_and_evaluate", "check_scores", "repair_model", "record_targets", "agreement_on", "hand_over"]
 )
 def test_an_exception_in_the_middle(
     where: str, inplace: bool, monkeypatch: pytest.MonkeyPatch, fingerprint: Callable[[nn.Module], dict]
