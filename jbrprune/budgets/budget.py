@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -36,30 +36,6 @@ class Budget:
     kind: str
     share: float
 
-    @staticmethod
-    def of(**shares: float | None) -> Budget:
-        """The one budget that is given.
-
-        Raises:
-            BudgetError: None or several are given, the share is not in (0, 1), or the milliseconds are not positive.
-
-        Example:
-            >>> Budget.of(macs=0.5, params=None)
-            Budget(kind='macs', share=0.5)
-        """
-        given = {kind: share for kind, share in shares.items() if share is not None}
-        if len(given) != 1:
-            got = " and ".join(f"{kind}={share}" for kind, share in given.items()) or "none"
-            raise BudgetError(
-                f"Give exactly one budget of {', '.join(f'{k}=' for k in BUDGETS)} (a share to keep, or milliseconds); "
-                f"got {got}."
-            )
-        kind, share = given.popitem()
-        most, what = (math.inf, "milliseconds") if kind == "latency_ms" else (1, "the share of the dense model to keep")
-        if not isinstance(share, Real) or isinstance(share, bool) or not 0 < share < most:  # nor is NaN
-            raise BudgetError(f"{kind} must satisfy 0 < {kind} < {most} ({what}), got {share!r}.")
-        return Budget(kind, float(share))
-
     def as_share(self, dense_ms: float) -> Budget:
         """A budget of ``latency_ms`` as the share that it is of the dense model's latency.
 
@@ -83,15 +59,10 @@ class Budget:
             steps: Number of steps; None: as many as leave no distance greater than `STEP`.
             start: Share where the first step begins.
 
-        Raises:
-            BudgetError: No step, or not a whole number of them.
-
         Example:
             >>> Budget("macs", 0.5).schedule(2)
             [0.75, 0.5]
         """
-        if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1):
-            raise BudgetError(f"steps must be a whole number of at least 1, got {steps!r}.")
         count = steps or math.ceil((start - self.share) / STEP - 1e-9)
         return [start - (start - self.share) * (i + 1) / count for i in range(count - 1)] + [self.share]
 

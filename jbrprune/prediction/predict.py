@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from jbrprune.budgets.budget import KINDS, Budget, Floors
+from jbrprune.budgets.budget import KINDS, Floors
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch, concatenate, count, rebatch
@@ -22,7 +22,7 @@ from jbrprune.prediction.damage import TOLERANCE, Correction, Damage, check, mea
 from jbrprune.pruning.api import PruneResult
 from jbrprune.pruning.channels import find_channels, find_units
 from jbrprune.pruning.loop import run
-from jbrprune.pruning.options import ChannelOptions, RunOptions
+from jbrprune.pruning.options import ChannelOptions, RunOptions, between
 from jbrprune.pruning.prepare import open_problem, read_calibration
 from jbrprune.report.records import Report, import_optional
 from jbrprune.structure.groups import Group
@@ -129,7 +129,9 @@ def predict(
     given = {kind: wanted for kind, wanted in pairs if wanted is not None}
     kind, wanted = next(iter(given.items()), ("macs", SHARES))
     wanted = [wanted] if isinstance(wanted, Real) else wanted
-    shares = sorted((Budget.of(**{kind: share}).share for share in wanted), reverse=True)  # type: ignore
+    for share in wanted:
+        between(0, 1)(kind, share)
+    shares = sorted(map(float, wanted), reverse=True)
     if len(given) > 1 or not shares or len(set(shares)) < len(shares):
         raise BudgetError(f"Give one or more different shares of one kind: {', '.join(KINDS)}; got {given}.")
     if checked is not None and (not isinstance(checked, Integral) or checked < 1):

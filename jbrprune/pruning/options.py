@@ -19,7 +19,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from jbrprune.budgets.budget import Floors
+from jbrprune.budgets.budget import BUDGETS, Floors
 from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
@@ -28,7 +28,6 @@ from jbrprune.repair.repair import METHODS
 from jbrprune.sparsity.patterns import Pattern, Remainder, Scope
 
 PANELS = ("Budget", "Criterion", "Repair", "Data", "Output")
-BUDGETS = ("macs", "params", "channels", "latency", "latency_ms")
 RANK_BY = "Preset of relevance to rank by; in Python also a Relevance, scores made before, or a function."
 Check = Callable[[str, Any], None]
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -72,9 +72,12 @@ WRONG: list[tuple[type, dict[str, Any], type[Exception], str]] = [
     (ChannelOptions, {"macs": 0.5, "params": 0.5}, BudgetError, "got macs= and params="),
     *[
         (ChannelOptions, {"macs": value}, BudgetError, "macs must satisfy 0 < macs < 1, got")
-        for value in (0, 1, -0.5, float("nan"), float("inf"), "half", True)
+        for value in (0, 1, -0.5, float("nan"), float("inf"), "half", True, [0.5], 1 + 2j)
     ],
-    (ChannelOptions, {"latency_ms": 0.0}, BudgetError, "latency_ms must satisfy 0 < latency_ms < inf, got 0.0"),
+    *[
+        (ChannelOptions, {"latency_ms": value}, BudgetError, "latency_ms must satisfy 0 < latency_ms < inf, got")
+        for value in (0.0, -1.0, float("nan"), float("inf"), True, "3")
+    ],
     (ChannelOptions, {"max_drop": 1}, ArgumentError, "max_drop must satisfy 0 <= max_drop < 1, got 1"),
     (
         ChannelOptions,
