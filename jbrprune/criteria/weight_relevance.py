@@ -7,7 +7,7 @@ time. Where a model cannot be mapped so (in-place operations, branches on values
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -32,7 +32,7 @@ from jbrprune.structure.verification import check_samples_apart
 log = logging.getLogger(__name__)
 
 Parameters = Literal["weights", "all"]
-CHUNK_NUMBERS = 1 << 26
+CHUNK_NUMBERS = 1 << 25
 """Gradients of so many samples are formed at once that they are no more numbers than this, but of one at least."""
 
 
@@ -167,9 +167,8 @@ def weight_scores(
                 logits = gradients.logits({}, batch.images)
                 check_logits(work, batch, number, logits, relevance.autocast)
                 m, stays = directions(logits, batch, start)
-                most = gradients.most or len(batch)
-                for x, of_x in zip(batch.images[stays].split(most), m[stays].split(most), strict=True):
-                    accumulator.add(len(x), lambda some, x=x, of_x=of_x: gradients(x[some], of_x[some]))
+                x, of_x = batch.images[stays], m[stays]
+                accumulator.add(len(x), lambda some, x=x, of_x=of_x: gradients(x[some], of_x[some]))
             yield stays
 
     samples, skipped = run_pass(batches, relevance, visit, batch_size=batch_size, progress=progress)
@@ -185,6 +184,60 @@ def weight_scores(
     return WeightScores(totals, samples, skipped, relevance.settings("weight"))
 
 
+def sample_gradients(
+    outputs_of: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    weights: Mapping[str, Tensor],
+    images: Tensor,
+    m: Tensor,
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Yield gradients by the weights of sum_k m_k f_k for every sample, some samples at a time, and the outputs f.
+
+    By ``vmap(grad)`` of as many samples as `CHUNK_NUMBERS` allow; one backward after the other where that is one, or
+    where vmap does not take the model.
+
+    Args:
+        outputs_of: Weights and images ``[n, C, H, W]`` -> outputs ``[n, K]``.
+        weights: Name -> parameter by which the outputs are differentiated.
+        images: ``[B, C, H, W]``.
+        m: ``[B, K]`` directions.
+
+    Yields:
+        Name -> ``[n, *shape]`` gradients, and ``[n, K]`` outputs.
+    """
+
+    def scalar(weights: Mapping[str, Tensor], image: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = outputs_of(weights, image[None])[0]
+        return (outputs * m).sum(), outputs.detach()
+
+    def one() -> tuple[dict[str, Tensor], Tensor]:
+        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        with torch.enable_grad():
+            value, outputs = scalar(leaves, x[0], of_x[0])
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return {name: g[None] for name, g in zip(leaves, found, strict=True)}, outputs[None]
+
+    size = max(1, CHUNK_NUMBERS // sum(weight.numel() for weight in weights.values()))
+    start, copying = 0, False
+    while start < len(images):
+        x, of_x = images[start : start + size], m[start : start + size]
+        if size > 1:
+            try:
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be mapped
+                    found = vmap(grad(scalar, has_aux=True), in_dims=(None, 0, 0))(weights, x, of_x)
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                log.debug(
+                    "Samples are differentiated one by one: torch.func.vmap does not take this model (%s).", error
+                )
+                size = 1
+                continue
+        else:
+            found, copying = differentiate(one, copying)
+        yield found
+        start += len(x)
+
+
 class _Gradients:
     """Gradients by single weights, summed over samples, or squared and then summed."""
 
@@ -192,39 +245,22 @@ class _Gradients:
         self, model: nn.Module, weights: dict[str, Tensor], autocast: torch.dtype | None, squared: bool
     ) -> None:
         self.model, self.weights, self.autocast = model, weights, autocast
-        numbers = sum(weight.numel() for weight in weights.values())
-        self.most = max(1, CHUNK_NUMBERS // numbers) if squared else None
-        self.mapping, self.copying = True, False
+        self.squared, self.copying = squared, False
 
     def __call__(self, images: Tensor, m: Tensor) -> dict[str, Tensor]:
-        """Name -> sum over samples of the gradient of sum_k m_k f_k, or of its square, of at most ``most`` samples."""
-        return self._gradient(images, m) if self.most is None else self._squares(images, m)
+        """Name -> sum over samples of the gradient of sum_k m_k f_k, or of its square."""
+        return self._squares(images, m) if self.squared else self._gradient(images, m)
 
-    def logits(self, weights: dict[str, Tensor], images: Tensor) -> Tensor:
+    def logits(self, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
         """``[n, K]`` with other weights."""
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-            return logits_of(functional_call(self.model, weights, (images.clone(),)))
+            return logits_of(functional_call(self.model, dict(weights), (images.clone(),)))
 
     def _squares(self, images: Tensor, m: Tensor) -> dict[str, Tensor]:
-        def scalar(weights: dict[str, Tensor], image: Tensor, m: Tensor) -> Tensor:
-            return (self.logits(weights, image[None])[0] * m).sum()
-
-        wide = _wide(images.device)
-        if self.mapping:
-            try:
-                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be mapped
-                    found = vmap(grad(scalar), in_dims=(None, 0, 0))(self.weights, images, m)
-                return {name: g.square().sum(0, dtype=wide) for name, g in found.items()}
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                why = str(error).partition("\n")[0]
-                log.info("Samples are differentiated one by one: torch.func.vmap does not take this model (%s).", why)
-                self.mapping = False
         total: dict[str, Tensor] = {}
-        for image in zip(images.split(1), m.split(1), strict=True):
-            for name, g in self._gradient(*image).items():
-                total[name] = total.get(name, 0) + g.to(wide).square()
+        for found, _ in sample_gradients(self.logits, self.weights, images, m):
+            for name, g in found.items():
+                total[name] = total.get(name, 0) + g.square().sum(0, dtype=_wide(images.device))
         return total
 
     def _gradient(self, images: Tensor, m: Tensor) -> dict[str, Tensor]:

@@ -179,7 +179,7 @@ def find_mixed_rows(model: nn.Module, images: Tensor, names: Sequence[str]) -> t
         The names of the modules that were called; and those (and ``the logits``) where other rows change, with why.
     """
     one = images[:1]
-    other = one.flip(-1) + one.std().clamp_min(1e-3) * torch.linspace(-1, 1, one.shape[-1]).to(one)
+    other = one.flip(-1) + one.std(correction=0).clamp_min(1e-3) * torch.linspace(-1, 1, one.shape[-1]).to(one)
     first, second = (_row_sums(model, torch.cat([one, middle, one]), names) for middle in (one, other))
     calls = {name: list(zip(rows, second.get(name, ()), strict=True)) for name, rows in first.items()}
     still = [name for name, pairs in calls.items() if any(len(b) and torch.equal(b, a) for b, a in pairs)]

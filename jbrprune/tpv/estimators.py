@@ -19,16 +19,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from jbrprune.criteria.weight_relevance import sample_gradients
 from jbrprune.data import distributed
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError, check_known
 from jbrprune.evaluation.agreement import check_weights, raise_nonfinite
 from jbrprune.models.preserve import device_of, inference_state, logits_of
 from jbrprune.sparsity.masks import masks_of
 from jbrprune.structure.groups import match_names
+from jbrprune.structure.verification import check_samples_apart
 from jbrprune.tpv.covariances import Change, Covariance, Perturbation, check_change
 from jbrprune.tpv.estimate import Estimate
 from jbrprune.tpv.validity import Output, change_outputs, linear_outputs, outputs_of, taylor_error
@@ -42,8 +42,6 @@ LEAST_SAMPLES = 64
 """Samples before which no standard error is trusted enough to stop."""
 LEAST_DRAWS = 16
 """Draws before which none is, unless that is all there are: a few may be alike by chance."""
-CHUNK_BYTES = {"cpu": 1 << 27}
-"""Device -> bytes of per-sample gradients that are formed at a time, one sample's at least; else 2 GiB."""
 
 
 def trace_form(
@@ -199,63 +197,6 @@ def empirical(
         return (outputs.double().cpu() - unchanged[number].double()).square().sum(1)
 
     return task.estimate(squared)
-
-
-def sample_gradients(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
-    images: Tensor,
-    directions: Tensor,
-    output: Output = logits_of,
-    autocast: torch.dtype | None = None,
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield outputs and gradients J(x_n)^T m_n of every sample, some samples at a time.
-
-    By ``vmap(grad)`` over as many samples as `CHUNK_BYTES` hold; one sample after the other where one fills them, or
-    where vmap fails on the model (in-place operations, branches).
-
-    Args:
-        model: The model, in `jbrprune.models.preserve.inference_state`.
-        weights: The parameters by which the outputs are differentiated.
-        images: ``[B, C, H, W]``.
-        directions: ``[B, K]`` m.
-        output: What the model returns -> ``[B, K]``.
-        autocast: Low-precision dtype of the forward pass.
-
-    Yields:
-        ``[n, K]`` outputs, in float32 at least, and name -> ``[n, *shape]`` gradients.
-
-    Raises:
-        ModelError: Autograd cannot differentiate the outputs by the weights.
-    """
-
-    def product(weights: Mapping[str, Tensor], image: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(images.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
-            outputs = outputs_of(model, image[None], output, weights)[0]
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        return (outputs * direction).sum(), outputs.detach()
-
-    size = max(1, CHUNK_BYTES.get(images.device.type, 1 << 31) // sum(w.nbytes for w in weights.values()))
-    start = 0
-    while start < len(images):
-        part, m = images[start : start + size], directions[start : start + size]
-        try:
-            if size > 1:
-                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
-                    gradients, outputs = vmap(grad(product, has_aux=True), (None, 0, 0))(weights, part, m)
-            else:
-                leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-                with torch.enable_grad():
-                    value, outputs = product(leaves, part[0], m[0])
-                    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-                gradients, outputs = {name: g[None] for name, g in zip(leaves, found)}, outputs[None]
-        except RuntimeError as error:
-            if size == 1:
-                raise ModelError(f"The model cannot be differentiated by its weights: {error}") from error
-            size = 1
-            continue
-        yield outputs, gradients
-        start += size
 
 
 def random_signs(seed: int, first: int, samples: int, *shape: int) -> Tensor:
@@ -424,46 +365,40 @@ class _Task:
 
     def quadratic(self, number: int, start: int, images: Tensor, change: Change) -> Tensor:
         """``[n]`` sum over outputs of g^T C g with g = J^T m, m the unit vectors or random signs."""
-        together = outputs_of(self.model, images, self.output) if number == 0 else None
-        if together is not None:
-            self.check_finite(number, images, together)
-            self.outputs = together.shape[1]
+        if number == 0:
+            outputs = outputs_of(self.model, images, self.output)
+            self.check_finite(number, images, outputs)
+            if self.output is logits_of:
+                check_samples_apart(self.model, images, ())
+            self.outputs = outputs.shape[1]
             if self.method == "auto":
                 self.method = "exact" if self.outputs <= EXACT_OUTPUTS else "projection"
             if self.method == "exact" and self.outputs > MOST_EXACT:
                 raise ArgumentError(f"'exact' takes a backward for each of {self.outputs:,} outputs. Use 'projection'.")
+
+        def run(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+            with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+                outputs = outputs_of(self.model, images, self.output, weights)
+            return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
         if self.method == "exact":
             directions = torch.eye(self.outputs).expand(len(images), -1, -1)
         else:
             directions = random_signs(self.seed, self.first + start, len(images), self.signs, self.outputs)
         total = torch.zeros(len(images), dtype=torch.float64)
         for m in directions.to(images.device).unbind(1):
-            stop = 0
-            for alone, gradients in sample_gradients(self.model, self.weights, images, m, self.output, self.autocast):
-                part = slice(stop, stop := stop + len(alone))
-                self.check_finite(number, images, alone)
-                if together is not None:
-                    _check_apart(alone, together[part], self.autocast)
+            parts = []
+            for gradients, outputs in sample_gradients(run, self.weights, images, m):
+                self.check_finite(number, images, outputs)
                 value = self.covariance.quadratic(gradients)
-                if value.shape != alone.shape[:1]:
-                    raise ArgumentError(
-                        f"quadratic() must give [{len(alone)}], one per sample, got {list(value.shape)}."
-                    )
+                if value.shape != outputs.shape[:1]:
+                    raise ArgumentError(f"quadratic() must give {list(outputs.shape[:1])}, got {list(value.shape)}.")
                 if not torch.isfinite(value).all():
                     wrong = [name for name, g in gradients.items() if not torch.isfinite(g).all()]
                     raise NonFiniteError(
                         f"g^T C g contains NaN or Inf, and so do the gradients g by {wrong[:3]}; the outputs do not. A "
                         "square root of zero or an overflow in half precision does that; try float32."
                     )
-                total[part] += value.cpu().double()
+                parts.append(value.cpu().double())
+            total += torch.cat(parts)
         return total if self.method == "exact" else total / self.signs
-
-
-def _check_apart(alone: Tensor, together: Tensor, autocast: torch.dtype | None) -> None:
-    """Refuse a model whose outputs for single images are not those for a batch."""
-    tolerance = torch.finfo(autocast or together.dtype).eps ** 0.5
-    if not (alone - together).abs().max() <= tolerance * together.abs().max():
-        raise ModelError(
-            "The outputs of an image alone are not those in a batch: samples influence each other (batch norm without "
-            "stored statistics?), or the forward pass is random. Use method='jvp'."
-        )

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jbrprune.criteria.weight_relevance import sample_gradients
 from jbrprune.data.batches import Batch, concatenate, materialise
 from jbrprune.errors import ArgumentError, NonFiniteError, check_known
 from jbrprune.models.preserve import copy_model, device_of, inference_state, logits_of, same_randomness
 from jbrprune.tpv.covariances import Change, Gradients
-from jbrprune.tpv.estimators import sample_gradients
 from jbrprune.tpv.validity import TPVWarning, linear_outputs, outputs_of
 
 LOSSES = ("cross_entropy", "mse")
@@ -313,8 +313,7 @@ class Relabelled:
     def quadratic(self, gradients: Gradients) -> Tensor:
         r"""``[B]`` sigma^2 \|(J J^T + N proximity I)^+ J g\|^2."""
         jacobian, inverse = self._solved
-        g = torch.cat([gradients[name].flatten(1) for name in self.weights], 1).double().to(jacobian.device)
-        return self.noise.sigma**2 * (inverse @ (jacobian @ g.T)).square().sum(0)
+        return self.noise.sigma**2 * (inverse @ (jacobian @ self._flat(gradients).T)).square().sum(0)
 
     def sample(self, generator: torch.Generator) -> Change:
         """M e, or the difference of the retrained copy from w*."""
@@ -324,6 +323,10 @@ class Relabelled:
         flat = jacobian.T @ (inverse @ self._draw(torch.Size([len(inverse)]), generator).to(inverse))
         parts = flat.split([w.numel() for w in self.weights.values()])
         return {name: part.view_as(w).to(w) for (name, w), part in zip(self.weights.items(), parts)}
+
+    def _flat(self, gradients: Gradients) -> Tensor:
+        """``[n, P]``."""
+        return torch.cat([gradients[name].flatten(1) for name in self.weights], 1).double().to(self.images.device)
 
     def _draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         return self.noise.sigma * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -339,11 +342,14 @@ class Relabelled:
                     f"The closed form needs a Jacobian of {samples * outputs:,} x {size:,} entries. Use fewer images "
                     "(`samples=`), a smaller net, or empirical() with retrain=Retraining()."
                 )
+
+            def run(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+                return outputs_of(self.model, images, weights=weights)
+
             rows = []
             for m in torch.eye(outputs, device=self.images.device):
-                found = sample_gradients(self.model, self.weights, self.images, m.expand(samples, -1))
-                each = [torch.cat([g.flatten(1) for g in gradients.values()], 1) for _, gradients in found]
-                rows.append(torch.cat(each).double())
+                found = sample_gradients(run, self.weights, self.images, m.expand(samples, -1))
+                rows.append(torch.cat([self._flat(gradients) for gradients, _ in found]))
         jacobian = torch.stack(rows, 1).flatten(0, 1)
         values, vectors = torch.linalg.eigh(jacobian @ jacobian.T)
         ridge = samples * self.noise.proximity

@@ -22,7 +22,6 @@ from jbrprune.tpv import (
     Quantization,
     TPVWarning,
     empirical,
-    estimators,
     square_norms,
     taylor_error,
     trace_form,
@@ -131,7 +130,7 @@ def test_curvlinops() -> None:
 @pytest.mark.parametrize("loop", [False, True])
 def test_every_layer(loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if loop:
-        monkeypatch.setitem(estimators.CHUNK_BYTES, "cpu", 1)
+        monkeypatch.setattr("jbrprune.criteria.weight_relevance.CHUNK_NUMBERS", 1)
     for case in OWN:
         net = made(OWN, case)
         check_against_autograd(net, cases.images(2), case)

@@ -118,7 +118,7 @@ def test_a_quadratic_form_of_the_wrong_shape() -> None:
         def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
             return {}
 
-    with pytest.raises(ArgumentError, match=r"one per sample, got \[\]"):
+    with pytest.raises(ArgumentError, match=r"must give \[6\], got \[\]"):
         estimated(NET, IMAGES, Wrong())
 
 
