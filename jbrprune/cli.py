@@ -26,7 +26,6 @@ from jbrprune.checkpoint.checkpoint import check_target, load, write_card
 from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.data import distributed
-from jbrprune.data.batches import iterate, materialise
 from jbrprune.data.images import open_data
 from jbrprune.errors import ArgumentError, CheckpointError, JBRError
 from jbrprune.evaluation.agreement import Agreement, agreement, combine, compute_logits, parameters_of
@@ -162,8 +161,7 @@ def _open_model(name: str, source: ModelSource) -> nn.Module:
         device = torch.device(source.device or cuda)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        message = f"--device {source.device!r} cannot be used: {str(error).splitlines()[0]}"
-        raise ArgumentError(message) from error
+        raise ArgumentError(f"--device {source.device!r} cannot be used: {str(error).splitlines()[0]}") from error
     if Path(name).is_dir():
         return load(name).to(device)
     arguments: dict[str, Any] = {"pretrained": not source.random, "checkpoint": source.checkpoint}
@@ -333,8 +331,13 @@ def score_command(model: Model, source: Source, options: ScoreOptions, output: W
     if output.out is not None and distributed.rank() == 0:
         scores.save(output.out)
     rows = [
-        {"group": name, "units": v.numel()}
-        | {"least": float(v.min()), "median": float(v.median()), "most": float(v.max())}
+        {
+            "group": name,
+            "units": v.numel(),
+            "least": v.min().item(),
+            "median": v.median().item(),
+            "most": v.max().item(),
+        }
         for name, v in scores.values().items()
     ]
     how = scores.settings
@@ -380,14 +383,21 @@ def eval_command(model: Model, source: Source, options: Comparing, printing: Pri
 def measure_agreement(
     models: Sequence[nn.Module], data: object, images: int | None, batch_size: int
 ) -> tuple[Agreement, torch.Tensor]:
-    """The agreement of the last model with the first, and the first image; several ranks share the batches."""
-    limited = None if images is None else materialise(data, images=images, batch_size=batch_size)
-    batches, parts, first = iter(limited or iterate(data, batch_size=batch_size)), [], []
-    while chunk := list(itertools.islice(batches, distributed.size())):
-        first = first or [chunk[0].images[:1]]
-        wanted, found = compute_logits(models[0], chunk), compute_logits(models[-1], chunk)
-        parts += [agreement(own, dense, batch.labels) for own, dense, batch in zip(found, wanted, chunk)]
-    return combine(parts), first[0]
+    """The agreement of the last model with the first, and an image; each of several ranks reads its own part."""
+    share, parts, example = distributed.Parts(data, batch_size=batch_size), [], torch.empty(0)
+    with distributed.fail_together():
+        for start, batch in share:
+            left = None if images is None else max(0, images - start)
+            batch = batch.map(lambda tensor, left=left: tensor[:left])
+            if len(batch) == 0:
+                break
+            with distributed.alone():
+                wanted, found = (compute_logits(model, [batch])[0] for model in (models[0], models[-1]))
+            parts.append(agreement(found, wanted, batch.labels))
+            example = batch.images[:1]
+    if images is None:  # else the ranks stop at different places
+        share.check()
+    return combine(list(itertools.chain(*distributed.gather(parts)))), example
 
 
 @command
@@ -451,9 +461,7 @@ def tpv_command(model: Model, source: Source, options: Perturbing, printing: Pri
 
 
 @command
-def card_command(
-    directory: Annotated[Path, typer.Argument(help="Directory that was written by `--out` or `save`.")],
-) -> None:
+def card_command(directory: Annotated[Path, typer.Argument(help="Directory that was written by --out.")]) -> None:
     """Write a model card (README.md) into the directory of a saved model, for the Hugging Face Hub.
 
     Example: `jbrprune card pruned/`

@@ -156,15 +156,25 @@ def test_predictions_are_those_of_one_process() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, one, strict=True))
 
 
+class Counted(Pairs):
+    """Remembers how many images were read."""
+
+    read = 0
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        self.read += 1
+        return super().__getitem__(position)
+
+
 @pytest.mark.parametrize("images", [None, 1, 9])
-def test_evaluation_shares_the_work_and_measures_the_whole(images: int | None) -> None:
-    def work() -> Agreement:
-        other = model()
+def test_evaluation_reads_a_share_and_measures_the_whole(images: int | None) -> None:
+    def work() -> tuple[Agreement, int]:
+        data, other = Counted(IMAGES), model()
         with torch.no_grad():
             other.get_parameter("a.weight")[:, ::2] = 0
-        return measure_agreement([model(), other], Pairs(IMAGES), images, 4)[0]
+        return measure_agreement([model(), other], data, images, 4)[0], data.read
 
-    one = work()
+    one, read = work()
     dense = compute_logits(model(), [Batch(IMAGES[:images])])[0]
     thin = model()
     with torch.no_grad():
@@ -172,9 +182,11 @@ def test_evaluation_shares_the_work_and_measures_the_whole(images: int | None) -
     labels = torch.arange(len(IMAGES))[:images] % 4
     whole = agreement(compute_logits(thin, [Batch(IMAGES[:images])])[0], dense, labels)
     ranks = on_ranks(2, work)
-    for found in (one, *ranks):
+    for found in (one, *(found for found, _ in ranks)):
         assert vars(found) | {"kl": 0} == vars(whole) | {"kl": 0}
         assert found.kl == pytest.approx(whole.kl, rel=1e-10)
+    if images is None:
+        assert (read, *(count for _, count in ranks)) == (23, 12, 11)
 
 
 def with_repair(images: int) -> dict[str, Tensor]:
