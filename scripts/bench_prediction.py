@@ -1,17 +1,15 @@
-"""What predictions are worth: damage predicted from one pass, with repair, and how far `max_drop` may go.
+"""What predictions are worth: damage predicted from one pass, and how far `max_drop` may go.
 
     python scripts/bench_prediction.py cuts --model resnet50 --weights resnet50.safetensors --data fashion_mnist \
         --root FOLDER --out results/prediction.jsonl
-    python scripts/bench_prediction.py repaired ... --macs 0.7 0.5 0.3 --out results/calibrate.jsonl
     python scripts/bench_prediction.py max_drop ... --drops 0.01 0.03 --seeds 0 1 2 --out results/max_drop.jsonl
     python scripts/bench_prediction.py cuts --out results/prediction.jsonl --table --plot prediction.png
 
 ``cuts``: criteria x shares of the channels, cut in one step without repair. `jbrprune.predict` says what each would do
 to the calibration images, and measures it there with the units masked; beside it stands what the pruned model does on
-test images. ``repaired``: flips with repair, predicted with and without one budget that is really pruned to, beside
-those of a run that prunes to these budgets, on test images. ``max_drop``: how far a run goes, and what was lost on test
-images that no decision has seen. TPV is summed over outputs and averaged over images; a flip is an image whose top-1
-class changes. Lines that are there are not made again.
+test images. ``max_drop``: how far a run goes, and what was lost on test images that no decision has seen. TPV is summed
+over outputs and averaged over images; a flip is an image whose top-1 class changes. Lines that are there are not made
+again.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from protocols import add_setup_arguments, read_setup
 from scipy.stats import spearmanr
 
 from baselines import CRITERIA
-from jbrprune import predict, prune, sweep
+from jbrprune import predict, prune
 from jbrprune.data.batches import Batch
 from jbrprune.errors import BudgetError
 from jbrprune.evaluation.agreement import compute_logits
@@ -80,23 +78,6 @@ def predict_within_floors(
         return predict_within_floors(dense, data, kept[:-1], how)
 
 
-def predict_repaired(args: argparse.Namespace, dense: Dense, batches: list[Batch], seed: int) -> Records:
-    """One line per budget, without and with a budget that is really pruned to."""
-    unlabelled = show_labels("jbr", batches)
-    shared = {"images": None, "seed": seed, "progress": False}
-    results = sweep(dense.model, unlabelled, args.macs, eval_data=dense.test, **shared)
-    real = {result.report.budget["macs"]: 1 - result.report.final.top1 for result in results}
-    for calibrate in (False, True):
-        found = predict(dense.model, unlabelled, macs=args.macs, calibrate=calibrate, **shared)
-        for row in found.to_dict("records"):
-            names = ("target", "macs", "predicted_flips", "predicted_flips_repaired", "masked_flips", "valid")
-            measured = {
-                "measured_flips_repaired": row.get("measured_flips_repaired"),
-                "test_flips": real[row["target"]],
-            }
-            yield {"points": int(calibrate), **{name: row[name] for name in names}, **measured}
-
-
 def search(args: argparse.Namespace, dense: Dense, batches: list[Batch], seed: int) -> Records:
     """One line per drop that is allowed."""
     data = batches if args.labels else show_labels("jbr", batches)
@@ -143,25 +124,6 @@ def _worst(found: Sequence[dict[str, Any]]) -> str:
     return f"{100 * flips:.1f} (x {factor:.2f}), {len(found)} cuts"
 
 
-def show_repaired(found: Sequence[dict[str, Any]]) -> str:
-    """Flips in percent by budget; `*` where the budget was really pruned to."""
-    parts = []
-    for title, group in _by_setting(found).items():
-        by_budget: dict[float, dict[int, dict[str, Any]]] = defaultdict(dict)
-        for line in group:
-            by_budget[line["target"]][line["points"]] = line
-        points, rows = sorted({line["points"] for line in group}), []
-        for budget, own in sorted(by_budget.items(), reverse=True):
-            cells = []
-            for line in (own.get(number) for number in points):
-                star = "*" if line and line["measured_flips_repaired"] is not None else ""
-                cells.append(f"{100 * line['predicted_flips_repaired']:.1f}{star}" if line else "")
-            real = next(iter(own.values())).get("test_flips")
-            rows.append([budget, *cells, "" if real is None else f"{100 * real:.1f}"])
-        parts.append(f"{title}\n\n" + markdown(["MACs", *(f"{n} points" for n in points), "test"], rows) + "\n")
-    return "\n".join(parts)
-
-
 def show_search(found: Sequence[dict[str, Any]]) -> str:
     """What was allowed, kept and lost; intervals allow for choosing among all evaluated models."""
     rows = []
@@ -201,7 +163,6 @@ def plot(found: Sequence[dict[str, Any]], out: Path) -> None:
 
 WHAT = {
     "cuts": (predict_cuts, show_cuts, ("criteria", "ratios")),
-    "repaired": (predict_repaired, show_repaired, ("macs",)),
     "max_drop": (search, show_search, ("drops", "labels")),
 }
 """Name -> what makes lines, what shows them, and the arguments that tell its runs apart."""
@@ -213,7 +174,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_setup_arguments(parser)
     parser.add_argument("--criteria", nargs="+", default=["jbr", "l1", "l2_grouped", "taylor", "random"], help="cuts")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], help="cuts")
-    parser.add_argument("--macs", type=float, nargs="+", default=[0.7, 0.5, 0.4, 0.3, 0.2, 0.1], help="repaired")
     parser.add_argument("--drops", type=float, nargs="+", default=[0.01, 0.03], help="max_drop")
     parser.add_argument("--labels", action="store_true", help="max_drop: let the accuracy decide, not the agreement")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

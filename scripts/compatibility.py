@@ -120,6 +120,10 @@ def draw_images(size: int, count: int = 8) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
+class Wrong(Exception):
+    """A result that is not what it should be."""
+
+
 class Walk:
     """Where we are, what is known, how long each stage took.
 
@@ -147,40 +151,37 @@ class Walk:
         self.stages[stage] = round(time.perf_counter() - self.began, 1)
         return {"status": status, "stage": stage, "reason": reason[:600], **self.known, "stages": self.stages}
 
-    def failure(self, status: str, error: Exception) -> dict:
-        """The outcome of an error."""
-        return self.outcome(status, f"{self.current}: {type(error).__name__}: {error}")
+    def finish(self, steps: Callable[[], dict], failed: str = "failed") -> dict:
+        """The outcome of all steps, or of the error that ended them."""
+        try:
+            return steps()
+        except Wrong as error:
+            return self.outcome("wrong", str(error))
+        except Exception as error:  # it is this that is looked for
+            refused = isinstance(error, JBRError) and self.current == "info"
+            return self.outcome("refused" if refused else failed, f"{self.current}: {type(error).__name__}: {error}")
 
 
 # --- jbrprune --------------------------------------------------------------------------------------
 
 
-class Wrong(Exception):
-    """A result that is not what it should be."""
-
-
 def prune_and_check(name: str, stage: Stage) -> dict:
     """Everything a user does with a model, checked on the way."""
     walk = Walk(stage)
-    walk.to("make")
-    try:
-        model, walk.known["pixels"] = make(name)
-    except Exception as error:  # whatever a foreign constructor raises
-        return walk.failure("failed", error)
-    return check(model, draw_images(walk.known["pixels"]), walk)
+
+    def steps() -> dict:
+        walk.to("make")
+        model, size = make(name)
+        walk.known["pixels"] = size
+        return _walk_through(model, draw_images(size), walk)
+
+    return walk.finish(steps)
 
 
-def check(model: nn.Module, images: Tensor, walk: Walk | None = None) -> dict:
+def check(model: nn.Module, images: Tensor) -> dict:
     """The same for any model."""
-    walk = walk or Walk()
-    try:
-        return _walk_through(model, images, walk)
-    except Wrong as error:
-        return walk.outcome("wrong", str(error))
-    except JBRError as error:
-        return walk.failure("refused" if walk.current == "info" else "failed", error)
-    except Exception as error:  # it is this that is looked for
-        return walk.failure("failed", error)
+    walk = Walk()
+    return walk.finish(lambda: _walk_through(model, images, walk))
 
 
 def _walk_through(model: nn.Module, images: Tensor, walk: Walk) -> dict:
@@ -302,7 +303,8 @@ def _summarise(listed: Info) -> str:
 def run_recipe(name: str, stage: Stage) -> dict:
     """torch-pruning's example for timm models, with the attributes set that its examples mean to set."""
     walk = Walk(stage)
-    try:
+
+    def steps() -> dict:
         walk.to("make")
         fused = bool(timm.layers.use_fused_attn())
         timm.layers.set_fused_attn(False)  # as in the examples; timm's switch is global and is put back
@@ -323,34 +325,29 @@ def run_recipe(name: str, stage: Stage) -> dict:
         walk.to("count")
         walk.known["reached"] = round(count_all(model, images) / before, 4)
         if permuted := find_permuted(dense, model):
-            return walk.outcome("wrong", f"the weights of {permuted[0]} (and {len(permuted) - 1} more) are permuted")
+            raise Wrong(f"the weights of {permuted[0]} (and {len(permuted) - 1} more) are permuted")
         return walk.outcome("works" if walk.known["reached"] < 1 else "unchanged")
-    except Exception as error:  # it is this that is counted
-        return walk.failure("fails", error)
+
+    return walk.finish(steps, failed="fails")
 
 
 def _prune_by_recipe(model: nn.Module, images: Tensor) -> None:
-    heads: dict = {}
-    attentions = []
+    heads = {}
     for module in model.modules():
         queries = getattr(module, "qkv", None) or getattr(module, "qkv_proj", None)
         if hasattr(module, "num_heads") and isinstance(queries, nn.Module):
-            heads[queries] = module.num_heads
-            attentions.append((module, queries))
+            heads[queries] = module
     classifier = model.get_classifier()
-    pruner = tp.pruner.MetaPruner(
-        model,
-        images,
-        importance=tp.importance.MagnitudeImportance(p=2),
-        pruning_ratio=RATIO,
-        pruning_ratio_dict={},
-        ignored_layers=list(classifier) if isinstance(classifier, tuple | list) else [classifier],
-        num_heads=heads,
-        customized_pruners={},
-        root_module_types=[nn.modules.conv._ConvNd, nn.Linear],
-    )
+    how = {
+        "importance": tp.importance.MagnitudeImportance(p=2),
+        "pruning_ratio": RATIO,
+        "ignored_layers": list(classifier) if isinstance(classifier, tuple | list) else [classifier],
+        "num_heads": {queries: module.num_heads for queries, module in heads.items()},
+        "root_module_types": [nn.modules.conv._ConvNd, nn.Linear],
+    }
+    pruner = tp.pruner.MetaPruner(model, images, pruning_ratio_dict={}, customized_pruners={}, **how)
     pruner.step()
-    for module, queries in attentions:
+    for queries, module in heads.items():
         count = int(pruner.num_heads.get(queries, module.num_heads))
         width = getattr(queries, "out_features", None) or queries.out_channels
         sizes = {"num_heads": count, "head_dim": width // (3 * count), "attn_dim": width // 3}
@@ -461,25 +458,11 @@ def write_page(records: list[dict]) -> str:
     dates = sorted({record["date"] for record in records})
     versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
     counted = [", ".join(f"{n} {status}" for status, n in counts.most_common()) for counts in (ours, theirs)]
-    head = [
-        "timm module",
-        "model",
-        "px",
-        "jbrprune",
-        "left",
-        "why no deeper, or what happened",
-        "torch-pruning",
-        "left",
-    ]
+    head = ["timm module", "model", "px", "jbrprune", "left", "why no deeper, or what happened"]
     return PAGE.format(
-        modules=len(records),
-        works=works,
-        share=works / max(1, len(records)),
-        counts=counted[0],
-        recipe_works=theirs["works"],
-        recipe_counts=counted[1],
+        **{"modules": len(records), "works": works, "share": works / max(1, len(records)), "counts": counted[0]},
+        **{"recipe_works": theirs["works"], "recipe_counts": counted[1], "versions": "; ".join(versions)},
         dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "never",
-        versions="; ".join(versions),
         rows=markdown([*head, "torch-pruning", "left"], map(_row, records)),
     )
 

@@ -28,21 +28,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import train_reference as training
 from benchmark import choose_criterion, describe_failure, load_calibration, load_dense, show_labels
 from benchmark import load as load_setup
 from common import append, describe_call, done, exit_on_error, key_of, make_parser, mend
 from protocols import Setup, add_setup_arguments, read_setup
 from torch import nn
-from train_reference import (
-    Loss,
-    add_training_arguments,
-    cross_entropy,
-    distillation,
-    open_training,
-    read_augmentation,
-    read_recipe,
-    train,
-)
 
 from baselines import CRITERIA
 from jbrprune import load, prune
@@ -88,18 +79,18 @@ def make(args: argparse.Namespace, setup: Setup, path: Path, name: str) -> None:
     ).save(path)
 
 
-def make_loss(args: argparse.Namespace, how: str, teacher: nn.Module) -> Loss:
+def make_loss(args: argparse.Namespace, how: str, teacher: nn.Module) -> training.Loss:
     """What is minimised."""
     if how == "plain":
-        return cross_entropy(args.smoothing)
-    return distillation(teacher, weight=args.weight, temperature=args.temperature)
+        return training.cross_entropy(args.smoothing)
+    return training.distillation(teacher, weight=args.weight, temperature=args.temperature)
 
 
 def describe(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> tuple[str, dict[str, Any]]:
     """What a line is recognised by (a pruned model by its weights), and the settings of a training."""
     numbers = ("smoothing",) if how == "plain" else ("weight", "temperature")
     settings = {"how": how, **{name: getattr(args, name) for name in numbers}}
-    settings |= {"augmentation": asdict(read_augmentation(args)), "recipe": asdict(read_recipe(args))}
+    settings |= {"augmentation": asdict(training.read_augmentation(args)), "recipe": asdict(training.read_recipe(args))}
     return key_of([setup.described(), files.describe(path).weights["sha256"], settings, args.eval_images]), settings
 
 
@@ -110,9 +101,9 @@ def finetune(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> di
     dense, model = load_dense(setup), load(path).to(args.device)
     refuse_lost_zeros(model, path)
     before = agreement_on(model, dense.test)
-    data = open_training(setup.data, setup.root, dense.model, read_augmentation(args))
+    data = training.open_training(setup.data, setup.root, dense.model, training.read_augmentation(args))
     loss = make_loss(args, how, dense.model)
-    history = train(model, data, read_recipe(args), loss, args.work / f"{key}.training", {"key": key})
+    history = training.train(model, data, training.read_recipe(args), loss, args.work / f"{key}.training", {"key": key})
     after = agreement_on(model, dense.test)
     described = files.describe(path)
     files.save(args.work / key, model, recipe=described.recipe, config=described.data_config, overwrite=True)
@@ -167,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
 
 def add_line(args: argparse.Namespace, setup: Setup, path: Path, what: dict[str, Any], how: str) -> bool:
     """Add the line of one model and one way, unless it is there; or one that says why there is none."""
-    key = key_of([path.name, how, asdict(read_recipe(args))])  # of a failure before there is a pruned model
+    key = key_of([path.name, how, asdict(training.read_recipe(args))])  # of a failure before there is a pruned model
     try:
         if not path.exists():
             make(args, setup, path, what["criterion"])
@@ -202,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=2.0, help="in distillation")
     parser.add_argument("--eval-images", type=int, help="default: all")
     parser.add_argument("--work", type=Path, required=True, help="directory for models and states")
-    add_training_arguments(parser, lr=0.02)
+    training.add_training_arguments(parser, lr=0.02)
     args = parser.parse_args(argv)
     with exit_on_error("finetune.py"):
         number = run(args)

@@ -268,20 +268,11 @@ class Run:
     def described(self) -> dict[str, Any]:
         """What makes two runs the same, in the words of a line."""
         setup, protocol = self.setup, self.protocol
-        return setup.described() | {
-            "protocol": self.name,
-            "kind": protocol.kind,
-            "criterion": self.criterion,
-            "steps": protocol.steps,
-            "repair": name_repair(protocol.repair),
-            "from_dense": protocol.from_dense,
-            "budgets": None if protocol.from_dense else list(protocol.budgets),
-            "options": dict(protocol.options),
-            "seed": self.seed,
-            "images": protocol.images,
-            "eval_images": setup.eval_images,
-            "batch_size": self.batch_size,
-        }
+        facts = {name: getattr(protocol, name) for name in ("kind", "steps", "from_dense", "images")}
+        facts |= {"protocol": self.name, "criterion": self.criterion, "repair": name_repair(protocol.repair)}
+        facts |= {"budgets": None if protocol.from_dense else list(protocol.budgets)}
+        facts |= {"options": dict(protocol.options), "seed": self.seed}
+        return setup.described() | facts | {"eval_images": setup.eval_images, "batch_size": self.batch_size}
 
     def keys(self) -> dict[float, str]:
         """Budget -> what its line is recognised by."""

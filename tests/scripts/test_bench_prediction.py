@@ -11,7 +11,6 @@ import pytest
 TINY = ["--model", "test_resnet", "--model-arg", "zero_init_last=false", "--data", "digits", "--weights", "trained"]
 KINDS = {
     "cuts": (["--criteria", "jbr", "taylor", "--ratios", "0.05", "0.2", "0.999"], 4),
-    "repaired": (["--macs", "0.9", "0.7"], 4),
     "max_drop": (["--drops", "0.3"], 1),
 }
 

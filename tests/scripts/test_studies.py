@@ -30,7 +30,7 @@ import stability
 from jbrprune.errors import ArgumentError
 from jbrprune.tpv import LabelNoise, trace_form
 
-NAMES = ("label_noise", "stability", "first_order", "clean_loss", "width", "selecting", "degradation")
+NAMES = ("label_noise", "stability", "first_order", "clean_loss", "width", "selecting")
 
 
 @pytest.fixture(autouse=True)
