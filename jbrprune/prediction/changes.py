@@ -212,7 +212,7 @@ def cut_masks(model: nn.Module, groups: Sequence[Group], cuts: Sequence[Selectio
         for group, member in members:
             for number, cut in enumerate(cuts):
                 if group in cut:
-                    mask[member.without(cut[group])[0], number] = 1
+                    mask[member.channels_of(cut[group]), number] = 1
         masks[name] = mask
     return masks
 

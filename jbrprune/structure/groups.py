@@ -39,10 +39,9 @@ class Member:
     channel: Tensor
     unit: Tensor
 
-    def without(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        """Channels of the given units, and of the others."""
-        gone = torch.isin(self.unit, units)
-        return self.channel[gone], self.channel[~gone]
+    def channels_of(self, units: Tensor) -> Tensor:
+        """Channels of the given units."""
+        return self.channel[torch.isin(self.unit, units)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +82,7 @@ def removed_channels(groups: Iterable[Group], selection: Selection) -> dict[Axis
         if units is None or units.numel() == 0:
             continue
         for member in group.members:
-            gone.setdefault(member.axis, []).append(member.without(units)[0])
+            gone.setdefault(member.axis, []).append(member.channels_of(units))
     return {axis: torch.cat(parts).sort().values for axis, parts in gone.items()}
 
 
@@ -91,22 +90,20 @@ def after_removal(groups: Iterable[Group], selection: Selection) -> tuple[Group,
     """The groups of the smaller model: removed units dropped, channels and units renumbered."""
     groups = tuple(groups)
     gone = removed_channels(groups, selection)
-    return tuple(_shrunk(group, selection.get(group.name), gone) for group in groups)
-
-
-def _shrunk(group: Group, units: Tensor | None, gone: Mapping[Axis, Tensor]) -> Group:
-    kept = torch.ones(group.size, dtype=torch.bool)
-    if units is not None:
-        kept[units] = False
-    renumber = torch.cumsum(kept, 0) - 1
-    members = []
-    for member in group.members:
-        stays = kept[member.unit]
-        channel = member.channel[stays]
-        if member.axis in gone:
-            channel = channel - torch.searchsorted(gone[member.axis], channel)
-        members.append(Member(member.axis, channel, renumber[member.unit[stays]]))
-    return Group(group.name, group.kind, int(kept.sum()), tuple(members))
+    smaller = []
+    for group in groups:
+        kept = torch.ones(group.size, dtype=torch.bool)
+        kept[selection.get(group.name, torch.arange(0))] = False
+        renumber = torch.cumsum(kept, 0) - 1
+        members = []
+        for member in group.members:
+            stays = kept[member.unit]
+            channel = member.channel[stays]
+            if member.axis in gone:
+                channel = channel - torch.searchsorted(gone[member.axis], channel)
+            members.append(Member(member.axis, channel, renumber[member.unit[stays]]))
+        smaller.append(Group(group.name, group.kind, int(kept.sum()), tuple(members)))
+    return tuple(smaller)
 
 
 def match_names(names: Sequence[str], patterns: Sequence[str], what: str) -> set[str]:

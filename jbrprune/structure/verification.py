@@ -167,13 +167,6 @@ def unscorable(model: nn.Module, images: Tensor, groups: Sequence[Group]) -> dic
     return {group: reasons[name] for group, names in readers.items() for name in names if name in reasons}
 
 
-def two_images(images: Tensor) -> Tensor:
-    """The first image, and one made from it that is different everywhere."""
-    one = images[:1]
-    ramp = torch.linspace(-1, 1, one.shape[-1], device=one.device, dtype=one.dtype)
-    return torch.cat([one, one.flip(-1) + one.std(correction=0).clamp_min(1e-3) * ramp])
-
-
 def check_samples_apart(model: nn.Module, images: Tensor, names: Sequence[str]) -> set[str]:
     """Refuse a model in which a layer's rows do not belong to the samples, in order.
 

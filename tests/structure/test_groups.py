@@ -70,9 +70,8 @@ def test_channels_per_unit_and_sides() -> None:
     assert p.side("heads") == ()
 
 
-def test_channels_of_units_and_of_the_others() -> None:
-    of, others = two_groups()[0].members[1].without(torch.tensor([2, 0]))
-    assert (of.tolist(), others.tolist()) == ([2, 3, 6, 7], [4, 5])
+def test_channels_of_units() -> None:
+    assert two_groups()[0].members[1].channels_of(torch.tensor([2, 0])).tolist() == [2, 3, 6, 7]
 
 
 @st.composite
