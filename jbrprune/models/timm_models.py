@@ -86,7 +86,7 @@ def create(name: str, *, pretrained: bool = True, checkpoint: str | Path | None 
             "connection, pass a local file: checkpoint='weights.safetensors' in Python, --checkpoint "
             "weights.safetensors in the shell."
         ) from error
-    if not hasattr(model, "_model_args"):  # an older timm does not record them
+    if not hasattr(model, "_model_args"):  # timm before 1.0.28 does not record them
         placement = ("device", "dtype", "cache_dir")
         model._model_args = {key: value for key, value in arguments.items() if key not in placement}  # type: ignore[assignment]
     if checkpoint is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,7 @@ def verify_groups(model: nn.Module, images: Tensor, found: Found, *, seed: int =
         seed: Seeds the choice of units, the perturbation and the noise.
 
     Returns:
-        The groups that passed, whose relevance can be computed, and without which the model still runs in training
-        mode if it did; the others are skipped, with what went wrong.
+        The groups that passed, and whose relevance can be computed; the others are kept, with what went wrong.
 
     Raises:
         ModelError: The model cannot be copied.
@@ -55,12 +53,9 @@ def verify_groups(model: nn.Module, images: Tensor, found: Found, *, seed: int =
     passed = tuple(group for group in found.groups if group.name not in failed)
     together = failure(passed) if passed and failed else None
     if passed and not together:
-        unfit = unscorable(trial, images, passed)
-        if _find_training_failure(trial, images, ()) is None:
-            untrained = _find_culprits(passed, partial(_find_training_failure, trial, images))
-            unfit |= {name: f"the smaller model fails in training mode: {why}" for name, why in untrained.items()}
-        skipped |= unfit
-        passed = tuple(group for group in passed if group.name not in unfit)
+        unknown = unscorable(trial, images, passed)
+        skipped |= unknown
+        passed = tuple(group for group in passed if group.name not in unknown)
     if together or not passed:
         what = "no group of channels passed the trial"
         if together:
@@ -128,18 +123,6 @@ def _find_failure(trial: nn.Module, images: Tensor, groups: Sequence[Group], gen
             return f"{type(error).__name__}: {error}"
         if not difference <= TOLERANCE:
             return f"the logits differ by {difference:.1e}"
-    return None
-
-
-def _find_training_failure(trial: nn.Module, images: Tensor, groups: Sequence[Group]) -> str | None:
-    """What a pass in training mode raises, as by auxiliary heads, when a unit of each of these groups goes, or None."""
-    smaller = copy_model(trial).train()
-    remove_units(smaller, groups, {group.name: torch.zeros(1, dtype=torch.long) for group in groups})
-    try:
-        with torch.no_grad(), preserve.same_randomness(preserve.device_of(trial)):
-            smaller(images)
-    except Exception as error:  # whatever a foreign forward raises is the answer
-        return f"{type(error).__name__}: {error}"
     return None
 
 

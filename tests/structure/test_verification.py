@@ -352,22 +352,6 @@ def test_a_model_without_removable_layers_says_so() -> None:
         verify_groups(model, images, find_groups(model, images))
 
 
-def _with_auxiliary_head(net: nets.Net, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    features = net.a(x).relu()  # type: ignore[operator]
-    logits = nets.pooled(net, net.b(features).relu())  # type: ignore[operator]
-    return (logits, net.aux(features.mean((2, 3)))) if net.training else logits  # type: ignore[operator]
-
-
-def test_what_is_read_in_training_mode_only_stays(fingerprint: Fingerprint) -> None:
-    parts = {"a": nets.conv(3, 6), "b": nets.conv(6, 8), "aux": nets.linear(6), "fc": nets.linear(8)}
-    model = nets.Net(_with_auxiliary_head, **parts).eval()
-    found, before = find_groups(model, nets.example()), fingerprint(model)
-    result = verify_groups(model, nets.example(), found)
-    assert [group.name for group in result.groups] == ["b"]
-    assert result.skipped["a"].startswith("the smaller model fails in training mode: RuntimeError")
-    assert fingerprint(model) == before
-
-
 @pytest.mark.parametrize("change", [timm.layers.freeze_batch_norm_2d, lambda model: model], ids=["frozen", "blurred"])
 def test_layers_that_keep_their_channels_in_buffers_can_shrink(change: Callable[[nn.Module], nn.Module]) -> None:
     plain = timm.create_model("test_resnet", num_classes=4).eval()
