@@ -105,7 +105,7 @@ def gated_logits(
         ``[n, K]`` logits, and axis -> ``[1, n, C]`` gates z, or ``[2, n, C]`` z and y, of every layer that was called.
 
     Raises:
-        ModelError: A layer runs without gradients, or the rows of its activation are no multiple of n.
+        ModelError: A layer runs without gradients.
     """
     gates: dict[Key, Tensor] = {}
     inputs: dict[str, list[Tensor]] = defaultdict(list)
@@ -116,11 +116,6 @@ def gated_logits(
             raise ModelError(
                 f"{name} runs without gradients: the model's forward has a torch.no_grad() around it, or a reentrant "
                 "checkpoint. Its relevance would be zero. Switch that off while scoring, or put it into `ignore`."
-            )
-        if len(x) % samples:
-            raise ModelError(
-                f"{name}: the first dimension of its activation {tuple(x.shape)} is not a multiple of the "
-                f"batch size {samples}; per-sample relevances are not defined. Put this layer into `ignore`."
             )
         dim = layers.channel_dim(layer) or 1
         if (name, side) not in gates:  # a layer that is called twice has one gate twice, so that its effects add up
@@ -137,7 +132,8 @@ def gated_logits(
 
     def on_input(name: str, side: str, layer: nn.Module) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return replace_input(gated(name, side, layer, preserve.input_of(args, kwargs)), args, kwargs)
+            x = gated(name, side, layer, preserve.input_of(args, kwargs))
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
         return hook
 
@@ -168,11 +164,6 @@ def _line_of(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return slope, (0 if bias is None else bias) - mean * slope
 
 
-def replace_input(x: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Arguments of a layer with another input; see `preserve.input_of`."""
-    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
-
-
 def effects(
     logits: Tensor, direction: Tensor, gates: Mapping[Key, Tensor], *, again: bool = False
 ) -> dict[Key, Tensor]:
@@ -201,11 +192,9 @@ def effects(
         raise ModelError("No scored layer takes part in the logits: there is nothing to differentiate.")
     with torch.enable_grad():
         total = (logits * direction).sum()
-    found = torch.autograd.grad(total, list(gates.values()), retain_graph=again, allow_unused=True)
-    return {
-        key: torch.zeros_like(gate) if gradient is None else gradient
-        for (key, gate), gradient in zip(gates.items(), found, strict=True)
-    }
+    leaves = list(gates.values())
+    found = torch.autograd.grad(total, leaves, retain_graph=again, allow_unused=True, materialize_grads=True)
+    return dict(zip(gates, found, strict=True))
 
 
 def differentiate(run: Callable[[], T], copying: bool) -> tuple[T, bool]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -25,8 +26,14 @@ from jbrprune.models.preserve import logits_of
 from jbrprune.structure.groups import Group, Member
 from jbrprune.structure.verification import check_samples_apart
 
+Numbered = Iterable[tuple[int, Batch]]
+"""Batches, each with the position of its first sample in the data (`jbrprune.data.distributed.number_batches`)."""
 Site = Literal["consumer", "all", "layers"]
 Statistic = Literal["second_moment", "batched", "mean_replaced", "signed"]
+
+
+def _about(text: str) -> dict[str, str]:
+    return {"help": text, "panel": "Criterion"}
 
 
 @dataclass(frozen=True)
@@ -65,43 +72,25 @@ class Relevance:
         torch.Size([6])
     """
 
-    objective: str = field(default="pseudo_label", metadata={"help": "What counts as damage.", "panel": "Criterion"})
-    site: Site = field(
-        default="consumer",
-        metadata={"help": "Which weights of a unit count: those that read it, or all.", "panel": "Criterion"},
-    )
-    statistic: Statistic = field(
-        default="second_moment", metadata={"help": "How samples are combined.", "panel": "Criterion"}
-    )
-    batch: int = field(
-        default=128, metadata={"help": "Samples whose mean the statistic `batched` squares.", "panel": "Criterion"}
-    )
-    confidence: float = field(
-        default=0.0,
-        metadata={"help": "Score only on images whose largest dense probability exceeds this.", "panel": "Criterion"},
-    )
-    autocast: torch.dtype | None = field(
-        default=None,
-        metadata={"help": "Low-precision dtype of the scoring pass, such as bfloat16.", "panel": "Criterion"},
-    )
-    seed: int = field(
-        default=0, metadata={"help": "Seeds the random signs of the objective `projection`.", "panel": "Criterion"}
-    )
+    objective: str = field(default="pseudo_label", metadata=_about("What counts as damage."))
+    site: Site = field(default="consumer", metadata=_about("Which weights count: those that read a unit, or all."))
+    statistic: Statistic = field(default="second_moment", metadata=_about("How samples are combined."))
+    batch: int = field(default=128, metadata=_about("Samples whose mean the statistic `batched` squares."))
+    confidence: float = field(default=0.0, metadata=_about("Leave out images whose largest probability is not above."))
+    autocast: torch.dtype | None = field(default=None, metadata=_about("Low-precision dtype, such as bfloat16."))
+    seed: int = field(default=0, metadata=_about("Seeds the random signs of the objective `projection`."))
 
     def __post_init__(self) -> None:
         check_known("objective", self.objective, OBJECTIVES)
         check_known("site", self.site, get_args(Site))
         check_known("statistic", self.statistic, get_args(Statistic))
         if self.statistic == "mean_replaced" and self.site != "consumer":
-            raise ArgumentError(
-                "statistic 'mean_replaced' is defined at site 'consumer' only: a mean replaces an input."
-            )
-        for name, least in (("batch", 1), ("seed", None)):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise ArgumentError(f"{name} must be a whole number, got {value!r}.")
-            if least is not None and value < least:
-                raise ArgumentError(f"{name} must be at least {least}, got {value}.")
+            raise ArgumentError("statistic 'mean_replaced' is defined at site 'consumer' only.")
+        for name in ("batch", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise ArgumentError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
+        if self.batch < 1:
+            raise ArgumentError(f"batch must be at least 1, got {self.batch}.")
         if not isinstance(self.confidence, Real) or not 0 <= self.confidence < 1:
             raise ArgumentError(f"confidence must satisfy 0 <= confidence < 1, got {self.confidence!r}.")
         if not isinstance(self.autocast, torch.dtype | None):
@@ -150,22 +139,20 @@ class Relevance:
                     "statistic 'mean_replaced' reads the data twice, but an iterator can be read only once: pass a "
                     "list, a tensor, a Dataset or a DataLoader."
                 )
-            means = channel_means(model, batches, groups, batch_size=batch_size)
+            means = channel_means(model, batches, groups, self, batch_size, progress)
         # What is squared by itself: a unit, or a unit's share in one layer.
         parts = {group.name: split_by_layer(model, group) if self.site == "layers" else [group] for group in groups}
         squared = [part for own in parts.values() for part in own]
         accumulator = Accumulator({p.name: torch.zeros(p.size, dtype=torch.float64) for p in squared}, self.block)
-        power = 2 if self.block is None else 1
-
-        def visit(numbered: Iterable[tuple[int, Batch]]) -> Iterator[Tensor]:
+        power, kept = 2 if self.block is None else 1, []
+        with share_pass(batches, self, batch_size, progress) as numbered:
             for values, stays in relevances(model, numbered, squared, self, means=means):
                 rows = {name: v[stays].cpu().double() for name, v in values.items()}
                 accumulator.add(
-                    int(stays.sum()), lambda some, rows=rows: {n: (v[some] ** power).sum(0) for n, v in rows.items()}
+                    int(stays.sum()), lambda some, rows=rows: [{n: (v[some] ** power).sum(0) for n, v in rows.items()}]
                 )
-                yield stays
-
-        samples, skipped = run_pass(batches, self, visit, batch_size=batch_size, progress=progress)
+                kept.append(stays)
+        samples, skipped = count_samples(kept, self.confidence)
         totals = distributed.all_sum(accumulator.finish())
         sums = {name: torch.stack([totals[part.name] for part in own]).sum(0) for name, own in parts.items()}
         return Scores(sums, groups, samples, skipped, self.settings(self.site))
@@ -218,7 +205,7 @@ on which the dense model is more than 0.9 confident.
 
 def relevances(
     model: nn.Module,
-    numbered: Iterable[tuple[int, Batch]],
+    numbered: Numbered,
     groups: Sequence[Group],
     how: Relevance,
     *,
@@ -229,7 +216,7 @@ def relevances(
 
     Args:
         model: The model; between two batches, and after the last, it is as it was.
-        numbered: Batches, each with the position of its first sample (`jbrprune.data.distributed.number_batches`).
+        numbered: The batches.
         groups: The units.
         how: Objective, site, confidence, autocast and seed.
         objective: A function instead of the objective of ``how``.
@@ -262,13 +249,7 @@ def relevances(
             v = effect[0] if means is None else effect[0] - means[key[0]].to(effect) * effect[1]
             for name, member in members[key]:
                 values[name].index_add_(1, member.unit.to(v.device), v[:, member.channel.to(v.device)])
-        for name, v in values.items():
-            if not torch.isfinite(v).all():
-                raise NonFiniteError(
-                    f"Batch {number}: the relevances of group {name} contain NaN or Inf although the logits are "
-                    "finite: the gradient is not. A square root of zero or an overflow in half precision does that; "
-                    "try float32."
-                )
+        check_finite(values, f"Batch {number}: the relevances of group")
         yield values, stays
 
 
@@ -287,7 +268,13 @@ def scored_members(model: nn.Module, groups: Sequence[Group], site: Site) -> dic
     for group in groups:
         members = [m for m in group.members if m.axis[1] == "in" or (m.axis[1] == "out" and site != "consumer")]
         for member in members:
-            _check_member(modules.get(member.axis[0]), group, member)
+            name, side, _ = member.axis
+            width = layers.width_of(modules[name], side) if name in modules else 0
+            if width is not None and len(member.channel) and int(member.channel.max()) >= width:
+                raise ArgumentError(
+                    f"Group {group.name}: the model has no channel {int(member.channel.max())} on side {side!r} of "
+                    f"{name!r}. Find the groups of this very model, and again after every change of it."
+                )
         members = [member for member in members if _has_term(modules[member.axis[0]])]
         if site == "consumer":
             again = {m.axis[0] for m in group.side("out") if layers.is_grouped(modules[m.axis[0]])}
@@ -311,20 +298,6 @@ def _has_term(layer: nn.Module) -> bool:
     return layers.channel_dim(layer) is not None and layers.has_parameters(layer)
 
 
-def _check_member(layer: nn.Module | None, group: Group, member: Member) -> None:
-    name, side, _ = member.axis
-    if layer is None:
-        raise ArgumentError(
-            f"Group {group.name}: the model has no module {name!r}. Find the groups of this very model."
-        )
-    width = layers.width_of(layer, side)
-    if width is not None and len(member.channel) and int(member.channel.max()) >= width:
-        raise ArgumentError(
-            f"Group {group.name}: {name} has {width} channels on side {side!r}, the group names channel "
-            f"{int(member.channel.max())}. Find the groups again after every change of the model."
-        )
-
-
 def _check_layers(model: nn.Module, images: Tensor, names: Sequence[str]) -> None:
     """Refuse layers whose rows are not the samples, or that are never called although their weights are read."""
     for name in set(names) - check_samples_apart(model, images, names):
@@ -341,32 +314,27 @@ def _check_layers(model: nn.Module, images: Tensor, names: Sequence[str]) -> Non
 
 
 def channel_means(
-    model: nn.Module, batches: object, groups: Sequence[Group], *, batch_size: int = 32
+    model: nn.Module, batches: object, groups: Sequence[Group], how: Relevance, batch_size: int, progress: bool
 ) -> dict[str, Tensor]:
     """Consumer -> ``[C_in]`` mean over samples and positions of its input (float64, CPU)."""
     totals: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64))
 
     def record(name: str) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = preserve.input_of(args, kwargs)
             x = by_sample(x, len(x), layers.channel_dim(module) or 1)
             sums = x.sum((1, 3), dtype=torch.promote_types(x.dtype, torch.float32)).cpu().double().sum(0)
-            totals[name] = totals.get(name, 0) + sums
-            counts[name] += x.numel() // len(sums)
+            totals[name] = totals.get(name, 0) + torch.cat([sums, sums.new_tensor([x.numel() / len(sums)])])
 
         return hook
 
-    hooks = {name: record(name) for name in sorted({m.axis[0] for g in groups for m in g.side("in")})}
-    share = distributed.Parts(batches, batch_size=batch_size)
+    hooks = {m.axis[0]: record(m.axis[0]) for group in groups for m in group.side("in")}
 
-    with distributed.fail_together():
-        for _, batch in share:
+    with share_pass(batches, how, batch_size, progress) as numbered:
+        for _, batch in numbered:
             with preserve.inference_state(model), preserve.hooked(model, forward_pre=hooks):
                 model(batch.to(preserve.device_of(model)).images.clone())
-    share.check()
-    sums, numbers = distributed.all_sum(totals), distributed.all_sum(counts)
-    return {name: total / numbers[name] for name, total in sums.items()}
+    return {name: total[:-1] / total[-1] for name, total in distributed.all_sum(totals).items()}
 
 
 def check_logits(model: nn.Module, batch: Batch, number: int, logits: Tensor, autocast: torch.dtype | None) -> None:
@@ -377,40 +345,36 @@ def check_logits(model: nn.Module, batch: Batch, number: int, logits: Tensor, au
         raise_nonfinite(model, batch.images, f"Batch {number}: the logits", autocast_dtype=autocast)
 
 
-def run_pass(
-    batches: object,
-    how: Relevance,
-    visit: Callable[[Iterable[tuple[int, Batch]]], Iterator[Tensor]],
-    *,
-    batch_size: int,
-    progress: bool,
-) -> tuple[int, int]:
-    """Let this rank visit its share of the data.
+@contextmanager
+def share_pass(batches: object, how: Relevance, batch_size: int, progress: bool) -> Iterator[Numbered]:
+    """Context of one pass over this rank's share of the data."""
+    share = distributed.Parts(batches, batch_size=batch_size, block=how.block)
+    with distributed.fail_together():
+        yield tqdm(share, "scoring", unit="batch", disable=None if progress else True, leave=False)
+    share.check()
 
-    Args:
-        batches: Anything that yields images.
-        how: Says which samples belong together.
-        visit: From batches, each with the position of its first sample, to ``[n]`` which samples of each stay.
-        batch_size: Images per pass where the data do not say.
-        progress: Show a progress bar.
 
-    Returns:
-        Samples that stay, and samples that are left out, of all ranks.
+def count_samples(kept: Iterable[Tensor], confidence: float) -> tuple[int, int]:
+    """Samples that were scored, and that were left out, of all ranks; ``kept`` says which, batch by batch.
 
     Raises:
-        DataError: No sample stays.
+        DataError: None was scored.
     """
-    share = distributed.Parts(batches, batch_size=batch_size, block=how.block)
-    shown = tqdm(share, "scoring", unit="batch", disable=None if progress else True, leave=False)
-    counts = torch.zeros(2, dtype=torch.int64)
-    with distributed.fail_together():
-        for stays in visit(shown):
-            counts.add_(torch.tensor([stays.sum(), (~stays).sum()]))
-    share.check()
-    samples, skipped = distributed.total(*counts.tolist())
+    numbers = [(int(stays.sum()), len(stays)) for stays in kept]
+    samples, seen = distributed.total(*map(sum, zip(*numbers or [(0, 0)], strict=True)))
     if samples == 0:
         raise DataError(
-            f"No sample was left: the dense model's largest probability exceeds confidence={how.confidence} on none "
-            f"of {skipped} images. Lower the threshold."
+            f"No sample was left: the dense model's largest probability exceeds confidence={confidence} on none of "
+            f"{seen} images. Lower the threshold."
         )
-    return samples, skipped
+    return samples, seen - samples
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse NaN and Inf in what was computed from finite logits."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"{what} {name} contain NaN or Inf although the logits are finite: the gradient is not. A square root "
+                "of zero or an overflow in half precision does that; try float32."
+            )

@@ -162,13 +162,14 @@ class Accumulator:
         self._open = {name: torch.zeros_like(tensor) for name, tensor in like.items()} if batch else self.sums
         self._filled = 0
 
-    def add(self, samples: int, of: Callable[[slice], Mapping[str, Tensor]]) -> None:
-        """Add samples; ``of`` gives the sum of the contributions of some of them."""
+    def add(self, samples: int, of: Callable[[slice], Iterable[Mapping[str, Tensor]]]) -> None:
+        """Add samples; what ``of`` gives for some of them adds up to their contributions."""
         start = 0
         while start < samples:
             stop = samples if self.batch is None else min(samples, start + self.batch - self._filled)
-            for name, total in of(slice(start, stop)).items():
-                self._open[name] += total.to(self._open[name])
+            for totals in of(slice(start, stop)):
+                for name, total in totals.items():
+                    self._open[name] += total
             self._filled += stop - start
             start = stop
             if self._filled == self.batch:

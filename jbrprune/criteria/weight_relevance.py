@@ -7,7 +7,7 @@ time. Where a model cannot be mapped so (in-place operations, branches on values
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,15 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jbrprune.criteria.gates import differentiate
 from jbrprune.criteria.objectives import OBJECTIVES, Directions
-from jbrprune.criteria.relevance import Relevance, check_logits, run_pass
+from jbrprune.criteria.relevance import Relevance, check_finite, check_logits, count_samples, share_pass
 from jbrprune.criteria.scores import Accumulator, Settings, SummedScores
 from jbrprune.data import distributed
-from jbrprune.data.batches import Batch
-from jbrprune.errors import ArgumentError, ModelError, NonFiniteError, check_known
+from jbrprune.errors import ArgumentError, ModelError, check_known
 from jbrprune.evaluation.agreement import check_weights, explain_out_of_memory
 from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import copy_model, logits_of
-from jbrprune.sparsity.masks import Slot, fresh, ignored, is_weight_layer, make_permanent, slots
+from jbrprune.sparsity.masks import fresh, ignored, make_permanent, refuse_computed_weights, slots, weights_of
 from jbrprune.structure.verification import check_samples_apart
 
 log = logging.getLogger(__name__)
@@ -78,27 +77,19 @@ class WeightScores(SummedScores):
             >>> int((net[1].weight == 0).sum())
             24
         """
-        canonical = {id(slot.stored): slot.name for slot in slots(model)[::-1]}
-        found: dict[tuple[nn.Module, str], Tensor] = {}
-        missing = set(self.sums)
-        for slot in slots(model):
-            key = slot.name if slot.name in self.sums else canonical[id(slot.stored)]
-            if key not in self.sums:
-                continue
-            tensor = slot.stored
-            if self.sums[key].shape != tensor.shape:
+        shapes = {slot.name: tuple(slot.stored.shape) for slot in slots(model)}
+        for name, total in self.sums.items():
+            if shapes.get(name) != tuple(total.shape):
                 raise ArgumentError(
-                    f"{slot.name} has shape {tuple(tensor.shape)}, but its scores {tuple(self.sums[key].shape)}: they "
+                    f"{name} has shape {shapes.get(name)} in the model, but {tuple(total.shape)} in the scores, which "
                     "are of another model. Score this model."
                 )
-            found[slot.module, slot.kind] = self[key].to(tensor.device, _wide(tensor.device))
-            missing.discard(key)
-        if missing:
-            raise ArgumentError(
-                f"The model has no parameter {min(missing)!r} (and {len(missing) - 1} more that are scored): the "
-                "scores are of another model. Score this model."
-            )
-        return found
+        names = {id(slot.stored): slot.name for slot in slots(model) if slot.name in self.sums}
+        return {
+            (slot.module, slot.kind): self[names[id(slot.stored)]].to(slot.stored.device, _wide(slot.stored.device))
+            for slot in slots(model)
+            if id(slot.stored) in names
+        }
 
 
 @torch.inference_mode(False)  # sums that are made in inference mode could not be added to
@@ -152,35 +143,38 @@ def weight_scores(
     with preserve.inference_state(model), fresh(model):
         masked = any(slot.masked for slot in slots(model))
         work = make_permanent(copy_model(model)) if masked else model
-    weights = {slot.name: slot.stored.detach() for slot in scored_slots(work, parameters, ignore)}
+    weights = _scored_weights(work, parameters, ignore)
     directions = Directions(OBJECTIVES[relevance.objective], relevance.confidence, relevance.seed)
-    squared = relevance.statistic == "second_moment"
-    gradients = _Gradients(work, weights, relevance.autocast, squared)
-    accumulator = Accumulator({name: w.to(_wide(w.device)) for name, w in weights.items()}, relevance.block)
+    squared, kept = relevance.statistic == "second_moment", []
+    wide = _wide(preserve.device_of(work))
+    accumulator = Accumulator({name: weight.to(wide) for name, weight in weights.items()}, relevance.block)
 
-    def visit(numbered: Iterable[tuple[int, Batch]]) -> Iterator[Tensor]:
+    def logits_with(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, relevance.autocast, enabled=relevance.autocast is not None):
+            return logits_of(functional_call(work, dict(weights), (images.clone(),)))  # its input may be overwritten
+
+    with share_pass(batches, relevance, batch_size, progress) as numbered:
         for number, (start, batch) in enumerate(numbered):
             with preserve.inference_state(work), explain_out_of_memory(len(batch)):
                 batch = batch.to(preserve.device_of(work))
                 if number == 0 and squared:
                     check_samples_apart(work, batch.images, ())
-                logits = gradients.logits({}, batch.images)
+                logits = logits_with({}, batch.images)
                 check_logits(work, batch, number, logits, relevance.autocast)
                 m, stays = directions(logits, batch, start)
-                x, of_x = batch.images[stays], m[stays]
-                accumulator.add(len(x), lambda some, x=x, of_x=of_x: gradients(x[some], of_x[some]))
-            yield stays
+                x, m = batch.images[stays], m[stays]
 
-    samples, skipped = run_pass(batches, relevance, visit, batch_size=batch_size, progress=progress)
+                def contribute(some: slice, x: Tensor = x, m: Tensor = m) -> Iterator[dict[str, Tensor]]:
+                    for found, _ in sample_gradients(logits_with, weights, x[some], m[some], summed=not squared):
+                        yield {name: (g.square() if squared else g).sum(0, dtype=wide) for name, g in found.items()}
+
+                accumulator.add(len(x), contribute)
+            kept.append(stays)
+    samples, skipped = count_samples(kept, relevance.confidence)
     power = 1 if relevance.statistic == "signed" else 2
     sums = {name: (total * weights[name].to(total) ** power).cpu() for name, total in accumulator.finish().items()}
     totals = distributed.all_sum(sums)
-    for name, total in totals.items():
-        if not torch.isfinite(total).all():
-            raise NonFiniteError(
-                f"The scores of {name} contain NaN or Inf although the logits are finite: the gradient is not. A "
-                "square root of zero or an overflow in half precision does that; try float32."
-            )
+    check_finite(totals, "The scores of")
     return WeightScores(totals, samples, skipped, relevance.settings("weight"))
 
 
@@ -189,6 +183,8 @@ def sample_gradients(
     weights: Mapping[str, Tensor],
     images: Tensor,
     m: Tensor,
+    *,
+    summed: bool = False,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Yield gradients by the weights of sum_k m_k f_k for every sample, some samples at a time, and the outputs f.
 
@@ -200,109 +196,63 @@ def sample_gradients(
         weights: Name -> parameter by which the outputs are differentiated.
         images: ``[B, C, H, W]``.
         m: ``[B, K]`` directions.
+        summed: Yield once, for all samples together, the gradient of their sum, from one backward.
 
     Yields:
-        Name -> ``[n, *shape]`` gradients, and ``[n, K]`` outputs.
+        Name -> ``[n, *shape]`` gradients (``summed``: ``[1, *shape]``), and ``[n, K]`` outputs.
+
+    Raises:
+        ModelError: No weight takes part in the outputs.
     """
 
-    def scalar(weights: Mapping[str, Tensor], image: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = outputs_of(weights, image[None])[0]
-        return (outputs * m).sum(), outputs.detach()
+    def product(weights: Mapping[str, Tensor], x: Tensor, of_x: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = outputs_of(weights, x)
+        return (outputs * of_x).sum(), outputs.detach()
 
-    def one() -> tuple[dict[str, Tensor], Tensor]:
+    def together() -> tuple[dict[str, Tensor], Tensor]:
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         with torch.enable_grad():
-            value, outputs = scalar(leaves, x[0], of_x[0])
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return {name: g[None] for name, g in zip(leaves, found, strict=True)}, outputs[None]
+            total, outputs = product(leaves, x, of_x)
+        if not total.requires_grad:
+            raise ModelError("No weight takes part in the outputs: there is nothing to differentiate.")
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return {name: g[None] for name, g in zip(leaves, found, strict=True)}, outputs
 
     size = max(1, CHUNK_NUMBERS // sum(weight.numel() for weight in weights.values()))
     start, copying = 0, False
     while start < len(images):
-        x, of_x = images[start : start + size], m[start : start + size]
-        if size > 1:
+        stop = len(images) if summed else start + size
+        x, of_x = images[start:stop], m[start:stop]
+        if summed or size == 1:
+            found, copying = differentiate(together, copying)
+        else:
             try:
                 with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be mapped
-                    found = vmap(grad(scalar, has_aux=True), in_dims=(None, 0, 0))(weights, x, of_x)
+                    mapped = vmap(grad(product, has_aux=True), in_dims=(None, 0, 0))
+                    gradients, outputs = mapped(dict(weights), x[:, None], of_x[:, None])
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-                log.debug(
-                    "Samples are differentiated one by one: torch.func.vmap does not take this model (%s).", error
-                )
+                why = str(error).partition("\n")[0]
+                log.info("Samples are differentiated one by one: torch.func.vmap does not take the model (%s).", why)
                 size = 1
                 continue
-        else:
-            found, copying = differentiate(one, copying)
+            found = gradients, outputs[:, 0]
         yield found
-        start += len(x)
+        start = stop
 
 
-class _Gradients:
-    """Gradients by single weights, summed over samples, or squared and then summed."""
-
-    def __init__(
-        self, model: nn.Module, weights: dict[str, Tensor], autocast: torch.dtype | None, squared: bool
-    ) -> None:
-        self.model, self.weights, self.autocast = model, weights, autocast
-        self.squared, self.copying = squared, False
-
-    def __call__(self, images: Tensor, m: Tensor) -> dict[str, Tensor]:
-        """Name -> sum over samples of the gradient of sum_k m_k f_k, or of its square."""
-        return self._squares(images, m) if self.squared else self._gradient(images, m)
-
-    def logits(self, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        """``[n, K]`` with other weights."""
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-            return logits_of(functional_call(self.model, dict(weights), (images.clone(),)))
-
-    def _squares(self, images: Tensor, m: Tensor) -> dict[str, Tensor]:
-        total: dict[str, Tensor] = {}
-        for found, _ in sample_gradients(self.logits, self.weights, images, m):
-            for name, g in found.items():
-                total[name] = total.get(name, 0) + g.square().sum(0, dtype=_wide(images.device))
-        return total
-
-    def _gradient(self, images: Tensor, m: Tensor) -> dict[str, Tensor]:
-        """Parameters that take no part are absent."""
-
-        def run() -> tuple[Tensor | None, ...]:
-            leaves = {name: weight.clone().requires_grad_() for name, weight in self.weights.items()}
-            with torch.enable_grad():
-                total = (self.logits(leaves, images) * m).sum()
-            return torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-
-        found, self.copying = differentiate(run, self.copying)
-        return {name: g for name, g in zip(self.weights, found, strict=True) if g is not None}
-
-
-def scored_slots(model: nn.Module, parameters: Parameters, ignore: Sequence[str]) -> list[Slot]:
-    """The parameters that have scores, a shared one once.
-
-    Raises:
-        ArgumentError: A glob in ``ignore`` matches nothing.
-        ModelError: A parametrization computes a weight, or none is left.
-    """
-    left_out = ignored(model, ignore)
-    found: dict[int, Slot] = {}
-    for name, module in model.named_modules():
-        kinds: tuple[str, ...] = ("weight",) if is_weight_layer(module) else ()
-        if parameters == "all" and layers.channel_dim(module) is not None:
-            kinds = ("weight", "bias")
-        for kind in kinds:
-            slot = Slot(f"{name}.{kind}".removeprefix("."), module, kind)
-            if {name, slot.name} & left_out or getattr(module, kind, None) is None:
-                continue
-            if module._parameters.get(kind) is None:
-                raise ModelError(
-                    f"{slot.name} ({type(module).__name__}) is not a plain parameter (a parametrization or a weight "
-                    "norm computes it), so a single weight has no meaning there. Remove the parametrization, or put it "
-                    "into `ignore`."
-                )
-            found.setdefault(id(slot.stored), slot)
+def _scored_weights(model: nn.Module, parameters: Parameters, ignore: Sequence[str]) -> dict[str, Tensor]:
+    refuse_computed_weights(model, ignore)
+    found = list(weights_of(model, ignore).values())
+    if parameters == "all":
+        left_out = ignored(model, ignore)
+        known = (slot for slot in slots(model) if layers.channel_dim(slot.module) is not None)
+        found = [slot for slot in known if not {slot.name, slot.name.rpartition(".")[0]} & left_out]
     if not found:
         raise ModelError("The model has no convolution or linear layer left to score. Is everything in `ignore`?")
-    return list(found.values())
+    first = {id(slot.stored): slot.name for slot in found[::-1]}  # of a shared parameter
+    return {slot.name: slot.stored.detach() for slot in found if first[id(slot.stored)] == slot.name}
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from jbrprune.budgets.cost import count_macs
 from jbrprune.checkpoint.description import packed_bytes
 from jbrprune.criteria.relevance import Relevance
-from jbrprune.criteria.weight_relevance import WeightScores, scored_slots, weight_scores
+from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
 from jbrprune.data.batches import Batch
 from jbrprune.errors import BudgetError, UnsupportedModelError
 from jbrprune.evaluation.agreement import bytes_of, parameters_of
@@ -23,7 +23,7 @@ from jbrprune.pruning.options import WeightOptions
 from jbrprune.pruning.prepare import Problem
 from jbrprune.report.records import LayerRow, Size
 from jbrprune.sparsity.dead_channels import shrink
-from jbrprune.sparsity.masks import ignored, masks_of, slots, weights_of
+from jbrprune.sparsity.masks import ignored, masks_of, refuse_computed_weights, slots, weights_of
 from jbrprune.sparsity.patterns import Pattern, at_floor, keep_most_important, keep_pattern, schedule
 
 Criterion = Callable[[nn.Module, Sequence[Batch], Sequence[str]], Mapping[str, Any] | WeightScores]
@@ -168,7 +168,7 @@ def find_weights(problem: Problem, options: WeightOptions, stops: Sequence[Goal]
     shapes = {name: slot.stored.shape for name, slot in weights_of(model, options.ignore).items()}
     if not shapes:
         raise UnsupportedModelError("The model has no convolution or linear layer left to prune. Is all in `ignore`?")
-    scored_slots(model, "weights", options.ignore)  # refuses weights that a parametrization computes
+    refuse_computed_weights(model, options.ignore)
     given = {name: mask.cpu() for name, mask in masks_of(problem.given).items()}
     consumers = [name.rpartition(".")[0] for name in shapes]
     weights = Weights(

@@ -101,6 +101,28 @@ def weights_of(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Slot]:
     return {slot.name: slot for slot in found.values()}
 
 
+def refuse_computed_weights(model: nn.Module, ignore: Sequence[str]) -> None:
+    """Refuse layers whose weight is computed from other parameters: there are no single weights.
+
+    Args:
+        model: A model without masks.
+        ignore: Globs of modules or parameters that are let through.
+
+    Raises:
+        ModelError: Names the first that is not ignored.
+    """
+    left_out = ignored(model, ignore)
+    for name, module in model.named_modules():
+        full = f"{name}.weight".removeprefix(".")
+        computed = module._parameters.get("weight") is None and isinstance(getattr(module, "weight", None), Tensor)
+        if is_weight_layer(module) and computed and not {name, full} & left_out:
+            raise ModelError(
+                f"{full} ({type(module).__name__}) is not a plain parameter (a parametrization or a weight norm "
+                "computes it), so a single weight has no meaning there. Remove the parametrization, or put it into "
+                "`ignore`."
+            )
+
+
 def ignored(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Names of modules and parameters that a glob matches, with everything inside of them.
 

@@ -173,7 +173,7 @@ def test_accumulator(batch: int | None, pieces: int) -> None:
     accumulator = Accumulator(ZEROS, batch)
     for start in range(0, 13, pieces):
         some = {name: rows[start : start + pieces].double() for name, rows in v.items()}
-        accumulator.add(len(some["conv"]), lambda part, some=some: {name: v[part].sum(0) for name, v in some.items()})
+        accumulator.add(len(some["conv"]), lambda part, some=some: [{name: v[part].sum(0) for name, v in some.items()}])
     for name, total in accumulator.finish().items():
         expected = v[name].double().sum(0)
         if batch:
@@ -184,7 +184,7 @@ def test_accumulator(batch: int | None, pieces: int) -> None:
 def test_sums_do_not_lose_small_samples() -> None:
     """float64 sums: ten thousand squares of 1e-4 beside one of 1e8."""
     accumulator = Accumulator({"conv": ZEROS["conv"]}, None)
-    accumulator.add(1, lambda _: {"conv": torch.full((3,), 1e8)})
+    accumulator.add(1, lambda _: [{"conv": torch.full((3,), 1e8)}])
     for _ in range(100):
-        accumulator.add(100, lambda _: {"conv": torch.full((3,), 1e-2)})
+        accumulator.add(100, lambda _: [{"conv": torch.full((3,), 1e-2)}])
     torch.testing.assert_close(accumulator.finish()["conv"] - 1e8, torch.ones(3).double(), rtol=1e-5, atol=0)

@@ -52,8 +52,11 @@ def test_shared_weights_are_scored_for_every_module() -> None:
 @pytest.mark.parametrize(
     "other, message",
     [
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), r"1.weight has shape \(2, 3\), but its scores \(2, 2\)"),
-        (lambda: nn.Sequential(nn.Flatten()), "no parameter '1.weight'"),
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(3, 2)),
+            r"1.weight has shape \(2, 3\) in the model, but \(2, 2\)",
+        ),
+        (lambda: nn.Sequential(nn.Flatten()), "1.weight has shape None in the model"),
     ],
 )
 def test_scores_of_another_model(other: Callable[[], nn.Module], message: str) -> None:

@@ -4,7 +4,7 @@ import copy
 import importlib
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import cases
@@ -21,6 +21,7 @@ from torch.nn.utils import prune
 from jbrprune.criteria import weight_relevance
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from jbrprune.models.preserve import inference_state
 
 # --- against one backward per sample ---------------------------------------------------------------------------------
 
@@ -364,7 +365,7 @@ def test_inputs_that_are_overwritten_in_place_after_a_layer_has_read_them(caplog
     model, images = made({"": cases.Overwritten}, ""), cases.images(3)
     twin = copy.deepcopy(model)
     twin.in_place = False  # type: ignore[assignment]
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.INFO):
         found = scored(model, images, parameters="all")
     assert_exact(found.values(), scored(twin, images, parameters="all").values())
     assert "one by one" in caplog.text
@@ -378,19 +379,34 @@ def test_ignored_layers_have_no_scores() -> None:
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_memory_does_not_change_the_scores(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = made(cases.NETS, "called twice"), cases.images(5)
-    expected = scored(model, images)
-    numbers = sum(total.numel() for total in expected.sums.values())
-    sizes: list[int] = []
-    parts = weight_relevance.sample_gradients
-    monkeypatch.setattr(weight_relevance, "CHUNK_NUMBERS", chunk * numbers + 1)
-    monkeypatch.setattr(
-        weight_relevance,
-        "sample_gradients",
-        lambda *args: (sizes.append(len(found[1])) or found for found in parts(*args)),
-    )
-    assert_exact(scored(model, images).values(), expected.values())
-    assert max(sizes) == chunk
-    assert sum(sizes) == 5
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    monkeypatch.setattr(weight_relevance, "CHUNK_NUMBERS", chunk * sum(w.numel() for w in weights.values()) + 1)
+
+    def logits(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(weights), (images,))
+
+    with inference_state(model):
+        m = signs(5, cases.CLASSES, 0).double()
+        gradients, outputs = zip(*weight_relevance.sample_gradients(logits, weights, images, m))
+        torch.testing.assert_close(torch.cat(outputs), model(images))
+    assert max(map(len, outputs)) == chunk
+    v = products(model, images, m, list(weights))
+    for name, weight in weights.items():
+        torch.testing.assert_close(torch.cat([g[name] for g in gradients]) * weight, v[name], rtol=1e-9, atol=1e-12)
+
+
+def test_weights_without_a_part_are_refused() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.flatten(1)).detach()
+
+    for statistic in ("signed", "batched"):
+        with pytest.raises(ModelError, match="nothing to differentiate"):
+            scored(Cut(), torch.randn(2, 3, 2, 2), statistic=statistic)
 
 
 def test_means_need_no_layer_that_is_known() -> None:
