@@ -60,9 +60,7 @@ CHOICES = {"criterion": PRESETS, "objective": OBJECTIVES}
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a command; a parameter whose type is a table becomes one option for every field of the table."""
     parameters = inspect.signature(function, eval_str=True).parameters
-    tables: dict[str, Any] = {
-        name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)
-    }
+    tables: Any = {name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)}
     own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, each in parameters.items() if name not in tables]
     options = [option for table in tables.values() for option in _make_options(table)]
     options.sort(key=lambda each: PANELS.index(get_args(each.annotation)[1].rich_help_panel))
@@ -331,18 +329,11 @@ def score_command(model: Model, source: Source, options: ScoreOptions, output: W
     if output.out is not None and distributed.rank() == 0:
         scores.save(output.out)
     rows = [
-        {
-            "group": name,
-            "units": v.numel(),
-            "least": v.min().item(),
-            "median": v.median().item(),
-            "most": v.max().item(),
-        }
+        {"group": name, "units": v.numel()} | {key: getattr(v, key)().item() for key in ("min", "median", "max")}
         for name, v in scores.values().items()
     ]
-    how = scores.settings
-    facts = {"model": model, "samples": scores.samples, "settings": plain(how), "groups": rows}
-    title = f"{model}: scores of {scores.samples} images, {how.objective}, {how.statistic}"
+    facts = {"model": model, "samples": scores.samples, "settings": plain(scores.settings), "groups": rows}
+    title = f"{model}: scores of {scores.samples} images, {scores.settings.objective}, {scores.settings.statistic}"
     _say(output, facts, f"{title}\n\n{format_table(make_table(rows))}")
 
 
@@ -370,10 +361,9 @@ def eval_command(model: Model, source: Source, options: Comparing, printing: Pri
     timings = time_in_turns([*models.values()], example)
     facts: dict[str, Any] = {"model": model, "images": found.images}
     for (prefix, each), latency in zip(models.items(), timings.latencies):
-        facts[f"{prefix}macs"] = sum(count_macs(each, example).values())
-        facts[f"{prefix}params"] = parameters_of(each)
-        facts[f"{prefix}latency_ms"] = latency.median_ms
-        facts[f"{prefix}accuracy"] = found.dense_accuracy if prefix else found.accuracy
+        accuracy = found.dense_accuracy if prefix else found.accuracy
+        facts |= {f"{prefix}macs": sum(count_macs(each, example).values()), f"{prefix}params": parameters_of(each)}
+        facts |= {f"{prefix}latency_ms": latency.median_ms, f"{prefix}accuracy": accuracy}
     if options.reference is not None:
         facts |= {"reference": options.reference, "relative_latency": timings.ratios[1]}
         facts |= {"top1_agreement": found.top1, "top5_agreement": found.top5, "kl": found.kl}
@@ -443,7 +433,7 @@ def tpv_command(model: Model, source: Source, options: Perturbing, printing: Pri
     """
     if (options.sigma is None) == (options.bits is None):
         raise ArgumentError("Say what perturbs the weights: either --sigma or --bits.")
-    change: Any = options.sigma and Isotropic(options.sigma)
+    change: Any = None if options.sigma is None else Isotropic(options.sigma)
     if options.bits is not None:
         change = Quantization(options.bits, options.granularity, options.rounding)
     module, data = _open(model, source, options.batch_size)
