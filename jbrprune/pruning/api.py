@@ -373,16 +373,21 @@ def info(
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     images = images.to(preserve.device_of(dense))
     _, found = find_units(dense, images, ignore, floors.width)
-    costs = [cost_model(kind, dense, images, found.groups) for kind in ("macs", "params")]
-    whole = [round(cost.total) for cost in costs]
-    sizes = {group.name: group.size for group in found.groups}
-    rows = []
+    macs, params = (cost_model(kind, dense, images, found.groups) for kind in ("macs", "params"))
+    whole, sizes, rows = (macs.total, params.total), {group.name: group.size for group in found.groups}, []
     for group in found.groups:
+        saved = round(macs.saving(group.name)), round(params.saving(group.name))
         layers = len({member.axis[0] for member in group.members})
-        savings = (round(cost.saving(group.name)) for cost in costs)
-        rows.append(InfoRow(group.name, group.kind, group.size, *savings, layers))  # type: ignore[reportCallIssue]
-    least = (reduce_to_floors(cost, found.groups, floors, sizes) / cost_ for cost, cost_ in zip(costs, whole))
-    return Info(tuple(images.shape[1:]), *whole, *least, tuple(rows), found.skipped)  # type: ignore[reportCallIssue]
+        rows.append(InfoRow(group.name, group.kind, group.size, saved[0], saved[1], layers))
+    return Info(
+        input_size=tuple(images.shape[1:]),
+        macs=round(whole[0]),
+        params=round(whole[1]),
+        least_macs=reduce_to_floors(macs, found.groups, floors, sizes) / whole[0],
+        least_params=reduce_to_floors(params, found.groups, floors, sizes) / whole[1],
+        rows=tuple(rows),
+        skipped=found.skipped,
+    )
 
 
 def carry_out(

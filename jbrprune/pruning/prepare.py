@@ -168,8 +168,6 @@ def check_runs(model: nn.Module, images: Tensor) -> int:
     """
     size = timm_models.image_size(model)
     wanted = f" It was made for {' x '.join(map(str, size))} (channels, height, width)." if size else ""
-    if size and images.shape[1] != size[0]:
-        raise DataError(f"The images have {images.shape[1]} channels, shape {tuple(images.shape)}.{wanted}")
     try:
         with distributed.alone():
             return compute_logits(model, [Batch(images[:1])])[0].shape[1]

@@ -123,7 +123,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], object, dict, type[Exception], str
     "nothing there": (net, [], {}, DataError, "list.* yielded no batch"),
     "exhausted": (net, iter(()), {}, DataError, "exhausted generator"),
     "no eval data": (net, images(9), {"eval_data": []}, DataError, "yielded no batch"),
-    "channels": (resnet, torch.zeros(2, 1, 32, 32), {}, DataError, "have 1 channels.*made for 3 x 160 x 160"),
+    "channels": (resnet, torch.zeros(2, 1, 32, 32), {}, DataError, r"does not run on.*made for 3 x 160 x 160"),
     "size": (
         vit,
         torch.zeros(2, 3, 40, 40),
