@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -124,7 +125,7 @@ def trace_form(
     if task.method != "jvp":
         return task.estimate(task.quadratic, once=True)
 
-    def squared(number: int, start: int, images: Tensor, change: Change) -> Tensor:
+    def squared(change: Change, number: int, start: int, images: Tensor) -> Tensor:
         total = torch.zeros(len(images), dtype=torch.float64)
         for d in directions or (change,):
             outputs, product = linear_outputs(model, images, d, output)
@@ -185,7 +186,7 @@ def empirical(
     applied = getattr(task.covariance, "applied", None)
     unchanged: dict[int, Tensor] = {}
 
-    def squared(number: int, start: int, images: Tensor, change: Change) -> Tensor:
+    def squared(change: Change, number: int, start: int, images: Tensor) -> Tensor:
         if number not in unchanged:
             unchanged[number] = outputs_of(model, images, output).cpu()
             task.check_finite(number, images, unchanged[number])
@@ -257,7 +258,7 @@ class _Task:
             kind = type(self.covariance).__name__
             raise ArgumentError(f"{kind} is not a covariance: it needs quadratic(gradients) and sample(generator).")
 
-    def estimate(self, work: Callable[[int, int, Tensor, Change], Tensor], *, once: bool = False) -> Estimate:
+    def estimate(self, work: Callable[[Change, int, int, Tensor], Tensor], *, once: bool = False) -> Estimate:
         """Estimate from what ``work`` finds for every sample under every draw; ``once``: the samples share no draws."""
         began, generator = time.perf_counter(), torch.Generator().manual_seed(self.seed)
         once = once or getattr(self.covariance, "fixed", False)
@@ -265,21 +266,13 @@ class _Task:
         walked = getattr(self.covariance, "walked", False)
         make = partial(Estimate, shared=not once, walked=walked, method=self.method, seed=self.seed, unit=unit)
         columns: list[Tensor] = []
-        first, close = {}, 0
+        found, first, close = make(torch.empty(0, 1), draws=0), {}, 0
         for draw in range(1, (1 if once else self.draws) + 1):
             change = self.covariance.sample(generator) if self.method in ("jvp", "empirical") else {}
             check_change(change, self.weights)
             first = first or change
-
-            def one(number: int, start: int, images: Tensor, change: Change = change, draw: int = draw) -> Tensor:
-                with inference_state(self.model):
-                    values = work(number, start, images, change)
-                if not torch.isfinite(values).all():
-                    raise NonFiniteError(f"Draw {draw}, batch {number}: the changed outputs contain NaN or Inf.")
-                return values
-
             parts: list[Tensor] = []
-            for values in self.visit(f"draw {draw}", one):
+            for values in self.visit(f"Draw {draw}", partial(work, change)):
                 parts.append(values)
                 if once and self.reached(make(torch.cat(parts)[:, None], draws=1)):
                     break
@@ -316,16 +309,18 @@ class _Task:
         parts = distributed.Parts(self.data, batch_size=self.batch_size)
         mine, position = self._read(parts, what), 0
         waiting: dict[int, Tensor] = {}
-
         while True:
+            own: dict[int, Tensor] = {}
             with distributed.fail_together():
-                batch = next(mine, None)
-                own = {} if batch is None else {batch[1]: work(*batch)}
-            answers = [found for found in distributed.gather(own) if found]
+                for number, start, images in islice(mine, 1):
+                    with inference_state(self.model):
+                        own[start] = work(number, start, images)
+                    if not torch.isfinite(own[start]).all():
+                        raise NonFiniteError(f"{what}, batch {number}: the changed outputs contain NaN or Inf.")
+            answers = {start: values for found in distributed.gather(own) for start, values in found.items()}
             if not answers:
                 break
-            for found in answers:
-                waiting.update(found)
+            waiting |= answers
             while position in waiting:
                 values = waiting.pop(position)
                 position += len(values)
@@ -363,7 +358,7 @@ class _Task:
         if not torch.isfinite(outputs).all():
             raise_nonfinite(self.model, images, f"Batch {number}: the outputs")
 
-    def quadratic(self, number: int, start: int, images: Tensor, change: Change) -> Tensor:
+    def quadratic(self, change: Change, number: int, start: int, images: Tensor) -> Tensor:
         """``[n]`` sum over outputs of g^T C g with g = J^T m, m the unit vectors or random signs."""
         if number == 0:
             outputs = outputs_of(self.model, images, self.output)
