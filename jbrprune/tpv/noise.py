@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jbrprune.criteria.weight_relevance import sample_gradients
-from jbrprune.data.batches import Batch, concatenate, materialise
+from jbrprune.data.batches import Batch, attach_reference, concatenate, materialise
 from jbrprune.errors import ArgumentError, NonFiniteError, check_known
 from jbrprune.models.preserve import copy_model, device_of, inference_state, logits_of, same_randomness
 from jbrprune.tpv.covariances import Change, Gradients
@@ -103,7 +103,10 @@ class SGDNoise:
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> TrainingNoise:
         """The covariance of these weights."""
         batches = materialise(self.data, images=self.samples, batch_size=64)
-        return TrainingNoise(model, weights, [batch.to(device_of(model)) for batch in batches], self)
+        batches = [batch.to(device_of(model)) for batch in batches]
+        with inference_state(model):
+            batches = attach_reference(batches, [outputs_of(model, batch.images) for batch in batches])
+        return TrainingNoise(model, weights, batches, self)
 
 
 @dataclass(eq=False)
@@ -113,7 +116,7 @@ class TrainingNoise:
     Attributes:
         model: The model at w*.
         weights: The weights that are perturbed.
-        batches: The N images, on the model's device.
+        batches: The N images and the model's outputs, on its device.
         noise: Learning rate, batch size, loss and trajectory.
         walker: The copy of the model that moves along the trajectory; None before the first draw.
         velocity: Name -> velocity of the walker.
@@ -190,8 +193,17 @@ class TrainingNoise:
         leaves = {name: p for name, p in self.walker.named_parameters() if name in self.weights}
         for _ in range(steps):
             picked = torch.randperm(len(whole), generator=generator)[: self.noise.batch_size]
+            batch = whole.map(lambda tensor, picked=picked: tensor[picked])
+            labels, dense = batch.labels, cast(Tensor, batch.reference)
             with inference_state(self.walker, gradients=True):
-                loss = self._loss(whole.map(lambda tensor, picked=picked: tensor[picked]), generator)
+                outputs = outputs_of(self.walker, batch.images)
+                if self.noise.loss == "mse":
+                    targets = dense + torch.randn(dense.shape, generator=generator).to(dense)
+                    loss = 0.5 * (outputs - targets).square().sum(1).mean()
+                else:  # labels that are not there are drawn from the model at w*
+                    if labels is None:
+                        labels = torch.multinomial(dense.softmax(1).cpu(), 1, generator=generator)[:, 0]
+                    loss = F.cross_entropy(outputs, labels.to(outputs.device))
                 found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
             if not torch.isfinite(loss):
                 raise NonFiniteError(f"SGD around w* diverged. Lower lr={self.noise.lr}, or the momentum.")
@@ -201,19 +213,6 @@ class TrainingNoise:
                     self.velocity[name] = path.momentum * self.velocity.get(name, 0.0) + slope
                     leaf -= self.noise.lr * self.velocity[name]
         return {name: leaf.detach() - self.weights[name] for name, leaf in leaves.items()}
-
-    def _loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Loss of the walker on a batch; targets that are not there are drawn from the model at w*."""
-        walker: nn.Module = self.walker  # type: ignore[assignment]
-        with inference_state(self.model):
-            dense = outputs_of(self.model, batch.images)
-        outputs, labels = outputs_of(walker, batch.images), batch.labels
-        if self.noise.loss == "mse":
-            targets = dense + torch.randn(dense.shape, generator=generator).to(dense)
-            return 0.5 * (outputs - targets).square().sum(1).mean()
-        if labels is None:
-            labels = torch.multinomial(dense.softmax(1).cpu(), 1, generator=generator)[:, 0].to(dense.device)
-        return F.cross_entropy(outputs, labels)
 
 
 # --- labels --------------------------------------------------------------------------------------
