@@ -6,8 +6,8 @@
 Cells are means and standard deviations over seeds. Where no budget of a run lies at the cost that is asked for, its
 accuracy is interpolated linearly between the two neighbouring budgets (the dense model is one), and marked. Nothing is
 extrapolated: a cell that not every seed reaches stays empty. The area under a curve is taken by trapezoids, seed by
-seed, over the costs that all runs cover, and divided by their range: a mean accuracy. A figure has one row of panels
-for everything that is comparable: accuracy over cost with its spread, areas, and the time of one scoring.
+seed, over the costs that all runs cover, and divided by their range: a mean accuracy. A figure has one panel for
+everything that is comparable.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 from common import describe_cuts, exit_on_error, lines, make_parser
 from common import markdown as grid_of
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from baselines.torch_pruning_shipped import KNOWN_FAULTS
@@ -363,58 +362,33 @@ FORMATS: dict[str, Callable[[Sequence[Table], str], str]] = {"markdown": markdow
 
 
 def figure(frame: pd.DataFrame, wanted: str | None, metric: str) -> Figure:
-    """Three panels a row: curves, areas, scoring times; a criterion has one colour and marker in all of a row."""
+    """One panel for everything that is comparable; the legend is ordered by area, and says it."""
     found = list(contexts(frame))
     heights = [max(4.5, 0.24 * rows["criterion"].nunique() + 1.6) for _, rows in found]
-    drawn = Figure(figsize=(15, sum(heights)), layout="constrained")
-    parts = drawn.subfigures(len(found), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, (title, rows) in zip(parts, found, strict=True):
-        part.suptitle(textwrap.fill(title, 200), x=0.01, ha="left", fontsize=10)
+    drawn = Figure(figsize=(11, sum(heights)), layout="constrained")
+    panels = drawn.subplots(len(found), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, (title, rows) in zip(panels, found, strict=True):
         at = cost_of(rows, wanted)
-        table = areas(rows, at, metric)
-        styles = {
-            name: {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place // len(COLOURS) % len(MARKERS)]}
-            for place, name in enumerate(table.index)
-        }
-        left, middle, right = part.subplots(1, 3, width_ratios=(2, 1, 1))
-        _draw_curves(left, curves(rows, at, metric), styles)
-        left.set(xlabel=COSTS[at], ylabel=metric, title="mean over seeds, band from the least to the largest")
-        left.xaxis.set_inverted(at != "sparsity")
+        table, every = areas(rows, at, metric), curves(rows, at, metric)
+        for place, (name, area) in enumerate(table["area"].items()):
+            style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place // len(COLOURS) % len(MARKERS)]}
+            low, high = common_range({name: every[name]})
+            grid = np.unique(np.concatenate([curve[0] for curve in every[name].values()]).clip(low, high))
+            values = np.stack([np.interp(grid, *curve) for curve in every[name].values()])
+            label = name if math.isnan(area) else f"{name} {area:.4f}"
+            axes.plot(grid, values.mean(0), lw=1.4, ms=4, label=label, **style)
+            axes.fill_between(grid, values.min(0), values.max(0), color=style["color"], alpha=0.13, lw=0)
         low, high = table[["low", "high"]].iloc[0]
-        bounds = f"from {low:.2f} to {high:.2f}" if low < high else "(no common costs)"
-        _draw_dots(middle, table["area"], table["deviation"].fillna(0.0), styles)
-        middle.set(title=f"mean {metric} {bounds}, deviation over seeds")
-        _draw_dots(right, table["scoring_seconds"], 0 * table["area"], styles)
-        right.set(title="seconds of one scoring", xscale="log")
-        for axes in (left, middle, right):
-            axes.title.set_fontsize(9)
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
+        means = f"mean {metric} from {low:.2f} to {high:.2f}" if low < high else "(no common costs)"
+        axes.legend(
+            title=means, fontsize=8, title_fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+        axes.set(xlabel=COSTS[at], ylabel=f"{metric}, mean over seeds; band from the least to the largest")
+        axes.set_title(textwrap.fill(title, 140), fontsize=9, loc="left")
+        axes.xaxis.set_inverted(at != "sparsity")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     return drawn
-
-
-def _draw_curves(axes: Axes, found: Curves, styles: dict[str, dict[str, str]]) -> None:
-    for name, seeds in found.items():
-        low, high = common_range({name: seeds})
-        grid = np.unique(np.concatenate([curve[0] for curve in seeds.values()]).clip(low, high))
-        values = np.stack([np.interp(grid, *curve) for curve in seeds.values()])
-        axes.plot(grid, values.mean(0), color=styles[name]["color"], lw=1.4)
-        axes.fill_between(grid, values.min(0), values.max(0), color=styles[name]["color"], alpha=0.13, lw=0)
-        for curve in seeds.values():
-            axes.plot(*curve, ms=3, alpha=0.7, lw=0, **styles[name])
-
-
-def _draw_dots(axes: Axes, means: pd.Series, spreads: pd.Series, styles: dict[str, dict[str, str]]) -> None:
-    """One line per criterion, the first on top; its name in its colour is the legend."""
-    for place, (name, mean) in enumerate(means[::-1].items()):
-        axes.errorbar(mean, place, xerr=spreads[name], ms=6, capsize=3, lw=0, elinewidth=1.4, **styles[name])
-        beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-        axes.annotate(f"{mean:#.3g}", (mean + spreads[name], place), **beside)
-    axes.set_yticks(range(len(means)), means.index[::-1], fontsize=8)
-    for label in axes.get_yticklabels():
-        label.set_color(styles[label.get_text()]["color"])
-    axes.set_ylim(-0.6, len(means) - 0.4)
-    axes.margins(x=0.2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -193,10 +193,9 @@ def test_the_figure(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "| seconds of a scoring |" in shown.out
     with Image.open(tmp_path / "a.png") as image:
         assert image.width > 1000
-    left, middle, right = tables.figure(tables.read([measured])[0], "macs", "accuracy").axes
-    assert left.xaxis_inverted()
-    assert {label.get_text() for label in middle.get_yticklabels()} == {"jbr", "tp_taylor"}
-    assert right.get_xscale() == "log"
+    (axes,) = tables.figure(tables.read([measured])[0], "macs", "accuracy").axes
+    assert axes.xaxis_inverted()
+    assert {text.get_text().split()[0] for text in axes.get_legend().get_texts()} == {"jbr", "tp_taylor"}
 
 
 @pytest.mark.parametrize("at", tables.COSTS)
