@@ -143,11 +143,12 @@ class CouplingGraph:
                 if not new.any():
                     continue
                 there, origin = there[new], origin[new]
+                if there.max() >= 2 * self._widest:
+                    raise _Lost  # as in a product of features that is reshaped, there is no end to it
                 seen[key] = np.union1d(seen[key], pairs)
                 steps, visits[key] = steps + 1, visits[key] + 1
-                if there.max() >= 2 * self._widest or len(seen[key]) > 4 * self._widest:
-                    raise _Lost  # as in a product of features that is reshaped, there is no end to it
-                if visits[key] > MOST_VISITS or steps > 100 + MOST_STEPS * len(self._graph.module2node):
+                most = 100 + MOST_STEPS * len(self._graph.module2node)
+                if len(seen[key]) > 4 * self._widest or visits[key] > MOST_VISITS or steps > most:
                     raise _Lost
                 waiting.append((dependency, there, origin))
 
@@ -240,11 +241,16 @@ def _map_splits(graph: tp.DependencyGraph) -> None:
 def _map_channels(dependency: Dependency, channel: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Channels on the other side of a dependency, by torch-pruning's rules for concat, split, slice and flatten.
 
-    The commonest rules, those of a part and its whole, are applied to arrays: a walk applies them thousands of times.
+    The commonest rules, those of a part and its whole and of flattening, are applied to arrays: a walk applies them
+    thousands of times, and to millions of pairs where it goes astray.
     """
     rules: list[Any] = dependency.index_mapping  # type: ignore[assignment]
     for rule in rules:
         if rule is None:
+            continue
+        if type(rule) is index_mapping._FlattenIndexMapping and not rule.reverse:
+            each = rule._stride
+            channel, source = (channel[:, None] * each + np.arange(each)).flatten(), np.repeat(source, each)
             continue
         if type(rule) in (index_mapping._SplitIndexMapping, index_mapping._ConcatIndexMapping):
             if len(rule.offset) < 2:  # torch-pruning counts fewer parts than there are

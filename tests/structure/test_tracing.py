@@ -34,6 +34,12 @@ def test_rules_on_arrays_say_what_the_rules_on_lists_say(kind: type, reverse: bo
     assert list(zip(*(side.tolist() for side in got), strict=True)) == as_listed(rule, channel, source)
 
 
+def test_flattening_on_arrays_says_what_the_rule_on_lists_says() -> None:
+    rule, channel, source = index_mapping._FlattenIndexMapping(stride=3), [1, 4, 4], [5, 0, 2]
+    got = tracing._map_channels(SimpleNamespace(index_mapping=[rule]), np.array(channel), np.array(source))
+    assert list(zip(*(side.tolist() for side in got), strict=True)) == as_listed(rule, channel, source)
+
+
 @pytest.mark.parametrize("kind", [index_mapping._SplitIndexMapping, index_mapping._ConcatIndexMapping])
 def test_a_part_without_an_end_is_lost(kind: type) -> None:
     with pytest.raises(tracing._Lost):
