@@ -11,8 +11,6 @@ from jbrprune.data import distributed
 from jbrprune.integrations import (
     JBRImportance,
     JBRUnstructured,
-    jbr_global_unstructured,
-    jbr_unstructured,
     to_semi_structured,
 )
 from jbrprune.prediction.predict import Degradation, degradation, predict
@@ -46,8 +44,6 @@ __all__ = [
     # single weights
     "WeightScores",
     "JBRUnstructured",
-    "jbr_unstructured",
-    "jbr_global_unstructured",
     "make_permanent",
     "to_semi_structured",
     # many processes

@@ -5,7 +5,7 @@ Neither is needed by `jbrprune.prune`, which removes explicit units itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from jbrprune.criteria.scores import Scores
-from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
 from jbrprune.models import preserve
 from jbrprune.sparsity.masks import Slot, masks_of, slots
@@ -62,112 +61,15 @@ class JBRUnstructured(prune.BasePruningMethod):
         cls, module: nn.Module, name: str, amount: float | int, importance_scores: Tensor | None = None
     ) -> prune.BasePruningMethod:
         """Add the mask and the hook to a module, as all methods of ``torch.nn.utils.prune`` do."""
-        slot = _find_slot(module, name)  # torch takes the hook of an earlier mask away before it asks for the new one
-        _check_scores(slot.effective if importance_scores is None else importance_scores, name)
-        _count(amount, _left(slot), name)
-        return super().apply(module, name, amount=amount, importance_scores=importance_scores)
-
-
-def jbr_unstructured(
-    module: nn.Module, name: str, amount: float | int, scores: WeightScores | Tensor, *, parameter: str | None = None
-) -> nn.Module:
-    """Prune one parameter by relevance, as ``torch.nn.utils.prune.l1_unstructured`` does by magnitude.
-
-    Args:
-        module: The module, possibly pruned before: then the amount counts what is left.
-        name: ``weight`` or ``bias``.
-        amount: Share in [0, 1), or an absolute number of weights.
-        scores: Scores in the parameter's shape, or those of a whole model together with ``parameter``.
-        parameter: Qualified name under which ``scores`` have this parameter, such as ``layer1.0.conv1.weight``.
-
-    Returns:
-        The same module, with ``weight_orig``, ``weight_mask`` and the hook that multiplies them.
-
-    Raises:
-        ArgumentError: No such parameter, an amount out of range, scores of another shape or of other units.
-        ModelError: The parameter is fully pruned already.
-        NonFiniteError: NaN or Inf in the scores.
-
-    Example:
-        >>> layer = nn.Linear(4, 2)
-        >>> int(jbr_unstructured(layer, "weight", 3, torch.rand(2, 4)).weight_mask.sum())
-        5
-    """
-    where = parameter or name
-    slot = _find_slot(module, name)
-    if isinstance(scores, WeightScores):
-        if parameter is None or parameter not in scores.sums:
+        own = {slot.kind: slot for slot in slots(module) if slot.module is module}
+        if name not in own:
             raise ArgumentError(
-                f"parameter={parameter!r} is not scored; give its name in the scored model, such as "
-                f"{next(iter(scores.sums))!r}."
+                f"{type(module).__name__} has no parameter {name!r} of its own to prune; it has {sorted(own)}."
             )
-        scores = scores[parameter]
-    if not isinstance(scores, Tensor):
-        raise ArgumentError(
-            f"scores must be a tensor or scores of single weights (granularity='weight'), got {type(scores).__name__}."
-        )
-    _check_scores(scores, where, slot)
-    _count(amount, _left(slot), where)
-    JBRUnstructured.apply(module, name, amount, scores.to(slot.stored.device))
-    return module
-
-
-def jbr_global_unstructured(
-    parameters: Iterable[tuple[nn.Module, str]],
-    amount: float | int,
-    importance_scores: Mapping[tuple[nn.Module, str], Tensor],
-) -> None:
-    """``torch.nn.utils.prune.global_unstructured`` by relevance, with everything checked before the first mask.
-
-    Args:
-        parameters: ``(module, "weight")`` pairs; any iterable (torch's own function needs a list, it walks it thrice).
-            A weight that several modules share counts once, and is masked in all of them.
-        amount: Share in [0, 1), or an absolute number, of all their weights that are left.
-        importance_scores: From `WeightScores.importance_scores`.
-
-    Raises:
-        ArgumentError: No parameters, one that has no scores or other ones, or an amount out of range.
-        ModelError: They are fully pruned already.
-        NonFiniteError: NaN or Inf in the scores.
-
-    Example:
-        >>> layer = nn.Linear(4, 2)
-        >>> jbr_global_unstructured(((m, "weight") for m in [layer]), 0.5, {(layer, "weight"): torch.rand(2, 4)})
-        >>> int(layer.weight_mask.sum())
-        4
-    """
-    pairs = list(parameters)
-    owners: dict[int, Slot] = {}
-    for module, name in pairs:
-        where = f"{type(module).__name__}.{name}"
-        if (module, name) not in importance_scores:
-            raise ArgumentError(f"{where} has no scores. Score it, or leave it out.")
-        slot = _find_slot(module, name)
-        _check_scores(importance_scores[module, name], where, slot)
-        owners.setdefault(id(slot.stored), slot)
-    if not owners:
-        raise ArgumentError("parameters is empty: give (module, 'weight') pairs.")
-    _count(amount, sum(map(_left, owners.values())), f"{len(owners)} parameters")
-    distinct = [(slot.module, slot.kind) for slot in owners.values()]
-    prune.global_unstructured(distinct, JBRUnstructured, dict(importance_scores), amount=amount)
-    for module, name in pairs:
-        owner = owners[id(_find_slot(module, name).stored)]
-        if owner.module is not module:
-            prune.custom_from_mask(module, name, owner.mask)
-
-
-def _find_slot(module: nn.Module, name: str) -> Slot:
-    """The weight or bias of a module itself, plain or masked."""
-    own = {slot.kind: slot for slot in slots(module) if slot.module is module}
-    if name not in own:
-        raise ArgumentError(
-            f"{type(module).__name__} has no parameter {name!r} of its own that can be pruned; it has {sorted(own)}."
-        )
-    return own[name]
-
-
-def _left(slot: Slot) -> int:
-    return slot.stored.numel() if slot.mask is None else int(slot.mask.sum())
+        slot = own[name]  # torch takes the hook of an earlier mask away before it asks for the new one
+        _check_scores(slot.effective if importance_scores is None else importance_scores, name, slot)
+        _count(amount, slot.stored.numel() if slot.mask is None else int(slot.mask.sum()), name)
+        return super().apply(module, name, amount=amount, importance_scores=importance_scores)
 
 
 def _count(amount: float | int, left: int, where: str) -> int:

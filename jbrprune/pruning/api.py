@@ -142,7 +142,6 @@ def sparsify(  # noqa: D417
     scope: Literal["global", "layer"] = "global",
     steps: int = 1,
     repair: str | Sequence[str] | None = "auto",
-    remainder: Literal["skip", "pad"] = "skip",
     floor: float = 0.001,
     shrink: bool = False,
     permanent: bool = True,
@@ -194,7 +193,7 @@ def sparsify(  # noqa: D417
         Arpit, arXiv 2512.11089.
     """
     shared = criterion, ignore, batch_size, progress, repair, images, eval_data, seed, resume, inplace
-    options = WeightOptions(*shared, sparsity, pattern, scope, steps, remainder, floor, shrink, permanent)
+    options = WeightOptions(*shared, sparsity, pattern, scope, steps, floor, shrink, permanent)
     return carry_out(model, data, options, (sparsity if pattern is None else Pattern.of_text(pattern),))[0]
 
 

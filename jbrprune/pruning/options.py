@@ -25,9 +25,8 @@ from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.errors import ArgumentError, BudgetError, check_known, unknown
 from jbrprune.repair.repair import METHODS
-from jbrprune.sparsity.patterns import Pattern, Remainder, Scope
+from jbrprune.sparsity.patterns import Pattern, Scope
 
-PANELS = ("Budget", "Criterion", "Repair", "Data", "Output")
 RANK_BY = "Preset of relevance to rank by; in Python also a Relevance, scores made before, or a function."
 Check = Callable[[str, Any], None]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -247,7 +246,6 @@ class WeightOptions(RunOptions):
     )
     scope: Scope = option("global", "Rank all weights together, or each layer by itself.", "Budget")
     steps: int = option(1, "Number of steps.", "Budget", whole(1))
-    remainder: Remainder = option("skip", "Where M does not divide the inputs: skip the layer, or pad.", "Budget")
     floor: float = option(
         0.001, "Share of every layer's weights that stays.", "Budget", between(0, 1, ArgumentError, closed=True)
     )
@@ -260,9 +258,8 @@ class WeightOptions(RunOptions):
         self.check_ranking(WeightScores, "weights")
         if (self.sparsity is None) == (self.pattern is None):
             raise BudgetError(f"Give either sparsity= or pattern=, got {'both' if self.pattern else 'neither'}.")
-        foreign = ("scope", "floor") if self.pattern else ("remainder",)
         for item in fields(self):
-            if item.name in foreign and getattr(self, item.name) != item.default:
-                raise ArgumentError(f"{item.name}= has no meaning for {'pattern' if self.pattern else 'sparsity'}=.")
+            if self.pattern and item.name in ("scope", "floor") and getattr(self, item.name) != item.default:
+                raise ArgumentError(f"{item.name}= has no meaning for pattern=.")
         if self.shrink and self.pattern:
             raise ArgumentError(f"shrink=True would end the {self.pattern} pattern: leave one of them out.")

@@ -89,13 +89,12 @@ class Weights(Structure):
             transposed = isinstance(module, _ConvTransposeNd)
             if transposed:  # [inputs, ...]; inputs of different groups of the convolution never meet in an output
                 score, mask = (tensor.unflatten(0, (module.groups, -1)) for tensor in (score, mask))
-            kept = keep_pattern(score, mask, goal, 1, how.remainder)
+            kept = keep_pattern(score, mask, goal, 1)
             if kept is not None:
                 fitting[name] = kept.flatten(0, 1) if transposed else kept
         if not fitting:
             raise BudgetError(
-                f"No weight has a number of inputs that {goal.of} divides, so nothing can be pruned {goal}. Pass "
-                "remainder='pad', or another pattern."
+                f"No weight has a number of inputs that {goal.of} divides: pass another pattern than {goal}."
             )
         return fitting
 
@@ -140,8 +139,8 @@ class Weights(Structure):
         """Which weights a pattern does not fit, and of which only the floor is left."""
         if self.skipped:
             yield (
-                f"Not pruned, because {self.stop} does not divide the number of their inputs "
-                f"(remainder='pad' prunes them): {', '.join(name.rpartition('.')[0] for name in self.skipped)}."
+                f"Not pruned, because {self.stop} does not divide the number of their inputs: "
+                f"{', '.join(name.rpartition('.')[0] for name in self.skipped)}."
             )
         own, floor = {name: self.masks[name] for name in self.shapes}, self.options.floor
         floored = [] if isinstance(self.stop, Pattern) else at_floor(own, floor)

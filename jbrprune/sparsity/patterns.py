@@ -14,9 +14,6 @@ from torch import Tensor
 from jbrprune.errors import ArgumentError, BudgetError
 
 Scope = Literal["global", "layer"]
-Remainder = Literal["skip", "pad"]
-SCOPES = ("global", "layer")
-REMAINDERS = ("skip", "pad")
 
 
 @dataclass(frozen=True)
@@ -91,31 +88,26 @@ def keep_most_important(
     return _least_gone(scores, masks, sparsity, floor, passed)
 
 
-def keep_pattern(score: Tensor, mask: Tensor, pattern: Pattern, dim: int, remainder: Remainder) -> Tensor | None:
-    """The N most important of every M consecutive weights along the inputs; None where that is to be skipped.
+def keep_pattern(score: Tensor, mask: Tensor, pattern: Pattern, dim: int) -> Tensor | None:
+    """The N most important of every M consecutive weights along the inputs; None where M does not divide them.
 
     Args:
         score: Scores in the parameter's shape.
         mask: True where a weight is still there.
         pattern: N and M.
         dim: Dimension of the inputs.
-        remainder: What to do where M does not divide them: ``skip`` the parameter, or ``pad`` the last group with
-            zeros, of which N may be kept as of every other.
 
     Example:
-        >>> score = torch.tensor([[4.0, 3.0, 2.0, 1.0, 5.0]])
-        >>> keep_pattern(score, torch.ones_like(score, dtype=torch.bool), Pattern(1, 2), 1, "pad")
-        tensor([[ True, False,  True, False,  True]])
+        >>> score = torch.tensor([[4.0, 3.0, 2.0, 5.0]])
+        >>> keep_pattern(score, torch.ones_like(score, dtype=torch.bool), Pattern(1, 2), 1)
+        tensor([[ True, False, False,  True]])
     """
-    width = score.shape[dim]
-    missing = -width % pattern.of
-    if missing and remainder == "skip":
+    if score.shape[dim] % pattern.of:
         return None
-    keyed = torch.where(mask, score, -1.0).movedim(dim, -1)
-    padded = torch.nn.functional.pad(keyed, (0, missing), value=-2.0).unflatten(-1, (-1, pattern.of))
-    order = padded.argsort(dim=-1, descending=True, stable=True)
-    best = torch.zeros_like(padded, dtype=torch.bool).scatter_(-1, order[..., : pattern.keep], True)
-    return best.flatten(-2)[..., :width].movedim(-1, dim) & mask
+    keyed = torch.where(mask, score, -1.0).movedim(dim, -1).unflatten(-1, (-1, pattern.of))
+    order = keyed.argsort(dim=-1, descending=True, stable=True)
+    best = torch.zeros_like(keyed, dtype=torch.bool).scatter_(-1, order[..., : pattern.keep], True)
+    return best.flatten(-2).movedim(-1, dim) & mask
 
 
 def at_floor(masks: Mapping[str, Tensor], floor: float) -> list[str]:

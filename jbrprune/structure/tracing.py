@@ -244,19 +244,20 @@ def _map_channels(dependency: Dependency, channel: np.ndarray, source: np.ndarra
     The commonest rules, those of a part and its whole and of flattening, are applied to arrays: a walk applies them
     thousands of times, and to millions of pairs where it goes astray.
     """
-    rules: list[Any] = dependency.index_mapping  # type: ignore[assignment]
+    rules: Any = dependency.index_mapping
     for rule in rules:
+        kind = type(rule)
         if rule is None:
             continue
-        if type(rule) is index_mapping._FlattenIndexMapping and not rule.reverse:
+        if kind is index_mapping._FlattenIndexMapping and not rule.reverse:
             each = rule._stride
             channel, source = (channel[:, None] * each + np.arange(each)).flatten(), np.repeat(source, each)
             continue
-        if type(rule) in (index_mapping._SplitIndexMapping, index_mapping._ConcatIndexMapping):
+        if kind in (index_mapping._SplitIndexMapping, index_mapping._ConcatIndexMapping):
             if len(rule.offset) < 2:  # torch-pruning counts fewer parts than there are
                 raise _Lost
             begin, end = rule.offset
-            if rule.reverse == (type(rule) is index_mapping._SplitIndexMapping):  # from the part to the whole
+            if rule.reverse == (kind is index_mapping._SplitIndexMapping):  # from the part to the whole
                 channel = channel + begin
             else:
                 inside = (channel >= begin) & (channel < end)

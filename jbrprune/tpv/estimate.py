@@ -1,10 +1,10 @@
-"""An estimated TPV with its standard error; estimates on disjoint samples add up, and compare."""
+"""An estimated TPV with its standard error; estimates on disjoint samples compare."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -90,22 +90,6 @@ class Estimate:
         c = float((apart[1:] * apart[:-1]).sum() / apart.square().sum().clamp_min(1e-300))
         c = min(max(0.0, c), 1 - 1 / draws)
         return draws * (1 - c) / (1 + c)
-
-    def __add__(self, other: Estimate) -> Estimate:
-        """The estimate on two disjoint sets of samples; the same number as one run on both.
-
-        Raises:
-            ArgumentError: They were made by other methods, or with other draws.
-        """
-        mine, others = ((e.method, e.draws, e.seed, e.unit) for e in (self, other))
-        if mine != others:
-            raise ArgumentError(
-                f"Cannot add estimates made as {mine} and as {others} (method, draws, seed, unit). Give all shards the "
-                "same seed, `signs` and `draws`, and rtol=0."
-            )
-        stopped = "rtol" if "rtol" in (self.stopped, other.stopped) else "budget"
-        values, seconds = torch.cat([self.values, other.values]), self.seconds + other.seconds
-        return replace(self, values=values, seconds=seconds, stopped=stopped)
 
     def to_dict(self) -> dict[str, Any]:
         """Pure JSON types, without the values of single samples; what is not known is None."""

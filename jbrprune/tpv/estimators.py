@@ -59,7 +59,6 @@ def trace_form(
     ignore: Sequence[str] = (),
     output: Output = logits_of,
     autocast: torch.dtype | None = None,
-    first: int = 0,
     validity: bool = True,
     seed: int = 0,
     progress: bool = True,
@@ -90,8 +89,6 @@ def trace_form(
         ignore: Globs of modules or parameters that are not perturbed.
         output: What the model returns -> ``[B, K]``; default: the logits.
         autocast: Low-precision dtype of the forward pass of ``exact`` and ``projection``.
-        first: Number of the first sample, for shards: the signs of a sample depend on the seed and its number, so that
-            shards with ``rtol=0`` add up to the run on all samples.
         validity: Also compare first order with the real change along one draw, on the first batch (`taylor_error`).
         seed: Seeds signs and draws.
         progress: Show a progress bar.
@@ -118,7 +115,7 @@ def trace_form(
     """
     check_known("method", method, METHODS)
     common = (model, data, covariance, ignore, output, draws, rtol, samples, batch_size, validity, seed, progress)
-    task = _Task(*common, method, signs, first, autocast)
+    task = _Task(*common, method, signs, autocast)
     directions = getattr(task.covariance, "directions", None)
     if task.method == "auto" and (directions or getattr(task.covariance, "by_draws", False)):
         task.method = "jvp"
@@ -165,7 +162,7 @@ def empirical(
         ignore: Globs of modules or parameters that are not perturbed.
         output: What the model returns -> ``[B, K]``; default: the logits.
         validity: Also compare first order with the real change along the first draw, on the first batch.
-        seed: Seeds the draws; shards with the same seed, the same ``draws`` and ``rtol=0`` add up.
+        seed: Seeds the draws.
         progress: Show a progress bar.
 
     Returns:
@@ -230,14 +227,13 @@ class _Task:
     progress: bool
     method: str
     signs: int = 1
-    first: int = 0
     autocast: torch.dtype | None = None
     outputs: int = 0
     seen: int | None = None
     head: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("draws", 1), ("signs", 1), ("first", 0)):
+        for name, least in (("samples", 1), ("draws", 1), ("signs", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ArgumentError(f"{name} must be at least {least}, got {value}.")
@@ -379,7 +375,7 @@ class _Task:
         if self.method == "exact":
             directions = torch.eye(self.outputs).expand(len(images), -1, -1)
         else:
-            directions = random_signs(self.seed, self.first + start, len(images), self.signs, self.outputs)
+            directions = random_signs(self.seed, start, len(images), self.signs, self.outputs)
         total = torch.zeros(len(images), dtype=torch.float64)
         for m in directions.to(images.device).unbind(1):
             parts = []

@@ -107,9 +107,7 @@ def _stored(name: str, folder: Path | None) -> tuple[Tensor, Tensor, Tensor, Ten
 # --- nets ------------------------------------------------------------------------------------------
 
 
-def mlp(
-    inputs: int, width: int, outputs: int, *, layers: int = 3, dropout: float = 0.0, seed: int = 0
-) -> nn.Sequential:
+def mlp(inputs: int, width: int, outputs: int, *, layers: int = 3, seed: int = 0) -> nn.Sequential:
     """A net of so many linear layers with rectifiers between them, PyTorch's own initialisation."""
     sizes = [inputs, *[width] * (layers - 1), outputs]
     with _seeded(seed):
@@ -117,18 +115,8 @@ def mlp(
         for last, (before, after) in enumerate(pairwise(sizes), 2):
             parts.append(nn.Linear(before, after))
             if last < len(sizes):
-                parts += [nn.ReLU(), *[nn.Dropout(dropout)] * (dropout > 0)]
+                parts.append(nn.ReLU())
         return nn.Sequential(*parts)
-
-
-def convnet(channels: int, width: int, outputs: int, *, dropout: float = 0.0, seed: int = 0) -> nn.Sequential:
-    """Three 3x3 convolutions of stride 2 with BatchNorm and rectifiers, then the mean."""
-    with _seeded(seed):
-        parts: list[nn.Module] = []
-        for before, after in ((channels, width), (width, 2 * width), (2 * width, 4 * width)):
-            parts += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        parts += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), *[nn.Dropout(dropout)] * (dropout > 0)]
-        return nn.Sequential(*parts, nn.Linear(4 * width, outputs))
 
 
 @contextlib.contextmanager
@@ -150,7 +138,6 @@ def fit(
     steps: int,
     rate: float = 1e-3,
     batch_size: int | None = None,
-    weight_decay: float = 0.0,
     seed: int = 0,
 ) -> None:
     """Train in place by Adam with a cosine schedule, in train mode.
@@ -163,10 +150,9 @@ def fit(
         steps: So many.
         rate: Learning rate of the first step.
         batch_size: Images per step; None: all.
-        weight_decay: Decoupled (AdamW).
-        seed: Of the order of the images and of dropout.
+        seed: Of the order of the images.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay)
+    optimizer = torch.optim.Adam(model.parameters(), rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
     with _seeded(seed):

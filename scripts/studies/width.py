@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from fitting import Data, fit, images, losses_of, mlp, squared, synthetic
+from fitting import Data, Relative, fit, images, losses_of, mlp, squared, synthetic
 from frame import Settings, Study, Tables, correlated, curve, label_widths, main, panels, spread
 from kernel import label_noise
 from matplotlib.figure import Figure
-from recipes import WEIGHTS
 from torch import nn
 
-from jbrprune.tpv import trace_form
+from jbrprune.tpv import Isotropic, Quantization, trace_form
 
 WIDTHS = (16, 32, 64, 128, 256, 512)
+WEIGHTS = {"isotropic": Isotropic(0.01), "relative": Relative(0.01), "quantization": Quantization(8)}
 NAMES = {
     "isotropic": "noise of 0.01 on every weight",
     "relative": "noise of 1 % of each layer's weights",

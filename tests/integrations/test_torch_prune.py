@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from jbrprune import JBRUnstructured, jbr_global_unstructured, jbr_unstructured
+from jbrprune import JBRUnstructured
 from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
 from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
 
@@ -39,9 +39,9 @@ def gone(mask: Tensor) -> list[int]:
 def test_one_parameter_loses_its_least_relevant_weights() -> None:
     model = net()
     scores = scored(model)
-    assert jbr_unstructured(model[0], "weight", 0.25, scores, parameter="0.weight") is model[0]
+    JBRUnstructured.apply(model[0], "weight", 0.25, scores["0.weight"])
     assert gone(model[0].weight_mask) == least(scores["0.weight"], 27)
-    assert jbr_unstructured(model[3], "weight", 100, scores["3.weight"]) is model[3]
+    JBRUnstructured.apply(model[3], "weight", 100, scores["3.weight"])
     assert gone(model[3].weight_mask) == least(scores["3.weight"], 100)
 
 
@@ -49,7 +49,7 @@ def test_one_parameter_loses_its_least_relevant_weights() -> None:
 def test_magnitudes_as_scores_give_the_masks_of_l1_unstructured(amount: float | int) -> None:
     one, other = nn.Linear(13, 7), nn.Linear(13, 7)
     other.load_state_dict(one.state_dict())
-    jbr_unstructured(one, "weight", amount, one.weight.detach().abs())
+    JBRUnstructured.apply(one, "weight", amount, one.weight.detach().abs())
     prune.l1_unstructured(other, "weight", amount)
     assert torch.equal(one.weight_mask, other.weight_mask)
     assert torch.equal(one.weight, other.weight)
@@ -67,7 +67,7 @@ def test_global_unstructured_takes_the_scores(method: Any) -> None:
 
 def test_ties_do_not_change_the_number() -> None:
     layer = nn.Linear(10, 10)
-    jbr_unstructured(layer, "weight", 0.37, torch.zeros(10, 10))
+    JBRUnstructured.apply(layer, "weight", 0.37, torch.zeros(10, 10))
     assert gone(layer.weight_mask) == list(range(37))
 
 
@@ -78,13 +78,13 @@ def test_iterative_pruning_on_top_of_masks() -> None:
     first = gone(model[0].weight_mask)
     scores = scored(model)
     assert (scores["0.weight"].flatten()[first] == 0).all()
-    jbr_unstructured(model[0], "weight", 0.5, scores, parameter="0.weight")
+    JBRUnstructured.apply(model[0], "weight", 0.5, scores["0.weight"])
     assert len(gone(model[0].weight_mask)) == 54 + 27
     assert set(first) < set(gone(model[0].weight_mask))
     left = scores["0.weight"].flatten()[[i for i in range(108) if i not in first]]
     kept = scores["0.weight"].flatten()[model[0].weight_mask.flatten() == 1]
     assert kept.min() >= left.sort().values[27]
-    jbr_global_unstructured(pairs(model), 0.5, scored(model).importance_scores(model))
+    prune.global_unstructured(pairs(model), JBRUnstructured, scored(model).importance_scores(model), amount=0.5)
     total = sum(int(mask.sum()) for name, mask in model.named_buffers() if name.endswith("mask"))
     assert total == (27 + 720) - round(0.5 * (27 + 720))
     assert prune.is_pruned(model)
@@ -92,7 +92,7 @@ def test_iterative_pruning_on_top_of_masks() -> None:
 
 def test_what_follows_is_pytorch() -> None:
     model = net()
-    jbr_unstructured(model[0], "weight", 0.5, scored(model), parameter="0.weight")
+    JBRUnstructured.apply(model[0], "weight", 0.5, scored(model)["0.weight"])
     state = model.state_dict()
     assert {"0.weight_orig", "0.weight_mask"} <= state.keys()
     again = net()
@@ -108,12 +108,6 @@ def test_what_follows_is_pytorch() -> None:
     third = net()
     prune.custom_from_mask(third[0], "weight", state["0.weight_mask"])
     assert gone(third[0].weight_mask) == gone(state["0.weight_mask"])
-
-
-def test_a_generator_of_parameters() -> None:
-    model = net()
-    jbr_global_unstructured((pair for pair in pairs(model)), 100, scored(model).importance_scores(model))
-    assert sum(len(gone(m.weight_mask)) for m in (model[0], model[3])) == 100
 
 
 LAYER = nn.Linear(4, 3)
@@ -133,51 +127,23 @@ SCORES = torch.rand(3, 4)
         (
             ("gain", 0.5, SCORES),
             ArgumentError,
-            r"no parameter 'gain' of its own that .* it has \['bias', 'weight'\]",
+            r"no parameter 'gain' of its own to prune; it has \['bias', 'weight'\]",
         ),
         (("weight", 0.5, SCORES.log() * 0 / 0), NonFiniteError, "The scores of weight contain NaN or Inf"),
         (("weight", 0.5, -SCORES), ArgumentError, "The scores of weight are negative in places"),
-        (("weight", 0.5, [1.0]), ArgumentError, "scores must be a tensor or scores of single weights .*, got list"),
     ],
 )
 def test_wrong_arguments(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        jbr_unstructured(LAYER, *arguments)
+        JBRUnstructured.apply(LAYER, *arguments)
     assert not prune.is_pruned(LAYER)
-
-
-def test_scores_of_a_whole_model_need_the_name() -> None:
-    model = net()
-    with pytest.raises(ArgumentError, match=r"parameter='weight' is not scored; .* such as '0.weight'"):
-        jbr_unstructured(model[0], "weight", 0.5, scored(model), parameter="weight")
-    with pytest.raises(ArgumentError, match="parameter=None is not scored"):
-        jbr_unstructured(model[0], "weight", 0.5, scored(model))
 
 
 def test_nothing_is_left() -> None:
     layer = nn.Linear(4, 3)
     prune.custom_from_mask(layer, "weight", torch.zeros(3, 4))
     with pytest.raises(ModelError, match="weight: fully pruned already"):
-        jbr_unstructured(layer, "weight", 0.5, SCORES)
-    with pytest.raises(ModelError, match="1 parameters: fully pruned already"):
-        jbr_global_unstructured([(layer, "weight")], 0.5, {(layer, "weight"): SCORES})
-
-
-def test_wrong_global_arguments_leave_every_module_plain() -> None:
-    model = net()
-    scores = scored(model).importance_scores(model)
-    some = {key: scores[key] for key in list(scores)[:1]}
-    with pytest.raises(ArgumentError, match=r"Linear\.weight has no scores"):
-        jbr_global_unstructured(pairs(model), 0.5, some)
-    with pytest.raises(ArgumentError, match="parameters is empty"):
-        jbr_global_unstructured([], 0.5, scores)
-    with pytest.raises(ArgumentError, match=r"The scores of Linear.weight have shape \(2, 2\), but it has"):
-        jbr_global_unstructured(pairs(model), 0.5, scores | {(model[3], "weight"): torch.ones(2, 2)})
-    with pytest.raises(NonFiniteError, match=r"Linear.weight contain NaN"):
-        jbr_global_unstructured(pairs(model), 0.5, scores | {(model[3], "weight"): torch.full((5, 144), torch.nan)})
-    with pytest.raises(ArgumentError, match="amount=829 is more than the 828"):
-        jbr_global_unstructured(pairs(model), 829, scores)
-    assert not prune.is_pruned(model)
+        JBRUnstructured.apply(layer, "weight", 0.5, SCORES)
 
 
 def test_weights_in_the_place_of_scores_are_refused() -> None:
@@ -200,14 +166,3 @@ def test_a_refusal_leaves_the_mask_that_was_there(arguments: tuple) -> None:
         JBRUnstructured.apply(layer, "weight", *arguments)
     assert prune.is_pruned(layer)
     assert len(gone(layer.weight_mask)) == 3
-
-
-def test_a_shared_weight_counts_once() -> None:
-    one, two, other = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
-    two.weight = one.weight
-    shared = torch.rand(8, 8)
-    scores = {(one, "weight"): shared, (two, "weight"): shared, (other, "weight"): torch.rand(4, 8)}
-    jbr_global_unstructured(scores, 0.5, scores)
-    assert torch.equal(one.weight_mask, two.weight_mask)
-    assert torch.equal(one.weight, two.weight)
-    assert len(gone(one.weight_mask)) + len(gone(other.weight_mask)) == (64 + 32) // 2

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from jbrprune import prune, score, sparsify
+from jbrprune.cli import PANELS
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.pruning import api
-from jbrprune.pruning.options import PANELS, ChannelOptions, ScoreOptions, WeightOptions
+from jbrprune.pruning.options import ChannelOptions, ScoreOptions, WeightOptions
 
 TABLES = (ScoreOptions, ChannelOptions, WeightOptions)
 
@@ -108,8 +109,6 @@ WRONG: list[tuple[type, dict[str, Any], type[Exception], str]] = [
     (WeightOptions, {"sparsity": 0.5, "scope": "net"}, ArgumentError, "scope must be one of global, layer, got 'net'"),
     (WeightOptions, {"pattern": "2:4", "scope": "layer"}, ArgumentError, "scope= has no meaning for pattern="),
     (WeightOptions, {"pattern": "2:4", "floor": 0.1}, ArgumentError, "floor= has no meaning for pattern="),
-    (WeightOptions, {"sparsity": 0.5, "remainder": "pad"}, ArgumentError, "remainder= has no meaning for sparsity="),
-    (WeightOptions, {"pattern": "2:4", "remainder": "cut"}, ArgumentError, "remainder must be one of skip, pad"),
     (WeightOptions, {"pattern": "2:4", "shrink": True}, ArgumentError, "end the 2:4 pattern"),
     (WeightOptions, {"sparsity": 0.5, "floor": 1.0}, ArgumentError, "0 <= floor < 1, got 1.0"),
     (ChannelOptions, {"macs": 0.5, "criterion": "jbr_publised"}, ArgumentError, "did you mean 'jbr_published'"),

@@ -214,13 +214,6 @@ def test_n_of_every_m(pattern: str, keep: int, of: int, steps: int) -> None:
     assert result.report.budget == {"pattern": pattern}
 
 
-def test_a_width_that_m_does_not_divide_can_be_padded() -> None:
-    result = thin(own(), pattern="2:4", remainder="pad")
-    assert int((result.model.stem.weight != 0).sum(1).max()) == 2  # of three inputs
-    assert zeros(result.model)["stem.weight"] == 432 // 3
-    assert not any("Not pruned" in note for note in result.report.notes)
-
-
 def test_a_pattern_that_fits_nowhere() -> None:
     with pytest.raises(BudgetError, match="No weight has a number of inputs that 7 divides"):
         thin(own(), pattern="1:7", data=unread())
@@ -489,7 +482,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[JBRError], str]] = {
     "two goals": ({"pattern": "2:4", "sparsity": 0.5}, BudgetError, "got both"),
     "no pattern": ({"pattern": "4:2"}, ArgumentError, "with 0 < N < M such as '2:4', got '4:2'"),
     "scope": ({"sparsity": 0.5, "scope": "net"}, ArgumentError, "scope must be one of global, layer, got 'net'"),
-    "remainder": ({"pattern": "2:4", "remainder": "cut"}, ArgumentError, "remainder must be one of skip, pad"),
     "floor": ({"sparsity": 0.5, "floor": 1.0}, ArgumentError, "0 <= floor < 1, got 1.0"),
     "steps": ({"sparsity": 0.5, "steps": 0}, ArgumentError, "steps must be a whole number of at least 1, got 0"),
     "statistic": (

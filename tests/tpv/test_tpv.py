@@ -214,30 +214,12 @@ def test_standard_error_of_crossed_values_that_are_drawn() -> None:
 
 
 @pytest.mark.parametrize("method", ["exact", "projection"])
-def test_batches_and_shards_do_not_matter(method: str) -> None:
+def test_batches_do_not_matter(method: str) -> None:
     net, images = mlp(), pixels(50)
     whole = estimated(net, images, Isotropic(0.3), method=method, seed=3)
     for size in (1, 7, 50):
         other = estimated(net, images, Isotropic(0.3), method=method, seed=3, batch_size=size)
         assert (other.value, other.standard_error) == pytest.approx((whole.value, whole.standard_error), rel=1e-12)
-    parts = [
-        estimated(net, part, Isotropic(0.3), method=method, seed=3, first=first)
-        for first, part in ((0, images[:24]), (24, images[24:]))
-    ]
-    both = parts[0] + parts[1]
-    assert (both.value, both.standard_error) == pytest.approx((whole.value, whole.standard_error), rel=1e-12)
-    assert (both.samples, both.stopped) == (50, "budget")
-
-
-def test_shards_of_the_empirical_form() -> None:
-    net, images = mlp(), pixels(50)
-    whole = measured(net, images, Isotropic(0.3), draws=5)
-    both = measured(net, images[:11], Isotropic(0.3), draws=5) + measured(net, images[11:], Isotropic(0.3), draws=5)
-    assert (both.value, both.standard_error) == pytest.approx((whole.value, whole.standard_error), rel=1e-9)
-    with pytest.raises(ArgumentError, match="draws"):
-        whole + measured(net, images, Isotropic(0.3), draws=4)
-    with pytest.raises(ArgumentError, match="exact"):
-        whole + estimated(net, images, Isotropic(0.3), method="exact")
 
 
 def test_signs_are_independent_and_depend_on_the_number_of_the_sample() -> None:

@@ -194,7 +194,6 @@ def test_samples_that_influence_each_other() -> None:
         ({"samples": 0}, "samples"),
         ({"signs": 0}, "signs"),
         ({"draws": 0}, "draws"),
-        ({"first": -1}, "first"),
         ({"method": "guess"}, "method"),
     ],
 )
