@@ -21,9 +21,6 @@ from jbrprune.sparsity.masks import Slot, masks_of, slots
 from jbrprune.sparsity.patterns import smallest
 from jbrprune.structure.groups import Axis
 
-LEAST_CAPABILITY = (8, 0)
-"""CUDA compute capability from which on tensor cores know 2:4 sparsity (Ampere)."""
-
 
 class JBRUnstructured(prune.BasePruningMethod):
     """Prune the weights with the smallest scores, exactly as many as asked for, ties included.
@@ -126,7 +123,7 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
         raise ModelError(f"{min(masked)} is masked by torch.nn.utils.prune: call jbrprune.make_permanent(model) first.")
     device = preserve.device_of(model)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability < LEAST_CAPABILITY:
+    if capability < (8, 0):  # Ampere: the first whose tensor cores know 2:4 sparsity
         raise ModelError(
             f"The model is on {device} (compute capability {capability[0]}.{capability[1]}), which has no 2:4 sparse "
             "kernels: that takes a CUDA device of compute capability 8.0 or later. The zeros are in the plain weights "

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from jbrprune.errors import ModelError
-from jbrprune.integrations import LEAST_CAPABILITY, is_two_to_four, to_semi_structured
+from jbrprune.integrations import is_two_to_four, to_semi_structured
 
-CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= LEAST_CAPABILITY
+CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def sparse_net() -> nn.Sequential:
@@ -45,7 +45,7 @@ def test_a_device_without_kernels_is_refused() -> None:
 def play_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the model seem to be on a device with sparse kernels."""
     monkeypatch.setattr("jbrprune.models.preserve.device_of", lambda model: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: LEAST_CAPABILITY)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
 
 def test_what_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
