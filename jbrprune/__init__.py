@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from jbrprune.budgets.budget import Floors
-from jbrprune.checkpoint.checkpoint import load
+from jbrprune.checkpoint.checkpoint import load, save
 from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
@@ -30,6 +30,7 @@ __all__ = [
     "Floors",
     "PruneResult",
     "Report",
+    "save",
     "load",
     # the criterion
     "score",

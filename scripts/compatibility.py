@@ -34,6 +34,7 @@ import jbrprune
 from jbrprune.budgets.budget import Floors, select
 from jbrprune.budgets.cost import cost_model, count_macs
 from jbrprune.errors import JBRError
+from jbrprune.models import timm_models
 from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.pruning.api import Info
 from jbrprune.structure.slicing import masked_units, remove_units
@@ -211,7 +212,7 @@ def _walk_through(model: nn.Module, images: Tensor, walk: Walk) -> dict:
     walk.to("load")
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         result.save(Path(folder) / "model")
-        loaded = jbrprune.load(Path(folder) / "model", model=None if result.recipe else model)
+        loaded = jbrprune.load(Path(folder) / "model", model=None if timm_models.recipe(model) else model)
         _check_same_tensors(loaded, result.model, "saved and loaded")
         same = torch.equal(logits_of(loaded(images[:2])), logits_of(result.model(images[:2])))
         _check(same, "the outputs of the loaded model differ")

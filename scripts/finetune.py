@@ -105,8 +105,8 @@ def finetune(args: argparse.Namespace, setup: Setup, path: Path, how: str) -> di
     loss = make_loss(args, how, dense.model)
     history = training.train(model, data, training.read_recipe(args), loss, args.work / f"{key}.training", {"key": key})
     after = agreement_on(model, dense.test)
-    described = files.describe(path)
-    files.save(args.work / key, model, recipe=described.recipe, config=described.data_config, overwrite=True)
+    size = dense.test[0].images.shape[1:]
+    files.save(model, args.work / key, size=size, report=files.describe(path).report, overwrite=True)
     example = dense.test[0].images[:1].to(preserve.device_of(model))
     return {
         **{"key": key, **setup.described(), **settings, "history": history, "saved": key},

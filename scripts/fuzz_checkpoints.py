@@ -306,7 +306,7 @@ def make_bases(folder: Path) -> list[Path]:
     ):
         result = call(jbrprune.create(name, pretrained=False, **arguments), images, **quick, **budget)
         found.append(folder / f"base-{len(found)}")
-        save(found[-1], result.model, recipe=result.recipe, config=result.config)
+        save(result.model, found[-1], size=result.size)
     return found
 
 

@@ -13,17 +13,20 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from jbrprune.checkpoint.description import (
+    CLOSE,
     Description,
     check_fits,
+    check_outputs,
     create_on_meta,
     fill,
     from_bytes,
@@ -34,7 +37,7 @@ from jbrprune.checkpoint.description import (
 from jbrprune.data.files import flush
 from jbrprune.errors import CheckpointError
 from jbrprune.models import timm_models
-from jbrprune.models.preserve import copy_model
+from jbrprune.models.preserve import copy_model, first_tensor
 from jbrprune.report.text import CARD, is_card, make_card
 from jbrprune.sparsity.masks import masks_of
 
@@ -46,17 +49,18 @@ _LARGEST_DESCRIPTION = 64 * 2**20
 
 
 def save(
-    path: str | os.PathLike[str],
     model: nn.Module,
+    path: str | os.PathLike[str],
     *,
-    recipe: timm_models.Recipe | None,
-    config: Mapping[str, Any] | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    size: Sequence[int] | None = None,
     report: Mapping[str, Any] | None = None,
     card: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model into a directory of its own, all or nothing.
+    """Write a pruned model into a directory of its own, all or nothing.
+
+    For a model that `load` made and that was trained, or given another head; `PruneResult.save` is the same with the
+    report of the run.
 
     A parameter that ``torch.nn.utils.prune`` has masked is stored as the values where its mask is 1, and one bit per
     entry. The values under the mask are not kept: after loading, ``weight_orig`` is 0 there. A floating parameter
@@ -64,29 +68,41 @@ def save(
     every bit of it comes back, so -0.0, which ``torch.nn.utils.prune.remove`` leaves of a negative weight, is no zero
     here (``weight.add_(0.0)`` makes it one). Anything else is stored as it is.
 
-    The recipe is tried on the meta device, which takes no memory. Where it does not lead to this model, the file is
-    written without it, a warning says so, and `load` needs ``model=``.
+    A timm model is made again as `load` will make it, and both must compute the same for two images of noise. Where
+    they do not, because the model was changed by hand after it was created, or where the model is not timm's, `load`
+    needs ``model=``; the file says why, and a warning does. Outputs for these two images are stored, and `load`
+    compares them with those of the model it has made.
 
     Args:
-        path: The directory; missing parents are created.
         model: The pruned model, with or without masks.
-        recipe: How to create the dense model, or None: then `load` needs ``model=``.
-        config: timm's data configuration (``timm.data.resolve_data_config``).
-        provenance: Anything that JSON can hold.
-        report: Anything that JSON can hold.
+        path: The directory; missing parents are created.
+        size: Channels, height and width of the images that the outputs are compared on; default: what timm says. For
+            another model nothing is compared without it.
+        report: What is known of the pruning, as by ``Report.to_dict``: anything that JSON can hold. That of a saved
+            model is ``jbrprune.checkpoint.checkpoint.describe(path).report``.
         card: Write a model card as well, ``README.md``, for the Hugging Face Hub.
         overwrite: Replace a model that was saved there. At every moment `load` finds the old or the new one.
 
     Raises:
-        CheckpointError: The target exists or cannot be written, or the model holds something that cannot be saved.
-            Nothing is left behind.
-        ModelError: A mask of something else than weight and bias, or a shared parameter that is masked in one place
+        CheckpointError: The target exists or cannot be written, the model does not run on images of this size or holds
+            something that cannot be saved. Nothing is left behind.
+        ModelError: A mask of something else than weights and biases, or a shared parameter that is masked in one place
             only.
+
+    Example:
+        >>> import tempfile
+        >>> model = timm_models.create("resnet10t", pretrained=False, num_classes=3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(model, f"{folder}/small", size=(3, 32, 32))
+        ...     load(f"{folder}/small").num_classes
+        3
     """
     target = Path(os.path.realpath(path))
     check_target(target, overwrite=overwrite)
-    facts = {"provenance": dict(provenance or {}), "report": dict(report or {})}
-    body, state = take_apart(model, recipe, {**facts, "data_config": None if config is None else dict(config)})
+    recipe, known = timm_models.recipe(model), dict(report or {})
+    facts = {"provenance": known.get("provenance", {}), "report": known}
+    facts["data_config"] = None if recipe is None else timm_models.data_config(model)
+    body, state = take_apart(model, recipe, size or timm_models.image_size(model), facts)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -120,12 +136,14 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
             recipe. It is copied, not changed; its weights do not matter.
 
     Returns:
-        The model; its outputs are those of the model that was saved. What was masked is masked again, so that
+        The model; its outputs are those of the model that was saved, which is checked on two images of noise where the
+        file holds outputs for them. What was masked is masked again, so that
         pruning can go on, or end with ``jbrprune.make_permanent``. ``pretrained_cfg`` holds the data
         configuration for ``timm.data.resolve_data_config``, `jbrprune.models.timm_models.recipe` reads its recipe.
 
     Raises:
-        CheckpointError: Missing, truncated, tampered with, of an unknown format, or not of this architecture.
+        CheckpointError: Missing, truncated, tampered with, of an unknown format, not of this architecture, or with
+            other outputs than the model that was saved.
     """
     directory = _find(path)
     description = describe(directory)
@@ -138,6 +156,8 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
         loaded = copy_model(model)
     check_fits(description, loaded)
     fill(loaded, description, state)
+    tensor = first_tensor(loaded)
+    check_outputs(description, loaded, CLOSE if tensor is None else max(CLOSE, 8 * torch.finfo(tensor.dtype).eps))
     return loaded.eval()
 
 

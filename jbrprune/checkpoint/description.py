@@ -22,19 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils._pytree import tree_leaves
 
 from jbrprune.errors import CheckpointError
-from jbrprune.models import timm_models
+from jbrprune.models import preserve, timm_models
 from jbrprune.models.layers import is_size, repeated_widths, set_size_attributes, size_attributes
-from jbrprune.models.preserve import same_randomness
-from jbrprune.sparsity.masks import KINDS, masks_of, put_masks
+from jbrprune.sparsity.masks import KINDS, fresh, masks_of, put_masks
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "jbrprune"
-FORMAT_VERSION = 2
-KNOWN_VERSIONS = (1, 2)
-"""Version 1 knew dense tensors only."""
+FORMAT_VERSION = 3
+KNOWN_VERSIONS = (1, 2, 3)
+"""Version 1 knew dense tensors only, version 2 no outputs to compare with."""
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
@@ -44,8 +44,14 @@ _FORBIDDEN = frozenset(("pretrained", "pretrained_cfg", "checkpoint", "checkpoin
 """Arguments by which creating a model would read a file or the network."""
 _LARGEST_NUMBER = 2**20
 """Of the numbers in a recipe."""
+_LARGEST_IMAGE = 2**22
+"""Of the values of the image that a loaded model is tried on."""
 _LEAST_MODULES, _MODULES_EACH = 8192, 64
 """The dense model of a recipe may have this many modules, and so many more for each tensor that is stored."""
+_OUTPUTS = 256
+"""Of the outputs so many values are stored, evenly spaced."""
+SAME, CLOSE = 1e-5, 1e-4
+"""Largest relative difference of the outputs of one function: in one process, and on another machine."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,19 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Example:
+    """What a saved model computes for two images of noise, see `compute_example`.
+
+    Attributes:
+        size: Channels, height and width of the images.
+        outputs: Some values of its outputs.
+    """
+
+    size: tuple[int, ...]
+    outputs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Description:
     """The contents of ``jbrprune.json``.
 
@@ -85,6 +104,8 @@ class Description:
         weights: ``bytes`` and ``sha256`` of the file of the weights.
         format: Name of the format.
         format_version: Version of the format.
+        example: What the model computes, or None where no size of images was known.
+        no_recipe: Why there is no recipe, or None.
     """
 
     recipe: timm_models.Recipe | None
@@ -98,6 +119,8 @@ class Description:
     weights: Mapping[str, Any]
     format: str
     format_version: int
+    example: Example | None = None
+    no_recipe: str | None = None
 
     @property
     def names(self) -> dict[str, str]:
@@ -177,7 +200,7 @@ def parse(body: Mapping[str, Any]) -> Description:
         CheckpointError: A key is missing or unknown, or a value has another type or range than what is written.
     """
     _check(body, _BODY, "")
-    tensors, config = body["tensors"], body["data_config"]
+    tensors, config, example = body["tensors"], body["data_config"], body.get("example")
     for name, stored in body["aliases"].items():
         if stored not in tensors or name in tensors:
             raise CheckpointError(f"aliases.{name} makes no sense: {stored!r}.")
@@ -186,6 +209,7 @@ def parse(body: Mapping[str, Any]) -> Description:
         "tensors": {name: TensorInfo(**_with_tuples(info)) for name, info in tensors.items()},
         "attributes": {name: _with_tuples(sizes) for name, sizes in body["attributes"].items()},
         "data_config": None if config is None else _with_tuples(config),
+        "example": None if example is None else Example(**_with_tuples(example)),
     }
     return Description(**{**body, **made})
 
@@ -271,8 +295,15 @@ _BODY = {
     "report": dict,
     "versions": {"*": str},
     "weights": {"bytes": _is_count, "sha256": str},
+    "example": (
+        {
+            "size": lambda value: _are_counts(value) and len(value) == 3 and 0 < math.prod(value) <= _LARGEST_IMAGE,
+            "outputs": lambda value: isinstance(value, list) and all(type(item) is float for item in value),
+        },
+    ),
+    "no_recipe": (str,),
 }
-_MAY_LACK = frozenset(("values", "masked", *_CONFIG))
+_MAY_LACK = frozenset(("values", "masked", "example", "no_recipe", *_CONFIG))
 
 
 # --- sparse tensors -------------------------------------------------------------------------------
@@ -383,20 +414,26 @@ def _places(model: nn.Module) -> dict[str, _Place]:
 
 
 def take_apart(
-    model: nn.Module, recipe: timm_models.Recipe | None, facts: Mapping[str, Any]
+    model: nn.Module, recipe: timm_models.Recipe | None, size: Sequence[int] | None, facts: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The body of the description, without size and sum of the weights, and the tensors to write.
 
+    The dense model is built by its recipe, filled, and compared with the model on an example. Where it does not fit or
+    computes something else, the body is without a recipe and says why.
+
     Args:
         model: The model.
-        recipe: How to create the dense model. Where it does not make this model, the body is without it.
+        recipe: How to create the dense model, or None.
+        size: Channels, height and width of the example, or None.
         facts: ``data_config``, ``provenance`` and ``report``.
 
     Raises:
-        CheckpointError: The model holds something that cannot be saved.
+        CheckpointError: The model holds something that cannot be saved, or does not run on the example.
         ModelError: Its masks cannot be put back, see `jbrprune.sparsity.masks.masks_of`.
     """
     masks_of(model)
+    fits = size is not None and math.prod(size) <= _LARGEST_IMAGE
+    example = Example(tuple(size), compute_outputs(model, size)) if size is not None and fits else None
     kept = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
     lost = sorted(model.state_dict().keys() - kept)
     if lost:
@@ -422,6 +459,8 @@ def take_apart(
         "attributes": {name: own for name, own in sizes.items() if own},
         "versions": {package: version(package) for package in ("jbrprune", "timm", "torch", "safetensors")},
         "weights": {"bytes": 0, "sha256": ""},
+        "example": None if example is None else vars(example),
+        "no_recipe": None if recipe else "it was not created by name",
         **facts,
     }
     try:
@@ -434,12 +473,65 @@ def take_apart(
     try:
         if recipe is not None:
             description = parse(body)
-            check_fits(description, create_on_meta(description))
+            rebuilt = create_on_meta(description)
+            check_fits(description, rebuilt)
+            fill(rebuilt, description, state)
+            check_outputs(description, rebuilt.to(preserve.device_of(model)), SAME)
     except CheckpointError as error:
         logger.warning("load() will need model=: the recipe of %s does not make this model again. %s", recipe, error)
-        body["recipe"] = None
+        body |= {"recipe": None, "no_recipe": f"timm's {recipe.name} was changed by hand. {error}"}  # type: ignore[union-attr]
     parse(body)
     return body, state
+
+
+def compute_outputs(model: nn.Module, size: Sequence[int]) -> tuple[float, ...]:
+    """Some values of what a model returns for two images of noise that are the same everywhere; NaN and Inf count as 0.
+
+    The second image has four times the contrast: what saturates or is clipped shows there.
+
+    Args:
+        model: The model; left as it was.
+        size: Channels, height and width.
+
+    Raises:
+        CheckpointError: It does not run on such images.
+    """
+    # NumPy guarantees the numbers of this generator for all versions.
+    noise = torch.from_numpy(np.random.RandomState(0).standard_normal((2, *size)))
+    noise[1] *= 4
+    tensor = preserve.first_tensor(model)
+    tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with preserve.inference_state(model), fresh(model), tf32:
+        torch.manual_seed(0)
+        try:
+            output = model(noise if tensor is None else noise.to(tensor))
+        except Exception as error:  # whatever a foreign forward raises is the answer
+            raise CheckpointError(
+                f"{type(model).__name__} does not run on images of size {tuple(size)}: {str(error).rstrip('.')}. Pass "
+                "the size of its images: save(model, path, size=(channels, height, width))."
+            ) from error
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    values = torch.cat([leaf.detach().flatten().cpu().double() for leaf in leaves]).nan_to_num(0.0, 0.0, 0.0)
+    return tuple(values[:: -(-len(values) // _OUTPUTS)].tolist())
+
+
+def check_outputs(description: Description, model: nn.Module, tolerance: float) -> None:
+    """See that a model computes what the saved one does: ||f(x) - f_saved(x)|| / ||f_saved(x)|| <= tolerance.
+
+    Raises:
+        CheckpointError: It computes something else, or does not run.
+    """
+    if description.example is None:
+        return
+    wanted = torch.tensor(description.example.outputs, dtype=torch.float64)
+    found = torch.tensor(compute_outputs(model, description.example.size), dtype=torch.float64)
+    apart = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30)) if len(found) == len(wanted) else math.inf
+    if not apart <= tolerance:  # NaN is not
+        raise CheckpointError(
+            f"Every tensor fits, but the outputs for two images of noise {description.example.size} differ by "
+            f"{apart:.2g} of the saved ones: {type(model).__name__} computes something else. A stride, a pooling, an "
+            "activation or another setting differs that no tensor tells."
+        )
 
 
 def _store(name: str, place: _Place) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -473,8 +565,8 @@ def create_on_meta(description: Description) -> nn.Module:
     recipe = description.recipe
     if recipe is None:
         raise CheckpointError(
-            "This model was saved without a recipe (it was not created by name, or was changed by hand). Create the "
-            "dense model and pass it: load(path, model=...)."
+            "This model was saved without a recipe. Create the dense model and pass it: load(path, model=...). Reason: "
+            f"{description.no_recipe or 'it was not created by name, or was changed by hand'}"
         )
     left = _LEAST_MODULES + _MODULES_EACH * len(description.names)
 
@@ -486,7 +578,7 @@ def create_on_meta(description: Description) -> nn.Module:
 
     handle = register_module_module_registration_hook(count)
     try:
-        with same_randomness(torch.device("cpu")), torch.device("meta"):
+        with preserve.same_randomness(torch.device("cpu")), torch.device("meta"):
             return timm_models.build(recipe)
     except Exception as error:  # whatever the constructor raises is the answer
         raise CheckpointError(
@@ -568,6 +660,9 @@ def fill(dense: nn.Module, description: Description, state: Mapping[str, Tensor]
     for set_width, layer, attribute in repeated:
         set_width(getattr(layer, attribute))
     put_masks(dense, masks)
+    classes = timm_models.count_classes(dense)
+    if classes is not None and hasattr(dense, "num_classes"):
+        dense.num_classes = classes
     if description.data_config is not None:
         # timm's sizes for testing would win over the stored ones where a caller asks for them.
         old = dict(getattr(dense, "pretrained_cfg", None) or {})

@@ -173,17 +173,22 @@ def recipe(model: nn.Module) -> Recipe | None:
     changed = {k: config[k] for k in PREPROCESSING if k in config and config[k] != getattr(registered, k, None)}
     if registered is not None and changed:
         arguments["pretrained_cfg_overlay"] = changed
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
-    classifier = classifier[0] if isinstance(classifier, tuple | list) and classifier else classifier
-    classes = getattr(classifier, "out_features", getattr(classifier, "out_channels", None))
-    classes = classes if isinstance(classes, int) else getattr(model, "num_classes", None)
-    current = {"in_chans": _input_channels(model), "num_classes": classes, "img_size": _spatial_size(model)}
+    current = {"in_chans": _input_channels(model), "num_classes": count_classes(model)}
+    current["img_size"] = _spatial_size(model)
     arguments |= {key: value for key, value in current.items() if value is not None}
     try:
         return Recipe(name, json.loads(json.dumps(arguments)))
     except (TypeError, ValueError) as error:
         logger.warning("%s cannot be made again from a file: %s in %s.", name, error, arguments)
         return None
+
+
+def count_classes(model: nn.Module) -> int | None:
+    """Outputs of a model's classifier as it is now; where it has none to look at, what the model says."""
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    classifier = classifier[0] if isinstance(classifier, tuple | list) and classifier else classifier
+    classes = getattr(classifier, "out_features", getattr(classifier, "out_channels", None))
+    return classes if isinstance(classes, int) else getattr(model, "num_classes", None)
 
 
 def build(recipe: Recipe) -> nn.Module:

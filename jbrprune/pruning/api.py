@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,19 +40,16 @@ class PruneResult:
     Attributes:
         model: The smaller model, plain PyTorch, in eval mode (with ``inplace=True`` the given one, in its own mode).
         report: What was done and what it cost; print it.
-        recipe: How timm makes the dense model; None for other models.
-        config: timm's preprocessing for this model; None for other models.
+        size: Channels, height and width of the images.
     """
 
     model: nn.Module
     report: Report
-    recipe: timm_models.Recipe | None = None
-    config: Mapping[str, object] | None = None
+    size: tuple[int, ...]
 
     def save(self, path: str | Path, *, card: bool = False, overwrite: bool = False) -> None:
-        """Write the model into a directory (``card``: a model card as well); see `jbrprune.checkpoint`."""
-        known = {"provenance": self.report.provenance, "report": self.report.to_dict()}
-        save(path, self.model, recipe=self.recipe, config=self.config, **known, card=card, overwrite=overwrite)
+        """Write the model as it is now into a directory, with its report; see `jbrprune.save`."""
+        save(self.model, path, size=self.size, report=self.report.to_dict(), card=card, overwrite=overwrite)
 
 
 @describe(ChannelOptions)
@@ -427,7 +424,7 @@ def carry_out(
                 masks = {name: mask for name, mask in stop.masks.items() if not bool(mask.all())}
                 before = {name: originals[name] for name in masks if originals[name].shape == masks[name].shape}
                 put_masks(pruned, masks, before)
-            results.append(PruneResult(pruned, stop.report, problem.recipe, problem.config))
+            results.append(PruneResult(pruned, stop.report, tuple(problem.example.shape[1:])))
     return results
 
 

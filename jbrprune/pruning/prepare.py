@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -35,8 +35,6 @@ class Problem:
         example: ``[2, C, H, W]`` on the model's device: the first two images (the first one twice if there is one).
         data: What the images are read from.
         outputs: Number of outputs K.
-        recipe: How timm makes the model; None for other models.
-        config: timm's preprocessing for the model; None for other models.
         name: What reports call the model.
     """
 
@@ -45,8 +43,6 @@ class Problem:
     example: Tensor
     data: object
     outputs: int
-    recipe: timm_models.Recipe | None
-    config: Mapping[str, object] | None
     name: str
 
     def check_classes(self, what: str) -> None:
@@ -138,8 +134,6 @@ def open_problem(
         example=(converted if len(first) > 1 else converted.repeat(2, 1, 1, 1))[:2].to(preserve.device_of(model)),
         data=itertools.chain([batch], batches) if isinstance(opened, Iterator) else opened,
         outputs=check_runs(model, first if as_given else converted),
-        recipe=recipe,
-        config=timm_models.data_config(model) if recipe else None,
         name=recipe.name if recipe else type(model).__name__,
     )
 

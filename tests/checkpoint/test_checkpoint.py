@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import errno
 import json
 import os
@@ -12,12 +14,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm.data
 import torch
 from torch import Tensor, nn
 
+import jbrprune
 from jbrprune.checkpoint import checkpoint
 from jbrprune.checkpoint.checkpoint import DESCRIPTION, WEIGHTS, describe, load, save
 from jbrprune.checkpoint.description import checksum
@@ -26,7 +30,7 @@ from jbrprune.models import timm_models
 from jbrprune.structure.slicing import remove_channels
 
 CONFIG = {
-    "input_size": (3, 40, 48),
+    "input_size": (3, 32, 32),
     "interpolation": "bilinear",
     "mean": (0.1, 0.2, 0.3),
     "std": (0.5, 0.6, 0.7),
@@ -101,10 +105,10 @@ def _blur() -> tuple[nn.Module, timm_models.Recipe]:
 @pytest.mark.parametrize("make", [_resnet, _vit, _mobilenet, _convnext, _blur])
 @torch.no_grad()
 def test_outputs_are_bit_equal(make: Callable[[], tuple[nn.Module, timm_models.Recipe]], tmp_path: Path) -> None:
-    model, recipe = make()
+    model, _ = make()
     x = torch.randn(2, 3, 32, 32)
     expected = model(x)
-    save(tmp_path / "new" / "pruned", model, recipe=recipe)
+    save(model, tmp_path / "new" / "pruned")
     assert sorted(os.listdir(tmp_path / "new")) == ["pruned"]
     assert sorted(os.listdir(tmp_path / "new" / "pruned")) == [DESCRIPTION, WEIGHTS]
     loaded = load(tmp_path / "new" / "pruned")
@@ -117,6 +121,7 @@ def test_outputs_are_bit_equal(make: Callable[[], tuple[nn.Module, timm_models.R
 
 def _tiny() -> nn.Module:
     model = timm_models.build(TINY).eval()
+    model.pretrained_cfg = {**model.pretrained_cfg, **CONFIG}  # type: ignore[dict-item]
     _cut(model, torch.arange(100), ("blocks.1.mlp.fc1",), ("blocks.1.mlp.fc2",))
     return model
 
@@ -128,7 +133,7 @@ def tiny() -> nn.Module:
 
 @pytest.fixture
 def saved(tiny: nn.Module, tmp_path: Path) -> Path:
-    save(tmp_path / "saved", tiny, recipe=TINY, config=CONFIG, provenance={"seed": 1}, report={"macs": [1, 2.5]})
+    save(tiny, tmp_path / "saved", report={"macs": [1, 2.5], "provenance": {"seed": 1}})
     return tmp_path / "saved"
 
 
@@ -141,14 +146,15 @@ def test_what_timm_and_the_next_save_need(saved: Path, tiny: nn.Module, tmp_path
     model = load(saved)
     assert timm.data.resolve_data_config(model=model) == CONFIG
     assert timm.data.resolve_data_config(model=model, use_test_size=True) == CONFIG
-    save(tmp_path / "again", model, recipe=timm_models.recipe(model), config=CONFIG)
+    save(model, tmp_path / "again")
     assert _same(load(tmp_path / "again"), tiny)
 
 
-def test_describe(saved: Path) -> None:
+def test_describe(saved: Path, tiny: nn.Module) -> None:
     description = describe(saved)
-    assert description.recipe == TINY
-    assert (description.provenance, description.report) == ({"seed": 1}, {"macs": [1, 2.5]})
+    assert description.recipe == timm_models.recipe(tiny)
+    assert description.report == {"macs": [1, 2.5], "provenance": {"seed": 1}}
+    assert description.provenance == {"seed": 1}
     assert description.data_config == CONFIG
     assert description.tensors["blocks.1.mlp.fc2.weight"].shape[1] == 92
     assert description.attributes["blocks.1.mlp.fc1"] == {"in_features": 64, "out_features": 92}
@@ -171,7 +177,7 @@ def test_dtype_layout_and_sharing_come_back(tmp_path: Path) -> None:
     model = _Own().to(torch.float64)
     model.conv.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.b.weight = model.a.weight
-    save(tmp_path / "m", model, recipe=None)
+    save(model, tmp_path / "m")
     loaded = load(tmp_path / "m", model=_Own())
     assert isinstance(loaded, _Own)
     assert loaded.a.weight is loaded.b.weight
@@ -186,7 +192,7 @@ def test_dtype_layout_and_sharing_come_back(tmp_path: Path) -> None:
 
 def test_tensors_that_were_tied_only_before_pruning_come_back_apart(tmp_path: Path) -> None:
     model = _Own()
-    save(tmp_path / "m", model, recipe=None)
+    save(model, tmp_path / "m")
     fresh = _Own()
     fresh.b.weight = fresh.a.weight
     loaded = load(tmp_path / "m", model=fresh)
@@ -200,7 +206,7 @@ def test_overlapping_views_of_one_storage_are_saved(tmp_path: Path) -> None:
     model = _Own()
     both = torch.randn(6, 4)
     model.a.weight, model.b.weight = nn.Parameter(both[:4]), nn.Parameter(both[2:6])
-    save(tmp_path / "m", model, recipe=None)
+    save(model, tmp_path / "m")
     assert _same(load(tmp_path / "m", model=_Own()), model)
 
 
@@ -237,8 +243,8 @@ def _with_another_head() -> nn.Module:
 UNSAVABLE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "extra": (lambda: _Extra(2, 2), {}, r"_extra_state: this entry of state_dict\(\)"),
     "report": (_Own, {"report": {"x": float("nan")}}, "JSON cannot hold config, provenance, report"),
-    "provenance": (_Own, {"provenance": {"x": {1, 2}}}, "JSON cannot hold config, provenance, report"),
-    "config": (_Own, {"config": {"input_size": (3, -1, 0)}}, "data_config.input_size makes no sense"),
+    "provenance": (_Own, {"report": {"provenance": {"x": {1, 2}}}}, "JSON cannot hold config, provenance, report"),
+    "size": (_tiny, {"size": (4, 32, 32)}, r"does not run on images of size \(4, 32, 32\).*size=\(channels"),
 }
 RECIPES: dict[str, tuple[Callable[[], nn.Module], timm_models.Recipe, str]] = {
     "changed": (
@@ -259,11 +265,12 @@ RECIPES: dict[str, tuple[Callable[[], nn.Module], timm_models.Recipe, str]] = {
 
 @pytest.mark.parametrize("case", RECIPES)
 def test_a_recipe_that_does_not_lead_to_the_model_is_left_out(
-    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, recipe, message = RECIPES[case]
     model = make()
-    save(tmp_path / "m", model, recipe=recipe)
+    monkeypatch.setattr(timm_models, "recipe", lambda model: recipe)
+    save(model, tmp_path / "m")
     assert re.search(rf"load\(\) will need model=: the recipe .*{message}", caplog.text)
     assert describe(tmp_path / "m").recipe is None
     with pytest.raises(CheckpointError, match=r"saved without a recipe.*load\(path, model=\.\.\.\)"):
@@ -275,36 +282,36 @@ def test_a_recipe_that_does_not_lead_to_the_model_is_left_out(
 def test_save_refuses(case: str, tmp_path: Path) -> None:
     make, arguments, message = UNSAVABLE[case]
     with pytest.raises(CheckpointError, match=message):
-        save(tmp_path / "m", make(), **{"recipe": None, **arguments})
+        save(make(), tmp_path / "m", **arguments)
     assert os.listdir(tmp_path) == []
 
 
 def test_existing_target(saved: Path) -> None:
     before = load(saved)
     with pytest.raises(CheckpointError, match=r"saved exists already\. .*overwrite=True"):
-        save(saved, _Own(), recipe=None)
+        save(_Own(), saved)
     assert _same(load(saved), before)
-    save(saved, _Own(), recipe=None, overwrite=True)
+    save(_Own(), saved, overwrite=True)
     assert describe(saved).recipe is None
     assert os.listdir(saved.parent) == ["saved"]
 
 
 def test_an_empty_directory_may_be_the_target(tmp_path: Path) -> None:
-    save(tmp_path, _Own(), recipe=None)
+    save(_Own(), tmp_path)
     assert sorted(os.listdir(tmp_path)) == [DESCRIPTION, WEIGHTS]
 
 
 def test_other_files_are_never_replaced(saved: Path) -> None:
     (saved / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=r"holds other files, such as 'notes\.txt'"):
-        save(saved, _Own(), recipe=None, overwrite=True)
+        save(_Own(), saved, overwrite=True)
     assert (saved / "notes.txt").read_text() == "mine"
 
 
 def test_a_link_to_a_directory_stays_a_link(saved: Path) -> None:
     link = saved.with_name("link")
     link.symlink_to(saved, target_is_directory=True)
-    save(link, _Own(), recipe=None, overwrite=True)
+    save(_Own(), link, overwrite=True)
     assert link.is_symlink()
     assert describe(saved).recipe is None
 
@@ -313,7 +320,7 @@ def test_a_link_to_a_directory_stays_a_link(saved: Path) -> None:
 def test_a_file_in_the_way(target: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match=r"this is a file|not a directory that can be written"):
-        save(tmp_path / target, _Own(), recipe=None, overwrite=True)
+        save(_Own(), tmp_path / target, overwrite=True)
     assert (tmp_path / "file").read_text() == "mine"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -334,7 +341,7 @@ def test_failed_writes_leave_the_old_model(
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(CheckpointError, match=r"saved: could not be written: .*No space left on device"):
-        save(saved, _Own(), recipe=None, overwrite=True)
+        save(_Own(), saved, overwrite=True)
     assert os.listdir(saved.parent) == ["saved"]
     assert _same(load(saved), tiny)
 
@@ -345,7 +352,7 @@ def test_a_file_system_that_takes_no_more(saved: Path, tiny: nn.Module) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
         with pytest.raises(CheckpointError, match="could not be written"):
-            save(saved, tiny, recipe=TINY, overwrite=True)
+            save(tiny, saved, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(saved.parent) == ["saved"]
@@ -375,27 +382,27 @@ def test_a_crash_leaves_the_old_model(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
         with pytest.raises((CheckpointError, _Crash)):
-            save(saved, _Own(), recipe=None, overwrite=True)
+            save(_Own(), saved, overwrite=True)
     assert calls == max(failing) + (failing == {2})
     assert not [name for name in os.listdir(saved.parent) if name.endswith(".tmp")]
     assert _same(load(saved), tiny)
-    save(saved, _Own(), recipe=None, overwrite=True)
+    save(_Own(), saved, overwrite=True)
     assert describe(saved).recipe is None
     assert os.listdir(saved.parent) == ["saved"]
 
 
 def test_a_crash_before_the_old_model_is_deleted_leaves_the_new_one(saved: Path, tiny: nn.Module) -> None:
     aside = checkpoint._aside(saved)
-    save(aside, _Own(), recipe=None)
+    save(_Own(), aside)
     assert _same(load(saved), tiny)
-    save(saved, tiny, recipe=TINY, overwrite=True)
+    save(tiny, saved, overwrite=True)
     assert os.listdir(saved.parent) == ["saved"]
 
 
 def test_a_crash_after_the_old_model_stepped_aside_still_counts_as_existing(saved: Path) -> None:
     os.replace(saved, checkpoint._aside(saved))
     with pytest.raises(CheckpointError, match="exists already"):
-        save(saved, _Own(), recipe=None)
+        save(_Own(), saved)
 
 
 # --- refusals of load -----------------------------------------------------------------------------
@@ -424,7 +431,10 @@ def _resized(*shape: int) -> Callable[[dict[str, Any]], None]:
 
 
 WILD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "newer": (_set("format_version", to=3), r"format_version is 3, this version of jbrprune knows \(1, 2\)\. Upgrade"),
+    "newer": (
+        _set("format_version", to=4),
+        r"format_version is 4, this version of jbrprune knows \(1, 2, 3\)\. Upgrade",
+    ),
     "version_type": (_set("format_version", to="1"), "format_version is '1'"),
     "version_bool": (_set("format_version", to=True), "format_version makes no sense"),
     "format": (_set("format", to="zip"), "format makes no sense: 'zip'"),
@@ -604,7 +614,7 @@ def test_load_refuses_files_and_what_is_not_there(saved: Path) -> None:
 
 
 def test_load_without_recipe_needs_a_model_of_the_architecture(tmp_path: Path) -> None:
-    save(tmp_path / "m", _Own(), recipe=None)
+    save(_Own(), tmp_path / "m")
     with pytest.raises(CheckpointError, match=r"saved without a recipe.*load\(path, model=\.\.\.\)"):
         load(tmp_path / "m")
     with pytest.raises(
@@ -681,20 +691,20 @@ class _Positions(nn.Module):
 def test_a_table_that_a_forward_has_made(tmp_path: Path) -> None:
     model, x = _Positions().eval(), torch.randn(2, 3, 9, 9)
     expected = model(x)
-    save(tmp_path / "model", model, recipe=None)
+    save(model, tmp_path / "model")
     loaded = load(tmp_path / "model", model=_Positions())
     assert torch.equal(loaded.table, model.table)
     assert torch.equal(loaded(x), expected)
     stored = _Positions(persistent=True).eval()
     stored(x)
-    save(tmp_path / "stored", stored, recipe=None)
+    save(stored, tmp_path / "stored")
     with pytest.raises(CheckpointError, match=r"table: stored as .*shape=\(9, 9\)"):
         load(tmp_path / "stored", model=_Positions(persistent=True))
 
 
 def test_a_table_of_another_size_is_not_put_in_the_place_of_one(tmp_path: Path) -> None:
     """Made for another size of images when the model was created, as Swin's masks are: another architecture."""
-    save(tmp_path / "model", _Positions(size=9), recipe=None)
+    save(_Positions(size=9), tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"table: stored as .*shape=\(9, 9\)"):
         load(tmp_path / "model", model=_Positions(size=4))
 
@@ -704,3 +714,150 @@ def test_a_model_that_stepped_aside_is_seen_before_anything_expensive(saved: Pat
     with pytest.raises(CheckpointError, match=r"saved exists already"):
         checkpoint.check_target(saved)
     checkpoint.check_target(saved, overwrite=True)
+
+
+# --- the same function ----------------------------------------------------------------------------
+
+
+def _stride(model: nn.Module) -> None:
+    model.get_submodule("conv1.0").stride = (1, 1)  # type: ignore[assignment]
+
+
+def _pooling(model: nn.Module) -> None:
+    model.maxpool = nn.AvgPool2d(3, 2, 1)  # type: ignore[assignment]
+
+
+def _clipping(model: nn.Module) -> None:
+    model.act1 = nn.Hardtanh(0, 1)  # type: ignore[index, assignment]
+
+
+def _epsilon(model: nn.Module) -> None:
+    model.bn1.eps = 1e-3  # type: ignore[assignment]
+
+
+def _small_resnet(**arguments: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return timm_models.create("test_resnet", pretrained=False, num_classes=5, **arguments).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [_stride, _pooling, _clipping, _epsilon])
+def test_what_no_tensor_tells_demands_the_model(
+    change: Callable[[nn.Module], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, unchanged, images = _small_resnet(), _small_resnet(), torch.randn(2, 3, 32, 32)
+    change(model)
+    save(model, tmp_path / "m", size=(3, 32, 32))
+    assert "load() will need model=" in caplog.text
+    assert re.search(
+        r"test_resnet\.\w+ was changed by hand.*computes something else", describe(tmp_path / "m").no_recipe
+    )  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"load\(path, model=\.\.\.\).*was changed by hand.*something else"):
+        load(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"Every tensor fits, but the outputs .* \(3, 32, 32\) differ by"):
+        load(tmp_path / "m", model=unchanged)
+    assert torch.equal(load(tmp_path / "m", model=model)(images), model(images))
+
+
+class _Twice(nn.Module):
+    """Returns a dictionary, and may double what it returns."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.conv, self.factor = nn.Conv2d(3, 4, 3), factor
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        features = self.conv(x)
+        return {"features": [features, features.mean((2, 3))], "scaled": features[:, :1] * self.factor, "n": 3}
+
+
+def test_a_model_of_ones_own_is_compared_where_the_size_is_known(tmp_path: Path) -> None:
+    model = _Twice(1.0)
+    save(model, tmp_path / "unknown")
+    load(tmp_path / "unknown", model=_Twice(1.1))
+    save(model, tmp_path / "known", size=(3, 8, 8))
+    load(tmp_path / "known", model=_Twice(1.0))
+    with pytest.raises(CheckpointError, match="computes something else"):
+        load(tmp_path / "known", model=_Twice(1.1))
+
+
+def test_the_stored_outputs_are_the_models(tmp_path: Path) -> None:
+    """Computed here by other means, in float64."""
+    model = _small_resnet(output_stride=16)
+    save(model, tmp_path / "m", size=(3, 40, 40))
+    example = describe(tmp_path / "m").example
+    assert example is not None
+    assert example.size == (3, 40, 40)
+    generator = np.random.RandomState(0)
+    images = [generator.standard_normal((3, 40, 40)), 4 * generator.standard_normal((3, 40, 40))]
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).double()(torch.tensor(np.array(images)))
+    assert torch.allclose(torch.tensor(example.outputs, dtype=torch.float64), wanted.flatten(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_difference_is_relative(tmp_path: Path) -> None:
+    """A change of every output by a share of itself: refused above the tolerance, accepted below."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 700))
+    save(model, tmp_path / "m", size=(3, 2, 2))
+    path = tmp_path / "m" / DESCRIPTION
+    body = json.loads(path.read_text())
+    assert len(body["example"]["outputs"]) == 234  # every sixth of 1400
+    for share, refused in ((0.9e-4, False), (1.1e-4, True)):
+        changed = copy.deepcopy(body)
+        changed["example"]["outputs"] = [value * (1 + share) for value in body["example"]["outputs"]]
+        changed.pop("sha256")
+        path.write_text(json.dumps({**changed, "sha256": checksum(changed)}))
+        with pytest.raises(CheckpointError, match=r"differ by 0\.00011") if refused else contextlib.nullcontext():
+            load(tmp_path / "m", model=nn.Sequential(nn.Flatten(), nn.Linear(12, 700)))
+
+
+def test_a_file_without_outputs_is_read(saved: Path, tiny: nn.Module) -> None:
+    """As versions before the third wrote it."""
+
+    def strip(body: dict[str, Any]) -> None:
+        for name in ("example", "no_recipe"):
+            body.pop(name)
+        body["format_version"] = 2
+
+    _rewritten(saved, strip)
+    assert _same(load(saved), tiny)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("classes", [9, 2, 0])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_another_head(name: str, classes: int, tmp_path: Path) -> None:
+    model, images = timm_models.create(name, pretrained=False, num_classes=5).eval(), torch.randn(2, 3, 160, 160)
+    save(model, tmp_path / "dense")
+    model = load(tmp_path / "dense")
+    model.reset_classifier(classes)  # type: ignore[operator]
+    save(model, tmp_path / "m")
+    loaded = load(tmp_path / "m")
+    assert loaded.num_classes == classes
+    assert torch.equal(loaded(images), model(images))
+
+
+def test_a_head_that_was_replaced_by_hand(tmp_path: Path) -> None:
+    """The model itself still tells the old number of classes."""
+    model = _small_resnet()
+    model.fc = nn.Linear(model.fc.in_features, 8)  # type: ignore[union-attr, arg-type, assignment]
+    save(model, tmp_path / "m")
+    assert load(tmp_path / "m").num_classes == 8
+    model.fc = nn.Linear(model.fc.in_features, 3)  # type: ignore[union-attr, arg-type, assignment]
+    save(model, tmp_path / "smaller")
+    assert load(tmp_path / "smaller", model=_small_resnet()).num_classes == 3
+
+
+def test_a_loaded_model_is_trained_and_saved_again(tmp_path: Path) -> None:
+    model = _small_resnet()
+    _cut(model, torch.arange(9), ("layer2.0.conv1", "layer2.0.bn1"), ("layer2.0.conv2",))
+    jbrprune.save(model, tmp_path / "first", report={"macs": 1})
+    trained = jbrprune.load(tmp_path / "first").train()
+    optimiser = torch.optim.SGD(trained.parameters(), 0.1)
+    trained(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimiser.step()
+    jbrprune.save(trained, tmp_path / "second", report=describe(tmp_path / "first").report)
+    assert trained.training
+    assert _same(load(tmp_path / "second"), trained)
+    assert not _same(load(tmp_path / "second"), model)
+    assert describe(tmp_path / "second").report == {"macs": 1}

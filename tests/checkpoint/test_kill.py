@@ -113,11 +113,11 @@ def test_save_killed_at_every_operation_on_files(tmp_path: Path) -> None:
 
     def check() -> None:
         found.append(known.index(_value(target)))
-        save(target, old, recipe=None, overwrite=True)  # whatever was left does not disturb the next one
+        save(old, target, overwrite=True)  # whatever was left does not disturb the next one
         assert _value(target) == known[0]
 
-    save(target, old, recipe=None)
-    deaths = every_operation(lambda: save(target, new, recipe=None, overwrite=True), tmp_path, check)
+    save(old, target)
+    deaths = every_operation(lambda: save(new, target, overwrite=True), tmp_path, check)
     assert deaths >= 10
     assert set(found) == {0, 1}
     assert found == sorted(found)  # old before the rename, new from then on
@@ -132,7 +132,7 @@ def test_save_of_the_first_model_killed_leaves_nothing_or_all(tmp_path: Path) ->
         if found[-1]:
             assert _value(target) == float(own().get_parameter("fc.bias")[0].detach())
 
-    every_operation(lambda: save(target, own(), recipe=None, overwrite=True), tmp_path, check)
+    every_operation(lambda: save(own(), target, overwrite=True), tmp_path, check)
     assert found[0] is False
     assert found[-1] is True
 
@@ -178,7 +178,7 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
     whole = sweep(own(), IMAGES, shares, **options)
     large = nn.Sequential(nn.Flatten(), nn.Linear(3000, 1500))
     target = tmp_path / "large"
-    save(target, large, recipe=None)
+    save(large, target)
     deaths, longest = 0, 0.0
     for trial in range(60):
         directory = tmp_path / f"sweep-{trial}"
@@ -187,7 +187,7 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
             sweep(own(), IMAGES, shares, **options, resume=directory)
             with torch.no_grad():
                 large.get_parameter("1.weight").fill_(trial)
-            save(target, large, recipe=None, overwrite=True)
+            save(large, target, overwrite=True)
 
         began = time.monotonic()
         child = forked(work, lambda: None)

@@ -134,14 +134,14 @@ def test_outputs_are_bit_equal(
     x = torch.randn(2, 3, 8, 8, dtype=next(model.parameters()).dtype)
     expected = model(x)
     before = fingerprint(model)
-    save(tmp_path / "m", model, recipe=None)
+    save(model, tmp_path / "m")
     assert fingerprint(model) == before
     loaded = load(tmp_path / "m", model=dense)
     assert torch.equal(loaded(x), expected)
     assert torch.isfinite(expected).all()
     assert _same(loaded, model)
     assert not any(module.training for module in loaded.modules())
-    save(tmp_path / "again", loaded, recipe=None)
+    save(loaded, tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "m" / WEIGHTS).read_bytes()
 
 
@@ -151,7 +151,7 @@ def _shared_names(net: _Net) -> _Net:
 
 
 def test_sharing_comes_back(tmp_path: Path) -> None:
-    save(tmp_path / "m", _shared(_Net()), recipe=None)
+    save(_shared(_Net()), tmp_path / "m")
     loaded = load(tmp_path / "m", model=_shared_names(_Net()))
     assert isinstance(loaded, _Net)
     assert loaded.a.weight_orig is loaded.b.weight_orig
@@ -160,7 +160,7 @@ def test_sharing_comes_back(tmp_path: Path) -> None:
 
 def test_pruning_goes_on_and_masks_can_be_made_permanent(tmp_path: Path) -> None:
     model = _half(_Net()).eval()
-    save(tmp_path / "m", model, recipe=None)
+    save(model, tmp_path / "m")
     loaded = load(tmp_path / "m", model=_Net())
     assert isinstance(loaded, _Net)
     assert isinstance(model, _Net)
@@ -175,7 +175,7 @@ def test_pruning_goes_on_and_masks_can_be_made_permanent(tmp_path: Path) -> None
 
 
 def test_a_loaded_model_trains_where_it_is_not_masked(tmp_path: Path) -> None:
-    save(tmp_path / "m", _half(_Net()), recipe=None)
+    save(_half(_Net()), tmp_path / "m")
     loaded = load(tmp_path / "m", model=_Net())
     assert isinstance(loaded, _Net)
     loaded(torch.randn(4, 3, 8, 8)).square().sum().backward()
@@ -194,7 +194,7 @@ def test_masked_and_shrunk_by_its_recipe(tmp_path: Path) -> None:
     _masked_everywhere(model, 0.7)
     x = torch.randn(2, 3, 32, 32)
     expected = model(x)
-    save(tmp_path / "m", model, recipe=TINY)
+    save(model, tmp_path / "m")
     loaded = load(tmp_path / "m")
     assert torch.equal(loaded(x), expected)
     assert _same(loaded, model)
@@ -207,7 +207,7 @@ def test_masked_and_shrunk_by_its_recipe(tmp_path: Path) -> None:
 def test_a_sparse_file_is_small(masked: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     layer = nn.Linear(512, 512, dtype=dtype)
     prune.random_unstructured(layer, "weight", 0.9)
-    save(tmp_path / "m", layer if masked else _permanent(layer), recipe=None)
+    save(layer if masked else _permanent(layer), tmp_path / "m")
     entries, size = 512 * 512, layer.bias.element_size()
     expected = round(0.1 * entries) * size + entries // 8 + 512 * size
     assert 0 <= (tmp_path / "m" / WEIGHTS).stat().st_size - expected < 500
@@ -218,7 +218,7 @@ def test_only_parameters_that_become_smaller_are_packed(tmp_path: Path) -> None:
     with torch.no_grad():
         net.get_parameter("0.weight").fill_(1).view(-1)[:2] = 0  # 2 * 4 bytes are saved, the bitmap takes 64 / 8
         net.get_parameter("0.bias").fill_(1)[0] = 0  # 4 bytes are saved, the bitmap takes 1
-    save(tmp_path / "m", net, recipe=None)
+    save(net, tmp_path / "m")
     values = {name: info.values for name, info in describe(tmp_path / "m").tensors.items()}
     assert {name: count for name, count in values.items() if count is not None} == {"0.bias": 7, "1.bias": 0}
     assert not any(info.masked for info in describe(tmp_path / "m").tensors.values())
@@ -227,7 +227,7 @@ def test_only_parameters_that_become_smaller_are_packed(tmp_path: Path) -> None:
 
 def test_values_under_a_mask_are_not_kept(tmp_path: Path) -> None:
     net = _half(_Net())
-    save(tmp_path / "m", net, recipe=None)
+    save(net, tmp_path / "m")
     loaded = load(tmp_path / "m", model=_Net()).state_dict()
     assert net.state_dict()["a.weight_orig"].all()
     assert torch.equal(loaded["a.weight_orig"] != 0, loaded["a.weight_mask"] != 0)
@@ -235,8 +235,8 @@ def test_values_under_a_mask_are_not_kept(tmp_path: Path) -> None:
 
 def test_version_1_is_read(tmp_path: Path) -> None:
     net = _Net()
-    save(tmp_path / "m", net, recipe=None)
-    assert json.loads((tmp_path / "m" / DESCRIPTION).read_text())["format_version"] == 2
+    save(net, tmp_path / "m")
+    assert json.loads((tmp_path / "m" / DESCRIPTION).read_text())["format_version"] == 3
     _rewritten(tmp_path / "m", lambda body: body.__setitem__("format_version", 1))
     assert _same(load(tmp_path / "m", model=_Net()), net)
 
@@ -281,12 +281,12 @@ UNSAVABLE = {
 def test_save_refuses(case: str, tmp_path: Path) -> None:
     make, message = UNSAVABLE[case]
     with pytest.raises(ModelError, match=message):
-        save(tmp_path / "m", make(), recipe=None)
+        save(make(), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_load_refuses_a_masked_model_to_fill(tmp_path: Path) -> None:
-    save(tmp_path / "m", _Net(), recipe=None)
+    save(_Net(), tmp_path / "m")
     with pytest.raises(CheckpointError, match=r"load needs a model without masks.*make_permanent"):
         load(tmp_path / "m", model=_half(_Net()))
 
@@ -316,7 +316,7 @@ def _repacked(directory: Path, change: Callable[[dict[str, Tensor]], object]) ->
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """``a.weight`` [6, 6] keeps 18 values and has a bitmap of 5 bytes; ``a.bias`` is dense."""
-    save(tmp_path / "saved", _half(_Net()), recipe=None)
+    save(_half(_Net()), tmp_path / "saved")
     return tmp_path / "saved"
 
 

@@ -47,7 +47,7 @@ def test_the_disk_has_the_contents_before_the_name(tmp_path: Path, monkeypatch: 
     assert done == [(tmp_path / "file").stat().st_ino, "rename"]
 
     done.clear()
-    save(tmp_path / "model", nn.Linear(1, 1), recipe=None)
+    save(nn.Linear(1, 1), tmp_path / "model")
     files = [tmp_path / "model" / name for name in (WEIGHTS, DESCRIPTION)]
     assert done == [*(path.stat().st_ino for path in files), "rename"]
 

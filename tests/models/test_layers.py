@@ -61,7 +61,7 @@ def test_every_width_that_pruning_changes_is_restored(name: str, tmp_path: Path)
     model, recipe, images = pruned(name, **NETS[name])
     dense = sizes(timm_models.build(recipe))
     assert len([key for key, value in sizes(model).items() if dense[key] != value]) >= 8
-    save(tmp_path / "m", model, recipe=recipe)
+    save(model, tmp_path / "m")
     loaded = load(tmp_path / "m")
     assert sizes(loaded) == sizes(model)
     assert loaded.feature_info == model.feature_info

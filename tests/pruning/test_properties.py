@@ -317,7 +317,7 @@ def test_what_is_saved_comes_back_to_the_bit(examples: int, untouched: Untouched
             remove_units(pruned, groups, some(groups, keep, seed))
         other = replace(recipe, seed=recipe.seed + 1).build().to(dtype)
         with tempfile.TemporaryDirectory() as folder, untouched(pruned), untouched(other):
-            save(Path(folder, "m"), pruned, recipe=None)
+            save(pruned, Path(folder, "m"))
             loaded = jbrprune.load(Path(folder, "m"), model=other)
         expected, found = pruned.state_dict(), loaded.state_dict()
         assert found.keys() == expected.keys()
