@@ -114,8 +114,8 @@ def weight_scores(
             in the published code. ``signed``: \|E[w g]\|, the form of SNIP. The last two need no gradient of a single
             sample: they cost one backward per batch.
         ignore: Globs of modules or parameters that are left out (a module covers its submodules).
-        parameters: ``weights`` of convolutions and linear layers, or ``all``: their biases, and the scales and biases
-            of norms, as well.
+        parameters: ``weights`` of convolutions, linear layers and `nn.MultiheadAttention`, or ``all``: their biases,
+            and the scales and biases of norms, as well.
         batch_size: Images per pass where the data do not say.
         progress: Show a progress bar.
 
@@ -247,7 +247,8 @@ def _scored_weights(model: nn.Module, parameters: Parameters, ignore: Sequence[s
     found = list(weights_of(model, ignore).values())
     if parameters == "all":
         left_out = ignored(model, ignore)
-        known = (slot for slot in slots(model) if layers.channel_dim(slot.module) is not None)
+        attention = nn.MultiheadAttention
+        known = (s for s in slots(model) if layers.channel_dim(s.module) is not None or isinstance(s.module, attention))
         found = [slot for slot in known if not {slot.name, slot.name.rpartition(".")[0]} & left_out]
     if not found:
         raise ModelError("The model has no convolution or linear layer left to score. Is everything in `ignore`?")

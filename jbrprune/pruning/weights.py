@@ -116,8 +116,8 @@ class Weights(Structure):
         """A model with zeros, without the channels that contribute nothing if that was asked for."""
         rows, notes, options, masks = [], list(self.notes()), self.options, dict(self.masks)
         for name, layer in zip(self.shapes, self.consumers):
-            kind = type(self.model.get_submodule(layer)).__name__
-            rows.append(LayerRow(layer, kind, "weight", masks[name].numel(), int(masks[name].sum())))
+            kind, mask = type(self.model.get_submodule(layer)).__name__, masks[name]
+            rows.append(LayerRow(name.removesuffix(".weight"), kind, "weight", mask.numel(), int(mask.sum())))
         model = preserve.copy_model(self.model) if len(self.stops) > 1 else self.model
         if options.shrink:
             parameters = {slot.name for slot in slots(model)}  # removing channels knows nothing smaller than modules
@@ -140,12 +140,12 @@ class Weights(Structure):
         if self.skipped:
             yield (
                 f"Not pruned, because {self.stop} does not divide the number of their inputs: "
-                f"{', '.join(name.rpartition('.')[0] for name in self.skipped)}."
+                f"{', '.join(name.removesuffix('.weight') for name in self.skipped)}."
             )
         own, floor = {name: self.masks[name] for name in self.shapes}, self.options.floor
         floored = [] if isinstance(self.stop, Pattern) else at_floor(own, floor)
         if floored:
-            shown = ", ".join(name.rpartition(".")[0] for name in floored[:8])
+            shown = ", ".join(name.removesuffix(".weight") for name in floored[:8])
             more = f" and {len(floored) - 8} more" if len(floored) > 8 else ""
             yield f"Only the floor ({floor:g} of the weights, at least one) is left of {shown}{more}."
 

@@ -18,17 +18,19 @@ from torch.nn.utils import prune
 from jbrprune.errors import ModelError
 from jbrprune.structure.groups import match_names
 
-KINDS = ("weight", "bias")
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""Weights of `nn.MultiheadAttention`, whose last projection is a linear layer of its own."""
+KINDS = ("weight", "bias", *PROJECTIONS, "in_proj_bias")
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A place of a parameter: ``module.weight`` or ``module.bias``; a shared parameter has several.
+    """A place of a parameter, such as ``module.weight`` or ``module.bias``; a shared parameter has several.
 
     Attributes:
         name: Qualified name, such as ``layer1.0.conv1.weight``, also where the module is masked.
         module: The module that owns it.
-        kind: ``weight`` or ``bias``.
+        kind: One of `KINDS`.
     """
 
     name: str
@@ -58,6 +60,16 @@ class Slot:
         return getattr(self.module, self.kind)
 
     @property
+    def is_weight(self) -> bool:
+        """Whether it is a matrix or a kernel: of a convolution, a linear layer or an attention."""
+        attention = isinstance(self.module, nn.MultiheadAttention) and self.kind in PROJECTIONS
+        return attention or (self.kind == "weight" and isinstance(self.module, nn.modules.conv._ConvNd | nn.Linear))
+
+    def renew(self) -> None:
+        """Make the effective values of a masked parameter anew, as its hook does when the module is called."""
+        setattr(self.module, self.kind, self.stored * self.mask.to(self.stored))  # type: ignore[union-attr]
+
+    @property
     def effective(self) -> Tensor:
         """Values that count, without a graph: the parameter, zero where it is masked."""
         weight = self.stored.detach()
@@ -65,22 +77,18 @@ class Slot:
 
 
 def slots(model: nn.Module) -> list[Slot]:
-    """Every plain or masked ``weight`` and ``bias``."""
-    possible = [
-        Slot(f"{name}.{kind}".removeprefix("."), module, kind)
-        for name, module in model.named_modules()
-        for kind in KINDS
-    ]
-    return [slot for slot in possible if slot.module._parameters.get(slot.kind) is not None or slot.masked]
+    """Every plain or masked parameter of one of `KINDS`."""
+    return [slot for slot in _places(model) if slot.module._parameters.get(slot.kind) is not None or slot.masked]
 
 
-def is_weight_layer(module: nn.Module) -> bool:
-    """Whether its weight is a matrix or a kernel: a convolution or a linear layer."""
-    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+def _places(model: nn.Module) -> Iterator[Slot]:
+    """Where a parameter may be."""
+    for name, module in model.named_modules():
+        yield from (Slot(f"{name}.{kind}".removeprefix("."), module, kind) for kind in KINDS)
 
 
 def weights_of(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Slot]:
-    """Weights of all convolutions and linear layers by name, a shared one under its first name.
+    """Weights of all convolutions, linear layers and attentions by name, a shared one under its first name.
 
     A shared weight that is ignored in one place is left out everywhere: it is one tensor.
 
@@ -96,7 +104,7 @@ def weights_of(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Slot]:
     stays = {id(slot.stored) for slot in every if {slot.name, slot.name.rpartition(".")[0]} & left_out}
     found: dict[int, Slot] = {}
     for slot in every:
-        if slot.kind == "weight" and is_weight_layer(slot.module) and id(slot.stored) not in stays:
+        if slot.is_weight and id(slot.stored) not in stays:
             found.setdefault(id(slot.stored), slot)
     return {slot.name: slot for slot in found.values()}
 
@@ -112,14 +120,14 @@ def refuse_computed_weights(model: nn.Module, ignore: Sequence[str]) -> None:
         ModelError: Names the first that is not ignored.
     """
     left_out = ignored(model, ignore)
-    for name, module in model.named_modules():
-        full = f"{name}.weight".removeprefix(".")
-        computed = module._parameters.get("weight") is None and isinstance(getattr(module, "weight", None), Tensor)
-        if is_weight_layer(module) and computed and not {name, full} & left_out:
+    for slot in _places(model):
+        own = slot.module._parameters.get(slot.kind)
+        computed = own is None and isinstance(getattr(slot.module, slot.kind, None), Tensor)
+        if slot.is_weight and computed and not {slot.name, slot.name.rpartition(".")[0]} & left_out:
             raise ModelError(
-                f"{full} ({type(module).__name__}) is not a plain parameter (a parametrization or a weight norm "
-                "computes it), so a single weight has no meaning there. Remove the parametrization, or put it into "
-                "`ignore`."
+                f"{slot.name} ({type(slot.module).__name__}) is not a plain parameter (a parametrization or a weight "
+                "norm computes it), so a single weight has no meaning there. Remove the parametrization, or put it "
+                "into `ignore`."
             )
 
 
@@ -140,7 +148,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ModelError: Modules that share a parameter mask it differently, so that no single tensor stands for both. Or a
-            mask of something else than ``weight`` or ``bias`` of a module, or of other values than 0 and 1.
+            mask of something else than `KINDS`, or of other values than 0 and 1.
     """
     _refuse_foreign(model)
     refuse_hidden_sharing(model, [slot.name for slot in slots(model) if slot.masked])
@@ -163,7 +171,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def refuse_hidden_sharing(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse to mask a parameter that is also used under a name other than ``weight`` or ``bias``: it would not see it.
+    """Refuse to mask a parameter that is also used under a name that is none of `KINDS`: it would not see it.
 
     Raises:
         ModelError: Names both places.
@@ -205,6 +213,22 @@ def put_masks(model: nn.Module, masks: Mapping[str, Tensor], originals: Mapping[
         for slot in places[id(stored)]:  # a shared parameter would be whole again in a module without the mask
             if not slot.masked:
                 prune.custom_from_mask(slot.module, slot.kind, mask.to(stored))
+    for module in model.modules():
+        read = any(slot.masked for child in module.children() if isinstance(child, nn.Linear) for slot in slots(child))
+        if read and renew_children not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(renew_children)
+
+
+def renew_children(module: nn.Module, args: object) -> None:
+    """Make the masked weights of a module's linear layers anew before its forward.
+
+    `nn.MultiheadAttention` reads the weight of its last projection, and timm's BEiT, EVA and Swin-v2 that of ``qkv``,
+    without calling the layer: the hook that masks it never runs.
+    """
+    for child in module.children():
+        for slot in slots(child) if isinstance(child, nn.Linear) else ():
+            if slot.masked:
+                slot.renew()
 
 
 def make_permanent(model: nn.Module) -> nn.Module:
@@ -220,7 +244,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ModelError: A mask of something else than ``weight`` or ``bias`` of a module.
+        ModelError: A mask of something else than `KINDS`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 2))
@@ -234,6 +258,9 @@ def make_permanent(model: nn.Module) -> nn.Module:
         if mask is not None:
             prune.remove(slot.module, slot.kind)
             slot.stored.data.masked_fill_(mask == 0, 0)  # torch leaves -0.0, a value like any other in a file
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is renew_children]:
+            del module._forward_pre_hooks[key]
     return model
 
 
@@ -248,7 +275,7 @@ def fresh(model: nn.Module) -> Iterator[None]:
     before = [slot.used for slot in masked]
     try:
         for slot in masked:
-            setattr(slot.module, slot.kind, slot.stored * slot.mask.to(slot.stored))  # type: ignore[union-attr]
+            slot.renew()
         yield
     finally:
         for slot, tensor in zip(masked, before):
@@ -256,7 +283,7 @@ def fresh(model: nn.Module) -> Iterator[None]:
 
 
 def _refuse_foreign(model: nn.Module) -> None:
-    """Only weights and biases are looked at: any other mask would be overlooked."""
+    """Only `KINDS` are looked at: any other mask would be overlooked."""
     masked = [name.removesuffix("_mask") for name, _ in model.named_buffers() if name.endswith("_mask")]
     parameters = dict(model.named_parameters())
     for name in masked:

@@ -329,12 +329,18 @@ def _attention() -> nn.Module:
     return Attending()
 
 
+def _computed(net: nn.Module) -> nn.Module:
+    nn.utils.parametrize.register_parametrization(net.attention, "in_proj_weight", nn.Identity())  # type: ignore[arg-type]
+    return net
+
+
 @pytest.mark.parametrize(
     "net, message",
     [
         (Moved, "samples influence each other"),
         (Noisy, "random in eval mode"),
         (lambda: cases._chain(nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 3))), "not a plain parameter"),
+        (lambda: _computed(_attention()), r"attention.in_proj_weight \(.*\) is not a plain parameter"),
         (lambda: nn.Sequential(nn.ReLU(), nn.Flatten()), "no convolution or linear layer left"),
     ],
 )
