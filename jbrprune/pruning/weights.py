@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,8 @@ from jbrprune.sparsity.dead_channels import shrink
 from jbrprune.sparsity.masks import ignored, masks_of, refuse_computed_weights, slots, weights_of
 from jbrprune.sparsity.patterns import Pattern, at_floor, keep_most_important, keep_pattern, schedule
 
+logger = logging.getLogger(__name__)
+
 Criterion = Callable[[nn.Module, Sequence[Batch], Sequence[str]], Mapping[str, Any] | WeightScores]
 """``criterion(model, batches, names)`` -> weight name -> scores in its shape; the lowest goes first."""
 Goal = float | Pattern
@@ -38,11 +41,13 @@ class Weights(Structure):
     Attributes:
         shapes: Name of a weight that may be pruned -> its shape.
         macs: Multiply-accumulates of the model, which zeros do not change.
+        adapted: Says which weights are pruned beside an adapter; empty if none is.
         skipped: Weights that an N:M pattern does not fit.
     """
 
     shapes: dict[str, torch.Size]
     macs: int
+    adapted: str = ""
     skipped: tuple[str, ...] = ()
 
     def goals(self) -> Iterator[Goal]:
@@ -136,7 +141,9 @@ class Weights(Structure):
         return model, masks, {"budget": budget, "pruned": size, "layers": tuple(rows), "notes": tuple(notes)}
 
     def notes(self) -> Iterator[str]:
-        """Which weights a pattern does not fit, and of which only the floor is left."""
+        """Which weights have adapters, which a pattern does not fit, and of which only the floor is left."""
+        if self.adapted:
+            yield self.adapted
         if self.skipped:
             yield (
                 f"Not pruned, because {self.stop} does not divide the number of their inputs: "
@@ -169,18 +176,51 @@ def find_weights(problem: Problem, options: WeightOptions, stops: Sequence[Goal]
         raise UnsupportedModelError("The model has no convolution or linear layer left to prune. Is all in `ignore`?")
     refuse_computed_weights(model, options.ignore)
     given = {name: mask.cpu() for name, mask in masks_of(problem.given).items()}
+    adapted = describe_adapters(model, shapes)
+    if adapted:
+        logger.warning("%s", adapted)
     consumers = [name.rpartition(".")[0] for name in shapes]
     weights = Weights(
         *(problem, options, model, tuple(stops), consumers),
         masks={name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()} | given,
         shapes=shapes,
         macs=sum(count_macs(model, problem.example).values()),
+        adapted=adapted,
     )
     if isinstance(options.criterion, WeightScores):
         check_scores(options.criterion, shapes, least=0)
     for stop in stops:
         weights.select({name: weights.masks[name].float() for name in shapes}, stop)
     return weights
+
+
+def describe_adapters(model: nn.Module, names: Iterable[str]) -> str:
+    """Say which weights have an adapter beside them, as LoRA puts it there; nothing if none has.
+
+    An adapter is a module with a parameter or submodule called ``lora_...``, or with a ``base_layer``, as in peft.
+
+    Args:
+        model: The model.
+        names: Weights that are pruned.
+
+    Example:
+        >>> layer = nn.Linear(4, 4)
+        >>> layer.lora_A, layer.lora_B = nn.Parameter(torch.zeros(1, 4)), nn.Parameter(torch.zeros(4, 1))
+        >>> describe_adapters(nn.Sequential(layer), ["0.weight"])[:42]
+        '0.weight (and 0 more) has an adapter (LoRA'
+    """
+    found = []
+    for prefix, module in model.named_modules():
+        own = [name for name in (*module._parameters, *module._modules) if "lora_" in name.lower()]
+        if own or "base_layer" in module._modules:
+            inside = [name.removeprefix(f"{prefix}.") for name in names if f".{name}".startswith(f".{prefix}.")]
+            found += [f"{prefix}.{name}" for name in inside if name.partition(".")[0] not in own]
+    if not found:
+        return ""
+    return (
+        f"{found[0]} (and {len(found) - 1} more) has an adapter (LoRA) beside it: merging it adds to the "
+        "weight, and its zeros vanish. Merge first (peft: model.merge_and_unload()), then call sparsify."
+    )
 
 
 def size_with_masks(model: nn.Module, masks: Mapping[str, Tensor], macs: int) -> Size:

@@ -548,3 +548,77 @@ def test_channels_are_scored_by_default(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Relevance, "__call__", lambda *a, **k: (seen.append(a[0]), original(*a, **k))[1])
     prune(own(), IMAGES, macs=0.8, steps=1, **QUICK)
     assert seen[0] == Relevance("pseudo_label", "consumer", "second_moment", 128, 0.0, seed=1)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """A frozen linear layer and two low-rank matrices, as modules by name, which is peft's form."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, layer.out_features, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+    def merge(self) -> nn.Linear:
+        with torch.no_grad():
+            self.base_layer.weight += self.lora_B["default"].weight @ self.lora_A["default"].weight  # type: ignore[operator]
+        return self.base_layer
+
+
+class Inherited(nn.Linear):
+    """The matrices are parameters of a linear layer's own, which is loralib's form."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+class Beside(nn.Module):
+    """A convolution with one below and one above it, which is the form of diffusion models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lora_down, self.lora_up = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 2, 3), nn.Conv2d(2, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.lora_up(self.lora_down(x))
+
+
+def adapted(kind: str) -> tuple[nn.Module, str]:
+    torch.manual_seed(0)
+    stem, pool = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    if kind == "beside":
+        return nn.Sequential(Beside(), pool, nn.Linear(8, CLASSES)), "0.conv.weight"
+    layer = Adapter(nn.Linear(8, CLASSES)) if kind == "adapter" else Inherited(8, CLASSES)
+    return nn.Sequential(stem, pool, layer), "2.base_layer.weight" if kind == "adapter" else "2.weight"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "inherited", "beside"])
+def test_zeros_beside_an_adapter_are_warned_of(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, name = adapted(kind)
+    result = sparsify(model, IMAGES, sparsity=0.5, **QUICK)
+    said = f"{name} (and 0 more) has an adapter (LoRA) beside it"
+    assert caplog.text.count(said) == 1
+    assert sum(note.startswith(said) for note in result.report.notes) == 1
+    assert (result.model.get_parameter(name) == 0).any()
+    caplog.clear()
+    sparsify(model, IMAGES, sparsity=0.5, ignore=[name], **QUICK)
+    assert "adapter" not in caplog.text
+
+
+def test_a_merged_adapter_is_an_ordinary_layer(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = adapted("adapter")
+    outputs = model(IMAGES)
+    model[2] = model[2].merge()  # type: ignore[index, union-attr, operator]
+    torch.testing.assert_close(model(IMAGES), outputs)
+    assert sparsify(model, IMAGES, sparsity=0.5, **QUICK).report.notes == ()
+    assert "adapter" not in caplog.text
