@@ -26,6 +26,7 @@ from jbrprune.checkpoint.checkpoint import check_target, load, write_card
 from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.data import distributed
+from jbrprune.data.batches import class_indices
 from jbrprune.data.images import open_data
 from jbrprune.errors import ArgumentError, CheckpointError, JBRError
 from jbrprune.evaluation.agreement import Agreement, agreement, combine, compute_logits, parameters_of
@@ -383,7 +384,8 @@ def measure_agreement(
                 break
             with distributed.alone():
                 wanted, found = (compute_logits(model, [batch])[0] for model in (models[0], models[-1]))
-            parts.append(agreement(found, wanted, batch.labels))
+            labels = class_indices(batch.labels, batch.images.shape[:1], wanted.shape[1])
+            parts.append(agreement(found, wanted, labels))
             example = batch.images[:1]
     if images is None:  # else the ranks stop at different places
         share.check()

@@ -55,7 +55,7 @@ def label(logits: Tensor, target: Target) -> Tensor:
     """Cross-entropy against the true label: m = softmax(f) - onehot(y)."""
     if target.labels is None:
         raise DataError(
-            "objective 'label' needs labels, but the data yield images only. Yield (image, label) "
+            "objective 'label' needs labels, but the data yield none that are class indices. Yield (image, label) "
             "tuples, or choose a label-free objective such as 'pseudo_label'."
         )
     _need_classes("label", logits)

@@ -6,7 +6,9 @@ items are tensors, ``(image, label)`` tuples or dicts, batched ``[B, C, H, W]`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +17,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 from jbrprune.errors import DataError, NonFiniteError
 
-IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
-LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+logger = logging.getLogger(__name__)
+
+IMAGE_KEYS = ("image", "images", "img", "pixel_values", "input", "inputs", "x", "jpg", "jpeg", "png", "webp")
+LABEL_KEYS = ("label", "labels", "target", "targets", "y", "fine_label", "cls")
+"""Keys of Hugging Face data sets and processors, and of webdataset, among others; the first that is there counts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +147,8 @@ def _items(data: object, batch_size: int) -> Iterator[object]:
     if isinstance(data, Mapping | str | bytes) or not isinstance(data, Iterable):
         raise DataError(
             f"Cannot read images from {type(data).__name__}: pass a folder, a tensor [N, C, H, W], a Dataset, "
-            "a DataLoader, or an iterable of tensors, (image, label) tuples or dicts."
+            "a DataLoader, or an iterable of tensors, (image, label) tuples or dicts; of one dict, a value: "
+            "data['pixel_values'], data['train']."
         )
     return iter(data)
 
@@ -163,25 +169,68 @@ def _gather(items: Iterator[object], batch_size: int) -> Iterator[Batch]:
 
 
 def _as_batch(item: object) -> Batch:
-    """Images and class indices; no labels from anything else (captions, boxes, soft labels), which nothing can use."""
+    """Images apart from any graph, and class indices where there is one for every image."""
     if isinstance(item, Batch):
-        return item
-    kind = type(item).__name__
-    if isinstance(item, Mapping):
-        kind = f"dict with keys {sorted(item)}"
+        images, labels, kind = item.images, item.labels, "Batch"
+    elif isinstance(item, Mapping):
+        kind = f"dict with keys {sorted(map(str, item))}"
         images, labels = (next((item[key] for key in keys if key in item), None) for keys in (IMAGE_KEYS, LABEL_KEYS))
     else:
-        images, labels, *_ = (*item, None, None) if isinstance(item, list | tuple) else (item, None)
+        several = isinstance(item, list | tuple)
+        images, labels, *_ = (*item, None, None) if several else (item, None)
+        kind = type(item).__name__ + f" that begins with {type(images).__name__}" * several
     if not isinstance(images, Tensor):
         raise DataError(
-            f"The data yielded a {kind}; expected a tensor, an (image, label) tuple or a dict with one of the keys "
-            f"{', '.join(IMAGE_KEYS)}. A Dataset of PIL images needs a transform: pass the folder instead."
+            f"The data yielded a {kind}; expected a tensor, an (image, label) tuple or a dict with a tensor under one "
+            f"of the keys {', '.join(IMAGE_KEYS)}. {CONVERSIONS}"
         )
+    labels = class_indices(labels, images.shape[:-3])
+    return (
+        replace(item, images=images.detach(), labels=labels)
+        if isinstance(item, Batch)
+        else Batch(images.detach(), labels)
+    )
+
+
+CONVERSIONS = (
+    "Of an array (height, width, channel) write torch.from_numpy(array).permute(2, 0, 1) / 255, of a list of images "
+    "torch.stack(images), of a webdataset .decode('pil').to_tuple('jpg', 'cls'); of PIL images pass a list, a Dataset "
+    "or the folder, or apply a transform."
+)
+
+
+def class_indices(labels: object, shape: Sequence[int], classes: int | None = None) -> Tensor | None:
+    """Labels as class indices; None, which is said once, where they are none: nothing but a report may need them.
+
+    Masks, captions, boxes, one-hot or soft labels are none, nor is -1, which stands for an image without a label.
+
+    Args:
+        labels: What the data hold; None: nothing.
+        shape: ``(B,)``, or nothing for a single image.
+        classes: Number of classes of the model, if it is known.
+
+    Example:
+        >>> class_indices([3, 1], (2,)), class_indices([[0.2, 0.8]], (1,))
+        (tensor([3, 1]), None)
+    """
+    if labels is None:
+        return None
     try:
-        indices = None if labels is None else torch.as_tensor(labels)
+        found = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
-        indices = None
-    return Batch(images, None if indices is None or indices.is_floating_point() else indices)
+        return warn_of_labels(f"a {type(labels).__name__} of what is no number")
+    if found.is_floating_point() or found.is_complex() or found.shape != tuple(shape):
+        return warn_of_labels(f"{str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}")
+    least, most = (int(found.min()), int(found.max())) if found.numel() else (0, -1)
+    if least < 0 or (classes is not None and most >= classes):
+        return warn_of_labels(f"values from {least} to {most}" + (f" for {classes} classes" if classes else ""))
+    return found.long()
+
+
+@functools.cache
+def warn_of_labels(what: str) -> None:
+    """Log once that labels are left out."""
+    logger.warning("The labels are left out: they are %s, and not one class index for every image.", what)
 
 
 def _check(batch: Batch, number: int) -> None:
@@ -189,15 +238,11 @@ def _check(batch: Batch, number: int) -> None:
     if images.dim() != 4 or not images.is_floating_point():
         raise DataError(
             f"Batch {number}: images must be floating point [B, C, H, W], got {images.dtype} of shape "
-            f"{tuple(images.shape)}. Integer images must be scaled and normalised first."
+            f"{tuple(images.shape)}. Of 8-bit images write (images / 255 - mean) / std, with mean and std [C, 1, 1] of "
+            "timm.data.resolve_data_config({}, model=model), and images.movedim(-1, 1) if channels are last."
         )
     if len(images) == 0:
         raise DataError(f"Batch {number} is empty: shape {tuple(images.shape)}.")
-    if batch.labels is not None and batch.labels.shape != images.shape[:1]:
-        raise DataError(
-            f"Batch {number}: {len(images)} images but labels of shape {tuple(batch.labels.shape)}; expected one class "
-            "index per image."
-        )
     if not torch.isfinite(images).all():
         bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
         raise NonFiniteError(f"Batch {number}: image {bad} contains NaN or Inf. Check the transform that made it.")

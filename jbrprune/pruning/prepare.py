@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.data import distributed
-from jbrprune.data.batches import Batch, concatenate, iterate, materialise, rebatch
+from jbrprune.data.batches import Batch, class_indices, concatenate, iterate, materialise, rebatch
 from jbrprune.data.images import open_data
 from jbrprune.errors import ArgumentError, DataError, JBRError, ModelError
-from jbrprune.evaluation.agreement import agreement, check_weights, compute_logits
+from jbrprune.evaluation.agreement import check_weights, compute_logits
 from jbrprune.evaluation.latency import describe_hardware
 from jbrprune.models import preserve, timm_models
 from jbrprune.pruning.options import RunOptions
@@ -232,9 +232,8 @@ def _read(model: nn.Module, data: object, images: int | None, options: RunOption
         logits = compute_logits(model, batches, progress=options.progress)
         batches = [replace(batch, reference=reference) for batch, reference in zip(batches, logits)]
     whole = concatenate(batches)
-    if whole.reference is not None:
-        agreement(whole.reference, whole.reference, whole.labels)  # refuses labels that are not the model's classes
-    return whole
+    assert whole.reference is not None
+    return replace(whole, labels=class_indices(whole.labels, whole.images.shape[:1], whole.reference.shape[1]))
 
 
 def provenance(seed: int, device: torch.device) -> dict[str, object]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jbrprune.criteria.weight_relevance import sample_gradients
-from jbrprune.data.batches import Batch, attach_reference, concatenate, materialise
+from jbrprune.data.batches import Batch, attach_reference, class_indices, concatenate, materialise
 from jbrprune.errors import ArgumentError, NonFiniteError, check_known
 from jbrprune.models.preserve import copy_model, device_of, inference_state, logits_of
 from jbrprune.tpv.covariances import Change, Gradients
@@ -191,7 +191,8 @@ class TrainingNoise:
         for _ in range(steps):
             picked = torch.randperm(len(whole), generator=generator)[: self.noise.batch_size]
             batch = whole.map(lambda tensor, picked=picked: tensor[picked])
-            labels, dense = batch.labels, cast(Tensor, batch.reference)
+            dense = cast(Tensor, batch.reference)
+            labels = class_indices(batch.labels, (len(batch),), dense.shape[1])
             with inference_state(self.walker, gradients=True):
                 outputs = outputs_of(self.walker, batch.images)
                 if self.noise.loss == "mse":

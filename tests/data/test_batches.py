@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,7 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from jbrprune.data.batches import Batch, attach_reference, concatenate, count, iterate, materialise, rebatch
+from jbrprune.data import batches as batches_module
+from jbrprune.data.batches import (
+    Batch,
+    attach_reference,
+    class_indices,
+    concatenate,
+    count,
+    iterate,
+    materialise,
+    rebatch,
+)
 from jbrprune.errors import DataError, NonFiniteError
 
 IMAGES = torch.arange(5 * 3 * 4 * 4, dtype=torch.float32).reshape(5, 3, 4, 4)
@@ -50,7 +61,67 @@ SOURCES: dict[str, tuple[Callable[[], object], bool]] = {
     "captions": (lambda: [(image, "a cat") for image in IMAGES], False),
     "soft labels": (lambda: [(IMAGES, torch.rand(5, 10))], False),
     "targets in dicts": (lambda: [(image, {"boxes": [1, 2]}) for image in IMAGES], False),
+    "img and fine_label": (lambda: [{"img": i, "fine_label": n} for i, n in zip(IMAGES, LABELS, strict=True)], True),
+    "processor's batch": (lambda: [UserDict(pixel_values=IMAGES, labels=LABELS)], True),
+    "webdataset": (lambda: [{"__key__": "a", "jpg": i, "cls": int(n)} for i, n in zip(IMAGES, LABELS)], True),
+    "webdataset tuples, batched": (lambda: [(IMAGES, LABELS.numpy(), ["a", "b", "c", "d", "e"])], True),
+    "8-bit labels": (lambda: [(IMAGES, LABELS.to(torch.uint8))], True),
+    "images with a graph": (lambda: [(IMAGES.clone().requires_grad_() * 1, LABELS)], True),
+    "unread images with a graph": (lambda: IMAGES.clone().requires_grad_(), False),
 }
+LEFT_OUT: dict[str, object] = {
+    "masks": torch.zeros(5, 4, 4, dtype=torch.long),
+    "a column": LABELS[:, None],
+    "one-hot": torch.eye(6, dtype=torch.long)[LABELS],
+    "soft": torch.rand(5, 6),
+    "numbers with a fraction": LABELS.float(),
+    "strings": ["a", "b", "c", "d", "e"],
+    "unlabelled": torch.full((5,), -1),
+    "partly labelled": torch.tensor([3, 1, -1, 1, 5]),
+    "too few": LABELS[:4],
+    "one for all": 3,
+    "boxes": [{"boxes": torch.zeros(2, 4)}] * 5,
+    "ragged": [[1, 2], [3], [], [4], [5]],
+    "multi-task": {"age": LABELS, "kind": LABELS},
+    "complex": torch.zeros(5, dtype=torch.complex64),
+}
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings() -> None:
+    batches_module.warn_of_labels.cache_clear()
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_labels_that_are_no_classes_are_left_out_and_that_is_said_once(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        batches = list(iterate([(IMAGES, LEFT_OUT[case])] * 3))
+        assert all(batch.labels is None for batch in batches)
+        assert torch.equal(concatenate(batches).images, IMAGES.repeat(3, 1, 1, 1))
+    assert caplog.text.count("The labels are left out: they are") == 1
+
+
+@pytest.mark.parametrize("case", ["masks", "a column", "one-hot", "soft", "strings", "unlabelled", "boxes"])
+def test_so_are_labels_of_single_images(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    labels = LEFT_OUT[case]
+    batches = list(iterate([(image, labels[k]) for k, image in enumerate(IMAGES)], batch_size=2))  # type: ignore[index]
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert all(batch.labels is None for batch in batches)
+    assert caplog.text.count("The labels are left out: they are") == 1
+
+
+def test_classes_that_the_model_does_not_have() -> None:
+    assert class_indices(LABELS, (5,), 6) is not None
+    assert class_indices(LABELS, (5,), 5) is None
+
+
+def test_images_come_apart_from_their_graph() -> None:
+    source = IMAGES.clone().requires_grad_()
+    for data in (source, [source * 2], [(source, LABELS)], list(source), [Batch(source, LABELS)]):
+        assert not any(batch.images.requires_grad for batch in iterate(data, batch_size=2))
+    assert source.requires_grad
 
 
 @pytest.mark.parametrize(("source", "labelled"), SOURCES.values(), ids=SOURCES.keys())
@@ -138,12 +209,23 @@ BAD: dict[str, tuple[object, type[Exception], str]] = {
     "a path": ("images", DataError, "Cannot read images from str: pass a folder"),
     "a dict": ({"image": IMAGES}, DataError, "Cannot read images from dict"),
     "numbers": ([1.0], DataError, "yielded a float; expected a tensor"),
-    "unknown keys": ([{"png": IMAGES}], DataError, r"a dict with keys \['png'\]; expected .* one of the keys image"),
-    "integers": ([IMAGES.to(torch.uint8)], DataError, r"got torch.uint8 of shape \(5, 3, 4, 4\)"),
+    "unknown keys": ([{"tiff": IMAGES}], DataError, r"a dict with keys \['tiff'\]; expected .* one of the keys image"),
+    "integers": (
+        [IMAGES.to(torch.uint8)],
+        DataError,
+        r"got torch.uint8 of shape \(5, 3, 4, 4\)\. Of 8-bit images write .* / std.*resolve_data_config",
+    ),
+    "integers in dicts": (
+        [{"image": i.byte(), "label": 1} for i in IMAGES],
+        DataError,
+        r"\(images / 255 - mean\) / std",
+    ),
+    "arrays": ([{"image": IMAGES[0].numpy()}], DataError, r"from_numpy\(array\)\.permute\(2, 0, 1\) / 255"),
+    "lists of images": ([(list(IMAGES), [1] * 5)], DataError, r"tuple that begins with list.*torch\.stack\(images\)"),
+    "keys before images": ([("key", IMAGES[0], 1)], DataError, r"begins with str.*to_tuple\('jpg', 'cls'\)"),
+    "undecoded": ([{"jpg": b"\xff\xd8", "cls": b"3"}], DataError, r"\.decode\('pil'\)"),
+    "splits": ({"train": [], "test": []}, DataError, r"of one dict, a value: .*data\['train'\]"),
     "vectors": ([torch.zeros(3)], DataError, r"floating point \[B, C, H, W\]"),
-    "fewer labels": ([(IMAGES, LABELS[:4])], DataError, r"Batch 0: 5 images but labels of shape \(4,\)"),
-    "one label for all": ([(IMAGES, 3)], DataError, r"5 images but labels of shape \(\)"),
-    "one-hot labels": ([(IMAGES, torch.ones(5, 2, dtype=torch.long))], DataError, r"labels of shape \(5, 2\)"),
     "different sizes": ([IMAGES[0], IMAGES[0, :, :2]], DataError, r"\(3, 2, 4\), \(3, 4, 4\).*Resize"),
 }
 
