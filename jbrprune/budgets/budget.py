@@ -94,13 +94,13 @@ class Floors:
 
     Attributes:
         share: Share of the dense width that stays at least.
-        channels: Channels that stay at least, where the dense group has as many; of heads, one stays.
-        round_to: Kept widths of channel groups are multiples of this, as far as the dense width allows.
+        channels: Channels that stay at least, where the dense group has as many; of heads and directions, one stays.
+        round_to: Kept widths and ranks are multiples of this, as far as the dense width allows.
         width: Whether the residual width under LayerNorms is offered for removal at all.
     """
 
     share: float = _option(0.0, "Share of every group's dense width that stays at least.")
-    channels: int = _option(8, "Channels of every group that stay, where it has as many; of heads, one stays.")
+    channels: int = _option(8, "Channels of every group that stay, where it has as many; of heads and directions, one.")
     round_to: int = _option(1, "Keep widths at multiples of this number.")
     width: bool = _option(False, "Also offer the residual width under LayerNorms, whose statistics then change.")
 
@@ -126,7 +126,7 @@ class Floors:
         if group.kind == "group":  # as many channels, in whole groups of the convolution
             wide = group.channels_per_unit()[group.members[0].axis]
             return min(dense_size, max(1, share, math.ceil(self.channels / wide)))
-        least = max(1, share, min(self.channels, dense_size))
+        least = max(1, share, min(self.channels, dense_size) if group.kind != "direction" else 1)
         return min(dense_size, math.ceil(least / self.round_to) * self.round_to)
 
 
@@ -202,6 +202,85 @@ def select(
         f"The budget cannot be reached: with every group at its floor {cost.total / before:.3f} of the present cost "
         f"are left, {target / before:.3f} were asked for. Lower the floors, ignore fewer layers, or ask for less."
     )
+
+
+def select_ranks(
+    scores: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    cost: CostModel,
+    target: float,
+    *,
+    floors: Floors,
+    dense_sizes: Mapping[str, int],
+) -> Selection:
+    """Choose the units to remove where the first ones of a group may save nothing, as directions do.
+
+    The smallest sum of the scores that go plus price * cost is found group by group, and the price by bisection, so
+    that the cost meets the target. The room that is left is given back to the units with the most score per cost, until
+    none fits: the target is overshot by less than one block.
+
+    Args:
+        scores: Group name -> ``[units]``.
+        groups: The units.
+        cost: Prices the plan; it is left at the price of the selection.
+        target: Total to reach, in the unit of the cost model.
+        floors: How narrow groups may become.
+        dense_sizes: Group name -> units in the dense model, for the floors.
+
+    Returns:
+        Group name -> units to remove, ascending; groups that lose nothing are absent.
+
+    Raises:
+        BudgetError: The target lies below what the floors allow.
+    """
+    whole, orders, gone, lost, saved = cost.total, {}, {}, {}, {}
+    for group in groups:
+        name, score = group.name, scores[group.name].double()
+        orders[name] = torch.sort(score, stable=True).indices
+        counts, savings = [0], [0.0]
+        removable = group.size - floors.of(group, dense_sizes[name])
+        for count in range(1, removable + 1):
+            cost.remove(name)
+            if whole - cost.total > savings[-1] + 1e-12 * whole and (group.size - count) % floors.round_to == 0:
+                counts.append(count)
+                savings.append(whole - cost.total)
+        cost.remove(name, -removable)
+        cost.total = whole
+        gone[name], saved[name] = torch.tensor(counts), score.new_tensor(savings)
+        lost[name] = torch.cat([score.new_zeros(1), score[orders[name]].cumsum(0)])[counts]
+    scale = whole / max(1e-300, sum(float(each[-1]) for each in lost.values()))
+
+    def choose(price: float) -> dict[str, int]:
+        return {name: int((scale * lost[name] - price * saved[name]).argmin()) for name in orders}
+
+    def price_of(chosen: Mapping[str, int]) -> float:
+        return whole - sum(float(saved[name][number]) for name, number in chosen.items())
+
+    low, high = -700.0, 700.0  # logarithms
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if price_of(choose(math.exp(middle))) <= target else (middle, high)
+    chosen = choose(math.exp(high))
+    left = price_of(chosen)
+    if left > target * (1 + 1e-12):
+        raise BudgetError(
+            f"The budget cannot be reached: with every group at its floor {left / whole:.3f} of the present cost are "
+            f"left, {target / whole:.3f} were asked for. Lower the floors, ignore fewer layers, or ask for less."
+        )
+    while True:  # what is left of the room
+        backs = []
+        for name, number in chosen.items():
+            dearer = saved[name][number] - saved[name][:number]
+            rates = (lost[name][number] - lost[name][:number]) / dearer
+            rates[dearer > target - price_of(chosen)] = -1
+            if number and rates.max() >= 0:
+                backs.append((float(rates.max()), name, int(rates.argmax())))
+        if not backs:
+            break
+        chosen[max(backs)[1]] = max(backs)[2]
+    for name, number in chosen.items():
+        cost.remove(name, int(gone[name][number]))
+    return {name: orders[name][: gone[name][n]].sort().values for name, n in chosen.items() if n}
 
 
 def reduce_to_floors(cost: CostModel, groups: Sequence[Group], floors: Floors, dense_sizes: Mapping[str, int]) -> float:

@@ -80,14 +80,15 @@ def _plain_attention() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Term:
-    """A part of a cost: ``amount``, proportional to the kept share of each axis."""
+    """A part of a cost: ``amount``, proportional to the kept share of each axis; or ``pair``, where that is less."""
 
     amount: float
     axes: tuple[Axis, ...]
+    pair: tuple[Term, ...] = ()
 
 
-def mac_terms(model: nn.Module, images: Tensor) -> list[Term]:
-    """The MACs of a model as terms."""
+def mac_terms(model: nn.Module, images: Tensor, groups: Iterable[Group] = ()) -> list[Term]:
+    """The MACs of a model as terms; two layers in the place of one, which lose directions, are one term."""
     terms = []
     for name, macs in count_macs(model, images).items():
         module = model.get_submodule(name)
@@ -98,10 +99,10 @@ def mac_terms(model: nn.Module, images: Tensor) -> list[Term]:
         else:
             axes = ((name, "heads", 0),) if layers.head_layout(module) else ()
         terms.append(Term(macs, axes))
-    return terms
+    return join_pairs(terms, model, groups)
 
 
-def parameter_terms(model: nn.Module) -> list[Term]:
+def parameter_terms(model: nn.Module, groups: Iterable[Group] = ()) -> list[Term]:
     """The number of parameters of a model as terms; a shared parameter counts once."""
     terms, seen = [], set()
     for name, module in model.named_modules():
@@ -115,6 +116,22 @@ def parameter_terms(model: nn.Module) -> list[Term]:
             elif own.rpartition(".")[2] == "weight" and layers.is_consumer(module) and not layers.is_grouped(module):
                 axes = (*axes, (name, "in", 0))
             terms.append(Term(parameter.numel(), axes))
+    return join_pairs(terms, model, groups)
+
+
+def join_pairs(terms: Iterable[Term], model: nn.Module, groups: Iterable[Group]) -> list[Term]:
+    """Let two layers in the place of one cost what the one would, where that is less.
+
+    The bias of the first, which moves into that of the second in the end, costs nothing.
+    """
+    terms = list(terms)
+    for name in [group.name for group in groups if group.kind == "direction"]:
+        first, second = (tuple((f"{name}.{part}", side, 0) for side in ("out", "in")) for part in (0, 1))
+        pair = tuple(term for term in terms if term.axes in (first, second))
+        sizes = [layers.width_of(model.get_submodule(f"{name}.{part}"), "out") or 0 for part in (0, 1)]
+        whole = pair[0].amount * sizes[1] / sizes[0]
+        terms = [term for term in terms if term.axes not in (first, first[:1], second)]
+        terms.append(Term(whole, (second[0], first[1]), pair))  # type: ignore[arg-type]
     return terms
 
 
@@ -145,9 +162,9 @@ def cost_model(kind: str, model: nn.Module, images: Tensor, groups: Sequence[Gro
         groups: The units that may go.
     """
     if kind == "params":
-        terms = parameter_terms(model)
+        terms = parameter_terms(model, groups)
     else:
-        terms = channel_terms(groups) if kind == "channels" else mac_terms(model, images)
+        terms = channel_terms(groups) if kind == "channels" else mac_terms(model, images, groups)
     return CostModel(terms, groups, axis_widths(model, groups))
 
 
@@ -166,7 +183,7 @@ class CostModel:
         self._per_unit = {group.name: {**group.channels_per_unit(), _unit_axis(group): 1} for group in groups}
         self._terms = list(terms)
         self._of_group = {
-            name: [number for number, term in enumerate(terms) if not axes.keys().isdisjoint(term.axes)]
+            name: [n for n, term in enumerate(terms) if any(axes.keys() & one.axes for one in (term, *term.pair))]
             for name, axes in self._per_unit.items()
         }
         self._value = [self._price(term) for term in terms]
@@ -192,7 +209,8 @@ class CostModel:
 
     def _price(self, term: Term) -> float:
         left = [1 - self._gone[axis] / self._full[axis] for axis in term.axes if axis in self._full]
-        return term.amount * math.prod(left)
+        amount = term.amount * math.prod(left)
+        return min(amount, sum(map(self._price, term.pair))) if term.pair else amount
 
 
 def _unit_axis(group: Group) -> Axis:

@@ -188,7 +188,7 @@ def refresh(module: nn.Module, *, width: int | None = None) -> None:
             setattr(module, name, (*before[:-1], sizes[side]) if isinstance(before, tuple) else sizes[side])
     layout = head_layout(module)
     if layout is not None:
-        inner = width_of(module.get_submodule(layout.consumer), "in")
+        inner = width_of(module.get_submodule(end_of(module, layout.consumer, "in")), "in")
         setattr(module, layout.count, inner // getattr(module, layout.size))  # type: ignore[operator]
         for name in layout.widths:
             setattr(module, name, inner)
@@ -303,6 +303,37 @@ def is_grouped(module: nn.Module) -> TypeGuard[_ConvNd]:
 def is_normalisation(module: nn.Module) -> bool:
     """Whether the layer only rescales its channels: a norm, a scale, a depthwise convolution."""
     return channel_dim(module) is not None and not is_consumer(module)
+
+
+def is_factorable(module: nn.Module) -> bool:
+    """Whether two layers can stand in the place of this one: linear, a patch embedding, or two already."""
+    patches = type(module) is nn.Conv2d and set(module.kernel_size) != {1}
+    return is_pair(module) or ((patches or type(module) is nn.Linear) and _is_linear(module))
+
+
+def is_pair(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether two linear layers, of which the second reads single positions, stand in the place of one."""
+    parts = list(module.children()) if type(module) is nn.Sequential else []
+    fits = len(parts) == 2 and all(map(_is_linear, parts)) and type(parts[0]) is type(parts[1])
+    return fits and width_of(parts[0], "out") == width_of(parts[1], "in") and parts[1].weight[0, 0].numel() == 1
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a plain linear layer, or a convolution that reads every pixel once."""
+    if type(module) is nn.Conv2d:
+        once = module.kernel_size == module.stride and set(module.padding) == {0} and set(module.dilation) == {1}
+        return once and module.groups == 1 and "weight" in module._parameters
+    return type(module) is nn.Linear and "weight" in module._parameters
+
+
+def end_of(module: nn.Module, name: str, side: str) -> str:
+    """Name of the layer that reads the input of a submodule (side ``in``) or gives its output: it may stand as two.
+
+    Example:
+        >>> end_of(nn.ModuleDict({"proj": nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4))}), "proj", "out")
+        'proj.1'
+    """
+    return f"{name}.{'01'[side == 'out']}" if is_pair(module.get_submodule(name)) else name
 
 
 def has_running_statistics(module: nn.Module) -> bool:

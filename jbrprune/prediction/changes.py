@@ -15,7 +15,7 @@ lost *output* that is left is tr(W_S . W_S^T) of it over tr(W_S C_SS W_S^T), W_S
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from jbrprune.evaluation.agreement import explain_out_of_memory
 from jbrprune.models import layers, preserve
 from jbrprune.prediction.damage import Damage, damage, saturation
 from jbrprune.repair.repair import RIDGE
+from jbrprune.structure.directions import Moments, measure_moments
 from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.verification import check_samples_apart
 
@@ -121,7 +122,7 @@ def predict_changes(
         NonFiniteError: NaN or Inf.
     """
     masks = cut_masks(model, groups, cuts)
-    moments = input_moments(model, batches, masks)
+    moments = measure_moments(model, batches, masks, "in")
     means, left = {}, {}
     for name, found in moments.items():
         means[name] = found.mean
@@ -154,7 +155,7 @@ def change_logits(
         batches: Images.
         groups: The units.
         cuts: What goes.
-        means: Consumer -> ``[C_in]`` means of what it reads (`input_moments`); zero where absent.
+        means: Consumer -> ``[C_in]`` means of what it reads (`measure_moments`); zero where absent.
         left: Consumer -> ``[cuts]`` share of an amplitude that a repair leaves beyond the mean; all where absent.
         rows: Logits that are followed one by one.
         seed: Seeds the signs.
@@ -237,43 +238,7 @@ def lose(
     return total  # type: ignore[return-value]
 
 
-@dataclass(frozen=True, eq=False)
-class InputMoments:
-    """Mean ``[C]`` and covariance ``[C, C]`` of what a layer reads, over samples and positions (float64, CPU)."""
-
-    mean: Tensor
-    covariance: Tensor
-
-
-def input_moments(model: nn.Module, batches: Iterable[Batch], names: Iterable[str]) -> dict[str, InputMoments]:
-    """Layer -> moments of its input channels, from one forward pass in eval mode; the model is left as it was."""
-    sums: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def record(name: str) -> preserve.Hook:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = preserve.input_of(args, kwargs)
-            rows = x.flatten(2).transpose(1, 2) if layers.channel_dim(module) == 1 and x.dim() > 2 else x
-            rows = rows.reshape(-1, rows.shape[-1])
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            sums[name] = sums.get(name, 0) + rows.sum(0).cpu().double()
-            squares[name] = squares.get(name, 0) + (rows.t() @ rows).cpu().double()
-            counts[name] = counts.get(name, 0) + len(rows)
-
-        return hook
-
-    hooks = {name: record(name) for name in names}
-    with preserve.inference_state(model), preserve.hooked(model, forward_pre=hooks):
-        for batch in batches:
-            model(batch.to(preserve.device_of(model)).images.clone())
-    means = {name: total / counts[name] for name, total in sums.items()}
-    return {
-        name: InputMoments(mean, squares[name] / counts[name] - torch.outer(mean, mean)) for name, mean in means.items()
-    }
-
-
-def unexplained(moments: InputMoments, layer: nn.Module, masks: Tensor, ridge: float) -> Tensor:
+def unexplained(moments: Moments, layer: nn.Module, masks: Tensor, ridge: float) -> Tensor:
     """``[cuts]`` share of the variance of a layer's lost output that its kept inputs cannot reproduce, in [0, 1].
 
     Args:

@@ -63,6 +63,7 @@ def prune(  # noqa: D417
     latency: float | None = None,
     latency_ms: float | None = None,
     max_drop: float | None = None,
+    structure: Literal["channels", "directions"] = "channels",
     criterion: str | Relevance | Scores | Callable[..., Any] = "jbr",
     repair: str | Sequence[str] | None = "auto",
     steps: int | None = None,
@@ -124,7 +125,7 @@ def prune(  # noqa: D417
         Arpit, arXiv 2512.11089.
     """
     shared = criterion, ignore, batch_size, progress, repair, images, eval_data, seed, resume, inplace
-    options = ChannelOptions(*shared, macs, params, channels, latency, latency_ms, max_drop, steps, floors)
+    options = ChannelOptions(*shared, macs, params, channels, latency, latency_ms, max_drop, steps, floors, structure)
     return carry_out(model, data, options, tuple(options.budgets.values()))[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jbrprune.budgets.budget import STEP, TIMED, Budget, check_reachable, reduce_to_floors, select
-from jbrprune.budgets.cost import CostModel, Term, axis_widths, cost_model, mac_terms
+from jbrprune.budgets.budget import STEP, TIMED, Budget, check_reachable, reduce_to_floors, select, select_ranks
+from jbrprune.budgets.cost import CostModel, Term, axis_widths, cost_model, count_macs, mac_terms
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.data import distributed
@@ -24,6 +25,7 @@ from jbrprune.pruning.loop import Structure, check_scores
 from jbrprune.pruning.options import ChannelOptions
 from jbrprune.pruning.prepare import Problem
 from jbrprune.report.records import LayerRow, Size
+from jbrprune.structure.directions import find_directions, fold_bias, measure_moments, replace_module, rotate
 from jbrprune.structure.discovery import Found, find_groups
 from jbrprune.structure.groups import Axis, Group, Selection, removed_channels
 from jbrprune.structure.slicing import remove_units
@@ -150,10 +152,14 @@ class Channels(Structure):
         """The units to remove so that the share of the dense cost is reached."""
         cost = self.cost(self.kind)
         sizes = {group.name: group.size for group in self.found.groups}
-        how: dict[str, Any] = {"floors": self.options.floors, "dense_sizes": sizes, "per_cost": self.kind != "channels"}
-        chosen = select(scores, self.groups, cost, goal * self.whole, **how)
+        how: dict[str, Any] = {"floors": self.options.floors, "dense_sizes": sizes}
+        chosen = self.choose(scores, self.groups, cost, goal * self.whole, **how)
         self.foreseen = cost.total
         return chosen
+
+    def choose(self, *what: Any, **how: Any) -> Selection:
+        """Unit by unit, the lowest score per cost first."""
+        return select(*what, **how, per_cost=self.kind != "channels")
 
     def apply(self, chosen: Selection) -> None:
         """Remove units, count what is left, and time it where the budget is one of time."""
@@ -162,12 +168,12 @@ class Channels(Structure):
             stays[gone] = False
             self.kept[axis] = self.kept[axis][stays]
         self.groups = remove_units(self.model, self.groups, chosen)
-        self.terms = mac_terms(self.model, self.problem.example)
+        self.terms = mac_terms(self.model, self.problem.example, self.groups)
         if self.foreseen is not None:  # it is None where a finished step is done again
             self.overshoot = max(self.overshoot, self.foreseen / self.cost(self.kind).total - 1)
             self.foreseen = None
             if self.kind in TIMED:
-                models = [self.problem.dense, self.model]
+                models = [self.problem.dense, self.finish()]
                 self.timings = distributed.broadcast(time_in_turns(models, self.problem.example[:1]))
 
     def plan(self, scores: Mapping[str, Tensor], share: float) -> Cut:
@@ -187,31 +193,38 @@ class Channels(Structure):
             left.append(cost.total / whole)
         return Cut(share, units, *left)
 
+    def finish(self) -> nn.Module:
+        """The model as it would be handed over now."""
+        return self.model
+
     def size(self) -> Size:
         """What the model costs, time apart."""
-        macs = round(sum(term.amount for term in self.terms))
-        return Size(macs, parameters_of(self.model), bytes_of(self.model))
+        model = self.finish()
+        macs = sum(count_macs(model, self.problem.example).values())
+        return Size(macs, parameters_of(model), bytes_of(model))
 
     def deliver(self) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
         """The model, a copy where it shrinks further; widths of the layers whose outputs are as wide as their units."""
         reached = self.steps[-1].target if self.steps else 1.0
-        kinds = {member.axis: group.kind for group in self.found.groups for member in group.members}
+        owners = {member.axis: group for group in self.found.groups for member in group.members}
         layers = []
         for name, module in self.model.named_modules():
             for side in ("heads",) if is_normalisation(module) else ("heads", "out"):
                 axis: Axis = (name, side, 0)  # type: ignore[assignment]
-                if axis in kinds:
+                if axis in owners:
+                    kind, shown = owners[axis].kind, owners[axis].name if owners[axis].kind == "direction" else name
                     widths = self.full[axis], len(self.kept[axis])
-                    layers.append(LayerRow(name, type(module).__name__, kinds[axis], *widths))
+                    layers.append(LayerRow(shown, type(module).__name__, kind, *widths))
         removed = {}
-        for group in self.found.groups:
+        for group in self.found.groups if self.options.structure == "channels" else ():
             member = group.members[0]
             gone = ~torch.isin(member.channel, self.kept[member.axis])
             if bool(gone.any()):
                 removed[group.name] = member.unit[gone].unique().tolist()
         budget = {self.kind: (reached if self.stop is None else self.stop) * self.unit}
         facts = {"budget": budget, "pruned": self.size(), "layers": tuple(layers), "removed": removed}
-        model = preserve.copy_model(self.model) if len(self.stops) > 1 else self.model
+        model = self.finish()
+        model = preserve.copy_model(model) if len(self.stops) > 1 and model is self.model else model
         return model, {}, facts | {"notes": tuple(self.notes())}
 
     def notes(self) -> Iterator[str]:
@@ -236,6 +249,42 @@ class Channels(Structure):
             )
 
 
+class Directions(Channels):
+    """Directions of linear layers, and the model with two layers in the place of each on its way."""
+
+    def goals(self) -> Iterator[float]:
+        """As of channels, but a counted share is reached in one step unless more are asked for."""
+        counted = self.kind not in TIMED and self.options.steps is None
+        for self.stop in self.stops if counted else ():
+            yield self.stop
+        yield from () if counted else super().goals()
+
+    def score(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
+        """Turn the directions into the eigenvectors of what every layer gives now, and score them."""
+        names = [group.name for group in self.groups]
+        for name, moments in measure_moments(self.model, batches, names, "out").items():
+            rotate(self.model.get_submodule(name), moments)
+        distributed.broadcast_tensors(self.model.state_dict())
+        return super().score(batches, number)
+
+    def choose(self, *what: Any, **how: Any) -> Selection:
+        """By one price for all layers: the first directions of a layer save nothing."""
+        return select_ranks(*what, **how)
+
+    def finish(self) -> nn.Module:
+        """A copy with one layer, as it was, wherever two are no gain."""
+        model = preserve.copy_model(self.model)
+        for group in self.groups:
+            first, second = pair = model.get_submodule(group.name)
+            inputs, outputs = first.weight[0].numel(), len(second.weight)
+            two = group.size * (inputs + outputs) < inputs * outputs
+            if two and group.size < self.full[f"{group.name}.0", "out", 0]:
+                fold_bias(pair)
+            else:
+                replace_module(model, group.name, copy.deepcopy(self.problem.dense.get_submodule(group.name)).eval())
+        return model
+
+
 def find_channels(problem: Problem, options: ChannelOptions, stops: Sequence[float]) -> Channels:
     """Find the units of a model, and see that the budget can be reached.
 
@@ -249,23 +298,25 @@ def find_channels(problem: Problem, options: ChannelOptions, stops: Sequence[flo
         BudgetError: The budget lies below what the floors allow, or the dense model meets it.
         UnsupportedModelError: Nothing can be removed safely.
     """
-    model, found = find_units(problem.dense, problem.example, options.ignore, options.floors.width, options.seed)
+    where = problem.dense, problem.example, options.ignore, options.floors.width, options.seed
+    model, found = find_units(*where, structure=options.structure)
     full = axis_widths(model, found.groups)
     consumers = [axis[0] for axis in full if axis[1] == "in"]
-    channels = Channels(
+    kind = Directions if options.structure == "directions" else Channels
+    channels = kind(
         *(problem, options, model, tuple(stops), consumers),
         kept={axis: torch.arange(width) for axis, width in full.items()},
         found=found,
         groups=found.groups,
         full=full,
-        terms=mac_terms(model, problem.example),
+        terms=mac_terms(model, problem.example, found.groups),
         kind=next(iter(options.budgets), "macs"),
     )
     sizes = {group.name: group.size for group in found.groups}
     if isinstance(options.criterion, Scores):
         check_scores(options.criterion, {name: (size,) for name, size in sizes.items()})
     cost = channels.cost(channels.kind)
-    channels.whole = cost.total
+    channels.whole = parameters_of(problem.dense) if channels.kind == "params" else cost.total
     channels.least = reduce_to_floors(cost, found.groups, options.floors, sizes) / channels.whole
     if channels.kind == "latency_ms":
         timings = distributed.broadcast(time_in_turns([problem.dense], problem.example[:1]))
@@ -277,8 +328,17 @@ def find_channels(problem: Problem, options: ChannelOptions, stops: Sequence[flo
 
 
 def find_units(
-    dense: nn.Module, example: Tensor, ignore: Sequence[str], width: bool, seed: int = 0
+    dense: nn.Module,
+    example: Tensor,
+    ignore: Sequence[str],
+    width: bool,
+    seed: int = 0,
+    structure: str = "channels",
 ) -> tuple[nn.Module, Found]:
-    """A copy of a model in eval mode, and its units that can be removed safely; see `find_groups`."""
+    """A copy of a model in eval mode, and its units that can be removed safely; see `find_groups`, `find_directions`."""
     model = preserve.copy_model(dense).eval()
-    return model, verify_groups(model, example, find_groups(model, example, ignore=ignore, width=width), seed=seed)
+    if structure == "directions":
+        model, found = find_directions(model, example, ignore=ignore)
+    else:
+        found = find_groups(model, example, ignore=ignore, width=width)
+    return model, verify_groups(model, example, found, seed=seed)

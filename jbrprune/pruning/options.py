@@ -203,6 +203,9 @@ class ChannelOptions(RunOptions):
     )
     steps: int | None = option(None, "Number of steps; default: one for every 5 %.", "Budget", whole(1))
     floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget")
+    structure: Literal["channels", "directions"] = option(
+        "channels", "What goes: channels and heads, or directions of what linear layers give (two layers for one).", "Budget"
+    )
 
     @property
     def budgets(self) -> dict[str, float]:
@@ -224,6 +227,11 @@ class ChannelOptions(RunOptions):
             raise ArgumentError("steps= has no meaning beside max_drop= or a latency: the run chooses them.")
         if self.resume is not None and searched:
             raise ArgumentError("resume= cannot follow the steps back and forth of max_drop=: leave one of them out.")
+        if self.structure == "directions" and (self.channels is not None or isinstance(self.criterion, Scores)):
+            raise ArgumentError(
+                "structure='directions' takes budgets of macs=, params= or a latency, and a criterion that is asked in "
+                "the run: channels are not counted, and the directions are found in the run."
+            )
         if isinstance(self.criterion, Scores) and (searched or timed or self.steps not in (None, 1)):
             raise ArgumentError(
                 "Scores made before hold for one step: the channels of the next step are others. Pass a Relevance or "

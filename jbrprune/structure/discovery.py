@@ -130,9 +130,9 @@ def _couple_layers(atoms: _Atoms, model: nn.Module, images: Tensor) -> dict[Axis
         layout = layers.head_layout(module)
         if layout is not None:
             prefix = f"{name}." if name else ""
-            parts: list[tuple[Axis, int]] = [((prefix + layout.consumer, "in", 0), 1)]
+            parts: list[tuple[Axis, int]] = [((prefix + layers.end_of(module, layout.consumer, "in"), "in", 0), 1)]
             makers = [(part, blocks) for part, blocks in layout.producers if getattr(module, part) is not None]
-            parts += [((prefix + part, "out", 0), blocks) for part, blocks in makers]  # type: ignore[assignment]
+            parts += [((prefix + layers.end_of(module, part, "out"), "out", 0), blocks) for part, blocks in makers]  # type: ignore[assignment]
             heads.append((name, getattr(module, layout.count), getattr(module, layout.size), parts))
     owned = {axis for *_, parts in heads for axis, _ in parts}
     fixed: dict[Axis, str] = {}

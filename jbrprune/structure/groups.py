@@ -18,7 +18,7 @@ from torch import Tensor
 from jbrprune.errors import ArgumentError
 
 Side = Literal["in", "out", "param", "heads"]
-Kind = Literal["channel", "head", "group", "width"]
+Kind = Literal["channel", "head", "group", "width", "direction"]
 Axis = tuple[str, Side, int]
 """(qualified name, side, dimension): ``in``/``out`` of a module (dimension 0, unused), one dimension of a
 bare parameter (``param``), or the heads of an attention module (``heads``, which holds no tensor of its own).
@@ -50,8 +50,9 @@ class Group:
 
     Attributes:
         name: Qualified name of the module that gives the group its name (its first producer).
-        kind: ``channel``, ``head``, ``group`` (of a grouped convolution) or ``width`` (channels of a
-            residual stream that a LayerNorm normalises over: removal also changes the statistics).
+        kind: ``channel``, ``head``, ``group`` (of a grouped convolution), ``width`` (channels of a
+            residual stream that a LayerNorm normalises over: removal also changes the statistics) or ``direction`` (a
+            channel between the two layers that stand in the place of one).
         size: Number of units.
         members: Every axis that shrinks when a unit goes.
     """

@@ -48,7 +48,7 @@ def verify_groups(model: nn.Module, images: Tensor, found: Found, *, seed: int =
     def failure(groups: Sequence[Group]) -> str | None:
         return _find_failure(trial, images, groups, generator)
 
-    failed = _find_culprits(found.groups, failure)
+    failed = find_culprits(found.groups, failure)
     skipped = found.skipped | {name: f"removal does not equal the mask here: {why}" for name, why in failed.items()}
     passed = tuple(group for group in found.groups if group.name not in failed)
     together = failure(passed) if passed and failed else None
@@ -68,7 +68,7 @@ def verify_groups(model: nn.Module, images: Tensor, found: Found, *, seed: int =
     return Found(passed, skipped)
 
 
-def _find_culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]], str | None]) -> dict[str, str]:
+def find_culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]], str | None]) -> dict[str, str]:
     """The groups that fail, and why, by halving the set as long as it fails."""
     why = failure(groups) if groups else None
     if why is None:
@@ -76,7 +76,7 @@ def _find_culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]],
     if len(groups) == 1:
         return {groups[0].name: why}
     middle = len(groups) // 2
-    return _find_culprits(groups[:middle], failure) | _find_culprits(groups[middle:], failure)
+    return find_culprits(groups[:middle], failure) | find_culprits(groups[middle:], failure)
 
 
 def _perturb_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:

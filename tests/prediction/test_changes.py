@@ -19,15 +19,14 @@ from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.changes import (
     Changes,
-    InputMoments,
     change_logits,
     cut_masks,
-    input_moments,
     predict_changes,
     unexplained,
 )
 from jbrprune.prediction.damage import Correction, damage, measure_damage, saturation
 from jbrprune.structure.discovery import find_groups
+from jbrprune.structure.directions import Moments, measure_moments
 from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.slicing import masked_units
 
@@ -67,7 +66,7 @@ def weights_of(model: nn.Module, masks: Mapping[str, Tensor], cut: int) -> dict[
 
 
 def means_of(model: nn.Module, groups: tuple[Group, ...], cuts: list[Selection]) -> dict[str, Tensor]:
-    moments = input_moments(model, [Batch(IMAGES)], cut_masks(model, groups, cuts))
+    moments = measure_moments(model, [Batch(IMAGES)], cut_masks(model, groups, cuts), "in")
     return {name: found.mean for name, found in moments.items()}
 
 
@@ -211,7 +210,7 @@ def test_what_least_squares_leaves(ridge: float) -> None:
     gone = mask[:, 0].bool()
     mean = rows.mean(0)
     centred = rows - mean
-    moments = InputMoments(mean, centred.t() @ centred / 50)
+    moments = Moments(mean, centred.t() @ centred / 50)
     kept, lost = centred[:, ~gone], centred[:, gone]
     penalty = math.sqrt(ridge * float(kept.square().sum()) / 5)
     solution = torch.linalg.lstsq(
@@ -227,7 +226,7 @@ def test_what_least_squares_leaves(ridge: float) -> None:
 def test_a_copy_of_a_channel_leaves_nothing_and_independent_ones_all() -> None:
     covariance = torch.eye(3, dtype=torch.float64)
     covariance[0, 1] = covariance[1, 0] = 1.0
-    moments = InputMoments(torch.zeros(3), covariance)
+    moments = Moments(torch.zeros(3), covariance)
     masks = torch.tensor([[1.0, 0], [0, 0], [0, 1]])
     assert unexplained(moments, nn.Linear(3, 2), masks, 1e-9).tolist() == pytest.approx([0, 1], abs=1e-6)
 
@@ -240,7 +239,7 @@ def test_a_copy_of_a_channel_leaves_nothing_and_independent_ones_all() -> None:
 def test_of_layers_that_do_not_read_all_inputs_everything_is_left(layer: nn.Module) -> None:
     covariance = torch.ones(4, 4, dtype=torch.float64)  # every channel is a copy of the others
     masks = torch.tensor([[1.0, 0, 0, 0]]).T
-    moments = InputMoments(torch.zeros(4), covariance)
+    moments = Moments(torch.zeros(4), covariance)
     assert unexplained(moments, layer, masks, 1e-9).tolist() == [1.0]
     assert unexplained(moments, nn.Conv2d(4, 4, 1), masks, 1e-9).tolist() == pytest.approx([0.0], abs=1e-6)
 
@@ -252,7 +251,7 @@ def test_moments_of_what_a_layer_reads() -> None:
     model(IMAGES)
     handle.remove()
     rows = seen[0].permute(0, 2, 3, 1).reshape(-1, seen[0].shape[1])
-    found = input_moments(model, rebatch([Batch(IMAGES)], 4), ["b"])["b"]
+    found = measure_moments(model, rebatch([Batch(IMAGES)], 4), ["b"], "in")["b"]
     torch.testing.assert_close(found.mean, rows.mean(0))
     torch.testing.assert_close(found.covariance, torch.cov(rows.t(), correction=0))
 
