@@ -31,6 +31,7 @@ from jbrprune.checkpoint.description import (
     fill,
     from_bytes,
     refuse_damage,
+    split_pairs,
     take_apart,
     to_text,
 )
@@ -154,6 +155,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
         raise CheckpointError("load needs a model without masks, it puts the stored ones on: jbrprune.make_permanent.")
     else:
         loaded = copy_model(model)
+    split_pairs(loaded, description)
     check_fits(description, loaded)
     fill(loaded, description, state)
     tensor = first_tensor(loaded)

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,15 +26,16 @@ from torch.utils._pytree import tree_leaves
 
 from jbrprune.errors import CheckpointError
 from jbrprune.models import preserve, timm_models
-from jbrprune.models.layers import is_size, repeated_widths, set_size_attributes, size_attributes
+from jbrprune.models.layers import is_factorable, is_pair, is_size, repeated_widths, set_size_attributes, size_attributes
 from jbrprune.sparsity.masks import KINDS, fresh, masks_of, put_masks
+from jbrprune.structure.directions import make_pair, replace_module
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "jbrprune"
 FORMAT_VERSION = 3
 KNOWN_VERSIONS = (1, 2, 3)
-"""Version 1 knew dense tensors only, version 2 no outputs to compare with."""
+"""Version 1 knew dense tensors only, version 2 no outputs to compare with and no layers that stand as two."""
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
@@ -102,6 +103,7 @@ class Description:
         report: What pruning it cost, as by ``Report.to_dict``.
         versions: Package -> version that saved the model.
         weights: ``bytes`` and ``sha256`` of the file of the weights.
+        pairs: Qualified name of a layer that stands as two linear layers -> channels between them.
         format: Name of the format.
         format_version: Version of the format.
         example: What the model computes, or None where no size of images was known.
@@ -119,6 +121,7 @@ class Description:
     weights: Mapping[str, Any]
     format: str
     format_version: int
+    pairs: Mapping[str, int] = field(default_factory=dict)
     example: Example | None = None
     no_recipe: str | None = None
 
@@ -293,6 +296,7 @@ _BODY = {
     "data_config": (_CONFIG,),
     "provenance": dict,
     "report": dict,
+    "pairs": {"*": _is_count},
     "versions": {"*": str},
     "weights": {"bytes": _is_count, "sha256": str},
     "example": (
@@ -303,7 +307,7 @@ _BODY = {
     ),
     "no_recipe": (str,),
 }
-_MAY_LACK = frozenset(("values", "masked", "example", "no_recipe", *_CONFIG))
+_MAY_LACK = frozenset(("values", "masked", "pairs", "example", "no_recipe", *_CONFIG))
 
 
 # --- sparse tensors -------------------------------------------------------------------------------
@@ -457,6 +461,7 @@ def take_apart(
         "tensors": tensors,
         "aliases": aliases,
         "attributes": {name: own for name, own in sizes.items() if own},
+        "pairs": {name: len(module[0].weight) for name, module in model.named_modules() if is_pair(module)},
         "versions": {package: version(package) for package in ("jbrprune", "timm", "torch", "safetensors")},
         "weights": {"bytes": 0, "sha256": ""},
         "example": None if example is None else vars(example),
@@ -473,7 +478,7 @@ def take_apart(
     try:
         if recipe is not None:
             description = parse(body)
-            rebuilt = create_on_meta(description)
+            rebuilt = split_pairs(create_on_meta(description), description)
             check_fits(description, rebuilt)
             fill(rebuilt, description, state)
             check_outputs(description, rebuilt.to(preserve.device_of(model)), SAME)
@@ -587,6 +592,21 @@ def create_on_meta(description: Description) -> nn.Module:
         ) from error
     finally:
         handle.remove()
+
+
+def split_pairs(dense: nn.Module, description: Description) -> nn.Module:
+    """Put two layers in the place of each that was saved as two, in place; return the model.
+
+    Raises:
+        CheckpointError: There is no such layer, or the two were no smaller.
+    """
+    for name, size in description.pairs.items():
+        layer = dict(dense.named_modules()).get(name)
+        if not is_pair(layer):
+            if not is_factorable(layer) or not 0 < size <= min(len(layer.weight), layer.weight[0].numel()):
+                _refuse_misfit(name, f"two layers with {size} channels between them", layer)
+            replace_module(dense, name, make_pair(layer, size))
+    return dense
 
 
 def check_fits(description: Description, dense: nn.Module) -> None:
