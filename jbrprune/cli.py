@@ -293,8 +293,8 @@ class Shares:
     checked: int = option(64, "Images on which every budget is tried by masking.", "Data")
 
 
-Predicting = _pick(ChannelOptions, "repair", "images", "seed", "floors", base=(Options,))
-Listing = _pick(ChannelOptions, "ignore", "floors")
+Predicting = _pick(ChannelOptions, "structure", "repair", "images", "seed", "floors", base=(Options,))
+Listing = _pick(ChannelOptions, "structure", "ignore", "floors")
 SHOWN = ("target", "macs", "predicted_tpv", "predicted_flips", "valid", "predicted_flips_repaired", "masked_flips")
 """Columns of a prediction that fit on a screen; all of them are in ``--json`` and ``--out``."""
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ def predict(
     calibrate: bool = False,
     checked: int | None = 64,
     tolerance: float = TOLERANCE,
+    structure: Literal["channels", "directions"] = "channels",
     repair: str | Sequence[str] | None = "auto",
     criterion: str | Relevance | Scores | Callable[..., Any] = "jbr",
     ignore: Sequence[str] = (),
@@ -83,6 +84,7 @@ def predict(
         checked: Number of images on which every budget is looked at by running the dense model with the units masked
             (nothing is cut): it measures the error of the first order, and the ``masked`` columns. None: all images.
         tolerance: Relative error of the predicted change up to which a row is called valid.
+        structure: As for `jbrprune.prune`: what goes.
         repair: As for `jbrprune.prune`; whether least squares is among what is tried. None: the ``_repaired`` columns
             are NaN.
         criterion: As for `jbrprune.prune`.
@@ -141,6 +143,7 @@ def predict(
     least = shares[-1] if given else shares[0]
     budget: dict[str, Any] = {kind: least}
     shared: dict[str, Any] = {
+        "structure": structure,
         "criterion": criterion,
         "ignore": ignore,
         "batch_size": batch_size,

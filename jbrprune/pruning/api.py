@@ -28,6 +28,7 @@ from jbrprune.pruning.weights import find_weights
 from jbrprune.report.records import Report
 from jbrprune.sparsity.masks import make_permanent, put_masks, refuse_hidden_sharing, slots
 from jbrprune.sparsity.patterns import Pattern
+from jbrprune.structure.directions import replace_module
 from jbrprune.structure.discovery import layer_groups
 
 create = timm_models.create
@@ -324,7 +325,7 @@ class InfoRow:
 
     Attributes:
         group: Name of the group (its first producer).
-        kind: ``channel``, ``head``, ``group`` or ``width``.
+        kind: ``channel``, ``head``, ``group``, ``width`` or ``direction``.
         units: Number of units.
         macs_per_unit: Multiply-accumulates that go with one unit.
         params_per_unit: Parameters that go with one unit.
@@ -343,6 +344,7 @@ def info(
     model: nn.Module | str,
     images: Tensor | None = None,
     *,
+    structure: Literal["channels", "directions"] = "channels",
     ignore: Sequence[str] = (),
     floors: Floors = Floors(),  # noqa: B008
 ) -> Info:
@@ -351,6 +353,7 @@ def info(
     Args:
         model: A timm name or a module; left as it was. Its weights do not matter.
         images: ``[B, C, H, W]`` example input; default: noise of the size that a timm model wants.
+        structure: What goes, as for `prune`.
         ignore: Globs of modules that keep their width.
         floors: How narrow groups may become, and whether residual widths are offered.
 
@@ -369,11 +372,16 @@ def info(
             raise ArgumentError(f"{type(dense).__name__} does not say which images it wants: pass images=.")
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     images = images.to(preserve.device_of(dense))
-    _, found = find_units(dense, images, ignore, floors.width)
-    macs, params = (cost_model(kind, dense, images, found.groups) for kind in ("macs", "params"))
+    found_in, found = find_units(dense, images, ignore, floors.width, structure=structure)
+    costs = macs, params = [cost_model(kind, found_in, images, found.groups) for kind in ("macs", "params")]
     whole, sizes, rows = (macs.total, params.total), {group.name: group.size for group in found.groups}, []
     for group in found.groups:
-        saved = round(macs.saving(group.name)), round(params.saving(group.name))
+        first = group.size - 2 if group.kind == "direction" else 0  # the first directions save nothing
+        saved = []
+        for cost in costs:
+            cost.remove(group.name, first)
+            saved.append(round(cost.saving(group.name)))
+            cost.remove(group.name, -first)
         layers = len({member.axis[0] for member in group.members})
         rows.append(InfoRow(group.name, group.kind, group.size, saved[0], saved[1], layers))
     return Info(
@@ -430,16 +438,21 @@ def carry_out(
 
 
 def transplant(source: nn.Module, target: nn.Module) -> nn.Module:
-    """Give a model the tensors and sizes of its pruned copy; its hooks and modes stay.
+    """Give a model the tensors and sizes of its pruned copy; its hooks and modes stay, but of a layer that becomes two.
 
     Everything is prepared first, so that nothing can fail between the first change and the last.
     """
-    pruned, changes = dict(source.named_modules()), []
+    pruned, changes, split = dict(source.named_modules()), [], {}
     for name, module in target.named_modules():
+        if type(pruned[name]) is not type(module):
+            split[name] = pruned[name].train(module.training)
+            continue
         new = vars(pruned[name])
         sizes = {key: value for key, value in new.items() if isinstance(value, int | tuple) and key != "training"}
         changes.append((module, sizes | {key: new[key] for key in ("_parameters", "_buffers")}))
     make_permanent(target)
     for module, attributes in changes:
         vars(module).update(attributes)
+    for name, pair in split.items():
+        replace_module(target, name, pair)
     return target

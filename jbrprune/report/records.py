@@ -28,8 +28,9 @@ class LayerRow:
     Attributes:
         name: Qualified name.
         type: Class of the module.
-        kind: What its units are: ``channel``, ``head``, ``group``, ``width`` or, of single weights, ``weight``.
-        before: Output channels (heads of an attention, entries of the weight) of the dense model.
+        kind: What its units are: ``channel``, ``head``, ``group``, ``width``, ``direction`` or, of single weights,
+            ``weight``.
+        before: Output channels (heads of an attention, directions, entries of the weight) of the dense model.
         after: The same of the pruned model.
     """
 
