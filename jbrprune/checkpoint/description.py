@@ -26,7 +26,14 @@ from torch.utils._pytree import tree_leaves
 
 from jbrprune.errors import CheckpointError
 from jbrprune.models import preserve, timm_models
-from jbrprune.models.layers import is_factorable, is_pair, is_size, repeated_widths, set_size_attributes, size_attributes
+from jbrprune.models.layers import (
+    is_factorable,
+    is_pair,
+    is_size,
+    repeated_widths,
+    set_size_attributes,
+    size_attributes,
+)
 from jbrprune.sparsity.masks import KINDS, fresh, masks_of, put_masks
 from jbrprune.structure.directions import make_pair, replace_module
 

@@ -254,10 +254,12 @@ class Directions(Channels):
 
     def goals(self) -> Iterator[float]:
         """As of channels, but a counted share is reached in one step unless more are asked for."""
-        counted = self.kind not in TIMED and self.options.steps is None
-        for self.stop in self.stops if counted else ():
-            yield self.stop
-        yield from () if counted else super().goals()
+        if self.kind in TIMED or self.options.steps is not None:
+            yield from super().goals()
+            return
+        for stop in self.stops:
+            self.stop = stop
+            yield stop
 
     def score(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
         """Turn the directions into the eigenvectors of what every layer gives now, and score them."""
@@ -335,7 +337,10 @@ def find_units(
     seed: int = 0,
     structure: str = "channels",
 ) -> tuple[nn.Module, Found]:
-    """A copy of a model in eval mode, and its units that can be removed safely; see `find_groups`, `find_directions`."""
+    """A copy of a model in eval mode, and its units that can be removed safely.
+
+    Of channels it has the layers of the model (see `find_groups`), of directions two for each (see `find_directions`).
+    """
     model = preserve.copy_model(dense).eval()
     if structure == "directions":
         model, found = find_directions(model, example, ignore=ignore)

@@ -204,7 +204,9 @@ class ChannelOptions(RunOptions):
     steps: int | None = option(None, "Number of steps; default: one for every 5 %.", "Budget", whole(1))
     floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget")
     structure: Literal["channels", "directions"] = option(
-        "channels", "What goes: channels and heads, or directions of what linear layers give (two layers for one).", "Budget"
+        "channels",
+        "What goes: channels and heads, or directions of what linear layers give (two layers for one).",
+        "Budget",
     )
 
     @property

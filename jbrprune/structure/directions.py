@@ -5,8 +5,8 @@ positions, and V the eigenvectors of its covariance,
 
     y = V z + mu,    z = V^T (W x + b - mu)
 
-are two layers, and z_k has mean zero: to remove its channel is to remove v_k and to keep the mean, dw = -v_k v_k^T W. So
-what is known of channels holds of directions, above all the relevance at the consumer,
+are two layers, and z_k has mean zero: to remove its channel is to remove v_k and to keep the mean, dw = -v_k v_k^T W.
+So what is known of channels holds of directions, above all the relevance at the consumer,
 
     v_k(x) = sum over positions of z_k dL/dz_k = sum over positions of (v_k^T (y - mu)) (v_k^T dL/dy).
 
@@ -114,7 +114,10 @@ def find_directions(model: nn.Module, images: Tensor, *, ignore: Sequence[str] =
     def note(name: str) -> preserve.Hook:
         return lambda *_: called.add(name)
 
-    with preserve.inference_state(model), preserve.hooked(model, {name: note(name) for name, _ in model.named_modules()}):
+    with (
+        preserve.inference_state(model),
+        preserve.hooked(model, {name: note(name) for name, _ in model.named_modules()}),
+    ):
         model(images)
     found, skipped = {}, {}
     for name, module in model.named_modules():

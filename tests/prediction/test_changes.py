@@ -25,8 +25,8 @@ from jbrprune.prediction.changes import (
     unexplained,
 )
 from jbrprune.prediction.damage import Correction, damage, measure_damage, saturation
-from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.directions import Moments, measure_moments
+from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.slicing import masked_units
 

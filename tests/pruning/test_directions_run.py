@@ -1,0 +1,179 @@
+"""prune(structure="directions"): budgets, files, exports, a second pruning, the given model, the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from jbrprune import create, info, load, predict, prune, sweep
+from jbrprune.budgets.budget import Floors
+from jbrprune.budgets.cost import count_macs
+from jbrprune.cli import app
+from jbrprune.errors import ArgumentError
+from jbrprune.evaluation.agreement import parameters_of
+
+IMAGES = cases.images(24, 32, seed=3).float()
+ARGUMENTS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2, "num_classes": 5}
+QUIET: dict[str, Any] = {"progress": False, "structure": "directions"}
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return create("vit_tiny_patch16_224", pretrained=False, **ARGUMENTS).eval()
+
+
+@pytest.mark.parametrize("budget", ["macs", "params"])
+@pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
+def test_a_budget_is_met_by_what_is_handed_over(budget: str, share: float) -> None:
+    model = vit()
+    result = prune(model, IMAGES, **{budget: share}, **QUIET)
+    costs = {
+        "macs": [sum(count_macs(each, IMAGES).values()) for each in (model, result.model)],
+        "params": [parameters_of(each) for each in (model, result.model)],
+    }
+    assert (result.report.pruned.macs, result.report.pruned.params) == (costs["macs"][1], costs["params"][1])
+    whole, left = costs[budget]
+    assert left <= share * whole
+    one = (48 + 192) * (17 if budget == "macs" else 1)  # the dearest direction
+    assert share * whole - left < one
+    for row in result.report.layers:
+        layer = result.model.get_submodule(row.name)
+        assert isinstance(layer, nn.Sequential) == (row.after < row.before)
+        if row.after < row.before:
+            inputs, outputs = layer[0].weight[0].numel(), len(layer[1].weight)
+            assert row.after == len(layer[0].weight)
+            assert row.after * (inputs + outputs) < inputs * outputs
+            assert layer[0].bias is None
+        else:
+            assert torch.equal(layer.weight, model.get_submodule(row.name).weight)
+
+
+def test_ranks_are_multiples_on_request() -> None:
+    result = prune(vit(), IMAGES, macs=0.5, floors=Floors(round_to=4), **QUIET)
+    assert all(row.after % 4 == 0 for row in result.report.layers)
+    assert any(row.after < row.before for row in result.report.layers)
+
+
+def test_saved_and_loaded_exported_and_pruned_again(tmp_path: Path) -> None:
+    result = prune(vit(), IMAGES, macs=0.3, **QUIET)
+    result.save(tmp_path / "m")
+    described = json.loads((tmp_path / "m" / "jbrprune.json").read_text())
+    ranks = {row.name: row.after for row in result.report.layers if row.after < row.before}
+    assert described["pairs"] == ranks
+    assert described["recipe"] is not None
+    loaded = load(tmp_path / "m")
+    assert torch.equal(loaded(IMAGES), result.model(IMAGES))
+    assert torch.equal(load(tmp_path / "m", model=vit())(IMAGES), loaded(IMAGES))
+    exported = torch.export.export(loaded, (IMAGES[:2],)).module()
+    torch.testing.assert_close(exported(IMAGES[:2]), loaded(IMAGES[:2]))
+    loaded(IMAGES).sum().backward()  # it can be trained
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+    loaded.zero_grad(set_to_none=True)
+    rows = {row.group: row for row in info(loaded, IMAGES, structure="directions").rows}
+    assert {name: rows[name].units for name in ranks} == ranks
+    again = prune(loaded, IMAGES, macs=0.6, **QUIET)
+    assert again.report.kept <= 0.6
+    assert {row.name: row.before for row in again.report.layers if row.name in ranks} == ranks
+    narrower = prune(loaded, IMAGES, macs=0.7, progress=False)  # channels and heads of the factored model
+    assert narrower.report.kept <= 0.7
+    assert {"head", "channel"} <= {row.kind for row in narrower.report.layers}
+    narrower.save(tmp_path / "both")
+    assert torch.equal(load(tmp_path / "both")(IMAGES), narrower.model(IMAGES))
+
+
+def test_the_given_model_stays_or_becomes_the_result(fingerprint: Callable) -> None:
+    model = vit().train()
+    before = fingerprint(model)
+    result = prune(model, IMAGES, macs=0.4, **QUIET)
+    assert fingerprint(model) == before
+    inplace = prune(model, IMAGES, macs=0.4, inplace=True, **QUIET)
+    assert inplace.model is model
+    assert all(module.training for module in model.modules())
+    torch.testing.assert_close(model.eval()(IMAGES), result.model(IMAGES))
+
+
+def test_the_given_model_stays_after_an_exception(fingerprint: Callable) -> None:
+    model, before = (shown := vit()), fingerprint(shown)
+
+    def fail(*_: object) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        prune(model, IMAGES, macs=0.4, criterion=fail, inplace=True, **QUIET)
+    assert fingerprint(model) == before
+
+
+def test_ignored_layers_and_the_classifier_stay() -> None:
+    model = vit()
+    result = prune(model, IMAGES, macs=0.7, ignore=["blocks.0.*", "patch_embed"], **QUIET)
+    assert torch.equal(result.model.head.weight, model.head.weight)
+    assert all(row.name.startswith("blocks.1.") for row in result.report.layers)
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    how = {"macs": 0.3, "steps": 3, **QUIET}
+    whole = prune(vit(), IMAGES, **how)
+    calls = []
+
+    def relevance(model: nn.Module, batches: Any, groups: Any) -> dict[str, Tensor]:
+        from jbrprune.criteria.relevance import PRESETS
+
+        if len(calls) == 2 and not (tmp_path / "on").exists():
+            raise KeyboardInterrupt
+        calls.append(1)
+        return PRESETS["jbr"](model, batches, groups).values()
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(vit(), IMAGES, criterion=relevance, resume=tmp_path / "log", **how)
+    (tmp_path / "on").touch()
+    resumed = prune(vit(), IMAGES, criterion=relevance, resume=tmp_path / "log", **how)
+    assert len(calls) == 3
+    torch.testing.assert_close(resumed.model(IMAGES), whole.model(IMAGES))
+
+
+def test_sweep_predict_max_drop_and_latency() -> None:
+    model = vit()
+    shares = [result.report.kept for result in sweep(model, IMAGES, [0.6, 0.3], **QUIET)]
+    assert 0.58 < shares[0] <= 0.6
+    assert 0.28 < shares[1] <= 0.3
+    table = predict(model, IMAGES, macs=[0.9, 0.5], **QUIET)
+    assert bool((table.macs <= table.target).all())
+    assert table.predicted_tpv[0] < table.predicted_tpv[1]
+    assert abs(table.predicted_tpv[0] / table.masked_tpv[0] - 1) < 0.5
+    found = prune(model, cases.images(100, 32).float(), max_drop=0.3, **QUIET).report
+    assert found.search is not None
+    assert found.search.drop.lost <= 0.3
+    assert found.kept < 1
+    timed = prune(model, IMAGES, latency=0.99, **QUIET).report
+    assert timed.timings is not None
+
+
+def test_what_has_no_meaning_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="directions"):
+        prune(vit(), IMAGES, channels=0.5, **QUIET)
+    with pytest.raises(ArgumentError, match=r"structure .*rows"):
+        prune(vit(), IMAGES, macs=0.5, structure="rows", progress=False)  # type: ignore[arg-type]
+
+
+def test_command_line(tmp_path: Path) -> None:
+    from torchvision.utils import save_image
+
+    for number, image in enumerate(IMAGES[:12]):
+        save_image(image, tmp_path / f"{number}.png")
+    arguments = [text for key, value in ARGUMENTS.items() for text in ("--model-arg", f"{key}={value}")]
+    call = ["prune", "vit_tiny_patch16_224", "--random", *arguments, "--data", str(tmp_path), "--macs", "0.5"]
+    done = CliRunner().invoke(app, [*call, "--structure", "directions", "--json"])
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["settings"]["structure"] == "directions"
+    assert facts["pruned"]["macs"] <= 0.5 * facts["dense"]["macs"]
+    assert copy.deepcopy(facts)["layers"][0]["kind"] == "direction"
