@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from jbrprune.budgets.budget import Floors
 from jbrprune.checkpoint.checkpoint import load, save
+from jbrprune.checkpoint.export import export
 from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
@@ -32,6 +33,7 @@ __all__ = [
     "Report",
     "save",
     "load",
+    "export",
     # the criterion
     "score",
     "Relevance",

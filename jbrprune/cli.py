@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
@@ -22,13 +23,15 @@ from torch import nn
 
 from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
-from jbrprune.checkpoint.checkpoint import check_target, load, write_card
+from jbrprune.checkpoint.checkpoint import check_target, describe, load, write_card
+from jbrprune.checkpoint.export import export
 from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.data import distributed
 from jbrprune.data.batches import class_indices
+from jbrprune.data.files import check_file
 from jbrprune.data.images import open_data
-from jbrprune.errors import ArgumentError, CheckpointError, JBRError
+from jbrprune.errors import ArgumentError, JBRError
 from jbrprune.evaluation.agreement import Agreement, agreement, combine, compute_logits, parameters_of
 from jbrprune.evaluation.latency import time_in_turns
 from jbrprune.models.timm_models import create
@@ -37,6 +40,7 @@ from jbrprune.pruning.api import PruneResult, info, prune, score, sparsify
 from jbrprune.pruning.options import ChannelOptions, Options, ScoreOptions, WeightOptions, option
 from jbrprune.report.records import Report, import_optional, plain
 from jbrprune.report.text import format_si, format_table, make_pairs, make_table
+from jbrprune.sparsity.masks import make_permanent
 from jbrprune.tpv import Isotropic, Quantization, empirical, trace_form
 
 app = typer.Typer(
@@ -179,16 +183,6 @@ def _open(name: str, source: Source, batch_size: int) -> tuple[nn.Module, object
     """The model and the images, prepared for it."""
     model = _open_model(name, source)
     return model, open_data(source.data, model, batch_size=batch_size, skip_corrupt=source.skip_corrupt)
-
-
-def check_file(path: Path | None) -> None:
-    """Refuse a file that cannot be written, before the expensive part.
-
-    Raises:
-        CheckpointError: The path is a directory, or its directory is not there or cannot be written.
-    """
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
-        raise CheckpointError(f"{path} cannot be written: expected a file in a directory that can be written.")
 
 
 @dataclass(frozen=True)
@@ -450,6 +444,31 @@ def tpv_command(model: Model, source: Source, options: Perturbing, printing: Pri
         text += f"\nfirst order  {'valid' if valid.valid else 'not valid'} at this size (error {valid.at(1.0):.1%})"
     facts = {"model": model, "perturbation": str(change)} | {name: each.to_dict() for name, each in found.items()}
     _say(printing, facts, text)
+
+
+@dataclass(frozen=True)
+class Exporting(Printing):
+    """Where a model is exported to."""
+
+    out: Path = option(..., "File to write: .onnx, or .pt2 for torch.export.", "Output")
+    size: str | None = option(None, "Size of the images, such as 3x224x224; by default that of the run.", "Output")
+
+
+@command
+def export_command(
+    directory: Annotated[Path, typer.Argument(help="Directory that was written by --out.")], options: Exporting
+) -> None:
+    """Export a saved model to ONNX or torch.export; the file is kept only if it gives the same outputs.
+
+    Example: `jbrprune export pruned/ --out pruned.onnx`
+    """
+    check_file(options.out)
+    if options.size and not re.fullmatch(r"\d+x\d+x\d+", options.size):
+        raise ArgumentError(f"--size must be channels, height and width, such as 3x224x224; got {options.size!r}.")
+    example = describe(directory).example
+    size = [int(n) for n in options.size.split("x")] if options.size else example and example.size
+    facts = export(make_permanent(load(directory)), options.out, size=size)
+    _say(options, {"model": str(directory)} | facts, format_table(make_pairs(facts)))
 
 
 @command

@@ -62,6 +62,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_file(path: Path | None) -> None:
+    """Refuse a file that cannot be written, before the expensive part.
+
+    Raises:
+        CheckpointError: The path is a directory, or its directory is not there or cannot be written.
+    """
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
+        raise CheckpointError(f"{path} cannot be written: expected a file in a directory that can be written.")
+
+
 def flush(path: Path) -> None:
     """Wait until the disk holds the contents of a file."""
     with path.open("rb+") as file:

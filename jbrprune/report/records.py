@@ -252,8 +252,8 @@ class Report:
         return plot_report(self, path, predicted)
 
 
-def import_optional(module: str) -> ModuleType:
-    """Import a module that ``jbrprune[report]`` installs.
+def import_optional(module: str, extra: str = "report") -> ModuleType:
+    """Import a module that ``jbrprune[report]``, or another extra, installs.
 
     Raises:
         ImportError: It is not installed.
@@ -262,7 +262,7 @@ def import_optional(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"This needs {package}, which is not installed: pip install 'jbrprune[report]'") from error
+        raise ImportError(f"This needs {package}, which is not installed: pip install 'jbrprune[{extra}]'") from error
 
 
 def plain(value: Any) -> Any:

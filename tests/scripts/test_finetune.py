@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import common
-import export
 import finetune
 import pytest
 import sources
@@ -161,55 +159,3 @@ def test_a_file_of_other_lines_is_not_added_to(done: Path, tmp_path: Path) -> No
     with pytest.raises(SystemExit, match="line 1 is of another script"):
         finetune.main(_arguments(tmp_path))
     assert (tmp_path / "lines.jsonl").read_text() == '{"model": "a"}\n'
-
-
-# --- export ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore")  # the exporters' own
-def test_exports_give_the_outputs_of_the_model(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    saved = next((done / "runs").glob("taylor-*"))
-    onnx, program = tmp_path / "a.onnx", tmp_path / "a.pt2"
-    export.main([str(saved), "--onnx", str(onnx), "--program", str(program), "--size", "1", "32", "32"])
-    printed = capsys.readouterr().out.splitlines()
-    lines = [json.loads(line) for line in printed if line.startswith("{")]
-    assert [line["file"] for line in lines] == [str(onnx), str(program)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "a.pt2"]
-    images = digits()[2][:11]  # neither traced nor verified with so many
-    with torch.no_grad():
-        wanted = jbrprune.load(saved)(images)
-        found = torch.export.load(program).module()(images)
-    assert torch.allclose(found, wanted, atol=1e-4)
-    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
-    (outputs,) = session.run(["logits"], {"images": images.numpy()})
-    assert torch.allclose(torch.from_numpy(outputs), wanted, atol=1e-4)
-    assert all(0 <= line["largest_difference"] < 1e-4 for line in lines)
-    assert onnx.stat().st_size == lines[0]["bytes"]
-
-
-def test_an_export_that_is_wrong_leaves_nothing(tmp_path: Path) -> None:
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
-
-    def wrong(model: torch.nn.Module, example: torch.Tensor, path: Path):
-        path.write_text("x")
-        return lambda images: model(images) + 1e-2
-
-    def misshapen(model: torch.nn.Module, example: torch.Tensor, path: Path):
-        return lambda images: model(images[:2])  # as if the batch size were fixed
-
-    def broken(model: torch.nn.Module, example: torch.Tensor, path: Path):
-        raise KeyError("aten.what")
-
-    for write, words in ((wrong, "outputs differ by"), (misshapen, "gave outputs of shape"), (broken, "KeyError")):
-        with pytest.raises(ModelError, match=words):
-            export.export(net, (1, 2, 2), tmp_path / "a.onnx", write, 1e-4)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_nothing_to_write(done: Path) -> None:
-    with pytest.raises(SystemExit, match="Say what to write"):
-        export.main([str(next((done / "runs").glob("l1-*")))])
-    with pytest.raises(SystemExit, match=r"export\.py: .*missing"):
-        export.main(["missing", "--onnx", "a.onnx"])
