@@ -467,8 +467,9 @@ def export_command(
         raise ArgumentError(f"--size must be channels, height and width, such as 3x224x224; got {options.size!r}.")
     example = describe(directory).example
     size = [int(n) for n in options.size.split("x")] if options.size else example and example.size
-    facts = export(make_permanent(load(directory)), options.out, size=size)
-    _say(options, {"model": str(directory)} | facts, format_table(make_pairs(facts)))
+    export(make_permanent(load(directory)), options.out, size=size)
+    facts = {"model": str(directory), "out": str(options.out), "bytes": options.out.stat().st_size}
+    _say(options, facts, f"Wrote {options.out}: its outputs are those of the model.")
 
 
 @command

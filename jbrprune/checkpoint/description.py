@@ -85,7 +85,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Example:
-    """What a saved model computes for two images of noise, see `compute_example`.
+    """What a saved model computes for two images of noise, see `compute_outputs`.
 
     Attributes:
         size: Channels, height and width of the images.
@@ -522,9 +522,9 @@ def compute_outputs(model: nn.Module, size: Sequence[int]) -> tuple[float, ...]:
                 f"{type(model).__name__} does not run on images of size {tuple(size)}: {str(error).rstrip('.')}. Pass "
                 "the size of its images: save(model, path, size=(channels, height, width))."
             ) from error
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    values = torch.cat([leaf.detach().flatten().cpu().double() for leaf in leaves]).nan_to_num(0.0, 0.0, 0.0)
-    return tuple(values[:: -(-len(values) // _OUTPUTS)].tolist())
+    leaves = [leaf.flatten().cpu().double() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    values = torch.cat([torch.zeros(0), *leaves]).nan_to_num(0.0, 0.0, 0.0)
+    return tuple(values[:: 1 + len(values) // _OUTPUTS].tolist())
 
 
 def check_outputs(description: Description, model: nn.Module, tolerance: float) -> None:

@@ -170,16 +170,13 @@ def _gather(items: Iterator[object], batch_size: int) -> Iterator[Batch]:
 
 def _as_batch(item: object) -> Batch:
     """Images apart from any graph, and class indices where there is one for every image."""
-    if isinstance(item, Batch):
-        images, labels, kind = item.images, item.labels, "Batch"
-    elif isinstance(item, Mapping):
-        kind = f"dict with keys {sorted(map(str, item))}"
-        images, labels = (next((item[key] for key in keys if key in item), None) for keys in (IMAGE_KEYS, LABEL_KEYS))
-    else:
-        several = isinstance(item, list | tuple)
-        images, labels, *_ = (*item, None, None) if several else (item, None)
-        kind = type(item).__name__ + f" that begins with {type(images).__name__}" * several
+    images, labels = (item.images, item.labels) if isinstance(item, Batch) else split_item(item)
     if not isinstance(images, Tensor):
+        kind = type(item).__name__
+        if isinstance(item, Mapping):
+            kind += f" with keys {sorted(map(str, item))}"
+        elif isinstance(item, list | tuple):
+            kind += f" that begins with {type(images).__name__}"
         raise DataError(
             f"The data yielded a {kind}; expected a tensor, an (image, label) tuple or a dict with a tensor under one "
             f"of the keys {', '.join(IMAGE_KEYS)}. {CONVERSIONS}"
@@ -190,6 +187,15 @@ def _as_batch(item: object) -> Batch:
         if isinstance(item, Batch)
         else Batch(images.detach(), labels)
     )
+
+
+def split_item(item: object) -> tuple[object, object]:
+    """What an item of data holds as its images and as its labels, whatever that is; None where there is nothing."""
+    if isinstance(item, Mapping):
+        images, labels = (next((item[key] for key in keys if key in item), None) for keys in (IMAGE_KEYS, LABEL_KEYS))
+    else:
+        images, labels, *_ = (*item, None, None) if isinstance(item, list | tuple) else (item, None)
+    return images, labels
 
 
 CONVERSIONS = (

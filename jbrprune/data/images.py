@@ -19,7 +19,7 @@ from timm.utils.misc import natural_key
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from jbrprune.data.batches import IMAGE_KEYS, LABEL_KEYS
+from jbrprune.data.batches import split_item
 from jbrprune.errors import ArgumentError, DataError, ModelError
 from jbrprune.models.preserve import same_randomness
 from jbrprune.models.timm_models import data_config, image_size
@@ -140,13 +140,14 @@ def pictures(name: str, model: nn.Module, *, root: str | Path | None = None, spl
 
 def picture_of(item: object) -> Image.Image | None:
     """The PIL image in an item; None where there is none."""
-    return next((part for part in _parts(item, IMAGE_KEYS, 0) if isinstance(part, Image.Image)), None)
+    image = split_item(item)[0]
+    return image if isinstance(image, Image.Image) else None
 
 
 def label_of(item: object) -> int | None:
     """The class index of an item; None where it has none (timm marks that by -1)."""
-    labels = [int(part) for part in _parts(item, LABEL_KEYS, 1) if isinstance(part, int | np.integer)]
-    return labels[0] if labels and labels[0] >= 0 else None
+    label = split_item(item)[1]
+    return int(label) if isinstance(label, int | np.integer) and label >= 0 else None
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -289,14 +290,6 @@ def _has_pictures(data: object, model: nn.Module) -> bool:
             return len(data) > 0 and picture_of(data[0]) is not None  # type: ignore[arg-type,index]
     except LookupError:
         return False
-
-
-def _parts(item: object, keys: Sequence[str], position: int) -> list[object]:
-    """What an item holds under one of the keys, or at the position."""
-    if isinstance(item, Mapping):
-        return [item[key] for key in keys if key in item]
-    parts = item if isinstance(item, tuple | list) else (item,)
-    return list(parts[position : position + 1])
 
 
 def _labels_fit(stored: object, model: nn.Module) -> bool:

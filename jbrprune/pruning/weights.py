@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,13 +42,11 @@ class Weights(Structure):
     Attributes:
         shapes: Name of a weight that may be pruned -> its shape.
         macs: Multiply-accumulates of the model, which zeros do not change.
-        adapted: Says which weights are pruned beside an adapter; empty if none is.
         skipped: Weights that an N:M pattern does not fit.
     """
 
     shapes: dict[str, torch.Size]
     macs: int
-    adapted: str = ""
     skipped: tuple[str, ...] = ()
 
     def goals(self) -> Iterator[Goal]:
@@ -142,8 +141,8 @@ class Weights(Structure):
 
     def notes(self) -> Iterator[str]:
         """Which weights have adapters, which a pattern does not fit, and of which only the floor is left."""
-        if self.adapted:
-            yield self.adapted
+        if adapted := describe_adapters(self.model, self.shapes):
+            yield adapted
         if self.skipped:
             yield (
                 f"Not pruned, because {self.stop} does not divide the number of their inputs: "
@@ -176,8 +175,7 @@ def find_weights(problem: Problem, options: WeightOptions, stops: Sequence[Goal]
         raise UnsupportedModelError("The model has no convolution or linear layer left to prune. Is all in `ignore`?")
     refuse_computed_weights(model, options.ignore)
     given = {name: mask.cpu() for name, mask in masks_of(problem.given).items()}
-    adapted = describe_adapters(model, shapes)
-    if adapted:
+    if adapted := describe_adapters(model, shapes):
         logger.warning("%s", adapted)
     consumers = [name.rpartition(".")[0] for name in shapes]
     weights = Weights(
@@ -185,7 +183,6 @@ def find_weights(problem: Problem, options: WeightOptions, stops: Sequence[Goal]
         masks={name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()} | given,
         shapes=shapes,
         macs=sum(count_macs(model, problem.example).values()),
-        adapted=adapted,
     )
     if isinstance(options.criterion, WeightScores):
         check_scores(options.criterion, shapes, least=0)
@@ -197,7 +194,7 @@ def find_weights(problem: Problem, options: WeightOptions, stops: Sequence[Goal]
 def describe_adapters(model: nn.Module, names: Iterable[str]) -> str:
     """Say which weights have an adapter beside them, as LoRA puts it there; nothing if none has.
 
-    An adapter is a module with a parameter or submodule called ``lora_...``, or with a ``base_layer``, as in peft.
+    An adapter is known by a parameter called ``lora_...``, or by a ``base_layer``, the name that peft gives the layer.
 
     Args:
         model: The model.
@@ -209,12 +206,9 @@ def describe_adapters(model: nn.Module, names: Iterable[str]) -> str:
         >>> describe_adapters(nn.Sequential(layer), ["0.weight"])[:42]
         '0.weight (and 0 more) has an adapter (LoRA'
     """
-    found = []
-    for prefix, module in model.named_modules():
-        own = [name for name in (*module._parameters, *module._modules) if "lora_" in name.lower()]
-        if own or "base_layer" in module._modules:
-            inside = [name.removeprefix(f"{prefix}.") for name in names if f".{name}".startswith(f".{prefix}.")]
-            found += [f"{prefix}.{name}" for name in inside if name.partition(".")[0] not in own]
+    marks = [re.match(r"(.*?)(lora_|base_layer\.)", name, re.IGNORECASE) for name, _ in model.named_parameters()]
+    places = tuple({mark[1] for mark in marks if mark})
+    found = [name for name in names if name.startswith(places) and "lora_" not in name.lower()]
     if not found:
         return ""
     return (
