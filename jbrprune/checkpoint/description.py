@@ -653,7 +653,7 @@ def check_fits(description: Description, dense: nn.Module) -> None:
 def _refuse_misfit(name: str, stored: object, found: object) -> NoReturn:
     raise CheckpointError(
         f"{name}: stored as {stored}, but the dense model has {found}. Pruning only makes tensors and layers smaller: "
-        "this is not the model that was saved."
+        "this is not the model that was saved. Where it was given another head, give that to the dense model as well."
     )
 
 

@@ -43,7 +43,6 @@ def open_data(
     *,
     batch_size: int = 32,
     workers: int = 0,
-    labels: bool = True,
     root: str | Path | None = None,
     split: str = "validation",
     skip_corrupt: bool = False,
@@ -64,7 +63,6 @@ def open_data(
         model: Its preprocessing and its number of classes are used.
         batch_size: Images per batch, where the data do not say.
         workers: Processes that read images, 0 for none; streams are read in this process.
-        labels: Use labels where there are any; has no effect on data that are returned as they are.
         root: Where a named data set is stored.
         split: Which part of a named data set.
         skip_corrupt: Leave out images that cannot be read, and log their names, instead of stopping at the first.
@@ -85,7 +83,7 @@ def open_data(
     stored = pictures(str(data), model, root=root, split=split) if by_name else data
     if not by_name and not _has_pictures(data, model):
         return data
-    prepare = _Prepare(model, labels=labels and _labels_fit(stored, model))
+    prepare = _Prepare(model, labels=_labels_fit(stored, model))
     if isinstance(stored, IterableDataset):
         return _Stream(stored, prepare)
     source = cast("Sequence[object]", stored)

@@ -95,10 +95,6 @@ def test_the_transform_is_timms(tmp_path: Path) -> None:
     assert torch.equal(read(open_data(tmp_path, model)).images[0], expected)
 
 
-def test_labels_can_be_declined(folder: Path, model: nn.Module) -> None:
-    assert read(open_data(folder, model, labels=False)).labels is None
-
-
 def test_labels_of_other_classes_are_dropped_and_logged(
     folder: Path, model: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -295,7 +291,6 @@ def test_pictures_get_the_transform_in_their_own_order(data: object, labelled: b
     assert (batch.labels is None) == (not labelled)
     if batch.labels is not None:
         assert batch.labels.tolist() == [0, 1, 2]
-    assert read(open_data(data, model, labels=False)).labels is None
 
 
 def test_a_data_set_with_other_classes_loses_its_labels(caplog: pytest.LogCaptureFixture) -> None:
