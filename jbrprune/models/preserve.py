@@ -58,17 +58,20 @@ def same_randomness(device: torch.device) -> Iterator[None]:
 def inference_state(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     """Eval mode, frozen (or all trainable) parameters, untouched ``.grad`` and random state, no autocast from outside.
 
-    Activation checkpointing (``grad_checkpointing`` of timm) is off: it would run modules and their hooks twice.
+    Activation checkpointing (``grad_checkpointing`` of timm) is off: it would run modules and their hooks twice. So is
+    compilation in place (``module.compile()``), which runs without hooks.
     """
     device = device_of(model)
     learning = list(model.parameters()) if gradients else []
     checkpointed = [module for module in model.modules() if getattr(module, "grad_checkpointing", None) is True]
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
     autocast = torch.amp.is_autocast_available(device.type)
     with (
         evaluating(model),
         requiring_grad(model, gradients),
         restored(learning, "grad"),
         restored(checkpointed, "grad_checkpointing"),
+        restored(compiled, "_compiled_call_impl"),
         same_randomness(device),
         torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext(),
         torch.inference_mode(False),  # also leaves an inference mode around the call, where autograd is off
@@ -78,6 +81,8 @@ def inference_state(model: nn.Module, *, gradients: bool = False) -> Iterator[No
             parameter.grad = None
         for module in checkpointed:
             module.grad_checkpointing = False  # type: ignore[assignment]
+        for module in compiled:
+            module._compiled_call_impl = None
         yield
 
 

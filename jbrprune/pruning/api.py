@@ -427,7 +427,7 @@ def carry_out(
             outcomes = iter([max_drop.search(structure, images)])  # type: ignore[reportArgumentType]
         for stop in outcomes:
             pruned = stop.model
-            if options.inplace and model is problem.given:
+            if options.inplace and isinstance(model, nn.Module):
                 pruned = transplant(pruned, problem.given)
             if originals:
                 masks = {name: mask for name, mask in stop.masks.items() if not bool(mask.all())}

@@ -215,6 +215,8 @@ def hand_over(structure: Structure, images: Calibration, dense: Size, agreed: Ag
     problem, options = structure.problem, structure.options
     seconds = {**structure.seconds, "total": time.perf_counter() - began}
     model, masks, facts = structure.deliver()
+    if problem.wrapper:
+        facts["notes"] += (f"The model was wrapped in {problem.wrapper}; what is inside was pruned: wrap it again.",)
     facts["notes"] = (*facts["notes"], *images.notes(bool(options.methods)))
     timings = structure.timings or time_in_turns([problem.dense, model], problem.example[:1])
     report = Report(

@@ -17,7 +17,7 @@ from jbrprune.data.images import open_data
 from jbrprune.errors import ArgumentError, DataError, JBRError, ModelError
 from jbrprune.evaluation.agreement import check_weights, compute_logits
 from jbrprune.evaluation.latency import describe_hardware
-from jbrprune.models import preserve, timm_models
+from jbrprune.models import plain, preserve, timm_models
 from jbrprune.pruning.options import RunOptions
 from jbrprune.sparsity.masks import fresh, make_permanent, masks_of
 
@@ -36,6 +36,7 @@ class Problem:
         data: What the images are read from.
         outputs: Number of outputs K.
         name: What reports call the model.
+        wrapper: What was taken off it, such as ``OptimizedModule`` of `torch.compile`; empty where nothing was.
     """
 
     given: nn.Module
@@ -44,6 +45,7 @@ class Problem:
     data: object
     outputs: int
     name: str
+    wrapper: str = ""
 
     def check_classes(self, what: str) -> None:
         """Refuse a model with one output for what asks whether the top-1 stays.
@@ -107,6 +109,7 @@ def open_problem(
         ModelError: The model is masked, in half precision, or does not return logits.
         NonFiniteError: NaN or Inf in weights or logits.
     """
+    passed = model
     given = model = create_model(model)
     for name, parameter in given.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
@@ -135,20 +138,24 @@ def open_problem(
         data=itertools.chain([batch], batches) if isinstance(opened, Iterator) else opened,
         outputs=check_runs(model, first if as_given else converted),
         name=recipe.name if recipe else type(model).__name__,
+        wrapper="" if isinstance(passed, str) or passed is given else type(passed).__name__,
     )
 
 
 def create_model(model: nn.Module | str) -> nn.Module:
-    """The model of a timm name, or the model itself.
+    """The model of a timm name, or the model itself without what wraps it.
 
     Raises:
         ArgumentError: Neither a name nor a module.
+        ModelError: It holds modules or tensors that cannot be worked on.
     """
     if isinstance(model, str):
         with preserve.same_randomness(torch.device("cpu")):  # initial weights are drawn
             return timm_models.create(model)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a timm name or an nn.Module, got {type(model).__name__}.")
+    model = plain.unwrap(model)
+    plain.refuse_unusual(model)
     return model
 
 

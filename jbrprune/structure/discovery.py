@@ -30,10 +30,12 @@ class Found:
     Attributes:
         groups: What can be removed.
         skipped: Name of a layer -> why it stays as wide as it is.
+        kept_with: Name of a layer -> that of the skipped one with which it keeps its width.
     """
 
     groups: tuple[Group, ...]
     skipped: dict[str, str] = field(default_factory=dict)
+    kept_with: dict[str, str] = field(default_factory=dict)
 
 
 def find_groups(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (), width: bool = False) -> Found:
@@ -188,6 +190,7 @@ def _make_groups(model: nn.Module, atoms: _Atoms, fixed: dict[Axis, str], width:
 
     groups: dict[str, Group] = {}
     skipped: dict[str, str] = {}
+    kept_with: dict[str, str] = {}
     for units in alike.values():
         first = min(units[0], key=lambda axis: (_SIDES.index(axis[1]), place(axis[0]), axis))
         others = sorted(units[0].keys() - {first}, key=lambda axis: (place(_module_name(axis)), axis))
@@ -200,6 +203,7 @@ def _make_groups(model: nn.Module, atoms: _Atoms, fixed: dict[Axis, str], width:
             reason = f"{norm} normalises over it; pass width=True to offer it"
         if reason:
             skipped.setdefault(name, reason)
+            kept_with |= {axis[0]: name for axis in axes if axis[1] == "out"}
             continue
         while name in groups:
             name += "'"
@@ -216,6 +220,7 @@ def _make_groups(model: nn.Module, atoms: _Atoms, fixed: dict[Axis, str], width:
     return Found(
         tuple(groups[name] for name in sorted(groups, key=lambda name: place(name.rstrip("'")))),
         {name: skipped[name] for name in sorted(skipped, key=place)},
+        kept_with,
     )
 
 

@@ -66,6 +66,12 @@ class Group:
         """Axis -> channels that go with one unit (the same for every unit of a group)."""
         return Counter({member.axis: len(member.channel) // self.size for member in self.members})
 
+    def layers(self) -> set[str]:
+        """Qualified names of the modules that own its axes."""
+        return {
+            name.rpartition(".")[0] if side == "param" else name for name, side, _ in (m.axis for m in self.members)
+        }
+
     def side(self, side: Side) -> tuple[Member, ...]:
         """Members on one side."""
         return tuple(member for member in self.members if member.axis[1] == side)

@@ -145,7 +145,8 @@ class CouplingGraph:
                 there, origin = there[new], origin[new]
                 if there.max() >= 2 * self._widest:
                     raise _Lost  # as in a product of features that is reshaped, there is no end to it
-                seen[key] = np.union1d(seen[key], pairs)
+                known = np.sort(np.concatenate([seen[key], pairs]))  # np.union1d hashes, and such numbers collide
+                seen[key] = known[np.diff(known, prepend=-1) > 0]
                 steps, visits[key] = steps + 1, visits[key] + 1
                 most = 100 + MOST_STEPS * len(self._graph.module2node)
                 if len(seen[key]) > 4 * self._widest or visits[key] > MOST_VISITS or steps > most:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from jbrprune.errors import ModelError, UnsupportedModelError
 from jbrprune.models import preserve
@@ -19,22 +22,28 @@ from jbrprune.structure.slicing import masked_units, remove_units
 TOLERANCE = 1e-8
 """Largest difference between mask and removal in float64, relative to the largest logit."""
 
+FEWEST_PIXELS = 64
+"""The trial uses no smaller images than these, in which a stride of 32 leaves attention several positions."""
 
-def verify_groups(model: nn.Module, images: Tensor, found: Found, *, seed: int = 0) -> Found:
+
+def verify_groups(model: nn.Module, images: Tensor | Sequence[Tensor], found: Found, *, seed: int = 0) -> Found:
     """Remove random units from a copy and keep the groups for which removal equals the mask.
 
     The copy is in float64; its norms, scales and biases are perturbed, and weights that are all but zero, so that
     a tiny factor cannot hide a wrong coupling. Every group loses another share of its units, so that widths which are
-    tied without the graph knowing it do not fit by chance.
+    tied without the graph knowing it do not fit by chance. The smaller copy must also run in training mode if the
+    whole one does: auxiliary heads read nothing in eval mode.
 
     Args:
         model: The model; left as it was.
-        images: ``[B, C, H, W]`` example input; noise is added to it.
+        images: ``[B, C, H, W]`` example input, or several of which some lead through other modules. Noise is added,
+            and every second row and column is left out as long as the same modules run.
         found: What `find_groups` found.
         seed: Seeds the choice of units, the perturbation and the noise.
 
     Returns:
-        The groups that passed, and whose relevance can be computed; the others are kept, with what went wrong.
+        The groups that passed, and whose relevance can be computed; the others are skipped, with what went wrong, and
+        so are modules that did not run.
 
     Raises:
         ModelError: The model cannot be copied.
@@ -42,20 +51,30 @@ def verify_groups(model: nn.Module, images: Tensor, found: Found, *, seed: int =
     """
     generator = torch.Generator().manual_seed(seed)
     trial = _perturb_copy(model, generator)
-    images = images.to(preserve.device_of(trial), torch.float64)
-    images = images + torch.randn(images.shape, generator=generator, dtype=torch.float64).to(images.device)
+    examples, calls = [], []
+    for example in [images] if isinstance(images, Tensor) else images:
+        example = example.to(preserve.device_of(trial), torch.float64)
+        noise = torch.randn(example.shape, generator=generator, dtype=torch.float64)
+        smaller, called = _leave_pixels_out(trial, example + noise.to(example.device))
+        examples.append(smaller)
+        calls.append(set(called))
+    sometimes = set.union(*calls) - set.intersection(*calls)
 
     def failure(groups: Sequence[Group]) -> str | None:
-        return _find_failure(trial, images, groups, generator)
+        return _find_failure(trial, examples, groups, generator)
 
-    failed = find_culprits(found.groups, failure)
-    skipped = found.skipped | {name: f"removal does not equal the mask here: {why}" for name, why in failed.items()}
-    passed = tuple(group for group in found.groups if group.name not in failed)
+    unfit = {}
+    for group in found.groups:
+        for name in sometimes.intersection(group.layers()):
+            unfit[group.name] = f"{name} runs for some of the images only"
+    failed = find_culprits([group for group in found.groups if group.name not in unfit], failure)
+    unfit |= {name: f"removal does not equal the mask here: {why}" for name, why in failed.items()}
+    passed = tuple(group for group in found.groups if group.name not in unfit)
     together = failure(passed) if passed and failed else None
     if passed and not together:
-        unknown = unscorable(trial, images, passed)
-        skipped |= unknown
-        passed = tuple(group for group in passed if group.name not in unknown)
+        unfit |= unscorable(trial, examples[0], passed)
+        passed = tuple(group for group in passed if group.name not in unfit)
+    skipped = found.skipped | unfit | _find_idle(trial, examples, set.union(*calls))
     if together or not passed:
         what = "no group of channels passed the trial"
         if together:
@@ -65,18 +84,89 @@ def verify_groups(model: nn.Module, images: Tensor, found: Found, *, seed: int =
             reasons = [f"{name}: {reason}" for name, reason in skipped.items()]
             why = f"Why layers are kept: {'; '.join(reasons[:5])}"
         raise UnsupportedModelError(f"{type(model).__name__}: nothing can be removed safely: {what}. {why}.")
-    return Found(passed, skipped)
+    kept_with = {layer: group.name for group in found.groups if group.name in unfit for layer in group.layers()}
+    return Found(passed, skipped, found.kept_with | kept_with)
 
 
 def find_culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]], str | None]) -> dict[str, str]:
-    """The groups that fail, and why, by halving the set as long as it fails."""
+    """The groups that fail, and why, by halving the set as long as it fails.
+
+    Groups whose names differ in numbers only fail together in most models, block by block. They are tried side by
+    side, and all of them are said to fail where the first and the last one do, so that the trial costs few passes.
+    """
+    alike = {group.name: re.sub(r"\d+", "#", group.name) for group in groups}
+    groups = sorted(groups, key=lambda group: alike[group.name])
     why = failure(groups) if groups else None
     if why is None:
         return {}
     if len(groups) == 1:
         return {groups[0].name: why}
+    if len(groups) > 2 and len(set(alike.values())) == 1:
+        first = failure(groups[:1])
+        last = first and failure(groups[-1:])
+        if first and last:
+            others = {group.name: f"as in {groups[0].name}: {first}" for group in groups[1:-1]}
+            return {groups[0].name: first, **others, groups[-1].name: last}
     middle = len(groups) // 2
     return find_culprits(groups[:middle], failure) | find_culprits(groups[middle:], failure)
+
+
+# --- which modules run ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def find_called(model: nn.Module, images: Tensor) -> list[str]:
+    """Qualified names of the modules that a pass calls, in order."""
+    called: list[str] = []
+    hooks = {name: lambda *_, name=name: called.append(name) for name, _ in model.named_modules()}
+    with preserve.hooked(model, forward_pre=hooks):
+        model(images)
+    return called
+
+
+def _leave_pixels_out(trial: nn.Module, images: Tensor) -> tuple[Tensor, list[str]]:
+    """Images of half the size, or of a quarter, on which the same modules run, and these modules."""
+    try:
+        called = find_called(trial, images)
+    except Exception as error:  # whatever a foreign forward raises
+        raise UnsupportedModelError(
+            f"{type(trial).__name__}: nothing can be removed safely: it does not run in float64, in which removal is "
+            f"tried: {type(error).__name__}: {error}."
+        ) from error
+    while min(images.shape[-2:]) >= 2 * FEWEST_PIXELS:
+        smaller = images[..., ::2, ::2].contiguous()
+        try:
+            if find_called(trial, smaller) != called:
+                break
+        except Exception:  # whatever a foreign forward raises: it does not take this size
+            break
+        images = smaller
+    return images, called
+
+
+def _find_idle(trial: nn.Module, examples: Sequence[Tensor], called: set[str]) -> dict[str, str]:
+    """Modules with parameters that never ran, not in training mode either, nor lent a parameter to one that did."""
+    called = {parent for name in called for parent in itertools.accumulate(name.split("."), "{}.{}".format)}
+    own = {name: list(m.parameters(recurse=False)) for name, m in trial.named_modules() if name not in called}
+    own = {name: parameters for name, parameters in own.items() if name and parameters}
+    ran: list[str] = []
+    with preserve.hooked(trial, forward_pre={name: lambda *_, name=name: ran.append(name) for name in own}):
+        error = _train(trial, examples[0]) if own else None
+    own = {name: parameters for name, parameters in own.items() if error or name not in ran}
+    idle = {}
+    for example in examples if own else ():
+        with preserve.inference_state(trial, gradients=True):
+            output = sum(leaf.sum() for leaf in tree_leaves(trial(example)) if isinstance(leaf, Tensor))
+            flat = [parameter for parameters in own.values() for parameter in parameters]
+            used = dict(zip(flat, torch.autograd.grad(output, flat, allow_unused=True)))  # type: ignore[arg-type]
+        own = {name: parameters for name, parameters in own.items() if all(used[one] is None for one in parameters)}
+    for name in own:
+        top = next(p for p in itertools.accumulate(name.split("."), "{}.{}".format) if p not in called)
+        idle[top] = "it ran for none of the images; what leads there may not fit the layers before it any more"
+    return idle
+
+
+# --- the trial ------------------------------------------------------------------------------------
 
 
 def _perturb_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -103,7 +193,9 @@ def _perturb_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 @torch.no_grad()
-def _find_failure(trial: nn.Module, images: Tensor, groups: Sequence[Group], generator: torch.Generator) -> str | None:
+def _find_failure(
+    trial: nn.Module, examples: Sequence[Tensor], groups: Sequence[Group], generator: torch.Generator
+) -> str | None:
     """What goes wrong when units of these groups go, or None: some of each, then by turns all but one and one."""
     for some in (True, False):
         selection = {}
@@ -115,14 +207,29 @@ def _find_failure(trial: nn.Module, images: Tensor, groups: Sequence[Group], gen
         try:
             smaller = copy_model(trial, share=True)  # removal replaces tensors, it does not change them
             remove_units(smaller, groups, selection)
-            got = logits_of(smaller(images))
-            with masked_units(trial, groups, selection):
-                expected = logits_of(trial(images))
-            difference = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
+            for images in examples:
+                got = logits_of(smaller(images))
+                with masked_units(trial, groups, selection):
+                    expected = logits_of(trial(images))
+                difference = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
+                if not difference <= TOLERANCE:
+                    return f"the logits differ by {difference:.1e}"
         except Exception as error:  # whatever a foreign forward raises is the answer
             return f"{type(error).__name__}: {error}"
-        if not difference <= TOLERANCE:
-            return f"the logits differ by {difference:.1e}"
+        if some and (error := _train(smaller, examples[0])) and not _train(trial, examples[0]):
+            return f"in training mode, {type(error).__name__}: {error}"
+    return None
+
+
+def _train(model: nn.Module, images: Tensor) -> Exception | None:
+    """What a pass in training mode raises; a whole model may want more images, or targets."""
+    try:
+        with preserve.same_randomness(preserve.device_of(model)):
+            model.train()(images)
+    except Exception as error:  # whatever a foreign forward raises
+        return error
+    finally:
+        model.eval()
     return None
 
 

@@ -274,8 +274,8 @@ def test_nothing_to_remove_is_an_error_that_says_why(name: str) -> None:
 
 
 def test_what_fails_only_together_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "_find_culprits", lambda groups, failure: {groups[0].name: "for a test"})
-    monkeypatch.setattr(verification, "_find_failure", lambda *_: "together")
+    monkeypatch.setattr(verification, "find_culprits", lambda groups, failure: {groups[0].name: "for a test"})
+    monkeypatch.setattr(verification, "_find_failure", lambda *_, **__: "together")
     model = nets.TwoBlocks().eval()
     with pytest.raises(UnsupportedModelError, match="one by one fails together: together"):
         verify_groups(model, nets.example(), find_groups(model, nets.example()))
@@ -290,9 +290,9 @@ def test_culprits_by_halving() -> None:
         bad = [g.name for g in subset if g.name in ("g3", "g10")]
         return "bad" if bad else None
 
-    assert verification._find_culprits(groups, failure) == {"g3": "bad", "g10": "bad"}
-    assert len(calls) < 17
-    assert verification._find_culprits([], failure) == {}
+    assert verification.find_culprits(groups, failure) == {"g3": "bad", "g10": "bad"}
+    assert len(calls) < 21  # the ends of what is alike are tried first
+    assert verification.find_culprits([], failure) == {}
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -350,6 +350,149 @@ def test_a_model_without_removable_layers_says_so() -> None:
     images = torch.randn(2, 3, 2, 2)
     with pytest.raises(UnsupportedModelError, match=r"passed the trial\. It has no channels that one layer makes"):
         verify_groups(model, images, find_groups(model, images))
+
+
+def _with_auxiliary_head(net: nets.Net, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    features = net.a(x).relu()  # type: ignore[operator]
+    logits = nets.pooled(net, net.b(features).relu())  # type: ignore[operator]
+    return (logits, net.aux(features.mean((2, 3)))) if net.training else logits  # type: ignore[operator]
+
+
+def test_what_is_read_in_training_mode_only_stays(fingerprint: Fingerprint) -> None:
+    parts = {"a": nets.conv(3, 6), "b": nets.conv(6, 8), "aux": nets.linear(6), "fc": nets.linear(8)}
+    model = nets.Net(_with_auxiliary_head, **parts).eval()
+    found, before = find_groups(model, nets.example()), fingerprint(model)
+    result = verify_groups(model, nets.example(), found)
+    assert [group.name for group in result.groups] == ["b"]
+    assert result.skipped["a"].startswith("removal does not equal the mask here: in training mode, RuntimeError")
+    assert "aux" not in result.skipped
+    assert fingerprint(model) == before
+
+
+class Detector(nn.Module):
+    """In training mode it wants targets, so that it cannot be tried there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nets.TwoBlocks()
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if self.training and targets is None:
+            raise ValueError("targets")
+        return self.net(x)
+
+
+def test_a_model_that_does_not_train_by_itself_is_not_tried_in_training_mode() -> None:
+    plain, model = nets.TwoBlocks().eval(), Detector().eval()
+    expected = [f"net.{group.name}" for group in find_groups(plain, nets.example()).groups]
+    found = verify_groups(model, nets.example(), find_groups(model, nets.example()))
+    assert [group.name for group in found.groups] == expected
+
+
+class Narrow(nn.Module):
+    """One layer is read on the second kind of images only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.fc = nets.conv(3, 6), nets.conv(3, 6), nets.conv(6, 8), nets.linear(8)
+        self.other = nets.linear(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x).relu(), self.b(x).relu()
+        logits = nets.pooled(self, self.c(a).relu())
+        return logits + self.other(b.mean((2, 3))) if x.mean() < 0 else logits + b.mean((1, 2, 3))[:, None]
+
+
+def test_what_only_other_images_read_is_found_with_such_images() -> None:
+    model, images = Narrow().eval(), nets.example().abs()
+    found = verify_groups(model, [images, -images], find_groups(model, images))
+    assert [group.name for group in found.groups] == ["a", "c"]
+
+
+class Branches(nn.Module):
+    """Dark images go one way, light ones another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.fc, self.pre = nets.conv(3, 6), nets.linear(8), nets.conv(3, 3)
+        self.ways = nn.ModuleDict({"dark": nets.conv(6, 8), "light": nets.conv(6, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        way = self.ways["light" if x.mean() > 0 else "dark"]
+        return nets.pooled(self, way(self.a(self.pre(x)).relu()).relu())
+
+
+def test_a_module_that_does_not_run_is_named() -> None:
+    model, images = Branches().eval(), nets.example().abs()
+    found = verify_groups(model, images, find_groups(model, images))
+    assert "a" in [group.name for group in found.groups]
+    assert found.skipped["ways.dark"].startswith("it ran for none of the images")
+    assert "ways.light" not in found.skipped
+
+
+def test_what_runs_for_some_of_the_images_keeps_its_width_and_so_does_what_it_reads() -> None:
+    model, images = Branches().eval(), nets.example().abs()
+    found = verify_groups(model, [images, -images], find_groups(model, images))
+    assert [group.name for group in found.groups] == ["pre"]
+    assert found.skipped["ways.light"] == "ways.light runs for some of the images only"
+    assert found.skipped["a"] == "ways.light runs for some of the images only"
+    assert "ways.dark" not in found.skipped
+
+
+class Borrowed(nn.Module):
+    """The weight of a layer is used, the layer is never called; another layer is not used at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.mix, self.spare = (
+            nets.TwoBlocks(),
+            nn.Linear(4, 4),
+            nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        return y + nn.functional.linear(y[:, :4], self.mix.weight).mean(1, keepdim=True)
+
+
+def test_layers_that_lend_their_weights_are_not_idle() -> None:
+    model = Borrowed().eval()
+    found = verify_groups(model, nets.example(), find_groups(model, nets.example()))
+    idle = [name for name, why in found.skipped.items() if "ran for none" in why]
+    assert idle == ["spare"]
+
+
+class Strided(nn.Module):
+    """Another module runs where images are small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.large, self.small = nets.TwoBlocks(), nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((self.large if x.shape[-1] >= 128 else self.small)(x))
+
+
+@pytest.mark.parametrize(("model", "size"), [(nets.TwoBlocks, 64), (Strided, 128)])
+def test_the_trial_leaves_pixels_out_as_long_as_the_same_modules_run(model: Callable[[], nn.Module], size: int) -> None:
+    images, called = verification._leave_pixels_out(model().eval(), torch.zeros(2, 3, 256, 300))
+    assert images.shape[2] == size
+    assert "" in called
+
+
+def test_groups_that_are_alike_are_tried_at_both_ends() -> None:
+    groups = [Group(f"blocks.{i}.{part}", "channel", 2, ()) for i in range(50) for part in ("a", "b", "c")]
+    calls = []
+
+    def failure(subset: Sequence[Group]) -> str | None:
+        calls.append(len(subset))
+        bad = [g.name for g in subset if g.name.endswith(".b") or g.name == "blocks.7.c"]
+        return "bad" if bad else None
+
+    found = verification.find_culprits(groups, failure)
+    assert found.keys() == {*(f"blocks.{i}.b" for i in range(50)), "blocks.7.c"}
+    assert found["blocks.3.b"].startswith("as in blocks.")
+    assert len(calls) < 50
 
 
 @pytest.mark.parametrize("change", [timm.layers.freeze_batch_norm_2d, lambda model: model], ids=["frozen", "blurred"])
