@@ -30,13 +30,14 @@ from sources import Source, open_source
 from torch import nn
 
 from baselines import LABELS
-from jbrprune import prune, sparsify, sweep
+from jbrprune import PruneResult, prune, sparsify, sweep
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch, attach_reference
 from jbrprune.demo import lite0, train_digits
 from jbrprune.errors import NonFiniteError
 from jbrprune.evaluation.agreement import compute_logits
+from jbrprune.evaluation.latency import time_in_turns
 from jbrprune.models import timm_models
 from jbrprune.report.records import Report, plain
 
@@ -103,7 +104,7 @@ def show_labels(name: str, batches: Sequence[Batch]) -> list[Batch]:
     return list(batches) if name in LABELS else [Batch(batch.images) for batch in batches]
 
 
-def make_reports(run: Run) -> Iterator[Report]:
+def make_results(run: Run) -> Iterator[PruneResult]:
     """Prune to all budgets, the largest model first; only criteria that need labels are shown any."""
     protocol = run.protocol
     if run.criterion in LABELS:
@@ -117,14 +118,14 @@ def make_reports(run: Run) -> Iterator[Report]:
     }
     if not protocol.from_dense:
         made = sweep(dense.model, batches, protocol.budgets, budget=protocol.kind, criterion=criterion, **how)
-        yield from (result.report for result in made)
+        yield from made
         return
     sparse = protocol.kind == "sparsity"
     if protocol.steps == 1:
         criterion = ask_once(criterion, sparse)
     for budget in protocol.budgets:
         call = sparsify if sparse else prune
-        yield call(dense.model, batches, criterion=criterion, **{protocol.kind: budget}, **how).report
+        yield call(dense.model, batches, criterion=criterion, **{protocol.kind: budget}, **how)
 
 
 def ask_once(criterion: Any, sparse: bool) -> Callable[..., Any]:
@@ -144,11 +145,15 @@ def make_records(run: Run) -> Iterator[dict[str, Any]]:
     """One line per budget."""
     protocol, keys, shared = run.protocol, run.keys(), describe(run)
     once, first = protocol.from_dense and protocol.steps == 1, None
-    for budget, report in zip(protocol.budgets, make_reports(run), strict=True):
+    for budget, result in zip(protocol.budgets, make_results(run), strict=True):
+        report, dense = result.report, load_dense(run.setup)
         scoring, total = report.seconds["scoring"], report.seconds["total"]
         first = scoring if first is None or not once else first
         seconds = {"seconds": total - scoring + first, "scoring_seconds": first}
         record = {"key": keys[budget], **shared, "budget": budget, **measure(report), **seconds}
+        if "structure" in protocol.options:
+            timings = time_in_turns([dense.model, result.model], dense.test[0].images)
+            record["relative_latency_64"] = timings.ratios[1]
         bad = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:  # `plain` would write null
             raise NonFiniteError(f"{bad[0]} is {record[bad[0]]} at budget {record['budget']}.")
@@ -176,6 +181,7 @@ def measure(report: Report) -> dict[str, Any]:
         "params": report.pruned.params,
         "nonzero": report.pruned.nonzero,
         **{f"{of}latency_ms": time and time.median_ms for of, time in zip(("dense_", ""), times)},
+        "relative_latency": report.timings and report.timings.ratios[1],
         "sparsity": report.sparsity,
         "accuracy": final.accuracy,
         "dense_accuracy": final.dense_accuracy,

@@ -144,6 +144,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "criterion": (None, str, "default: those of the protocol"),
     "budgets": (None, float, "shares; default: those of the protocol"),
     "steps": (None, lambda text: text if text == "auto" else int(text), "to each budget; auto: one per 5 %% of MACs"),
+    "structure": (None, str, "channels, directions or mixed, which is cut anew for every budget; default: channels"),
     "repair": (None, str, "none, auto, or methods such as batch_norm+least_squares"),
     "seeds": ([0, 1, 2], int, "of the choice of calibration images, and of whatever is random"),
     "images": (None, int, "calibration images; default: as many as the protocol says"),
@@ -157,7 +158,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()} | {"model_args": {}}
 WEIGHTS = {"pretrained": None, "random": None, "trained": "digits", "packaged": "tf_efficientnet_lite0"}
 """Weights that are no file -> the only data, or the only model, that they are there for."""
-MANY = ("model", "data", "protocol", "criterion", "budgets", "steps", "repair", "seeds")
+MANY = ("model", "data", "protocol", "criterion", "budgets", "steps", "structure", "repair", "seeds")
 
 
 @dataclass(frozen=True)
@@ -342,8 +343,12 @@ def list_variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Pro
         check_least("steps", None if step == "auto" else step, 1)
     steps = [protocol.steps] if wanted["steps"] is None else [None if s == "auto" else s for s in wanted["steps"]]
     repairs = [protocol.repair] if wanted["repair"] is None else [_parse_repair(text) for text in wanted["repair"]]
-    for step, repair in product(steps, repairs):
-        yield replace(protocol, steps=step, repair=repair, **own)
+    for step, repair, structure in product(steps, repairs, wanted["structure"] or [None]):
+        named = {} if structure is None else {"structure": structure}
+        if not sparse:
+            ChannelOptions(**{protocol.kind: budgets[0]}, **named)  # refuses a structure that is not known
+        options, again = {**protocol.options, **named}, protocol.from_dense or structure == "mixed"
+        yield replace(protocol, steps=step, repair=repair, options=options, from_dense=again, **own)
 
 
 def shard(runs: list[Run], text: str) -> list[Run]:
