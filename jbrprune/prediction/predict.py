@@ -15,7 +15,7 @@ from jbrprune.budgets.budget import KINDS, Floors
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch, concatenate, count, rebatch
-from jbrprune.errors import ArgumentError, BudgetError, DataError
+from jbrprune.errors import ArgumentError, BudgetError, DataError, check_known
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.prediction.changes import predict_changes
 from jbrprune.prediction.damage import TOLERANCE, Correction, Damage, check, measure_damage, warn_if_constant
@@ -127,6 +127,7 @@ def predict(
         Arpit, arXiv 2512.11089 (TPV as the cost of a removal).
     """
     pandas = import_optional("pandas")
+    check_known("structure", structure, ("channels", "directions"))
     pairs: list[tuple[str, Any]] = [("macs", macs), ("params", params), ("channels", channels)]
     given = {kind: wanted for kind, wanted in pairs if wanted is not None}
     kind, wanted = next(iter(given.items()), ("macs", SHARES))

@@ -18,7 +18,7 @@ from jbrprune.checkpoint.resume import check_directory, fingerprint_run, open_lo
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
-from jbrprune.errors import ArgumentError, BudgetError
+from jbrprune.errors import ArgumentError, BudgetError, check_known
 from jbrprune.models import preserve, timm_models
 from jbrprune.pruning.channels import find_channels, find_units
 from jbrprune.pruning.loop import run
@@ -64,7 +64,7 @@ def prune(  # noqa: D417
     latency: float | None = None,
     latency_ms: float | None = None,
     max_drop: float | None = None,
-    structure: Literal["channels", "directions"] = "channels",
+    structure: Literal["channels", "directions", "mixed"] = "channels",
     criterion: str | Relevance | Scores | Callable[..., Any] = "jbr",
     repair: str | Sequence[str] | None = "auto",
     steps: int | None = None,
@@ -365,6 +365,7 @@ def info(
         >>> info(create("resnet10t", pretrained=False)).rows[0].kind
         'channel'
     """
+    check_known("structure", structure, ("channels", "directions"))
     dense = create_model(model)
     if images is None:
         size = timm_models.image_size(dense)

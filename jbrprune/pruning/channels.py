@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.evaluation.agreement import bytes_of, parameters_of
 from jbrprune.evaluation.latency import time_in_turns
-from jbrprune.models import preserve
-from jbrprune.models.layers import is_normalisation
+from jbrprune.models import layers, preserve
 from jbrprune.pruning.loop import Structure, check_scores
 from jbrprune.pruning.options import ChannelOptions
 from jbrprune.pruning.prepare import Problem
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 Criterion = Callable[[nn.Module, Sequence[Batch], Sequence[Group]], Mapping[str, Any] | Scores]
 """``criterion(model, batches, groups)`` -> group name -> scores of its units; the lowest goes first."""
+CHANNELS_FIRST = 0.3
+"""Of a mixed budget, channels and heads go to the share to this power, directions the rest of the way."""
 _EXPECTED = ("the classifier", "reaches the model's output", "ignored on request")
 
 
@@ -68,6 +70,7 @@ class Channels(Structure):
         unit: What one dense model is in the numbers of the user: 1, or its milliseconds.
         whole: Cost of the dense model; of a latency, its multiply-accumulates.
         least: Share of it that is left with every group at its floor.
+        whole_layers: The model before two layers were put in the place of each, to lose directions; None: it was not.
         foreseen: What `select` expects the smaller model to cost.
     """
 
@@ -79,6 +82,7 @@ class Channels(Structure):
     unit: float = 1.0
     whole: float = 1.0
     least: float = 1.0
+    whole_layers: nn.Module | None = None
     foreseen: float | None = None
 
     def copy(self) -> Channels:
@@ -91,20 +95,30 @@ class Channels(Structure):
 
     def goals(self) -> Iterator[float]:
         """Shares of the dense cost to reach: known from the start where the cost is counted."""
-        steps = 1 if isinstance(self.options.criterion, Scores) else self.options.steps
         for start, stop in zip((1.0, *self.stops), self.stops):
-            self.stop, share = stop, None
-            if self.kind not in TIMED:
-                yield from Budget(self.kind, stop).schedule(steps, start=start)
-                continue
-            while share is None or not self.is_stop(share):
-                share = self.next_share()
-                yield share
-            if self.ratio > stop and distributed.rank() == 0:
+            if self.options.structure == "mixed" and self.whole_layers is None:
+                part = max(stop**CHANNELS_FIRST, self.least)
+                yield from self.walk(start, part)
+                self.split()
+                start = part
+            yield from self.walk(start, stop)
+            if self.kind in TIMED and self.ratio > stop and distributed.rank() == 0:
                 logger.warning(
                     "%s=%g is missed: with every group at its floor %.3f of the dense model's time are left.",
                     *(self.kind, stop * self.unit, self.ratio),
                 )
+
+    def walk(self, start: float, stop: float) -> Iterator[float]:
+        """Shares on the way from one to another; directions go in one step unless more are asked for."""
+        self.stop, share = stop, None
+        if self.kind not in TIMED:
+            once = isinstance(self.options.criterion, Scores) or self.whole_layers is not None
+            steps = self.options.steps or (1 if once else None)
+            yield from Budget(self.kind, stop).schedule(steps, start=start)
+            return
+        while share is None or not self.has_reached(share):
+            share = self.next_share()
+            yield share
 
     @property
     def ratio(self) -> float:
@@ -128,13 +142,22 @@ class Channels(Structure):
         """The goal itself."""
         return goal
 
+    def has_reached(self, goal: float) -> bool:
+        """Whether the walk is over: as counted, or as timed; a latency also where every group is at its floor."""
+        return self.ratio <= self.stop or goal <= self.least if self.kind in TIMED else goal == self.stop
+
     def is_stop(self, goal: float) -> bool:
-        """Whether the budget is met: as counted, or as timed; a latency also where every group is at its floor."""
-        return self.ratio <= self.stop or goal <= self.least if self.kind in TIMED else goal in self.stops
+        """Whether the budget is met by all that is to go."""
+        return self.has_reached(goal) and (self.options.structure != "mixed" or self.whole_layers is not None)
 
     def score(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
-        """Score every unit that is left: group -> ``[units]``."""
+        """Score every unit that is left: group -> ``[units]``; of directions, those of what the layers give now."""
         criterion = self.options.ranking
+        if self.whole_layers is not None:
+            names = [group.name for group in self.groups]
+            for name, moments in measure_moments(self.model, batches, names, "out").items():
+                rotate(self.model.get_submodule(name), moments)  # type: ignore[arg-type]
+            distributed.broadcast_tensors(self.model.state_dict())
         if isinstance(criterion, Relevance):
             criterion = replace(criterion, seed=self.options.seed + number)
             scores = criterion(self.model, batches, self.groups, progress=self.options.progress)
@@ -153,13 +176,10 @@ class Channels(Structure):
         cost = self.cost(self.kind)
         sizes = {group.name: group.size for group in self.found.groups}
         how: dict[str, Any] = {"floors": self.options.floors, "dense_sizes": sizes}
-        chosen = self.choose(scores, self.groups, cost, goal * self.whole, **how)
+        choose = partial(select, per_cost=self.kind != "channels") if self.whole_layers is None else select_ranks
+        chosen = choose(scores, self.groups, cost, goal * self.whole, **how)
         self.foreseen = cost.total
         return chosen
-
-    def choose(self, *what: Any, **how: Any) -> Selection:
-        """Unit by unit, the lowest score per cost first."""
-        return select(*what, **how, per_cost=self.kind != "channels")
 
     def apply(self, chosen: Selection) -> None:
         """Remove units, count what is left, and time it where the budget is one of time."""
@@ -193,9 +213,35 @@ class Channels(Structure):
             left.append(cost.total / whole)
         return Cut(share, units, *left)
 
+    def split(self) -> None:
+        """Go on with the directions of linear layers: two layers stand in the place of each."""
+        where, options = (self.model, self.problem.example), self.options
+        self.whole_layers = self.model
+        self.model, found = find_units(*where, options.ignore, False, options.seed, structure="directions")
+        self.groups, full = found.groups, axis_widths(self.model, found.groups)
+        self.found = Found((*self.found.groups, *found.groups), self.found.skipped | found.skipped)
+        self.full, self.kept = self.full | full, self.kept | {axis: torch.arange(n) for axis, n in full.items()}
+        self.terms = mac_terms(self.model, self.problem.example, self.groups)
+        self.find_least()
+
+    def find_least(self) -> None:
+        """Set the share of the dense cost that is left with every group at its floor."""
+        sizes = {group.name: group.size for group in self.groups}
+        self.least = reduce_to_floors(self.cost(self.kind), self.groups, self.options.floors, sizes) / self.whole
+
     def finish(self) -> nn.Module:
-        """The model as it would be handed over now."""
-        return self.model
+        """The model as it would be handed over now: one layer, as it was, wherever two are no gain."""
+        if self.whole_layers is None:
+            return self.model
+        model = preserve.copy_model(self.model)
+        for group in self.groups:
+            first, second = pair = model.get_submodule(group.name)  # type: ignore[misc]
+            inputs, outputs = first.weight[0].numel(), len(second.weight)
+            if group.size * (inputs + outputs) < inputs * outputs:
+                fold_bias(pair)  # type: ignore[arg-type]
+            else:
+                replace_module(model, group.name, copy.deepcopy(self.whole_layers.get_submodule(group.name)))
+        return model
 
     def size(self) -> Size:
         """What the model costs, time apart."""
@@ -206,15 +252,14 @@ class Channels(Structure):
     def deliver(self) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
         """The model, a copy where it shrinks further; widths of the layers whose outputs are as wide as their units."""
         reached = self.steps[-1].target if self.steps else 1.0
+        model, rows = self.finish(), []
         owners = {member.axis: group for group in self.found.groups for member in group.members}
-        layers = []
-        for name, module in self.model.named_modules():
-            for side in ("heads",) if is_normalisation(module) else ("heads", "out"):
-                axis: Axis = (name, side, 0)  # type: ignore[assignment]
-                if axis in owners:
-                    kind, shown = owners[axis].kind, owners[axis].name if owners[axis].kind == "direction" else name
-                    widths = self.full[axis], len(self.kept[axis])
-                    layers.append(LayerRow(shown, type(module).__name__, kind, *widths))
+        for name, module in model.named_modules():
+            axes: list[Axis] = [(name, "heads", 0), (name, "out", 0), (f"{name}.0", "out", 0)]
+            for axis in axes[: 1 if layers.is_normalisation(module) else 3]:
+                kind = owners[axis].kind if axis in owners else ""
+                if kind and (kind == "direction") == (axis is axes[2]):
+                    rows.append(LayerRow(name, type(module).__name__, kind, self.full[axis], len(self.kept[axis])))
         removed = {}
         for group in self.found.groups if self.options.structure == "channels" else ():
             member = group.members[0]
@@ -222,8 +267,7 @@ class Channels(Structure):
             if bool(gone.any()):
                 removed[group.name] = member.unit[gone].unique().tolist()
         budget = {self.kind: (reached if self.stop is None else self.stop) * self.unit}
-        facts = {"budget": budget, "pruned": self.size(), "layers": tuple(layers), "removed": removed}
-        model = self.finish()
+        facts = {"budget": budget, "pruned": self.size(), "layers": tuple(rows), "removed": removed}
         model = preserve.copy_model(model) if len(self.stops) > 1 and model is self.model else model
         return model, {}, facts | {"notes": tuple(self.notes())}
 
@@ -249,44 +293,6 @@ class Channels(Structure):
             )
 
 
-class Directions(Channels):
-    """Directions of linear layers, and the model with two layers in the place of each on its way."""
-
-    def goals(self) -> Iterator[float]:
-        """As of channels, but a counted share is reached in one step unless more are asked for."""
-        if self.kind in TIMED or self.options.steps is not None:
-            yield from super().goals()
-            return
-        for stop in self.stops:
-            self.stop = stop
-            yield stop
-
-    def score(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
-        """Turn the directions into the eigenvectors of what every layer gives now, and score them."""
-        names = [group.name for group in self.groups]
-        for name, moments in measure_moments(self.model, batches, names, "out").items():
-            rotate(self.model.get_submodule(name), moments)
-        distributed.broadcast_tensors(self.model.state_dict())
-        return super().score(batches, number)
-
-    def choose(self, *what: Any, **how: Any) -> Selection:
-        """By one price for all layers: the first directions of a layer save nothing."""
-        return select_ranks(*what, **how)
-
-    def finish(self) -> nn.Module:
-        """A copy with one layer, as it was, wherever two are no gain."""
-        model = preserve.copy_model(self.model)
-        for group in self.groups:
-            first, second = pair = model.get_submodule(group.name)
-            inputs, outputs = first.weight[0].numel(), len(second.weight)
-            two = group.size * (inputs + outputs) < inputs * outputs
-            if two and group.size < self.full[f"{group.name}.0", "out", 0]:
-                fold_bias(pair)
-            else:
-                replace_module(model, group.name, copy.deepcopy(self.problem.dense.get_submodule(group.name)).eval())
-        return model
-
-
 def find_channels(problem: Problem, options: ChannelOptions, stops: Sequence[float]) -> Channels:
     """Find the units of a model, and see that the budget can be reached.
 
@@ -300,31 +306,34 @@ def find_channels(problem: Problem, options: ChannelOptions, stops: Sequence[flo
         BudgetError: The budget lies below what the floors allow, or the dense model meets it.
         UnsupportedModelError: Nothing can be removed safely.
     """
-    where = problem.dense, problem.example, options.ignore, options.floors.width, options.seed
-    model, found = find_units(*where, structure=options.structure)
+    example = problem.example
+    model, found = preserve.copy_model(problem.dense).eval(), Found(())
+    if options.structure != "directions":
+        model, found = find_units(problem.dense, example, options.ignore, options.floors.width, options.seed)
     full = axis_widths(model, found.groups)
     consumers = [axis[0] for axis in full if axis[1] == "in"]
-    kind = Directions if options.structure == "directions" else Channels
-    channels = kind(
+    if options.structure != "channels":
+        consumers += [name for name, module in model.named_modules() if layers.is_factorable(module)]
+    channels = Channels(
         *(problem, options, model, tuple(stops), consumers),
         kept={axis: torch.arange(width) for axis, width in full.items()},
         found=found,
         groups=found.groups,
         full=full,
-        terms=mac_terms(model, problem.example, found.groups),
+        terms=mac_terms(model, example),
         kind=next(iter(options.budgets), "macs"),
     )
-    sizes = {group.name: group.size for group in found.groups}
     if isinstance(options.criterion, Scores):
-        check_scores(options.criterion, {name: (size,) for name, size in sizes.items()})
-    cost = channels.cost(channels.kind)
-    channels.whole = parameters_of(problem.dense) if channels.kind == "params" else cost.total
-    channels.least = reduce_to_floors(cost, found.groups, options.floors, sizes) / channels.whole
+        check_scores(options.criterion, {group.name: (group.size,) for group in found.groups})
+    channels.whole = channels.cost(channels.kind).total
+    if options.structure == "directions":
+        channels.split()
+    channels.find_least()
     if channels.kind == "latency_ms":
-        timings = distributed.broadcast(time_in_turns([problem.dense], problem.example[:1]))
+        timings = distributed.broadcast(time_in_turns([problem.dense], example[:1]))
         channels.unit = timings.latencies[0].median_ms
         channels.stops = tuple(Budget("latency_ms", stop).as_share(channels.unit).share for stop in stops)
-    elif stops and channels.kind != "latency":
+    elif stops and channels.kind != "latency" and options.structure != "mixed":
         check_reachable(Budget(channels.kind, stops[-1]), channels.least)
     return channels
 

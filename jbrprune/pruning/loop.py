@@ -145,7 +145,7 @@ def run(
     dense = structure.size()
     if images.gate and options.methods:
         with timed("repair"):
-            targets = record_targets(structure.model, images.repair, structure.consumers)
+            targets = record_targets(structure.problem.dense, images.repair, structure.consumers)
 
     planned = structure.goals() if goals is None else goals
     for goal in tqdm(planned, "pruning", unit="step", disable=None if options.progress else True, leave=False):

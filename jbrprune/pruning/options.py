@@ -203,9 +203,9 @@ class ChannelOptions(RunOptions):
     )
     steps: int | None = option(None, "Number of steps; default: one for every 5 %.", "Budget", whole(1))
     floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget")
-    structure: Literal["channels", "directions"] = option(
+    structure: Literal["channels", "directions", "mixed"] = option(
         "channels",
-        "What goes: channels and heads, or directions of what linear layers give (two layers for one).",
+        "What goes: channels and heads, directions of linear layers (two layers for one), or both, one after the other.",
         "Budget",
     )
 
@@ -229,11 +229,13 @@ class ChannelOptions(RunOptions):
             raise ArgumentError("steps= has no meaning beside max_drop= or a latency: the run chooses them.")
         if self.resume is not None and searched:
             raise ArgumentError("resume= cannot follow the steps back and forth of max_drop=: leave one of them out.")
-        if self.structure == "directions" and (self.channels is not None or isinstance(self.criterion, Scores)):
+        if self.structure != "channels" and (self.channels is not None or isinstance(self.criterion, Scores)):
             raise ArgumentError(
-                "structure='directions' takes budgets of macs=, params= or a latency, and a criterion that is asked in "
-                "the run: channels are not counted, and the directions are found in the run."
+                f"structure={self.structure!r} takes macs=, params= or a latency, and no scores made before: "
+                "directions are no channels, and they are found in the run."
             )
+        if self.structure == "mixed" and searched:
+            raise ArgumentError("max_drop= takes structure='channels' or 'directions', not both in turn.")
         if isinstance(self.criterion, Scores) and (searched or timed or self.steps not in (None, 1)):
             raise ArgumentError(
                 "Scores made before hold for one step: the channels of the next step are others. Pass a Relevance or "

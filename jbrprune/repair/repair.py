@@ -111,9 +111,9 @@ def record_targets(model: nn.Module, batches: Sequence[Batch], consumers: Iterab
     def record_consumer(name: str) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             calls[name] += 1
-            flat = flatten_positions(module, output)
+            flat = flatten_positions(ends[name], output)
             chosen = torch.randperm(flat.shape[1], generator=generator)[:per_image].sort().values
-            positions[name], fan_in[name] = chosen, module.weight.shape[1]  # type: ignore[union-attr, index, assignment]
+            positions[name], fan_in[name] = chosen, ends[name].weight.shape[1]  # type: ignore[union-attr, index, assignment]
             outputs[name] = flat[:, chosen.to(flat.device)].flatten(0, 1).cpu()
 
         return hook
@@ -126,7 +126,8 @@ def record_targets(model: nn.Module, batches: Sequence[Batch], consumers: Iterab
 
         return hook
 
-    after = {name: record_consumer(name) for name in consumers if can_refit(model.get_submodule(name))}
+    ends = {name: model.get_submodule(layers.end_of(model, name, "out")) for name in consumers}
+    after = {name: record_consumer(name) for name, module in ends.items() if can_refit(module)}
     before = {name: record_norm(name) for name, m in model.named_modules() if layers.has_running_statistics(m)}
     with preserve.inference_state(model), preserve.hooked(model, after, before):
         model(images)
@@ -224,10 +225,11 @@ def apply_methods(
     before: dict[str, preserve.Hook] = {}
     if "least_squares" in methods or "mean_shift" in methods:
         for name, full in targets.fan_in.items():
-            mask = masks.get(f"{name}.weight")
+            mask, end = masks.get(f"{name}.weight"), layers.end_of(model, name, "out")
             mask = None if mask is None or bool(mask.all()) else mask
-            if mask is not None or model.get_submodule(name).weight.shape[1] < full:  # type: ignore[union-attr, index]
-                before[name] = refit_consumer(name, RIDGE if "least_squares" in methods else None, mask)
+            weight: Tensor = model.get_submodule(end).weight  # type: ignore[assignment]
+            if mask is not None or weight.shape[1] < (full if end == name else len(weight)):
+                before[end] = refit_consumer(name, RIDGE if "least_squares" in methods else None, mask)
     if "batch_norm" in methods:
         before |= {name: follow_change(name) for name in targets.norms}
     with preserve.inference_state(model), preserve.hooked(model, forward_pre=before):
