@@ -205,7 +205,7 @@ class ChannelOptions(RunOptions):
     floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget")
     structure: Literal["channels", "directions", "mixed"] = option(
         "channels",
-        "What goes: channels and heads, directions of linear layers (two layers for one), or both, one after the other.",
+        "What goes: channels and heads, directions of linear layers (two layers for one), or both in turn.",
         "Budget",
     )
 

@@ -157,11 +157,41 @@ def test_sweep_predict_max_drop_and_latency() -> None:
     assert timed.timings is not None
 
 
+@pytest.mark.parametrize("budget", ["macs", "params", "latency"])
+def test_mixed_cuts_channels_first_and_meets_the_budget(budget: str, tmp_path: Path) -> None:
+    model, share = vit(), 0.9 if budget == "latency" else 0.3
+    result = prune(model, IMAGES, **{budget: share}, structure="mixed", progress=False)
+    report, rows = result.report, result.report.layers
+    assert {row.kind for row in rows if row.after < row.before} >= {"channel", "direction"}
+    costs = {"macs": (report.pruned.macs, report.dense.macs), "params": (report.pruned.params, report.dense.params)}
+    if budget in costs:
+        assert share - 0.01 < costs[budget][0] / costs[budget][1] <= share
+        assert [step.target for step in report.steps][-2:] == [pytest.approx(share**0.3), share]
+    assert report.pruned.macs == sum(count_macs(result.model, IMAGES).values())
+    assert report.pruned.params == parameters_of(result.model)
+    result.save(tmp_path / "m")
+    assert torch.equal(load(tmp_path / "m")(IMAGES), result.model(IMAGES))
+
+
+def test_a_mixed_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"macs": 0.3, "steps": 2, "structure": "mixed", "progress": False}
+    whole = prune(vit(), IMAGES, resume=tmp_path / "log", **how)
+    steps = sorted((tmp_path / "log").glob("step-*"))
+    assert len(steps) == 4
+    resumed = prune(vit(), IMAGES, resume=tmp_path / "log", **how)
+    assert torch.equal(resumed.model(IMAGES), whole.model(IMAGES))
+    assert resumed.report.layers == whole.report.layers
+
+
 def test_what_has_no_meaning_is_refused() -> None:
     with pytest.raises(ArgumentError, match="directions"):
         prune(vit(), IMAGES, channels=0.5, **QUIET)
     with pytest.raises(ArgumentError, match=r"structure .*rows"):
         prune(vit(), IMAGES, macs=0.5, structure="rows", progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="max_drop= takes"):
+        prune(vit(), IMAGES, max_drop=0.1, structure="mixed", progress=False)
+    with pytest.raises(ArgumentError, match=r"structure .*mixed"):
+        predict(vit(), IMAGES, structure="mixed", progress=False)  # type: ignore[arg-type]
 
 
 def test_command_line(tmp_path: Path) -> None:
