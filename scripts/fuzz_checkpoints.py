@@ -224,6 +224,20 @@ def aliases(case: Case) -> None:
     case.sum_anew()
 
 
+def examples(case: Case) -> None:
+    """Images that are huge, or of no size, and outputs that are others."""
+    sizes = [[3, 1024, 1365], [1, 2**11, 2**11], [2**20, 2, 2], [3, 2**40, 2**40], [0, 8, 8], [3, -8, 8], [3], [], None]
+    outputs = case.body["example"]["outputs"]
+    wild = [[], outputs[:-1], [*outputs, 0.0], [0.0] * len(outputs), [1e308] * len(outputs), [1] * len(outputs), ["x"]]
+    if case.half():
+        case.body["example"]["size"] = case.some(sizes)
+    else:
+        case.body["example"]["outputs"] = case.some(wild)
+    if case.source.random() < 0.2:
+        case.body |= {"example": None, "no_recipe": case.some([None, "x", 3])}
+    case.sum_anew()
+
+
 def nothing(case: Case) -> None:
     """Only the spaces: loads right."""
     case.text = json.dumps(case.body, indent=case.source.randrange(4)).encode()
@@ -248,7 +262,19 @@ def _on_disk(directory: Path, source: random.Random) -> None:
 KINDS: dict[str, Callable[[Case], None]] = {
     function.__name__: function
     for function in (
-        *(flip, flip_summed, truncate, wild_json, huge_shapes, recipes, attributes, tensors, aliases, nothing),
+        *(
+            flip,
+            flip_summed,
+            truncate,
+            wild_json,
+            huge_shapes,
+            recipes,
+            attributes,
+            tensors,
+            aliases,
+            examples,
+            nothing,
+        ),
     )
 }
 ALL = (*KINDS, "paths")

@@ -681,11 +681,13 @@ def fill(dense: nn.Module, description: Description, state: Mapping[str, Tensor]
             trained = place.tensor.requires_grad
             made[stored] = nn.Parameter(values, trained) if isinstance(place.tensor, nn.Parameter) else values
         setattr(place.module, place.name, made[stored])
-    modules = dict(dense.named_modules())
-    for name, sizes in description.attributes.items():
-        set_size_attributes(modules[name], sizes)
+    sizes = [(dense.get_submodule(name), own) for name, own in description.attributes.items()]
+    for module, own in sizes:
+        set_size_attributes(module, own)
     for set_width, layer, attribute in repeated:
         set_width(getattr(layer, attribute))
+    for module, own in sizes:  # what is stored counts, also where it is not what a layer says
+        set_size_attributes(module, own)
     put_masks(dense, masks)
     classes = timm_models.count_classes(dense)
     if classes is not None and hasattr(dense, "num_classes"):
