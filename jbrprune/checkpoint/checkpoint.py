@@ -38,6 +38,7 @@ from jbrprune.checkpoint.description import (
 from jbrprune.data.files import flush
 from jbrprune.errors import CheckpointError
 from jbrprune.models import timm_models
+from jbrprune.models.plain import unwrap
 from jbrprune.models.preserve import copy_model, first_tensor
 from jbrprune.report.text import CARD, is_card, make_card
 from jbrprune.sparsity.masks import masks_of
@@ -75,7 +76,8 @@ def save(
     compares them with those of the model it has made.
 
     Args:
-        model: The pruned model, with or without masks.
+        model: The pruned model, with or without masks; what `torch.compile` or `DistributedDataParallel` has wrapped
+            counts, not the wrapper.
         path: The directory; missing parents are created.
         size: Channels, height and width of the images that the outputs are compared on; default: what timm says. For
             another model nothing is compared without it.
@@ -100,6 +102,7 @@ def save(
     """
     target = Path(os.path.realpath(path))
     check_target(target, overwrite=overwrite)
+    model = unwrap(model)
     recipe, known = timm_models.recipe(model), dict(report or {})
     facts = {"provenance": known.get("provenance", {}), "report": known}
     facts["data_config"] = None if recipe is None else timm_models.data_config(model)

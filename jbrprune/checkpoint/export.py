@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from jbrprune.data.files import check_file
 from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.models import preserve, timm_models
+from jbrprune.models.plain import unwrap
 from jbrprune.report.records import import_optional
 
 
@@ -44,6 +45,7 @@ def export(
         ...     os.listdir(folder)
         ['net.pt2']
     """
+    model = unwrap(model)
     path, size, onnx = Path(path), size or timm_models.image_size(model), str(path).endswith(".onnx")
     if not onnx and path.suffix != ".pt2":
         raise ArgumentError(f"{path}: the name must end in .onnx, or in .pt2 for a program of torch.export.")

@@ -861,3 +861,10 @@ def test_a_loaded_model_is_trained_and_saved_again(tmp_path: Path) -> None:
     assert _same(load(tmp_path / "second"), trained)
     assert not _same(load(tmp_path / "second"), model)
     assert describe(tmp_path / "second").report == {"macs": 1}
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_the_model_inside_of_a_wrapper_is_saved(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    model = _small_resnet()
+    save(wrap(model), tmp_path / "m", size=(3, 32, 32))
+    assert _same(load(tmp_path / "m"), model)
