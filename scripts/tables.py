@@ -81,6 +81,10 @@ def read(paths: Sequence[Path], criteria: Sequence[str] | None = None) -> tuple[
     if not all({"key", "protocol"} <= line.keys() for line in found):
         raise ArgumentError(f"{names}: expected lines written by benchmark.py.")
     latest = {line["key"]: line for line in sorted(found, key=lambda line: "failed" not in line)}.values()
+    for line in latest:
+        if scope := line["options"].get("scope"):
+            line["options"] = {name: value for name, value in line["options"].items() if name != "scope"}
+            line["criterion"] += f", {scope}"
     there = {line["criterion"]: None for line in latest if "failed" not in line}
     if absent := [name for name in criteria or () if name not in there]:
         raise ArgumentError(f"No line of {', '.join(absent)}; there are {', '.join(there)}.")

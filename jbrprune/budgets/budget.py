@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ KINDS = ("macs", "params", "channels")
 TIMED = ("latency", "latency_ms")
 """What is timed on the whole model; units are ranked and priced by MACs."""
 BUDGETS = KINDS + TIMED
+Ranking = Literal["global", "raw", "layer"]
+"""How units are ranked; see `select`."""
 STEP = 0.05
 """Default size of a step: this share of the dense cost goes between two scorings."""
 
@@ -138,11 +140,11 @@ def select(
     *,
     floors: Floors,
     dense_sizes: Mapping[str, int] | None = None,
-    per_cost: bool = True,
+    scope: Ranking = "global",
 ) -> Selection:
     """Choose the units to remove so that the total of the cost model falls to the target.
 
-    Units are taken in the order of score / cost (or of score alone), lowest first, ties in the order of
+    Units are taken in the order of score / cost (or as ``scope`` says), lowest first, ties in the order of
     groups and units; the last one is the one that meets the target, so it is overshot by less than one
     unit (one block of ``round_to`` units, which is ranked by the mean of its scores).
 
@@ -153,7 +155,8 @@ def select(
         target: Total to reach, in the unit of the cost model.
         floors: How narrow groups may become.
         dense_sizes: Group name -> units in the dense model, for the floors; default: the groups' sizes.
-        per_cost: Divide the score by what the unit saves.
+        scope: ``global`` ranks all units together by score per cost, ``raw`` by score alone; ``layer`` ranks the
+            units of each group by themselves and leaves the same share of the dense width of every group.
 
     Returns:
         Group name -> units to remove, ascending; groups that lose nothing are absent.
@@ -182,12 +185,16 @@ def select(
             continue
         score, step = scores[group.name], floors.round_to if group.kind in ("channel", "width") else 1
         order = torch.sort(score, stable=True).indices
-        removable = group.size - floors.of(group, (dense_sizes or {}).get(group.name, group.size))
+        size = (dense_sizes or {}).get(group.name, group.size)
+        removable = group.size - floors.of(group, size)
         start, stop, key = 0, group.size % step or step, -math.inf  # the first block leaves a multiple
         while stop <= removable:
             units = order[start:stop]
             # rounding must not rank a later block of a group before an earlier one
-            key = max(key, float(score[units].mean()) / (saved if per_cost else 1.0))
+            if scope == "layer":
+                key = (size - group.size + stop) / size
+            else:
+                key = max(key, float(score[units].mean()) / (saved if scope == "global" else 1.0))
             blocks.append((key, number, units))
             start, stop = stop, stop + step
     before = cost.total

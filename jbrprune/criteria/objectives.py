@@ -92,12 +92,12 @@ class Directions:
 
     Args:
         objective: The objective.
-        confidence: Samples whose largest dense probability is not above this are left out.
+        threshold: Samples whose largest dense probability is not above this are left out.
         seed: Seeds the generator.
     """
 
-    def __init__(self, objective: Objective, confidence: float = 0.0, seed: int = 0) -> None:
-        self.objective, self.confidence, self.seed = objective, confidence, seed
+    def __init__(self, objective: Objective, threshold: float = 0.0, seed: int = 0) -> None:
+        self.objective, self.threshold, self.seed = objective, threshold, seed
         self._generator = torch.Generator().manual_seed(seed)
         self._position = 0
 
@@ -127,7 +127,7 @@ class Directions:
         with torch.enable_grad():
             total = self.objective(logits, Target(reference, batch.labels, generator)).sum()
         (m,) = torch.autograd.grad(total, logits)
-        stays = reference.softmax(1).amax(1) > self.confidence  # always, where the threshold is 0
+        stays = reference.softmax(1).amax(1) > self.threshold  # always, where the threshold is 0
         return m.masked_fill(~stays[:, None], 0), stays
 
     def _generator_at(self, start: int, count: int, each: int) -> torch.Generator:

@@ -52,7 +52,7 @@ class Relevance:
             a channel by its mean (units at site ``consumer`` only). ``signed``: \|E[v]\|, the form of SNIP (single
             weights only).
         batch: Number of samples whose mean is squared by ``batched``, whatever the data's batch size.
-        confidence: Leave out samples whose largest dense probability is not above this (published code: 0.9).
+        threshold: Leave out samples whose largest dense probability is not above this (published code: 0.9).
         autocast: Low-precision dtype of the forward pass, e.g. ``torch.bfloat16``.
         seed: Seeds the signs of ``projection``; give every shard of the data another one.
 
@@ -76,7 +76,7 @@ class Relevance:
     site: Site = field(default="consumer", metadata=_about("Which weights count: those that read a unit, or all."))
     statistic: Statistic = field(default="second_moment", metadata=_about("How samples are combined."))
     batch: int = field(default=128, metadata=_about("Samples whose mean the statistic `batched` squares."))
-    confidence: float = field(default=0.0, metadata=_about("Leave out images whose largest probability is not above."))
+    threshold: float = field(default=0.0, metadata=_about("Leave out images whose largest probability is not above."))
     autocast: torch.dtype | None = field(default=None, metadata=_about("Low-precision dtype, such as bfloat16."))
     seed: int = field(default=0, metadata=_about("Seeds the random signs of the objective `projection`."))
 
@@ -91,8 +91,8 @@ class Relevance:
                 raise ArgumentError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
         if self.batch < 1:
             raise ArgumentError(f"batch must be at least 1, got {self.batch}.")
-        if not isinstance(self.confidence, Real) or not 0 <= self.confidence < 1:
-            raise ArgumentError(f"confidence must satisfy 0 <= confidence < 1, got {self.confidence!r}.")
+        if not isinstance(self.threshold, Real) or not 0 <= self.threshold < 1:
+            raise ArgumentError(f"threshold must satisfy 0 <= threshold < 1, got {self.threshold!r}.")
         if not isinstance(self.autocast, torch.dtype | None):
             raise ArgumentError(f"autocast must be a torch.dtype such as torch.bfloat16, got {self.autocast!r}.")
 
@@ -120,7 +120,7 @@ class Relevance:
 
         Raises:
             ArgumentError: The statistic is of single weights, no groups, or groups of another model.
-            DataError: No data, or no sample above the confidence threshold; no labels where the objective needs them.
+            DataError: No data, or no sample above the threshold; no labels where the objective needs them.
             ModelError: The first dimension of an activation is not the batch, samples influence each other, or the
                 weights of a layer are used although the layer is never called.
             NonFiniteError: NaN or Inf in weights, images, logits or gradients.
@@ -152,7 +152,7 @@ class Relevance:
                     int(stays.sum()), lambda some, rows=rows: [{n: (v[some] ** power).sum(0) for n, v in rows.items()}]
                 )
                 kept.append(stays)
-        samples, skipped = count_samples(kept, self.confidence)
+        samples, skipped = count_samples(kept, self.threshold)
         totals = distributed.all_sum(accumulator.finish())
         sums = {name: torch.stack([totals[part.name] for part in own]).sum(0) for name, own in parts.items()}
         return Scores(sums, groups, samples, skipped, self.settings(self.site))
@@ -164,7 +164,7 @@ class Relevance:
 
     def settings(self, site: str) -> Settings:
         """What scores made at a site mean."""
-        return Settings(self.objective, site, self.statistic, self.block, self.confidence)
+        return Settings(self.objective, site, self.statistic, self.block, self.threshold)
 
     def check(self, what: Literal["units", "weights"]) -> None:
         """Refuse what has no meaning for units, or for single weights, or on several ranks.
@@ -174,10 +174,10 @@ class Relevance:
         """
         if self.statistic == {"units": "signed", "weights": "mean_replaced"}[what]:
             raise ArgumentError(f"statistic {self.statistic!r} is not defined for {what}.")
-        if self.statistic == "batched" and self.confidence > 0 and distributed.size() > 1:
+        if self.statistic == "batched" and self.threshold > 0 and distributed.size() > 1:
             raise ArgumentError(
-                "statistic='batched' with confidence > 0 forms its batches from the samples that are left, which no "
-                "rank knows of the others. Use confidence=0, or one process."
+                "statistic='batched' with threshold > 0 forms its batches from the samples that are left, which no "
+                "rank knows of the others. Use threshold=0, or one process."
             )
 
 
@@ -190,8 +190,8 @@ PRESETS: Mapping[str, Relevance] = MappingProxyType(
         "jbr_projection": Relevance("projection"),
         "jbr_mean_replaced": Relevance(statistic="mean_replaced"),
         "jbr_batched": Relevance(statistic="batched"),
-        "jbr_published": Relevance(site="all", statistic="batched", confidence=0.9),
-        "jbr_published_code": Relevance(site="layers", statistic="batched", confidence=0.9),
+        "jbr_published": Relevance(site="all", statistic="batched", threshold=0.9),
+        "jbr_published_code": Relevance(site="layers", statistic="batched", threshold=0.9),
     }
 )
 """Name -> relevance, for ``criterion=`` of `jbrprune.prune`. All are of Arpit, arXiv 2512.11089.
@@ -218,7 +218,7 @@ def relevances(
         model: The model; between two batches, and after the last, it is as it was.
         numbered: The batches.
         groups: The units.
-        how: Objective, site, confidence, autocast and seed.
+        how: Objective, site, threshold, autocast and seed.
         objective: A function instead of the objective of ``how``.
         means: Consumer -> ``[C_in]`` what stays of its input (`channel_means`); None: nothing.
 
@@ -226,7 +226,7 @@ def relevances(
         Group name -> ``[n, units]`` v, in float32 or float64, and ``[n]`` which samples stay: v of the others is zero.
     """
     members = scored_members(model, groups, how.site)
-    directions = Directions(objective or OBJECTIVES[how.objective], how.confidence, how.seed)
+    directions = Directions(objective or OBJECTIVES[how.objective], how.threshold, how.seed)
     copying = False
     for number, (start, batch) in enumerate(numbered):
         with preserve.inference_state(model), explain_out_of_memory(len(batch)):
@@ -354,7 +354,7 @@ def share_pass(batches: object, how: Relevance, batch_size: int, progress: bool)
     share.check()
 
 
-def count_samples(kept: Iterable[Tensor], confidence: float) -> tuple[int, int]:
+def count_samples(kept: Iterable[Tensor], threshold: float) -> tuple[int, int]:
     """Samples that were scored, and that were left out, of all ranks; ``kept`` says which, batch by batch.
 
     Raises:
@@ -364,7 +364,7 @@ def count_samples(kept: Iterable[Tensor], confidence: float) -> tuple[int, int]:
     samples, seen = distributed.total(*map(sum, zip(*numbers or [(0, 0)], strict=True)))
     if samples == 0:
         raise DataError(
-            f"No sample was left: the dense model's largest probability exceeds confidence={confidence} on none of "
+            f"No sample was left: the dense model's largest probability exceeds threshold={threshold} on none of "
             f"{seen} images. Lower the threshold."
         )
     return samples, seen - samples

@@ -25,7 +25,7 @@ class Settings:
     site: str
     statistic: str
     batch: int | None = None
-    confidence: float = 0.0
+    threshold: float = 0.0
 
 
 class SummedScores:

@@ -124,7 +124,7 @@ def weight_scores(
 
     Raises:
         ArgumentError: The statistic is of units, or a glob matches nothing.
-        DataError: No data, or no sample above the confidence threshold; no labels where the objective needs them.
+        DataError: No data, or no sample above the threshold; no labels where the objective needs them.
         ModelError: A weight is computed from others, or samples influence each other.
         NonFiniteError: NaN or Inf in weights, images, logits or gradients.
 
@@ -144,7 +144,7 @@ def weight_scores(
         masked = any(slot.masked for slot in slots(model))
         work = make_permanent(copy_model(model)) if masked else model
     weights = _scored_weights(work, parameters, ignore)
-    directions = Directions(OBJECTIVES[relevance.objective], relevance.confidence, relevance.seed)
+    directions = Directions(OBJECTIVES[relevance.objective], relevance.threshold, relevance.seed)
     squared, kept = relevance.statistic == "second_moment", []
     wide = _wide(preserve.device_of(work))
     accumulator = Accumulator({name: weight.to(wide) for name, weight in weights.items()}, relevance.block)
@@ -170,7 +170,7 @@ def weight_scores(
 
                 accumulator.add(len(x), contribute)
             kept.append(stays)
-    samples, skipped = count_samples(kept, relevance.confidence)
+    samples, skipped = count_samples(kept, relevance.threshold)
     power = 1 if relevance.statistic == "signed" else 2
     sums = {name: (total * weights[name].to(total) ** power).cpu() for name, total in accumulator.finish().items()}
     totals = distributed.all_sum(sums)

@@ -248,13 +248,8 @@ def total(*numbers: int) -> tuple[int, ...]:
     return tuple(all_sum({"numbers": torch.tensor(numbers, dtype=torch.int64)})["numbers"].tolist())
 
 
-def concatenate(tensor: Tensor) -> Tensor:
-    """Concatenate the tensors of all ranks along the first dimension; they may differ in length."""
-    return tensor if size() == 1 else torch.cat([part.to(tensor.device) for part in gather(tensor.detach().cpu())])
-
-
 def own_share(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor that all ranks have, in the order of `concatenate`; all of them if too few."""
+    """This rank's rows of a tensor that all ranks have, in the order of the ranks; all of them if too few."""
     shared = size() > 1 and len(tensor) >= size()
     return tensor.tensor_split(size())[rank()] if shared else tensor
 

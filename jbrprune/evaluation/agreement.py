@@ -59,6 +59,7 @@ class Drop:
         high: Upper end.
         models: Number of models measured on the same images, of which this one was chosen: the interval is that of
             Bonferroni, so that with 95 % the intervals of all of them together are right.
+        upper: Upper bound at the confidence that was asked for, one-sided; at 0.5 what was lost itself.
     """
 
     of: str
@@ -67,10 +68,11 @@ class Drop:
     low: float
     high: float
     models: int = 1
+    upper: float = 1.0
 
     def within(self, allowed: float) -> bool:
-        """Whether no more than the allowed share is lost, as counts: 0.01 of 100 images is one image."""
-        return round(self.lost * self.images) <= math.floor(allowed * self.images + 1e-9)
+        """Whether no more than the allowed share is lost, at the confidence that was asked for."""
+        return self.upper <= allowed + 1e-12
 
 
 def compute_logits(model: nn.Module, batches: Iterable[Batch], *, progress: bool = False) -> list[Tensor]:
@@ -200,17 +202,21 @@ def agreement_on(model: nn.Module, batches: Iterable[Batch]) -> Agreement:
     return agreement(logits, torch.cat(references).cpu(), torch.cat(labels) if len(labels) == len(batches) else None)
 
 
-def measure_drop(logits: Tensor, reference: Tensor, labels: Tensor | None = None, *, models: int = 1) -> Drop:
+def measure_drop(
+    logits: Tensor, reference: Tensor, labels: Tensor | None = None, *, models: int = 1, confidence: float = 0.5
+) -> Drop:
     r"""The fall of accuracy, or of agreement without labels, from the dense model to a pruned one.
 
     With labels, (n10 - n01) / N, where n10 samples only the dense model gets right and n01 only the pruned one, with
-    `paired_interval`. Without, 1 - top-1 agreement with `wilson_interval`.
+    `paired_interval`. Without, 1 - top-1 agreement with `wilson_interval`; the upper bound is exact (Clopper and
+    Pearson, Biometrika 26, 1934).
 
     Args:
         logits: ``[N, K]`` of the pruned model.
         reference: ``[N, K]`` of the dense model on the same samples.
         labels: ``[N]`` class indices, or None.
         models: See `Drop`.
+        confidence: Of the upper bound.
 
     Raises:
         DataError: No samples, or shapes or labels that do not fit.
@@ -220,14 +226,19 @@ def measure_drop(logits: Tensor, reference: Tensor, labels: Tensor | None = None
         >>> measure_drop(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])).lost
         0.5
     """
+    from scipy.stats import binomtest  # takes longer to import than the rest of the module
+
     found = agreement(logits, reference, labels)
     n, level = found.images, 1 - 0.05 / models
     if labels is None:
         low, high = wilson_interval(found.top1, n, level)
-        return Drop("agreement", n, 1 - found.top1, 1 - high, 1 - low, models)
+        flips = binomtest(n - round(found.top1 * n), n, alternative="less")
+        upper = float(flips.proportion_ci(confidence, method="exact").high) if confidence > 0.5 else 1 - found.top1
+        return Drop("agreement", n, 1 - found.top1, 1 - high, 1 - low, models, upper)
     dense, pruned = (values.argmax(1) == labels.to(values.device) for values in (reference, logits))
     lost, won = int((dense & ~pruned).sum()), int((~dense & pruned).sum())
-    return Drop("accuracy", n, (lost - won) / n, *paired_interval(lost, won, n, level), models)
+    upper = paired_interval(lost, won, n, 2 * confidence - 1)[1] if confidence > 0.5 else (lost - won) / n
+    return Drop("accuracy", n, (lost - won) / n, *paired_interval(lost, won, n, level), models, upper)
 
 
 def wilson_interval(share: float, n: int, level: float = 0.95) -> tuple[float, float]:

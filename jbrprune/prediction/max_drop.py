@@ -3,6 +3,11 @@
 The engine walks down step by step; a generator tells it where to. At the shares that the prediction proposes, and at
 the latest every `FARTHEST` steps, the model is measured on images that neither score nor repair nor gate. If it lost
 too much, the walk goes back: to the models in between by bisection, then from the last good one with smaller steps.
+
+With ``confidence`` above 0.5 an upper bound of the loss decides. Where smaller models lose more, the walk measures at
+most `CHANCES` models that lose more than is allowed before it ends: one that ends the way down, those of the bisection
+and those of the smaller steps. Each bound holds with 1 - (1 - confidence) / `CHANCES` (Bonferroni), so what is handed
+over loses no more than allowed with the confidence asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -33,6 +39,8 @@ FARTHEST = 4
 """Steps between two measurements; models in between are kept to go back to."""
 RESOLUTION = 0.0125
 """The walk ends when a model that is smaller by this share of the dense cost loses too much."""
+CHANCES = 1 + math.ceil(math.log2(FARTHEST)) + math.ceil(math.log2(STEP / RESOLUTION))
+"""Models that may be taken for good by mistake."""
 ROWS = 4
 """Logits of every sample that the proposals look at."""
 
@@ -74,7 +82,7 @@ class Outlook:
 
 
 def search(state: Channels, images: Calibration) -> Stop:
-    """Prune a copy of the dense model as far as no more than ``max_drop`` is lost on the images that decide.
+    """Prune a copy of the dense model as far as no more than ``max_drop`` is lost, by the images that decide.
 
     Args:
         state: The units, before any step; a budget in its options is the least to keep.
@@ -84,32 +92,41 @@ def search(state: Channels, images: Calibration) -> Stop:
         The model, which is the dense one if no smaller one is allowed, and the report.
 
     Raises:
-        DataError: Too few images to set some aside, or so few of them that one is more than ``max_drop``.
+        DataError: Too few images to set some aside, or too few of them for ``max_drop``.
         NonFiniteError: NaN or Inf on the way.
     """
-    allowed = float(state.options.max_drop)
+    allowed, confidence = float(state.options.max_drop), state.options.confidence
     if not images.judge:
         raise DataError(f"max_drop needs images that decide, but there are only {count(images.score)}: pass more.")
-    check_resolution(images, allowed)
-    walk = _Walk(state, images.judge, allowed, _outlook(state, images, _grid(state)))
+    level = 0.5 if confidence == 0.5 else 1 - (1 - confidence) / CHANCES
+    check_resolution(count(images.judge), allowed, level)
+    walk = _Walk(state, images.judge, allowed, level, _outlook(state, images, _grid(state)))
     stop = next(run(state, images, goals=walk.shares()))
-    found = Search(allowed, images.judged, tuple(walk.trials), walk.chosen(), walk.limit)
+    found = Search(allowed, images.judged, tuple(walk.trials), walk.chosen(), walk.limit, confidence)
     return replace(stop, report=replace(stop.report, search=found, notes=(*stop.report.notes, *_notes(found))))
 
 
-def check_resolution(images: Calibration, allowed: float) -> None:
-    """Refuse a drop that the images that decide cannot show: one of them is a larger share.
+def check_resolution(deciding: int, allowed: float, level: float) -> None:
+    """Refuse a drop that so many images cannot show, or not with such a level even where nothing is lost on them.
 
     Raises:
-        DataError: It is. A drop of 0 can always be seen.
+        DataError: Says how many it takes. A drop of 0 can always be seen.
     """
-    deciding = count(images.judge)
-    if 0 < allowed * deciding < 1 - 1e-9:
-        needed = math.ceil(math.ceil(1 / allowed - 1e-9) / 2) * 5
+    if allowed > 0 and deciding < (needed := count_needed(0, allowed, level)):
+        some = "" if level == 0.5 else f", and {count_needed(allowed / 2, allowed, level):,} if half of it is lost"
         raise DataError(
-            f"max_drop={allowed:g} cannot be seen on the {deciding} images that decide, two fifths of all: one of them "
-            f"is {1 / deciding:.1%}. Pass at least {needed} images (`images=` limits how many are read), or allow more."
+            f"max_drop={allowed:g} cannot be seen on the {deciding} images that decide: it takes {needed:,} even if "
+            f"nothing is lost on them{some}. Pass others as eval_data=, pass more (two fifths decide, or those beyond "
+            "`images=`), allow more, or ask for less confidence=."
         )
+
+
+def count_needed(lost: float, allowed: float, level: float) -> int:
+    """Images with which a share that is lost has an upper bound at what is allowed."""
+    if level == 0.5:
+        return math.ceil(1 / allowed - 1e-9)
+    none = math.ceil(math.log(1 - level) / math.log1p(-allowed))
+    return max(none, math.ceil(NormalDist().inv_cdf(level) ** 2 * lost * (1 - lost) / (allowed - lost) ** 2))
 
 
 def _grid(state: Channels) -> list[float]:
@@ -144,6 +161,7 @@ class _Walk:
     state: Channels
     judge: Sequence[Batch]
     allowed: float
+    level: float
     outlook: Outlook
     trials: list[Trial] = field(default_factory=list)
     limit: str = "the floors or the share asked for were reached"
@@ -156,7 +174,8 @@ class _Walk:
 
     def chosen(self) -> Drop:
         """What the model at hand lost, knowing how many were measured to choose it."""
-        return measure_drop(self.logits, self.reference, self.labels, models=max(1, len(self.trials)))
+        how = {"models": max(1, len(self.trials)), "confidence": self.level}
+        return measure_drop(self.logits, self.reference, self.labels, **how)
 
     def shares(self) -> Iterator[float]:
         """Shares for the engine, which has carried out each when the next is asked for."""
@@ -204,7 +223,7 @@ class _Walk:
         predicted = self.outlook.flips(share)
         with self.state.timed("judging"):
             logits = torch.cat(compute_logits(self.state.model, self.judge))
-        drop = measure_drop(logits, self.reference, self.labels)
+        drop = measure_drop(logits, self.reference, self.labels, confidence=self.level)
         accepted = drop.within(self.allowed)
         self.trials.append(Trial(share, self.state.steps[-1].macs, drop, accepted, predicted))
         log.info("Share %.4f: %s falls by %.4f, %s", share, drop.of, drop.lost, "kept" if accepted else "too much")
@@ -213,6 +232,9 @@ class _Walk:
             self.outlook.correct(share, measure_damage(self.reference, logits).tpv)
         else:
             self.limit = f"at a share of {share:.4f} the {drop.of} fell by {drop.lost:.2%}"
+            if drop.lost < self.allowed:
+                needed = count_needed(max(drop.lost, 0.0), self.allowed, self.level)
+                self.limit += f", which may be {drop.upper:.2%}; it takes some {needed:,} images to know that it is not"
         return accepted
 
 

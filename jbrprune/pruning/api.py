@@ -64,6 +64,8 @@ def prune(  # noqa: D417
     latency: float | None = None,
     latency_ms: float | None = None,
     max_drop: float | None = None,
+    confidence: float = 0.9,
+    scope: Literal["global", "raw", "layer"] = "global",
     structure: Literal["channels", "directions", "mixed"] = "channels",
     criterion: str | Relevance | Scores | Callable[..., Any] = "jbr",
     repair: str | Sequence[str] | None = "auto",
@@ -82,12 +84,15 @@ def prune(  # noqa: D417
 
     Units are ranked by relevance per cost, s_u / cost_u with s_u = E_x[(m(x)^T J_u(x) w_u)^2], and removed in steps;
     after every step the model is repaired without training and scored again, until the budget is met. A counted
-    budget is overshot by less than one unit. A budget of ``channels`` ranks by score alone, as the paper does.
+    budget is overshot by less than one unit. A budget of ``channels`` ranks by score alone, as the paper does. With
+    ``scope="layer"`` every layer loses the same share of its units, as many baselines are published.
 
     * ``latency``, ``latency_ms``: units are ranked per multiply-accumulate. After every step the whole model is timed
       in turns with the dense one, on one image and with one thread; that ratio decides when the budget is met.
-    * ``max_drop``: prediction proposes and measurement decides, on two fifths of the images, which neither score,
-      repair nor gate. Without a budget beside it, MACs are reduced as far as the floors allow.
+    * ``max_drop``: prediction proposes and measurement decides, on images that neither score, repair nor gate: those of
+      ``eval_data``, else those of ``data`` beyond ``images``, else two fifths. At ``confidence``, and allowing for the
+      choice, an upper bound of what is lost lies at or below ``max_drop``. Without a budget beside it, MACs are reduced
+      as far as the floors allow.
     * ``criterion``: a function ``(model, batches, groups)`` returns the scores of the units of every group by its name;
       the lowest go first. It is called before every step. Scores made before hold for one step.
     * ``repair``: ``auto`` tries what applies and keeps what brings the model closer to the dense one on images held
@@ -126,7 +131,8 @@ def prune(  # noqa: D417
         Arpit, arXiv 2512.11089.
     """
     shared = criterion, ignore, batch_size, progress, repair, images, eval_data, seed, resume, inplace
-    options = ChannelOptions(*shared, macs, params, channels, latency, latency_ms, max_drop, steps, floors, structure)
+    budgets = macs, params, channels, latency, latency_ms, max_drop, confidence
+    options = ChannelOptions(*shared, *budgets, scope, steps, floors, structure)
     return carry_out(model, data, options, tuple(options.budgets.values()))[0]
 
 

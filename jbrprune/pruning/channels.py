@@ -176,7 +176,8 @@ class Channels(Structure):
         cost = self.cost(self.kind)
         sizes = {group.name: group.size for group in self.found.groups}
         how: dict[str, Any] = {"floors": self.options.floors, "dense_sizes": sizes}
-        choose = partial(select, per_cost=self.kind != "channels") if self.whole_layers is None else select_ranks
+        scope = "raw" if (self.options.scope, self.kind) == ("global", "channels") else self.options.scope
+        choose = partial(select, scope=scope) if self.whole_layers is None else select_ranks
         chosen = choose(scores, self.groups, cost, goal * self.whole, **how)
         self.foreseen = cost.total
         return chosen

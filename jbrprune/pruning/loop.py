@@ -160,7 +160,8 @@ def run(
             with timed("removal"):
                 structure.apply(chosen)
             stops = goals is None and structure.is_stop(goal)
-            outcome, agreed = repair_and_evaluate(structure, images, targets, stops)
+            quick = goals is None and not stops
+            outcome, agreed = repair_and_evaluate(structure, images, targets, stops, quick)
             size, took = structure.size(), time.perf_counter() - start
             row = StepRow(number, structure.share(goal), size.macs, size.params, took, nonzero=size.nonzero)
             if outcome is not None:
@@ -173,15 +174,15 @@ def run(
                 state = structure.model.state_dict()
                 log.write(number, plain(facts | {"seconds": structure.seconds}), chosen, state, keep=stops)
         if stops:
-            yield hand_over(structure, images, dense, agreed, began)
+            yield hand_over(structure, images, targets, dense, agreed, began)
     if goals is not None:
         with timed("evaluation"):
             final = agreement_on(structure.model, images.heldout) if images.heldout else None
-        yield hand_over(structure, images, dense, (None, final), began)
+        yield hand_over(structure, images, targets, dense, (None, final), began)
 
 
 def repair_and_evaluate(
-    structure: Structure, images: Calibration, targets: Targets | None, stops: bool
+    structure: Structure, images: Calibration, targets: Targets | None, stops: bool, quick: bool
 ) -> tuple[Outcome | None, Agreed]:
     """Repair the model; at a stop, measure on the held-out images before and after."""
     measured, outcome, model = stops and bool(images.heldout), None, structure.model
@@ -190,7 +191,7 @@ def repair_and_evaluate(
     if targets is not None:
         how = structure.kept, structure.options.methods
         with structure.timed("repair"):
-            outcome = repair_model(model, images.repair, images.gate, targets, *how, masks=structure.masks or None)
+            outcome = repair_model(model, targets, images.gate, *how, masks=structure.masks, quick=quick)
     if measured and outcome is not None and outcome.kept != "none":
         with structure.timed("evaluation"):
             after = agreement_on(model, images.heldout)
@@ -210,14 +211,17 @@ def replay(structure: Structure, log: ResumeLog, number: int) -> tuple[bool, Agr
     return facts["stops"], (before, after)
 
 
-def hand_over(structure: Structure, images: Calibration, dense: Size, agreed: Agreed, began: float) -> Stop:
+def hand_over(
+    structure: Structure, images: Calibration, targets: Targets | None, dense: Size, agreed: Agreed, began: float
+) -> Stop:
     """The model at a stop, and what there is to say of it."""
     problem, options = structure.problem, structure.options
     seconds = {**structure.seconds, "total": time.perf_counter() - began}
     model, masks, facts = structure.deliver()
     if problem.wrapper:
         facts["notes"] += (f"The model was wrapped in {problem.wrapper}; what is inside was pruned: wrap it again.",)
-    facts["notes"] = (*facts["notes"], *images.notes(bool(options.methods)))
+    fitted = targets.notes(options.methods) if targets else []
+    facts["notes"] = (*facts["notes"], *fitted, *images.notes(bool(options.methods)))
     timings = structure.timings or time_in_turns([problem.dense, model], problem.example[:1])
     report = Report(
         model=problem.name,

@@ -19,7 +19,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from jbrprune.budgets.budget import BUDGETS, Floors
+from jbrprune.budgets.budget import BUDGETS, Floors, Ranking
 from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
@@ -180,7 +180,7 @@ class RunOptions(Options):
 
     def described(self) -> dict[str, Any]:
         """The options that a report lists, without the budget and the data."""
-        hidden = {"eval_data", "resume", "max_drop", "sparsity", "pattern", "floors", *BUDGETS}
+        hidden = {"eval_data", "resume", "max_drop", "confidence", "sparsity", "pattern", "floors", *BUDGETS}
         names = [item.name for item in fields(self) if item.metadata["panel"] and item.name not in hidden]
         lists = {"repair": list(self.methods), "ignore": list(self.ignore)}
         return {n: getattr(self, n) for n in names} | lists | {"criterion": criterion_name(self.criterion)}
@@ -200,6 +200,17 @@ class ChannelOptions(RunOptions):
         "As far as accuracy (or agreement) falls by no more than this.",
         "Budget",
         between(0, 1, closed=True),
+    )
+    confidence: float = option(
+        0.9,
+        "With which max_drop holds, allowing for the choice; 0.5: what the images that decide show, and no more.",
+        "Budget",
+        between(0.5, 1, ArgumentError, closed=True),
+    )
+    scope: Ranking = option(
+        "global",
+        "Rank all units together by score per cost (raw: by score alone), or each layer by itself to the same share.",
+        "Budget",
     )
     steps: int | None = option(None, "Number of steps; default: one for every 5 %.", "Budget", whole(1))
     floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget")
@@ -225,6 +236,12 @@ class ChannelOptions(RunOptions):
             raise BudgetError(f"Give exactly one of {kinds} or max_drop=; got {' and '.join(given) or 'none'}.")
         if searched and timed:
             raise BudgetError(f"Beside max_drop=, macs=, params= or channels= is the least to keep; got {given[0]}.")
+        if self.structure != "channels" and self.scope != "global":
+            raise ArgumentError("scope= has no meaning for directions: one price holds for all layers.")
+        if not searched and self.confidence != ChannelOptions.confidence:
+            raise ArgumentError("confidence= has no meaning without max_drop=.")
+        if self.max_drop == 0 and self.confidence > 0.5:
+            raise ArgumentError("No number of images shows that nothing is lost: max_drop=0 needs confidence=0.5.")
         if self.steps is not None and (searched or timed):
             raise ArgumentError("steps= has no meaning beside max_drop= or a latency: the run chooses them.")
         if self.resume is not None and searched:

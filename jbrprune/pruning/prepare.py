@@ -23,6 +23,8 @@ from jbrprune.sparsity.masks import fresh, make_permanent, masks_of
 
 FEWEST_TO_HOLD_BACK = 10
 """With fewer images none is held back, so nothing is repaired and no agreement is measured."""
+MOST_JUDGES = 4096
+"""Images beyond those for calibration that decide how far to prune; kept in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +187,8 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
     """Read the images, compute the dense model's logits on them, and split them at random.
 
     A fifth is held out for the report, unless ``eval_data`` is given; another fifth gates the repair. With ``judged``,
-    two fifths decide how far to prune; without ``eval_data`` the report is about these, and says so.
+    images decide how far to prune, and the report is about these, and says so: those of ``eval_data``; without, those
+    beyond ``images`` (at most `MOST_JUDGES`), or two fifths where these are more.
 
     Args:
         problem: The dense model, and the images; batches that carry its logits as reference keep them.
@@ -196,23 +199,29 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
         DataError: The images cannot be used, or the model does not run on them.
         NonFiniteError: NaN or Inf in images or logits.
     """
-    whole = _read(problem.dense, problem.data, options.images, options)
+    own = judged and options.eval_data is None
+    most = options.images if options.images is None or not own else options.images + MOST_JUDGES
+    whole = _read(problem.dense, problem.data, most, options)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(options.seed))
     whole = whole.map(lambda tensor: tensor[order])
     fifth = len(whole) // 5 if len(whole) >= FEWEST_TO_HOLD_BACK else 0
-    apart = 2 * fifth if judged else fifth if options.eval_data is None else 0
+    apart = max(2 * fifth, len(whole) - (options.images or len(whole))) if own else fifth
+    apart, fifth = apart if options.eval_data is None else 0, min(fifth, (options.images or len(whole)) // 5)
 
     def part(start: int, stop: int) -> list[Batch]:
         batch = whole.map(lambda tensor: tensor[start:stop])
         return rebatch([batch], options.batch_size) if stop > start else []
 
+    purpose = "also decided how far to prune" if judged else "were used for nothing else"
     if options.eval_data is None:
-        heldout, purpose = part(0, apart), "also decided how far to prune" if judged else "were used for nothing else"
-        described = f"{apart} calibration images that {purpose}"
+        heldout, described = part(0, apart), f"{apart} calibration images that {purpose}"
     else:
         opened = open_data(options.eval_data, problem.dense, batch_size=options.batch_size)
         others = _read(problem.dense, opened, None, options)
-        heldout, described = rebatch([others], options.batch_size), f"{len(others)} images of eval_data"
+        heldout, described = (
+            rebatch([others], options.batch_size),
+            f"{len(others)} images of eval_data{f' that {purpose}' if judged else ''}",
+        )
     cut = len(whole) - fifth
     return Calibration(
         score=part(apart, len(whole)),
@@ -220,8 +229,8 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
         gate=part(cut, len(whole)),
         heldout=heldout,
         described=described,
-        judge=part(0, apart) if judged else [],
-        judged=f"{apart} calibration images that neither score, repair nor gate" if judged else "",
+        judge=heldout if judged else [],
+        judged=f"{sum(map(len, heldout))} images that neither score, repair nor gate" if judged else "",
     )
 
 

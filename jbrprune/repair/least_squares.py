@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,34 +30,75 @@ def flatten_positions(module: nn.Module, output: Tensor) -> Tensor:
     return output.reshape(output.shape[0], -1, output.shape[-1])
 
 
-def gather_inputs(module: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
+def gather_inputs(module: nn.Module, x: Tensor, positions: Tensor | None = None) -> Tensor:
     """The inputs that a consumer reads for its outputs at some positions.
 
     Args:
         module: A layer that `can_refit` accepts.
         x: Its input.
-        positions: ``[p]`` flat output positions.
+        positions: ``[p]`` flat output positions; None: all of them.
 
     Returns:
         ``[n * p, fan_in]``, in the order of the flattened weight's columns.
     """
     if isinstance(module, nn.Linear):
-        return x.reshape(x.shape[0], -1, x.shape[-1])[:, positions].flatten(0, 1)
-    (kh, kw), (sh, sw), (dh, dw), (ph, pw) = module.kernel_size, module.stride, module.dilation, module.padding  # type: ignore[misc]
-    width = (x.shape[3] + 2 * pw - dw * (kw - 1) - 1) // sw + 1  # type: ignore[operator]
-    padded = F.pad(x, (pw, pw, ph, ph)) if ph or pw else x  # type: ignore[arg-type]
-    top = positions.div(width, rounding_mode="floor") * sh
-    left = positions % width * sw
-    taps_y = (torch.arange(kh, device=x.device) * dh).repeat_interleave(kw)  # type: ignore[arg-type]
-    taps_x = (torch.arange(kw, device=x.device) * dw).repeat(kh)  # type: ignore[arg-type]
-    patches = padded[:, :, top[:, None] + taps_y, left[:, None] + taps_x]
-    return patches.permute(0, 2, 1, 3).reshape(len(x) * len(positions), -1)
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    else:
+        how = module.kernel_size, module.dilation, module.padding, module.stride
+        rows = F.unfold(x, *how).transpose(1, 2)  # type: ignore[arg-type]
+    return (rows if positions is None else rows[:, positions]).flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over n pairs of rows (a, y) that a fit, a mean and a variance follow from; ``+`` adds more rows.
+
+    Attributes:
+        count: n.
+        a: ``[d]`` mean of a.
+        y: ``[C]`` mean of y.
+        products: ``[d, C]`` sum of the outer products of (a - mean a) and (y - mean y); ``[d]`` where a is y and only
+            the squares are kept.
+    """
+
+    count: int
+    a: Tensor
+    y: Tensor
+    products: Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of the rows of both (Chan, Golub and LeVeque, 1983)."""
+        a, y, count = other.a - self.a, other.y - self.y, self.count + other.count
+        between = a * y if self.products.dim() == 1 else torch.outer(a, y)
+        share = other.count / count
+        products = self.products + other.products + between * (self.count * share)
+        return Moments(count, self.a + a * share, self.y + y * share, products)
+
+
+def sum_products(inputs: Tensor, outputs: Tensor, *, means: bool = False) -> tuple[Moments, Moments]:
+    """Moments of rows of inputs with themselves and with outputs; float64 on the CPU: not every accelerator has it.
+
+    Args:
+        inputs: ``[n, d]`` A.
+        outputs: ``[n, C]`` Y.
+        means: The means are enough; the products are zero.
+    """
+    a, y = inputs.mean(0), outputs.mean(0)
+    if means:
+        return tuple(
+            Moments(len(inputs), mean, mean, torch.zeros_like(mean)) for mean in (a.cpu().double(), y.cpu().double())
+        )
+    inputs = inputs - a
+    gram, cross = inputs.t() @ inputs, inputs.t() @ (outputs - y)
+    a, y, gram, cross = (tensor.cpu().double() for tensor in (a, y, gram, cross))
+    return Moments(len(inputs), a, a, gram), Moments(len(inputs), a, y, cross)
 
 
 def refit(
     module: nn.Module,
-    inputs: Tensor,
-    outputs: Tensor,
+    weight: Tensor,
+    gram: Moments,
+    cross: Moments,
     ridge: float | None,
     mask: Tensor | None = None,
     bias_mask: Tensor | None = None,
@@ -67,79 +110,58 @@ def refit(
 
     Args:
         module: The consumer.
-        inputs: ``[n, fan_in]`` A, from `gather_inputs`.
-        outputs: ``[n, C_out]`` Y that it should have.
+        weight: Its weight before any repair, W_now.
+        gram: Moments of its inputs A with themselves.
+        cross: Of its inputs with the outputs Y that it should have.
         ridge: Positive; None: the weights stay as they are, the bias alone takes over the mean (a mean shift).
         mask: Shape of the weight, False where a weight is zero and stays so: every row is fitted on its support.
         bias_mask: Shape of the bias, the same for the bias.
     """
-    weight = module.weight.flatten(1)  # type: ignore[union-attr, operator]
-    input_mean, output_mean = inputs.mean(0), outputs.mean(0)
+    fitted = weight.flatten(1).cpu().double()
     if ridge is not None:
-        centred = inputs - input_mean
-        residual = (outputs - output_mean) - centred @ weight.t()
+        residual = cross.products - gram.products @ fitted.t()
+        penalty = ridge * float(gram.products.diagonal().mean()) + torch.finfo(torch.float64).tiny
         if mask is None:
-            weight = weight + solve_ridge(centred, residual, ridge).t()
+            fitted = fitted + solve_ridge(gram.products, residual, penalty).t()
         else:
-            weight = weight + solve_masked_ridge(centred, residual, ridge, mask.flatten(1).to(weight))
-        module.weight.copy_(weight.view_as(module.weight))  # type: ignore[union-attr, operator, arg-type]
+            given = (gram.products, residual.t(), mask.flatten(1))
+            products, wanted, support = (tensor.to(weight) for tensor in given)
+            fitted = fitted + solve_masked_ridge(products, wanted, penalty, support).cpu().double()
+        module.weight.copy_(fitted.view_as(module.weight))  # type: ignore[union-attr, operator, arg-type]
     if module.bias is not None:
-        bias = output_mean - weight @ input_mean
+        bias = cross.y - fitted @ gram.a
         module.bias.copy_(bias if bias_mask is None else bias * bias_mask.to(bias))  # type: ignore[union-attr, operator]
 
 
-def solve_ridge(a: Tensor, residual: Tensor, ridge: float) -> Tensor:
-    """argmin_D ||residual - a D||^2 + lambda ||D||^2, lambda = ridge * mean diagonal of a^T a.
-
-    Through the smaller of the two normal equations: (a^T a + lambda)^-1 a^T r = a^T (a a^T + lambda)^-1 r.
-
-    Args:
-        a: ``[n, d]``.
-        residual: ``[n, outputs]``.
-        ridge: Positive.
-
-    Returns:
-        ``[d, outputs]``.
-    """
-    n, d = a.shape
-    penalty = ridge * float(a.square().sum()) / d + torch.finfo(a.dtype).tiny
-    # in double precision on the CPU: not every accelerator has it
-    small = (a.t() @ a if d <= n else a @ a.t()).cpu().double()
-    small.diagonal().add_(penalty)
-    factor = torch.linalg.cholesky(small)
-    if d <= n:
-        return torch.cholesky_solve((a.t() @ residual).cpu().double(), factor).to(a)
-    return a.t() @ torch.cholesky_solve(residual.cpu().double(), factor).to(a)
+def solve_ridge(gram: Tensor, products: Tensor, penalty: float) -> Tensor:
+    """(A^T A + penalty)^-1 A^T R: ``[d, d]`` and ``[d, outputs]``, both float64, give ``[d, outputs]``."""
+    regular = gram + penalty * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.cholesky_solve(products, torch.linalg.cholesky(regular))
 
 
-def solve_masked_ridge(a: Tensor, residual: Tensor, ridge: float, mask: Tensor) -> Tensor:
-    """argmin_D ||residual - a D^T||^2 + lambda ||D||^2 over D that are zero where the mask is.
+def solve_masked_ridge(gram: Tensor, products: Tensor, penalty: float, mask: Tensor) -> Tensor:
+    """argmin_D ||R - A D^T||^2 + penalty ||D||^2 over D that are zero where the mask is.
 
     Every row is a problem of its own, because its support is; all are solved together by conjugate gradients on
-    (a^T a + lambda) restricted to the supports. Each iteration is one matrix product (two thin ones where there are
-    fewer rows than inputs), and none makes the fit worse.
+    (A^T A + penalty) restricted to the supports. Each iteration is one matrix product, and none makes the fit worse.
 
     Args:
-        a: ``[n, d]``.
-        residual: ``[n, outputs]``.
-        ridge: Positive; lambda is as in `solve_ridge`.
+        gram: ``[d, d]`` A^T A.
+        products: ``[outputs, d]`` R^T A.
+        penalty: Positive.
         mask: ``[outputs, d]`` of ones and zeros.
 
     Returns:
         ``[outputs, d]``.
     """
-    n, d = a.shape
-    tiny = torch.finfo(a.dtype).tiny
-    penalty = ridge * float(a.square().sum()) / d + tiny
-    gram = a.t() @ a if d <= n else None
+    tiny = torch.finfo(gram.dtype).tiny
     solution = torch.zeros_like(mask)
-    left = (residual.t() @ a) * mask
+    left = products * mask
     direction = left.clone()
     square = left.square().sum(1, keepdim=True)
     enough = square * CONVERGED**2
     for _ in range(ITERATIONS):
-        product = (direction @ a.t()) @ a if gram is None else direction @ gram
-        image = product.add_(direction, alpha=penalty).mul_(mask)
+        image = (direction @ gram).add_(direction, alpha=penalty).mul_(mask)
         curvature = (direction * image).sum(1, keepdim=True)
         step = torch.where(curvature > 0, square / curvature.clamp_min(tiny), 0)
         solution.addcmul_(step, direction)

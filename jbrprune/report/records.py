@@ -124,6 +124,7 @@ class Search:
         drop: What the model that was handed over lost on them, with an interval that allows for the choice among all
             that were measured.
         limit: Why it did not go further.
+        confidence: With which no more than allowed is lost; 0.5: what was lost on the images decided, no bound of it.
     """
 
     allowed: float
@@ -131,6 +132,7 @@ class Search:
     trials: tuple[Trial, ...]
     drop: Drop
     limit: str
+    confidence: float = 0.5
 
 
 @dataclass(frozen=True)

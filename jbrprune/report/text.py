@@ -180,10 +180,13 @@ def _facts(report: Report) -> dict[str, Any]:
     if search is not None:
         drop = search.drop
         chosen = f", corrected for choosing among {drop.models} models" if drop.models > 1 else ""
+        promise = f"with confidence {search.confidence:g} by no more than {100 * drop.upper:.2f} %"
+        if search.confidence == 0.5:
+            promise = "elsewhere it may well have fallen by more than allowed: confidence=0.5"
         dropped = (
             f"{format_percent(search.allowed)} allowed; the {drop.of} fell by {100 * drop.lost:.2f} % (95 % interval "
-            f"{100 * drop.low:.1f} to {100 * drop.high:.1f} %{chosen}) on {search.images}. {len(search.trials)} models "
-            f"were measured on them; no smaller one: {search.limit}"
+            f"{100 * drop.low:.1f} to {100 * drop.high:.1f} %{chosen}) on {search.images}; {promise}. "
+            f"{len(search.trials)} models were measured on them; no smaller one: {search.limit}"
         )
     return {
         "MACs": format_change(dense.macs, pruned.macs),

@@ -52,7 +52,7 @@ SCORES = {"a": torch.tensor([4.0, 1.0, 3.0, 2.0]), "b": torch.tensor([10.0, 5.0,
 
 def test_by_hand_score_alone() -> None:
     budget = plan_cost(GROUPS, {"a": 1, "b": 10})  # 34 in all
-    assert plain(select(SCORES, GROUPS, budget, 32, per_cost=False)) == {"a": [1, 3]}
+    assert plain(select(SCORES, GROUPS, budget, 32, scope="raw")) == {"a": [1, 3]}
     assert budget.total == 32
 
 
@@ -65,6 +65,19 @@ def test_by_hand_score_per_cost() -> None:
     budget = plan_cost(GROUPS, {"a": 1, "b": 10})
     assert plain(select(SCORES, GROUPS, budget, 12)) == {"a": [1, 3], "b": [0, 1]}
     assert budget.total == pytest.approx(12)
+
+
+def test_by_hand_the_same_share_of_every_layer() -> None:
+    """Of 20 and 10 units a fifth goes, whatever the scores say of the layers; shares are of the dense width."""
+    groups, scores = [group("a", 20), group("b", 10)], {"a": 100 + torch.arange(20.0), "b": torch.arange(10.0)}
+    assert plain(select(scores, groups, plan_cost(groups, {"a": 1, "b": 7}), 72, scope="layer")) == {
+        "a": [0, 1, 2, 3],
+        "b": [0, 1],
+    }
+    smaller = [group("a", 20), group("b", 8)]  # of ten: it has lost its fifth before
+    sizes, scores["b"] = {"a": 20, "b": 10}, scores["b"][2:]
+    cost = plan_cost(smaller, {"a": 1, "b": 7})
+    assert plain(select(scores, smaller, cost, 72, scope="layer", dense_sizes=sizes)) == {"a": [0, 1, 2, 3]}
 
 
 def test_the_price_falls_with_what_has_gone_already() -> None:
@@ -83,8 +96,8 @@ def test_nothing_goes_when_the_budget_is_met_already() -> None:
 def test_what_saves_nothing_stays_even_at_score_zero() -> None:
     budget = plan_cost(GROUPS, {"a": 0, "b": 1})
     scores = {"a": torch.zeros(4), "b": torch.ones(3)}
-    for per_cost in (True, False):
-        assert plain(select(scores, GROUPS, plan_cost(GROUPS, {"a": 0, "b": 1}), 2, per_cost=per_cost)) == {"b": [0]}
+    for scope in ("global", "raw"):
+        assert plain(select(scores, GROUPS, plan_cost(GROUPS, {"a": 0, "b": 1}), 2, scope=scope)) == {"b": [0]}
     with pytest.raises(BudgetError, match=r"0\.333 of the present cost are left"):
         select(scores, GROUPS, budget, 0.5)
 
@@ -179,11 +192,9 @@ def test_a_block_is_ranked_by_the_mean_of_its_units() -> None:
     """By their sum, four channels worth 1 each would seem dearer than a head worth 2."""
     groups = [group("a", 8), group("h", 4, "head")]
     scores = {"a": torch.ones(8), "h": torch.full((4,), 2.0)}
-    for per_cost in (True, False):
+    for scope in ("global", "raw"):
         cost = plan_cost(groups, {"a": 1, "h": 1})
-        assert plain(select(scores, groups, cost, 8, floors=floors_of(round_to=4), per_cost=per_cost)) == {
-            "a": [0, 1, 2, 3]
-        }
+        assert plain(select(scores, groups, cost, 8, floors=floors_of(round_to=4), scope=scope)) == {"a": [0, 1, 2, 3]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -225,7 +236,7 @@ def test_scores_that_cannot_be_ranked(scores: dict[str, Tensor], message: str) -
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[list[Group], dict[str, Tensor], Floors, float, bool]:
+def plans(draw: st.DrawFn) -> tuple[list[Group], dict[str, Tensor], Floors, float, str]:
     sizes = draw(st.lists(st.integers(2, 20), min_size=1, max_size=4))
     kinds = [draw(st.sampled_from(["channel", "channel", "head"])) for _ in sizes]
     groups = [group(f"g{i}", size, kind) for i, (size, kind) in enumerate(zip(sizes, kinds, strict=True))]
@@ -235,7 +246,7 @@ def plans(draw: st.DrawFn) -> tuple[list[Group], dict[str, Tensor], Floors, floa
         for g in groups
     }
     floors = floors_of(draw(st.sampled_from([0, 0.2, 0.5])), draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4])))
-    return groups, scores, floors, draw(st.floats(0.0, 1.0)), draw(st.booleans())
+    return groups, scores, floors, draw(st.floats(0.0, 1.0)), draw(st.sampled_from(["global", "raw", "layer"]))
 
 
 def products(groups: Sequence[Group]) -> CostModel:
@@ -249,15 +260,15 @@ def products(groups: Sequence[Group]) -> CostModel:
 
 @settings(max_examples=150, deadline=None)
 @given(plans())
-def test_any_plan(plan: tuple[list[Group], dict[str, Tensor], Floors, float, bool]) -> None:
-    groups, scores, floors, share, per_cost = plan
+def test_any_plan(plan: tuple[list[Group], dict[str, Tensor], Floors, float, str]) -> None:
+    groups, scores, floors, share, scope = plan
     sizes = {g.name: g.size for g in groups}
     least = reduce_to_floors(products(groups), groups, floors, sizes)
     whole = products(groups).total
     target = least + share * (whole - least)
     budget = products(groups)
-    chosen = select(scores, groups, budget, target, floors=floors, per_cost=per_cost)
-    assert plain(chosen) == plain(select(scores, groups, products(groups), target, floors=floors, per_cost=per_cost))
+    chosen = select(scores, groups, budget, target, floors=floors, scope=scope)
+    assert plain(chosen) == plain(select(scores, groups, products(groups), target, floors=floors, scope=scope))
     priced = products(groups)
     for name, units in chosen.items():
         assert units.tolist() == sorted(set(units.tolist()))
@@ -302,7 +313,7 @@ def _check_group(g: Group, score: Tensor, gone: Tensor | None, floors: Floors) -
 @settings(max_examples=60, deadline=None)
 @given(plans())
 def test_units_go_in_the_order_of_score_per_cost(
-    plan: tuple[list[Group], dict[str, Tensor], Floors, float, bool],
+    plan: tuple[list[Group], dict[str, Tensor], Floors, float, str],
 ) -> None:
     groups, scores, _, share, _ = plan
     costs = {g.name: float(i + 1) for i, g in enumerate(groups)}

@@ -46,7 +46,7 @@ def _kept(call: Callable[..., PruneResult], **how: object) -> dict[str, Tensor]:
         ("jbr_projection", {"objective": "projection"}),
         ("jbr_mean_replaced", {"statistic": "mean_replaced"}),
         ("jbr_batched", {"statistic": "batched", "batch": 128}),
-        ("jbr_published", {"statistic": "batched", "site": "all", "confidence": 0.9}),
+        ("jbr_published", {"statistic": "batched", "site": "all", "threshold": 0.9}),
     ],
 )
 def test_a_name_is_the_sum_of_its_parts(name: str, same: dict) -> None:

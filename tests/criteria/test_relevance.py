@@ -283,14 +283,14 @@ HAND_GROUP = Group(
         # labels 1 and 0: m = p_0 (1, -1) and (1 - p_0) (-1, 1)
         ({"objective": "label"}, [(0.73105858**2 * 16 + 0.04742587**2 * 9) / 2, 0.73105858**2 * 9 / 2]),
         # only the second sample's largest probability, 0.953, exceeds 0.9
-        ({"objective": "predicted_logit", "confidence": 0.9}, [20.25, 0.0]),
+        ({"objective": "predicted_logit", "threshold": 0.9}, [20.25, 0.0]),
     ],
 )
 def test_by_hand(options: dict[str, Any], expected: list[float]) -> None:
     data = [Batch(HAND_IMAGES, torch.tensor([1, 0]))]
     scores = Relevance(**options)(TwoUnits(), data, (HAND_GROUP,))
     torch.testing.assert_close(scores["hidden"], torch.tensor(expected).double(), rtol=1e-6, atol=1e-9)
-    assert (scores.samples, scores.skipped) == ((1, 1) if "confidence" in options else (2, 0))
+    assert (scores.samples, scores.skipped) == ((1, 1) if "threshold" in options else (2, 0))
 
 
 def test_projection_estimates_the_sum_over_all_outputs() -> None:
@@ -378,7 +378,7 @@ def test_shards_add_up_to_the_whole() -> None:
     groups = site_groups(model, "all")
     with torch.no_grad():
         middle = float(model(images).softmax(1).amax(1).median())
-    options: dict[str, Any] = {"site": "all", "confidence": middle}
+    options: dict[str, Any] = {"site": "all", "threshold": middle}
     whole = Relevance(**options)(model, images, groups)
     merged = Relevance(**options)(model, images[:3], groups) + Relevance(**options)(model, images[3:], groups)
     assert (merged.samples, merged.skipped) == (whole.samples, whole.skipped)
@@ -561,8 +561,8 @@ def test_attention_of_torch_is_refused_where_it_reads_weights_directly() -> None
         ({"batch": 1.5}, "batch must be a whole number, got 1.5"),
         ({"seed": "0"}, "seed must be a whole number, got '0'"),
         ({"autocast": "bfloat16"}, "autocast must be a torch.dtype such as torch.bfloat16, got 'bfloat16'"),
-        ({"confidence": 1.0}, "0 <= confidence < 1, got 1.0"),
-        ({"confidence": -0.1}, "0 <= confidence < 1, got -0.1"),
+        ({"threshold": 1.0}, "0 <= threshold < 1, got 1.0"),
+        ({"threshold": -0.1}, "0 <= threshold < 1, got -0.1"),
     ],
 )
 def test_arguments_are_refused(options: dict[str, Any], message: str) -> None:
@@ -597,8 +597,8 @@ def test_one_class_is_refused(objective: str) -> None:
 
 def test_data_are_refused() -> None:
     model, groups = TwoUnits(), (HAND_GROUP,)
-    with pytest.raises(DataError, match=r"confidence=0\.99 on none of 2 images"):
-        Relevance(confidence=0.99)(model, HAND_IMAGES, groups)
+    with pytest.raises(DataError, match=r"threshold=0\.99 on none of 2 images"):
+        Relevance(threshold=0.99)(model, HAND_IMAGES, groups)
     with pytest.raises(DataError, match="reads the data twice"):
         Relevance(statistic="mean_replaced")(model, iter([HAND_IMAGES]), groups)
     with pytest.raises(DataError, match="objective 'label' needs labels"):

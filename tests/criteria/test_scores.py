@@ -46,7 +46,7 @@ def test_adding_merges_samples() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"objective": "label"}, {"site": "all"}, {"statistic": "mean"}, {"batch": 1}, {"confidence": 0.0}]
+    "change", [{"objective": "label"}, {"site": "all"}, {"statistic": "mean"}, {"batch": 1}, {"threshold": 0.0}]
 )
 def test_other_settings_are_not_added(change: dict) -> None:
     with pytest.raises(ArgumentError, match="Cannot add scores made with Settings"):

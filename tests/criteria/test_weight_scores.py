@@ -86,7 +86,7 @@ def _scores(shape: tuple[int, ...] = (2, 3), name: str = "a.weight", **settings:
 @pytest.mark.parametrize(
     "other, message",
     [
-        (_scores(confidence=0.9), "made with"),
+        (_scores(threshold=0.9), "made with"),
         (_scores((3, 2)), "different weights: they differ in a.weight"),
         (_scores(name="b.weight"), "different weights: they differ in a.weight"),
     ],
@@ -97,7 +97,7 @@ def test_unlike_scores_do_not_add(other: WeightScores, message: str) -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    scores = _scores(batch=7, confidence=0.5)
+    scores = _scores(batch=7, threshold=0.5)
     scores.save(tmp_path / "scores.safetensors")
     loaded = WeightScores.load(tmp_path / "scores.safetensors")
     assert torch.equal(loaded.sums["a.weight"], scores.sums["a.weight"])

@@ -155,7 +155,7 @@ def test_unsure_samples_are_left_out(statistic: Any) -> None:
     model, images = made(cases.NETS, "concatenation, flattened"), cases.images(9)
     sure = model(images).softmax(1).amax(1).detach()
     threshold = float(sure.sort().values[3:5].mean())
-    some = scored(model, list(images.split(2)), confidence=threshold, statistic=statistic, batch=2, objective="margin")
+    some = scored(model, list(images.split(2)), threshold=threshold, statistic=statistic, batch=2, objective="margin")
     alone = scored(model, images[sure > threshold], statistic=statistic, batch=2, objective="margin")
     assert (some.samples, some.skipped) == (5, 4)
     assert_exact(some.values(), alone.values())
@@ -430,7 +430,7 @@ def test_means_need_no_layer_that_is_known() -> None:
         ({"statistic": "mean_replaced"}, "'mean_replaced' is not defined for weights"),
         ({"statistic": "batched", "batch": 0}, "batch must be at least 1"),
         ({"parameters": "biases"}, "parameters must be one of weights, all"),
-        ({"confidence": 1.0}, "confidence must satisfy"),
+        ({"threshold": 1.0}, "threshold must satisfy"),
         ({"ignore": ["body.*"]}, "'body.*' matches no module and no parameter"),
         ({"ignore": "fc"}, "write"),
     ],
@@ -443,7 +443,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 def test_bad_data() -> None:
     model = made(cases.NETS, "called twice")
     with pytest.raises(DataError, match="No sample was left"):
-        scored(model, cases.images(2), confidence=0.999)
+        scored(model, cases.images(2), threshold=0.999)
     with pytest.raises(DataError, match="no batch"):
         scored(model, iter(()))
     with pytest.raises(DataError, match="needs labels"):

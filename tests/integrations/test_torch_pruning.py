@@ -95,7 +95,7 @@ def test_global_pruning_takes_what_our_own_ranking_takes() -> None:
         cost,
         whole - sum(map(len, taken.values())),
         floors=Floors(channels=1),
-        per_cost=False,
+        scope="raw",
     )
     assert taken == {g.name: own[g.name].tolist() if g.name in own else [] for g in scores.groups}
     everything = torch.cat([scores[g.name] for g in scores.groups]).sort().values

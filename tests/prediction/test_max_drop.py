@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -20,7 +23,7 @@ from jbrprune.prediction import max_drop as search_module
 from jbrprune.report.records import Search
 
 IMAGES = cases.images(60, 32).float()
-QUICK: dict[str, Any] = {"progress": False, "floors": Floors(channels=1)}
+QUICK: dict[str, Any] = {"progress": False, "floors": Floors(channels=1), "confidence": 0.5}
 
 
 def judges(model: nn.Module, labels: Tensor | None = None, seed: int = 0) -> Batch:
@@ -104,7 +107,12 @@ def test_images_that_decide_are_used_for_nothing_else() -> None:
     assert not scored & {image.sum().item() for batch in parts.judge for image in batch.images}
     assert parts.described == "24 calibration images that also decided how far to prune"
     other = cases.calibration(own(), IMAGES, eval_data=IMAGES[:7] + 1, judged=True)
-    assert [sum(map(len, part)) for part in (other.score, other.judge, other.heldout)] == [36, 24, 7]
+    parts = other.score, other.repair, other.gate, other.judge, other.heldout
+    assert [sum(map(len, part)) for part in parts] == [60, 48, 12, 7, 7]
+    more = cases.calibration(own(), IMAGES, images=20, judged=True)
+    assert [sum(map(len, part)) for part in (more.score, more.gate, more.judge)] == [20, 4, 40]
+    same = cases.calibration(own(), IMAGES, images=50, judged=True)  # ten are beyond, two fifths are more
+    assert [sum(map(len, part)) for part in (same.score, same.gate, same.judge)] == [36, 10, 24]
 
 
 def test_the_report_survives_json_and_the_model_is_a_guest() -> None:
@@ -131,7 +139,7 @@ def test_refuses_what_is_no_share(drop: Any) -> None:
 )
 def test_refuses_what_has_no_meaning_beside_it(extra: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        jbrprune.prune(own(), IMAGES, max_drop=0.1, progress=False, **extra)
+        jbrprune.prune(own(), IMAGES, max_drop=0.1, confidence=0.5, progress=False, **extra)
 
 
 def test_refuses_too_few_images() -> None:
@@ -140,8 +148,112 @@ def test_refuses_too_few_images() -> None:
 
 
 def test_refuses_a_drop_that_the_images_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 24 images that decide, one is 4.2 %."""
+    """Of 24 images that decide, one is 4.2 %; with confidence, even no loss at all is one of up to 15 %."""
     monkeypatch.setattr(search_module, "_outlook", lambda *_: pytest.fail("the expensive pass"))
-    with pytest.raises(DataError, match=r"max_drop=0\.04 cannot be seen on the 24 images.*4\.2%.*at least 65 images"):
+    with pytest.raises(
+        DataError, match=r"max_drop=0\.04 cannot be seen on the 24 images that decide: it takes 25 even"
+    ):
         jbrprune.prune(own(), IMAGES, max_drop=0.04, **QUICK)
-    assert 2 * (65 // 5) * 0.04 >= 1 > 2 * (64 // 5) * 0.04
+    match = r"max_drop=0\.1 cannot be seen on the 24 images.*takes 38 even if nothing is lost on them, and 81 if half"
+    with pytest.raises(DataError, match=match):
+        jbrprune.prune(own(), IMAGES, max_drop=0.1, **QUICK | {"confidence": 0.9})
+    for images in (37, 38):
+        upper = binomtest(0, images, alternative="less").proportion_ci(1 - 0.1 / 5, method="exact").high
+        assert (upper <= 0.1) == (images == 38)
+
+
+def test_with_confidence_an_upper_bound_decides() -> None:
+    images = cases.images(160, 32, 3).float()
+    plain = jbrprune.prune(own(), IMAGES, eval_data=images, max_drop=0.1, **QUICK)
+    sure = jbrprune.prune(own(), IMAGES, eval_data=images, max_drop=0.1, **QUICK | {"confidence": 0.9})
+    search = found(sure)
+    flips = round(search.drop.lost * 160)
+    assert search.drop.images == 160
+    assert search.drop.upper == pytest.approx(binomtest(flips, 160, alternative="less").proportion_ci(0.98).high)
+    assert search.drop.upper <= 0.1
+    assert sure.report.kept >= plain.report.kept
+    assert found(plain).drop.upper == found(plain).drop.lost
+    assert "with confidence 0.9 by no more than" in " ".join(str(sure.report).split())
+    assert "it may well have fallen by more than allowed" in " ".join(str(plain.report).split())
+
+
+# --- what is promised, simulated ------------------------------------------------------------------
+
+
+class Simulated:
+    """A state whose model errs on each image as simulated; the true drop of every share is known."""
+
+    def __init__(self, images: int, power: int, together: str, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.scale = 0.2 + 0.6 * float(torch.rand((), generator=self.generator))
+        self.power, self.together, self.at = power, together, 1.0
+        self.own = torch.rand(images, generator=self.generator)
+        self.reference = torch.tensor([[1.0, 0.0]]).repeat(images, 1)
+        self.steps = [SimpleNamespace(macs=1)]
+
+    def true_drop(self, share: float) -> float:
+        return self.scale * (1 - share) ** self.power
+
+    def logits(self) -> Tensor:
+        """``nested``: a smaller model errs where a larger one did; ``apart``: anew; ``mixed``: half of the images."""
+        again = torch.rand(len(self.own), generator=self.generator)
+        half = torch.arange(len(self.own)) % 2 == 0
+        drawn = {"nested": self.own, "apart": again, "mixed": torch.where(half, self.own, again)}[self.together]
+        return torch.where((drawn < self.true_drop(self.at))[:, None], self.reference.flip(1), self.reference)
+
+    def copy(self) -> float:
+        return self.at
+
+    def restore(self, at: float) -> None:
+        self.at = at
+
+    def timed(self, part: str) -> Any:
+        return contextlib.nullcontext()
+
+
+def simulate(confidence: float, allowed: float, power: int, together: str, seed: int, images: int) -> tuple[float, Any]:
+    """The true drop of what a search hands over, and what it says of it; predictions are wrong by a factor of two."""
+    state = Simulated(images, power, together, seed)
+    wrong = float(0.5 + 1.5 * torch.rand((), generator=state.generator))
+    shares = [1 - 0.05 * number for number in range(1, 20)]
+
+    class Foreseen(search_module.Outlook):
+        def flips(self, share: float) -> float:
+            return wrong * state.true_drop(share)
+
+        def proposed(self, allowed: float, below: float) -> float:
+            return min((s for s in shares if s < below - 1e-9 and self.flips(s) <= allowed), default=math.inf)
+
+        def correct(self, share: float, tpv: float) -> None:
+            pass
+
+    level = 0.5 if confidence == 0.5 else 1 - (1 - confidence) / search_module.CHANCES
+    judge = [Batch(torch.zeros(images, 1), reference=state.reference)]
+    walk = search_module._Walk(state, judge, allowed, level, Foreseen(shares, None, True))  # type: ignore[arg-type]
+    for share in walk.shares():
+        state.at = share
+    return state.true_drop(state.at), walk.chosen()
+
+
+@pytest.mark.parametrize("together", ["nested", "apart", "mixed"])
+@pytest.mark.parametrize("power", [3, 6])
+@pytest.mark.parametrize(("allowed", "images"), [(0.01, 1500), (0.03, 500)])
+def test_the_true_drop_exceeds_what_is_allowed_no_more_often_than_promised(
+    together: str, power: int, allowed: float, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "compute_logits", lambda state_model, judge: [state_model.logits()])
+    monkeypatch.setattr(search_module, "measure_damage", lambda *_: SimpleNamespace(tpv=1.0))
+    monkeypatch.setattr(Simulated, "model", property(lambda self: self), raising=False)
+    runs, exceeded, covered, removed = 40, {0.9: 0, 0.5: 0}, 0, 0
+    for confidence in exceeded:
+        for seed in range(runs):
+            true, drop = simulate(confidence, allowed, power, together, seed, images)
+            exceeded[confidence] += true > allowed
+            covered += drop.low <= true <= drop.high
+            removed += true > 0
+            assert drop.upper <= allowed + 1e-12
+    assert removed > 1.8 * runs
+    assert covered >= 0.9 * 2 * runs
+    slack = 3 * math.sqrt(0.1 * 0.9 / runs)
+    assert exceeded[0.9] <= (0.1 + slack) * runs
+    assert exceeded[0.5] > 0.2 * runs  # the estimate itself promises nothing

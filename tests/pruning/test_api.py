@@ -103,7 +103,7 @@ class Watch:
     def __call__(
         self, scores: dict[str, Tensor], groups: tuple[Group, ...], account: Any, target: float, **options: Any
     ) -> dict[str, Tensor]:
-        costs = {g.name: account.saving(g.name) if options["per_cost"] else 1.0 for g in groups}
+        costs = {g.name: account.saving(g.name) if options["scope"] == "global" else 1.0 for g in groups}
         chosen = self.select(scores, groups, account, target, **options)
         assert account.total <= target * (1 + 1e-9)
         blocks = []

@@ -38,7 +38,7 @@ def test_signatures_are_those_of_the_table(call: Callable[..., Any], table: type
     assert {name: parameter.default for name, parameter in parameters.items()} == {
         name: option.default for name, option in options.items()
     }
-    assert len(parameters) <= 19
+    assert len(parameters) <= 21
     for name, option in options.items():
         assert f"        {name}: {option.metadata['help']}" in (call.__doc__ or "")
 
@@ -87,6 +87,10 @@ WRONG: list[tuple[type, dict[str, Any], type[Exception], str]] = [
         "Beside max_drop=, macs=, .*; got latency=",
     ),
     (ChannelOptions, {"max_drop": 0.1, "macs": 0.5, "params": 0.5}, BudgetError, "got macs= and params="),
+    (ChannelOptions, {"macs": 0.5, "confidence": 0.95}, ArgumentError, "confidence= has no meaning without max_drop="),
+    (ChannelOptions, {"max_drop": 0.1, "confidence": 0.4}, ArgumentError, "0.5 <= confidence < 1, got 0.4"),
+    (ChannelOptions, {"max_drop": 0}, ArgumentError, "max_drop=0 needs confidence=0.5"),
+    (ChannelOptions, {"macs": 0.5, "scope": "net"}, ArgumentError, "scope must be one of global, raw, layer"),
     (ChannelOptions, {"max_drop": 0.1, "steps": 3}, ArgumentError, "steps= has no meaning"),
     (ChannelOptions, {"latency": 0.5, "steps": 3}, ArgumentError, "steps= has no meaning"),
     (ChannelOptions, {"max_drop": 0.1, "resume": "there"}, ArgumentError, "resume= cannot follow"),

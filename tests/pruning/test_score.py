@@ -128,7 +128,7 @@ def test_ignored_layers_are_left_out() -> None:
         {"objective": "projection", "seed": 3},
         {"site": "all"},
         {"statistic": "batched", "batch": 5},
-        {"confidence": 0.3},
+        {"threshold": 0.3},
     ],
     ids=str,
 )

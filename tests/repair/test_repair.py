@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from jbrprune.data.batches import Batch, attach_reference
 from jbrprune.evaluation.agreement import agreement_on, compute_logits
 from jbrprune.repair import least_squares, repair
-from jbrprune.repair.repair import Targets, apply_methods, record_targets, repair_model
+from jbrprune.repair.repair import Targets, apply_methods, record_chunk, record_targets, repair_model
 from jbrprune.sparsity.masks import weights_of
 from jbrprune.structure.groups import Axis
 from jbrprune.structure.slicing import remove_channels
@@ -109,9 +109,8 @@ def applied(
     dense: nn.Module, smaller: nn.Module, kept: dict[Axis, Tensor], cut: Cut, *methods: str, n: int = 12
 ) -> tuple[nn.Module, Targets]:
     """The smaller model repaired without being asked whether it helps."""
-    images = batches(dense, n)
-    targets = record_targets(dense, images, consumers(cut))
-    apply_methods(smaller, torch.cat([b.images for b in images]), targets, kept, methods, {})
+    targets = record_targets(dense, batches(dense, n), consumers(cut))
+    apply_methods(smaller, targets, kept, methods, {}, chunks=len(targets.chunks))
     return smaller, targets
 
 
@@ -134,7 +133,7 @@ def test_nothing_changes_when_nothing_was_removed(make: Callable[[], nn.Module],
     images = batches(model, size=32 if make in (timm_resnet, timm_vit) else 8)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     targets = record_targets(model, images[:2], linear)
-    assert repair_model(same, images[:2], images[2:], targets, {}, methods).kept == "none"
+    assert repair_model(same, targets, images[2:], {}, methods).kept == "none"
     assert_same_bits(same, model)
 
 
@@ -144,8 +143,11 @@ def test_it_is_the_identity_even_before_the_gate(make: Callable[[], nn.Module], 
     model = cases.randomised(make())
     same = copy.deepcopy(model)
     images = cases.images(6, 32 if make is timm_resnet else 8)
-    targets = record_targets(model, [Batch(images)], dict(model.named_modules()))
-    apply_methods(same, images, targets, {}, methods, {})
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repair, "CHUNK", 4 * images[0].numel())
+        targets = record_targets(model, [Batch(images)], linear)
+        apply_methods(same, targets, {}, methods, {}, chunks=2)
     assert_same_bits(same, model)
 
 
@@ -197,13 +199,14 @@ def test_moments_are_those_of_the_images_themselves(
     """Divided by n, not by n - 1: with 3 images of 2 x 2 these are 9 % apart."""
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)).to(dtype).eval()
     images = (5 + 3 * cases.images(number, 2)).to(dtype)
-    norms = record_targets(model, [Batch(images.to(memory_format=layout))], []).norms
     with torch.no_grad():
-        inputs = {"0": images.transpose(0, 1).flatten(1), "3": model[:3](images).t()}
-    for name, rows in inputs.items():
-        for channel, values in enumerate(rows):
-            assert float(norms[name].mean[channel]) == pytest.approx(float(values.double().mean()), rel=tolerance)
-            assert float(norms[name].var[channel]) == pytest.approx(variance(values), rel=tolerance)
+        inputs = {"0": images.to(memory_format=layout), "3": model[:3](images)}
+    for x in inputs.values():
+        parts = [repair.measure_moments(part) for part in x.tensor_split([1, number // 2 + 1])]
+        found = parts[0] + parts[1] + parts[2]
+        for channel, values in enumerate(x.transpose(0, 1).flatten(1)):
+            assert float(found.a[channel]) == pytest.approx(float(values.double().mean()), rel=tolerance)
+            assert float(found.products[channel]) / found.count == pytest.approx(variance(values), rel=tolerance)
 
 
 def test_every_norm_of_a_residual_net_follows_the_change_of_its_input() -> None:
@@ -214,8 +217,7 @@ def test_every_norm_of_a_residual_net_follows_the_change_of_its_input() -> None:
     cut["layer1.0.conv2", "in", 0] = gone
     smaller, kept = pruned(dense, cut)
     images = cases.images(8, 32)
-    targets = record_targets(dense, [Batch(images)], [])
-    apply_methods(smaller, images, targets, kept, ("batch_norm",), {})
+    apply_methods(smaller, record_targets(dense, [Batch(images)], []), kept, ("batch_norm",), {}, chunks=1)
     before, after = offsets(dense, images), offsets(smaller, images)
     before["layer1.0.bn1"] = before["layer1.0.bn1"][kept["layer1.0.bn1", "out", 0]]
     for name, expected in before.items():
@@ -343,7 +345,7 @@ def test_a_refit_of_a_transformer_block_reproduces_the_mean_of_every_token() -> 
     smaller, kept = pruned(dense, cut)
     images = cases.images(6, 32)
     targets = record_targets(dense, [Batch(images)], ["blocks.0.mlp.fc2"])
-    apply_methods(smaller, images, targets, kept, ("mean_shift",), {})
+    apply_methods(smaller, targets, kept, ("mean_shift",), {}, chunks=1)
     outputs = []
     for model in (dense, smaller):
         with torch.no_grad():
@@ -356,46 +358,136 @@ def test_a_refit_of_a_transformer_block_reproduces_the_mean_of_every_token() -> 
 
 
 def test_fewer_positions_are_drawn_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair, "ROWS", 60)
+    """Others in every chunk; the sums are those of the rows that were drawn, and the layer is named."""
+    monkeypatch.setattr(repair, "MOST_VALUES", 5 * 36)
+    monkeypatch.setattr(repair, "CHUNK", 6 * 3 * 8 * 8)
+    drawn, rows = [], []
+
+    def gather(module: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
+        drawn.append((module.weight[0].numel(), positions))
+        rows.append(least_squares.gather_inputs(module, x, positions))
+        return rows[-1]
+
+    monkeypatch.setattr(repair, "gather_inputs", gather)
+    dense = cases.randomised(plain())
+    smaller, kept = pruned(dense, PLAIN)
+    _, targets = applied(dense, smaller, kept, PLAIN, "mean_shift")
+    assert targets.notes(["auto"]) == ["In 2, least squares looks at a sample of the positions of every image."]
+    assert targets.notes(["batch_norm"]) == []
+    first, second = (positions for width, positions in drawn if width == 24)
+    assert len(first.unique()) == len(second.unique()) == 5
+    assert set(first.tolist()) != set(second.tolist())
+    assert all(positions is None for width, positions in drawn if width != 24)
+    with torch.no_grad():
+        chunks = zip(cases.images(12).split(6), (first, second))
+        whole = torch.cat([dense[:3](images).flatten(2)[..., at] for images, at in chunks]).mean((0, 2))
+    inputs = torch.cat([part for part in rows if part.shape[1] == 24]).mean(0)
+    bias = whole[kept["2", "out", 0]] - smaller[2].weight.detach().flatten(1) @ inputs  # type: ignore[index, union-attr]
+    torch.testing.assert_close(smaller[2].bias.detach(), bias, rtol=1e-9, atol=1e-12)  # type: ignore[index, union-attr]
+
+
+@torch.no_grad()
+def chunked_twin(
+    dense: nn.Sequential,
+    smaller: nn.Sequential,
+    images: Sequence[Tensor],
+    kept: dict[Axis, Tensor],
+    fits: Sequence[int],
+) -> None:
+    """Each consumer on the stacked rows of all chunks so far, as it saw them; fitted in some chunks, float64."""
+    seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    first = {
+        name: layer.weight.detach().flatten(1).T.numpy().copy()
+        for name, layer in smaller.named_children()
+        if hasattr(layer, "weight")
+    }
+    for number, chunk in enumerate(images, 1):
+        whole = part = chunk
+        for name, layer in smaller.named_children():
+            wanted = dense.get_submodule(name)(whole.clone())
+            if (name, "in", 0) in kept:
+                y = by_position(wanted)
+                y = y[:, kept[name, "out", 0].numpy()] if (name, "out", 0) in kept else y
+                seen.setdefault(name, []).append((unfolded(layer, part), y))
+                if number in fits:
+                    a, y = (np.concatenate(rows) for rows in zip(*seen[name]))
+                    shifted, target, w = a - a.mean(0), y - y.mean(0), first[name]
+                    penalty = RIDGE * np.trace(shifted.T @ shifted) / shifted.shape[1]
+                    w = w + augmented_lstsq(shifted, target - shifted @ w, penalty)
+                    layer.weight.copy_(torch.from_numpy(w.T.copy()).view_as(layer.weight))
+                    layer.bias.copy_(torch.from_numpy(y.mean(0) - a.mean(0) @ w))
+            whole, part = wanted, layer(part.clone())
+
+
+def test_chunks_against_their_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fitted in chunks 1, 2, 4 and the last, to everything that was seen until then."""
+    monkeypatch.setattr(repair, "CHUNK", 3 * 3 * 8 * 8)
     dense = cases.randomised(plain())
     smaller, kept = pruned(dense, PLAIN)
     expected = copy.deepcopy(smaller)
-    _, targets = applied(dense, smaller, kept, PLAIN, "mean_shift")
-    drawn = targets.positions["2"]
-    assert len(drawn) == 5
-    assert len(drawn.unique()) == 5
-    assert targets.outputs["2"].shape == (60, 5)
-    with torch.no_grad():
-        whole = dense[:3](cases.images(12)).flatten(2)[..., drawn].mean((0, 2))
-        rows = unfolded(expected[2], expected[:2](cases.images(12)))  # type: ignore[index, arg-type]
-    rows = rows.reshape(12, -1, rows.shape[1])[:, drawn.numpy()].reshape(60, -1)
-    bias = whole[kept["2", "out", 0]].numpy() - rows.mean(0) @ expected[2].weight.detach().flatten(1).T.numpy()  # type: ignore[index, union-attr]
-    np.testing.assert_allclose(smaller[2].bias.detach().numpy(), bias, rtol=1e-9)  # type: ignore[index, union-attr]
+    chunked_twin(dense, expected, cases.images(15).split(3), kept, (1, 2, 4, 5))  # type: ignore[arg-type]
+    applied(dense, smaller, kept, PLAIN, "least_squares", n=15)
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(smaller.state_dict()[name], tensor, rtol=1e-8, atol=1e-9, msg=name)
 
 
-def test_more_images_than_fit_into_one_batch_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair, "MOST_VALUES", 4 * 3 * 8 * 8)
+def test_between_stops_the_first_chunk_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense model runs on it once, on the others at a stop; both models see one chunk at a time."""
+    monkeypatch.setattr(repair, "CHUNK", 4 * 3 * 8 * 8)
     dense = cases.randomised(plain())
-    assert record_targets(dense, batches(dense), ["10"]).outputs["10"].shape == (4, 4)
+    images, gate = batches(dense, 10), batches(dense, 9, seed=3)
+    smaller, kept = pruned(dense, PLAIN)
+    seen: list[str] = []
+    for name, model in (("dense ", dense), ("", smaller)):
+        model[0].register_forward_pre_hook(lambda module, args, name=name: seen.append(f"{name}{len(args[0])}"))  # type: ignore[index, union-attr, misc]
+    targets = record_targets(dense, images, consumers(PLAIN))
+    models = copy.deepcopy(smaller), smaller
+    outcomes = [repair_model(m, targets, gate, kept, ("auto",), quick=quick) for m, quick in zip(models, (True, False))]
+    first = ["dense 4", "5", "4", "4", "5", "4"]  # the gate before, the repair, the gate after
+    assert seen[:6] == first
+    one = ["4", "dense 3", "3", "dense 3", "3", "5", "4"]
+    assert seen[6:] == ["5", "4", *one, *one]
+    assert outcomes[0].kept == "least_squares"
+
+
+def test_what_was_recorded_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An activation that works in place follows the layer, whose outputs are a view where they are linear."""
+    net = cases.randomised(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.ReLU(inplace=True)))
+    images = cases.images(3, 4)[:, :, 0]
+    _, outputs = record_chunk(net, images, ["1"], 0).outputs["1"]
+    with torch.no_grad():
+        assert torch.equal(outputs, net[:2](images).flatten(0, 1))
+    assert (outputs < 0).any()
 
 
 # --- the parts -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 7), (7, 40), (9, 9)])
-def test_primal_and_dual_agree_with_plain_least_squares(rows: int, columns: int) -> None:
-    a = torch.randn(rows, columns, dtype=torch.float64)
-    y = torch.randn(rows, 3, dtype=torch.float64)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_sums_over_parts_agree_with_plain_least_squares(rows: int, columns: int, parts: int) -> None:
+    a = 5 + torch.randn(rows, columns, dtype=torch.float64)
+    y = torch.randn(rows, 3, dtype=torch.float64) - 2
+    found = [least_squares.sum_products(*pair) for pair in zip(a.tensor_split(parts), y.tensor_split(parts))]
+    (gram, cross), *others = found
+    for more in others:
+        gram, cross = gram + more[0], cross + more[1]
+    torch.testing.assert_close((gram.a, cross.y), (a.mean(0), y.mean(0)))
+    a, y = a - a.mean(0), y - y.mean(0)
     penalty = RIDGE * float(a.square().sum()) / columns
+    torch.testing.assert_close(gram.products.diagonal().mean() * RIDGE, torch.tensor(penalty).double())
     expected = augmented_lstsq(a.numpy(), y.numpy(), penalty)
-    np.testing.assert_allclose(least_squares.solve_ridge(a, y, RIDGE).numpy(), expected, rtol=1e-9, atol=1e-12)
-    primal = torch.linalg.solve(a.T @ a + penalty * torch.eye(columns).double(), a.T @ y)
-    dual = a.T @ torch.linalg.solve(a @ a.T + penalty * torch.eye(rows).double(), y)
-    torch.testing.assert_close(primal, dual)
+    solved = least_squares.solve_ridge(gram.products, cross.products, penalty)
+    np.testing.assert_allclose(solved.numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_inputs_that_are_constant_do_not_break_the_solution() -> None:
-    assert not least_squares.solve_ridge(torch.zeros(8, 3), torch.randn(8, 2), RIDGE).any()
+    layer = nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        sums = least_squares.sum_products(torch.full((8, 3), 7.0), torch.randn(8, 2))
+        least_squares.refit(layer, layer.weight.clone(), *sums, RIDGE)
+    assert torch.equal(layer.weight, before)
 
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -442,7 +534,12 @@ def test_layers_whose_inputs_cannot_be_laid_out_are_not_refitted() -> None:
         nn.Flatten(),
         Scaled(294, 4),
     )
-    assert not record_targets(model, [Batch(torch.randn(2, 3, 8, 8))], list("01235")).outputs
+    smaller = copy.deepcopy(model)
+    masks = {f"{name}.weight": torch.zeros_like(model[int(name)].weight, dtype=torch.bool) for name in "01235"}
+    targets = record_targets(model, [Batch(torch.randn(2, 3, 8, 8))], list("01235"))
+    assert not targets.first.outputs
+    apply_methods(smaller, targets, {}, ("least_squares",), masks, chunks=1)
+    assert_same_bits(smaller, model)
 
 
 # --- the gate ------------------------------------------------------------------------------------
@@ -458,7 +555,7 @@ def test_a_repair_that_harms_is_not_kept(
     smaller, kept = pruned(dense, cut)
     before = fingerprint(smaller)
     targets = record_targets(dense, batches(dense), consumers(cut))
-    outcome = repair_model(smaller, batches(dense), batches(smaller, seed=2), targets, kept, methods)
+    outcome = repair_model(smaller, targets, batches(smaller, seed=2), kept, methods)
     assert outcome.kept == "none"
     assert outcome.before == outcome.after
     after = fingerprint(smaller)
@@ -477,7 +574,7 @@ def test_the_divergence_on_images_held_back_never_rises(
     gate = batches(dense, seed=7 + seed)
     before = agreement_on(smaller, gate)
     targets = record_targets(dense, batches(dense, seed=seed), consumers(cut))
-    outcome = repair_model(smaller, batches(dense, seed=seed), gate, targets, kept, methods)
+    outcome = repair_model(smaller, targets, gate, kept, methods)
     after = agreement_on(smaller, gate)
     assert (outcome.before, outcome.after) == (before, after)
     assert after == before if outcome.kept == "none" else after.kl < before.kl
@@ -490,7 +587,7 @@ def test_auto_takes_the_best_combination() -> None:
     found = {}
     for methods in (("mean_shift",), ("least_squares",), ("auto",)):
         smaller, kept = pruned(dense, PLAIN)
-        outcome = repair_model(smaller, batches(dense, 40), gate, targets, kept, methods)
+        outcome = repair_model(smaller, targets, gate, kept, methods)
         found[methods[0]] = outcome.kept, agreement_on(smaller, gate).kl
     assert found["least_squares"][0] == "least_squares"
     assert found["auto"] == min(found["mean_shift"], found["least_squares"], key=lambda pair: pair[1])
@@ -498,16 +595,16 @@ def test_auto_takes_the_best_combination() -> None:
 
 @pytest.mark.parametrize(
     ("make", "expected"),
-    [(plain, [("mean_shift",), ("least_squares",)]), (normed, [("batch_norm",), ("batch_norm", "least_squares")])],
+    [(plain, [("least_squares",), ("mean_shift",)]), (normed, [("batch_norm", "least_squares"), ("batch_norm",)])],
 )
 def test_auto_tries_what_applies(
     make: Callable[[], nn.Module], expected: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = cases.randomised(make())
     tried = []
-    monkeypatch.setattr(repair, "apply_methods", lambda *arguments: tried.append(arguments[4]))
+    monkeypatch.setattr(repair, "apply_methods", lambda *arguments, chunks: tried.append(arguments[3]))
     images = batches(dense)
-    repair_model(copy.deepcopy(dense), images, images, record_targets(dense, images, []), {}, ("auto",))
+    repair_model(copy.deepcopy(dense), record_targets(dense, images, []), images, {}, ("auto",))
     assert tried == expected
 
 
@@ -516,7 +613,7 @@ def test_without_methods_the_agreement_is_measured_and_nothing_else() -> None:
     smaller, kept = pruned(dense, PLAIN)
     before = copy.deepcopy(smaller)
     images = batches(dense)
-    outcome = repair_model(smaller, images, images, record_targets(dense, images, []), kept, ())
+    outcome = repair_model(smaller, record_targets(dense, images, []), images, kept, ())
     assert outcome == repair.Outcome("none", agreement_on(before, images), agreement_on(before, images))
     assert_same_bits(smaller, before)
 
@@ -526,13 +623,13 @@ def test_a_repair_that_breaks_the_model_is_undone(monkeypatch: pytest.MonkeyPatc
     smaller, kept = pruned(dense, PLAIN)
     before = copy.deepcopy(smaller)
 
-    def breaks(model: nn.Module, *_: object) -> None:
+    def breaks(model: nn.Module, *_: object, chunks: int) -> None:
         model[2].bias.data.fill_(torch.nan)  # type: ignore[index]
 
     monkeypatch.setattr(repair, "apply_methods", breaks)
     images = batches(dense)
     targets = record_targets(dense, images, consumers(PLAIN))
-    assert repair_model(smaller, images, images, targets, kept, ("auto",)).kept == "none"
+    assert repair_model(smaller, targets, images, kept, ("auto",)).kept == "none"
     assert_same_bits(smaller, before)
 
 
@@ -541,24 +638,25 @@ def test_what_one_repair_breaks_does_not_reach_the_next(monkeypatch: pytest.Monk
     (one, kept), (other, _) = pruned(dense, PLAIN), pruned(dense, PLAIN)
     images = batches(dense)
     targets = record_targets(dense, images, consumers(PLAIN))
-    repair_model(one, images, images, targets, kept, ("least_squares",))
+    repair_model(one, targets, images, kept, ("mean_shift",))
     apply = repair.apply_methods
 
-    def breaks(model: nn.Module, *rest: Any) -> None:
-        if rest[3] == ("mean_shift",):
+    def breaks(model: nn.Module, *rest: Any, chunks: int) -> None:
+        if rest[2] == ("least_squares",):
             model[2].weight.data.fill_(torch.nan)  # type: ignore[index]
             raise torch.linalg.LinAlgError("not positive definite")
-        apply(model, *rest)
+        apply(model, *rest, chunks=chunks)
 
     monkeypatch.setattr(repair, "apply_methods", breaks)
-    assert repair_model(other, images, images, targets, kept, ("auto",)).kept == "least_squares"
+    assert repair_model(other, targets, images, kept, ("auto",)).kept == "mean_shift"
     assert_same_bits(other, one)
 
 
-def test_recording_leaves_the_dense_model_as_it_was(fingerprint: Callable[[nn.Module], dict]) -> None:
+def test_a_repair_leaves_the_dense_model_as_it_was(fingerprint: Callable[[nn.Module], dict]) -> None:
     dense = cases.randomised(normed()).train()
     before = fingerprint(dense)
-    record_targets(dense, [Batch(cases.images(4))], consumers(NORMED))
+    smaller, kept = pruned(dense, NORMED)
+    applied(dense, smaller, kept, NORMED, "batch_norm", "least_squares")
     assert fingerprint(dense) == before
 
 
@@ -568,7 +666,7 @@ def test_modes_and_frozen_parameters_survive_a_repair() -> None:
     smaller[9].requires_grad_(False)  # type: ignore[index]
     smaller[1].train()  # type: ignore[index]
     targets = record_targets(dense, batches(dense), consumers(NORMED))
-    outcome = repair_model(smaller, batches(dense), batches(dense), targets, kept, ("auto",))
+    outcome = repair_model(smaller, targets, batches(dense), kept, ("auto",))
     assert outcome.kept != "none"
     assert not smaller[9].weight.requires_grad  # type: ignore[index, union-attr]
     assert smaller[0].weight.requires_grad  # type: ignore[index, union-attr]
@@ -590,8 +688,8 @@ def test_masked_least_squares_solves_every_row_on_its_support(
     a, residual = torch.randn(positions, inputs).double(), torch.randn(positions, 7).double()
     mask = torch.rand(7, inputs) > 0.5
     mask[0], mask[1] = False, True
-    found = least_squares.solve_masked_ridge(a, residual, ridge, mask.double())
     penalty = ridge * float((a * a).sum()) / inputs
+    found = least_squares.solve_masked_ridge(a.t() @ a, residual.t() @ a, penalty, mask.double())
     for row in range(7):
         support = mask[row].nonzero().flatten()
         part = a[:, support]
@@ -609,8 +707,8 @@ def test_masked_least_squares_as_it_is_used_is_close_to_the_solution() -> None:
     a, residual = torch.randn(300, 40, generator=generator).double() @ mix, torch.randn(300, 6, generator=generator)
     residual = residual.double()
     mask = torch.rand(6, 40, generator=generator) > 0.3
-    found = least_squares.solve_masked_ridge(a, residual, 1e-4, mask.double())
     penalty = 1e-4 * float(a.square().sum()) / 40
+    found = least_squares.solve_masked_ridge(a.t() @ a, residual.t() @ a, penalty, mask.double())
     gradient = ((residual - a @ found.t()).t() @ a - penalty * found) * mask
     first = (residual.t() @ a) * mask
     assert (gradient.norm(dim=1) <= 1.001e-3 * first.norm(dim=1)).all()
@@ -628,7 +726,7 @@ def test_stopping_early_never_fits_worse() -> None:
     for iterations in range(1, 8):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(least_squares, "ITERATIONS", iterations)
-            losses.append(loss(least_squares.solve_masked_ridge(a, residual, 0.1, mask)))
+            losses.append(loss(least_squares.solve_masked_ridge(a.t() @ a, residual.t() @ a, penalty, mask)))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.8 * losses[0]
 
@@ -643,7 +741,7 @@ def test_masked_weights_stay_zero_and_the_rest_makes_up_for_them(make: Callable[
     thinned = copy.deepcopy(dense)
     for name, slot in weights_of(thinned).items():
         slot.stored.data.mul_(masks[name])
-    outcome = repair_model(thinned, images, images, targets, {}, ("auto",), masks=masks)
+    outcome = repair_model(thinned, targets, images, {}, ("auto",), masks=masks)
     assert "least_squares" in outcome.kept
     assert outcome.after.kl < 0.5 * outcome.before.kl
     for name, slot in weights_of(thinned).items():
@@ -662,6 +760,6 @@ def test_a_masked_bias_stays_zero() -> None:
         thinned = copy.deepcopy(dense)
         layer = thinned.get_submodule(last)
         layer.weight.data.mul_(masks[f"{last}.weight"])
-        apply_methods(thinned, repair._own_images(thinned, images)[0], targets, {}, ("least_squares",), masks | given)
+        apply_methods(thinned, targets, {}, ("least_squares",), masks | given, chunks=1)
         assert int((layer.bias == 0).sum()) == zeros
         assert not torch.equal(layer.bias, dense.get_submodule(last).bias)

@@ -23,6 +23,7 @@ import torch
 from runs import MEASURED, QUICK, TINY, TINY_VIT, run, setup, wanted
 from torch import nn
 
+from jbrprune.criteria.relevance import Relevance
 from jbrprune.demo import digits
 from jbrprune.errors import ArgumentError, DataError
 
@@ -278,15 +279,33 @@ def test_every_protocol_runs(name: str, tmp_path: Path) -> None:
             assert line["macs"] == line["dense_macs"]
         elif protocol.kind == "macs":
             assert line["macs"] <= line["budget"] * line["dense_macs"]
-    if name == "paper":
+    if name.startswith("paper"):
         assert {line["repaired_by"] for line in lines} == {"none"}
 
 
 def test_the_paper_takes_eighteen_equal_steps() -> None:
-    paper = protocols.PROTOCOLS["paper"]
+    paper, imagenet = (protocols.PROTOCOLS[f"paper_{name}"] for name in ("cifar", "imagenet"))
+    assert np.allclose(-np.diff([1.0, *imagenet.budgets]), 0.5 / 18)
+    assert (len(imagenet.budgets), imagenet.budgets[-1], imagenet.images, imagenet.batch) == (18, 0.5, 12800, 256)
+    assert benchmark.choose_criterion(imagenet.known, "jbr_published", 3, imagenet.batch) == Relevance(
+        site="all", statistic="batched", threshold=0.9, batch=256, seed=3
+    )
     assert np.allclose(-np.diff([1.0, *paper.budgets]), 0.05)
     assert (len(paper.budgets), paper.budgets[-1], paper.steps, paper.images) == (18, 0.1, 1, 6400)
     assert not {"jbr", "jbr_predicted_logit", "jbr_mean_replaced"} & set(paper.criteria)  # not batched
+
+
+def test_ways_of_ranking_are_compared_in_one_table(tmp_path: Path) -> None:
+    """Without `--scope` a line is as it was before there was such an option."""
+    lines = run(tmp_path / "out", *QUICK, "--criterion", "l1", "--scope", "global", "layer")
+    lines += run(tmp_path / "out", *QUICK, "--criterion", "l1")[2:]
+    assert [line["options"] for line in lines] == [{"scope": "global"}, {"scope": "layer"}, {}]
+    assert lines[0]["macs"] == lines[2]["macs"] != lines[1]["macs"]
+    frame, _ = tables.read([tmp_path / "out"])
+    assert frame["criterion"].tolist() == ["l1, global", "l1, layer", "l1"]
+    assert len(list(tables.contexts(frame))) == 1
+    with pytest.raises(SystemExit, match="scope must be one of global, raw, layer, got 'net'"):
+        run(tmp_path / "other", *QUICK, "--criterion", "l1", "--scope", "net")
 
 
 def test_criteria_of_protocols_exist() -> None:
@@ -483,7 +502,7 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--protocol", "papper"], "did you mean 'paper'"),
+        (["--protocol", "paper_cifr"], "did you mean 'paper_cifar'"),
         (["--criterion", "tailor"], "did you mean 'taylor'"),
         (
             ["--protocol", "unstructured", "--criterion", "hrank"],

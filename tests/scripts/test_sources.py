@@ -13,6 +13,7 @@ import pytest
 import sources
 import timm
 import torch
+from PIL import Image
 from runs import run, setup, wanted
 from sources import fashion_mnist
 from torch import nn
@@ -66,6 +67,34 @@ def test_photographs_for_the_model_that_reads_them(monkeypatch: pytest.MonkeyPat
     assert torch.allclose(batch.images, (crops("heldout", count=4) * 0.5 + 0.5 - mean) / std, atol=1e-5)
     with pytest.raises(ArgumentError, match="'packaged' are there for tf_efficientnet_lite0 only, not for test_resnet"):
         wanted(weights="packaged")
+
+
+def test_photographs_of_a_folder_are_split_by_file(tmp_path: Path) -> None:
+    """Transparent ones on a plain ground; drawings and mirrored files are left out; three choices of a split."""
+    names = [f"animals/{number}.png" for number in range(13)]
+    for name in (*names, "animals/0_mirror.png", "town/flags/a.png", "symbols/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("LA", (30, 20), (0, 0)).save(tmp_path / name)
+    model, parts = timm.create_model("resnet10t"), []
+    for split in sources.SPLITS:
+        source = sources.open_source(split, str(tmp_path), model)
+        assert (len(source.train), len(source.test), source.labelled) == (48, 15, False)
+        parts.append(frozenset(source.test.paths))
+        assert sorted({*source.train.paths, *source.test.paths}) == sorted(tmp_path / name for name in names)
+        assert not parts[-1] & set(source.train.paths)
+    assert len(set(parts)) == 3
+    (batch,) = source.measured(None, 0)
+    assert batch.images.shape == (15, 3, 160, 160)
+    assert torch.equal(batch.images[3], source.test[3])
+    colours = {
+        tuple(((image[:, 0, 0] * source.test.std[:, 0, 0]) + source.test.mean[:, 0, 0]).tolist())
+        for image in batch.images
+    }
+    whole = {tuple(round(255 * value) for value in colour) for colour in colours}
+    assert whole <= {(255, 255, 255), (128, 128, 128), (0, 128, 0), (0, 0, 255)}
+    assert len(whole) > 2
+    with pytest.raises(ArgumentError, match="photographs/0 is read from a folder of photographs: pass it as root"):
+        sources.open_source("photographs/0", None, model)
 
 
 def test_cifar_from_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

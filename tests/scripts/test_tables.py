@@ -120,7 +120,7 @@ def test_what_would_be_averaged_without_meaning_is_refused(change: dict, words: 
 def test_ways_through_different_budgets_are_not_averaged(tmp_path: Path) -> None:
     """The same budget, reached directly or through another, is in two tables that say so."""
     out = tmp_path / "lines.jsonl"
-    paper = ("--protocol", "paper", "--criterion", "random")
+    paper = ("--protocol", "paper_cifar", "--criterion", "random")
     run(out, *paper, "--seeds", "0", "--budgets", "0.7")
     lines = run(out, *paper, "--seeds", "1", "--budgets", "0.7", "0.8")
     assert [line["budgets"] for line in lines] == [[0.7], [0.8, 0.7], [0.8, 0.7]]
