@@ -32,12 +32,14 @@ from jbrprune.data.batches import class_indices
 from jbrprune.data.files import check_file
 from jbrprune.data.images import open_data
 from jbrprune.errors import ArgumentError, JBRError
-from jbrprune.evaluation.agreement import Agreement, agreement, combine, compute_logits, parameters_of
+from jbrprune.evaluation.agreement import Agreement, agreement, compute_logits, parameters_of
 from jbrprune.evaluation.latency import time_in_turns
+from jbrprune.evaluation.outputs import LOGITS
 from jbrprune.models.timm_models import create
 from jbrprune.prediction.predict import predict
 from jbrprune.pruning.api import PruneResult, info, prune, score, sparsify
 from jbrprune.pruning.options import ChannelOptions, Options, ScoreOptions, WeightOptions, option
+from jbrprune.pruning.prepare import check_runs
 from jbrprune.report.records import Report, import_optional, plain
 from jbrprune.report.text import format_si, format_table, make_pairs, make_table
 from jbrprune.sparsity.masks import make_permanent
@@ -89,9 +91,10 @@ def _make_options(table: type, *, unset: bool = False) -> Iterator[inspect.Param
     """
     hints = get_type_hints(table)
     for item in fields(table):
+        if item.metadata["panel"] is None:
+            continue
         if is_dataclass(item.default):
             yield from _make_options(type(item.default))
-        if is_dataclass(item.default) or item.metadata["panel"] is None or (table, item.name) == (Relevance, "seed"):
             continue
         name, hint, default = FLAGS.get((table, item.name), item.name), hints[item.name], item.default
         flag = name.replace("_", "-")
@@ -122,7 +125,7 @@ def _read_table(table: type, values: Mapping[str, Any]) -> Any:
         elif item.metadata["panel"] is not None and value is not None:
             given[item.name] = None if value == ["none"] else tuple(value) if isinstance(value, list) else value
     made = table(**given)
-    names = [item.name for item in fields(Relevance) if item.name != "seed"] if hasattr(made, "criterion") else []
+    names = [item.name for item in fields(Relevance) if item.metadata["panel"]] if hasattr(made, "criterion") else []
     changes = {name: values[name] for name in names if values[name] is not None}
     if "autocast" in changes:
         changes["autocast"] = getattr(torch, changes["autocast"], changes["autocast"])
@@ -288,7 +291,7 @@ class Shares:
 
 
 Predicting = _pick(ChannelOptions, "structure", "repair", "images", "seed", "floors", base=(Options,))
-Listing = _pick(ChannelOptions, "structure", "ignore", "floors")
+Listing = _pick(ChannelOptions, "structure", "ignore", "output", "floors")
 SHOWN = ("target", "macs", "predicted_tpv", "predicted_flips", "valid", "predicted_flips_repaired", "masked_flips")
 """Columns of a prediction that fit on a screen; all of them are in ``--json`` and ``--out``."""
 
@@ -337,6 +340,7 @@ class Comparing:
     """What a model is measured on and compared with."""
 
     reference: str | None = option(None, "Timm name or directory of the dense model.", "Model")
+    output: str | None = option(None, "What of the model's output counts, as for prune.", "Model")
     images: int | None = option(None, "Images to read; by default all.", "Data")
     batch_size: int = option(32, "Images per pass.", "Data")
 
@@ -350,7 +354,8 @@ def eval_command(model: Model, source: Source, options: Comparing, printing: Pri
     module, data = _open(model, source, options.batch_size)
     models = {} if options.reference is None else {"reference_": _open_model(options.reference, source)}
     models[""] = module
-    found, example = measure_agreement([*models.values()], data, options.images, options.batch_size)
+    how = options.images, options.batch_size, options.output
+    found, example = measure_agreement([*models.values()], data, *how)
     if distributed.rank() > 0:
         return  # the others' work would disturb the timing
     timings = time_in_turns([*models.values()], example)
@@ -361,29 +366,36 @@ def eval_command(model: Model, source: Source, options: Comparing, printing: Pri
         facts |= {f"{prefix}latency_ms": latency.median_ms, f"{prefix}accuracy": accuracy}
     if options.reference is not None:
         facts |= {"reference": options.reference, "relative_latency": timings.ratios[1]}
-        facts |= {"top1_agreement": found.top1, "top5_agreement": found.top5, "kl": found.kl}
+        measured = plain(found)
+        names = {"top1": "top1_agreement", "top5": "top5_agreement", "neighbours": "neighbour_agreement"}
+        for name in ("top1", "top5", "kl", "iou", "neighbours", "cosine", "error", "errors"):
+            facts |= {names.get(name, name): measured[name]} if measured[name] is not None else {}
     _say(printing, facts, format_table(make_pairs(facts)))
 
 
 def measure_agreement(
-    models: Sequence[nn.Module], data: object, images: int | None, batch_size: int
+    models: Sequence[nn.Module], data: object, images: int | None, batch_size: int, asked: str | None = None
 ) -> tuple[Agreement, torch.Tensor]:
     """The agreement of the last model with the first, and an image; each of several ranks reads its own part."""
-    share, parts, example = distributed.Parts(data, batch_size=batch_size), [], torch.empty(0)
+    share, parts, example, output = distributed.Parts(data, batch_size=batch_size), [], torch.empty(0), LOGITS
     with distributed.fail_together():
         for start, batch in share:
             left = None if images is None else max(0, images - start)
             batch = batch.map(lambda tensor, left=left: tensor[:left])
             if len(batch) == 0:
                 break
+            output = output if parts else check_runs(models[0], batch.images, asked)
             with distributed.alone():
-                wanted, found = (compute_logits(model, [batch])[0] for model in (models[0], models[-1]))
-            labels = class_indices(batch.labels, batch.images.shape[:1], wanted.shape[1])
-            parts.append(agreement(found, wanted, labels))
+                wanted, found = (compute_logits(model, [batch], output)[0] for model in (models[0], models[-1]))
+            labels = class_indices(batch.labels, batch.images.shape[:1], output.classes(wanted))
+            parts.append((start, found, wanted, labels))
             example = batch.images[:1]
     if images is None:  # else the ranks stop at different places
         share.check()
-    return combine(list(itertools.chain(*distributed.gather(parts)))), example
+    rows = sorted(itertools.chain(*distributed.gather(parts)), key=lambda part: part[0])
+    _, found, wanted, labels = zip(*rows, strict=True)
+    known = None if any(part is None for part in labels) else torch.cat(labels)
+    return agreement(torch.cat(found), torch.cat(wanted), known, output), example
 
 
 @command
@@ -396,6 +408,7 @@ def info_command(model: Model, source: ModelSource, options: Listing, printing: 
     size = " x ".join(map(str, found.input_size))
     text = (
         f"{model}: {format_si(found.macs, unit='MACs')}, {format_si(found.params)} parameters at {size}.\n"
+        f"{found.output}\n"
         f"It can go down to {found.least_macs:.1%} of the MACs and {found.least_params:.1%} of the parameters.\n\n"
         f"What can be removed\n\n{format_table(make_table([vars(row) for row in found.rows]))}\n\n"
         f"What keeps its width\n\n{format_table(make_pairs(found.skipped))}"

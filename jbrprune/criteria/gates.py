@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from jbrprune.errors import ModelError
+from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.models import layers, preserve
-from jbrprune.models.preserve import logits_of
 
 log = logging.getLogger(__name__)
 
@@ -88,21 +88,23 @@ def gated_logits(
     model: nn.Module,
     images: Tensor,
     axes: Iterable[Key],
+    output: Output = LOGITS,
     *,
     constants: bool = False,
     autocast: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[Key, Tensor]]:
-    """Logits with their graph, and the gates to differentiate them by.
+    """Logits, or other rows that count, with their graph, and the gates to differentiate them by.
 
     Args:
         model: In `preserve.inference_state`.
         images: ``[n, C, H, W]`` on the model's device; left as they are.
         axes: Where gates stand.
+        output: What of the model's output counts.
         constants: Every gate has a y beside its z.
         autocast: Low-precision dtype of the forward pass.
 
     Returns:
-        ``[n, K]`` logits, and axis -> ``[1, n, C]`` gates z, or ``[2, n, C]`` z and y, of every layer that was called.
+        ``[n, V]`` rows, and axis -> ``[1, n, C]`` gates z, or ``[2, n, C]`` z and y, of every layer that was called.
 
     Raises:
         ModelError: A layer runs without gradients.
@@ -153,7 +155,7 @@ def gated_logits(
             before[f"{name}.{part}".removeprefix(".")] = on_input(name, side, layer)
     amp = torch.autocast(images.device.type, autocast, enabled=autocast is not None)
     with torch.enable_grad(), preserve.hooked(model, after, before), amp:
-        return logits_of(model(images.clone())), gates  # a clone, for a model that changes its input in place
+        return output(model(images.clone())), gates  # a clone, for a model that changes its input in place
 
 
 def _line_of(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Which direction in output space matters: (logits, reference) -> one scalar per sample.
 
+Dense logits ``[B, K, P]`` have one at each of P positions; they are added up.
 The gradient of the scalar with respect to the logits is m(x) in the relevance
 v_u(x) = m(x)^T J_u(x) w_u. Every objective sees one sample at a time, so the sum over a batch has the
 gradient of each sample.
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError
+from jbrprune.evaluation.outputs import LOGITS, Output
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,7 @@ def label(logits: Tensor, target: Target) -> Tensor:
         )
     _need_classes("label", logits)
     labels, classes = target.labels, logits.shape[1]
-    if labels.dim() != 1 or int(labels.min()) < 0 or int(labels.max()) >= classes:
+    if logits.dim() != 2 or labels.dim() != 1 or int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise DataError(
             f"Labels must be [B] class indices with 0 <= label < {classes} (the model's classes), got shape "
             f"{list(labels.shape)} with values from {int(labels.min())} to {int(labels.max())}."
@@ -91,13 +93,28 @@ class Directions:
     generator draws sample by sample, whoever looks at which batch, and in which order.
 
     Args:
-        objective: The objective.
+        objective: Its name, or a function; None: what the output asks for.
         threshold: Samples whose largest dense probability is not above this are left out.
         seed: Seeds the generator.
+        output: What made the logits, or other rows.
+
+    Raises:
+        ArgumentError: The objective, or the threshold, needs classes, and there are none.
     """
 
-    def __init__(self, objective: Objective, threshold: float = 0.0, seed: int = 0) -> None:
-        self.objective, self.threshold, self.seed = objective, threshold, seed
+    def __init__(
+        self, objective: str | Objective | None, threshold: float = 0.0, seed: int = 0, output: Output = LOGITS
+    ) -> None:
+        name = output.objective if objective is None else objective
+        self.objective = OBJECTIVES[name] if isinstance(name, str) else name
+        if (threshold > 0 and output.positions > 1) or (
+            not output.decides and (threshold > 0 or name in OBJECTIVES.keys() - {"projection"})
+        ):
+            raise ArgumentError(
+                f"objective {name!r} with threshold={threshold:g} needs one decision among classes, but what counts is "
+                f"{output.note}. Leave both out, or choose 'projection'; output='logits' says that it is logits."
+            )
+        self.threshold, self.seed, self.output = threshold, seed, output
         self._generator = torch.Generator().manual_seed(seed)
         self._position = 0
 
@@ -105,12 +122,12 @@ class Directions:
         """Directions of one batch.
 
         Args:
-            logits: ``[n, K]`` of the model.
+            logits: ``[n, V]`` of the model.
             batch: The samples.
             start: Position of the first of them in the data.
 
         Returns:
-            ``[n, K]`` m, in float32 or wider, and ``[n]`` which samples stay; m of the others is zero.
+            ``[n, V]`` m, in float32 or wider, and ``[n]`` which samples stay; m of the others is zero.
 
         Raises:
             DataError: No labels where the objective needs them, or a reference of another shape.
@@ -125,7 +142,8 @@ class Directions:
         reference = logits.detach() if batch.reference is None else batch.reference
         generator = self._generator_at(start, len(logits), logits.shape[1])
         with torch.enable_grad():
-            total = self.objective(logits, Target(reference, batch.labels, generator)).sum()
+            target = Target(self.output.by_class(reference), batch.labels, generator)
+            total = self.objective(self.output.by_class(logits), target).sum()
         (m,) = torch.autograd.grad(total, logits)
         stays = reference.softmax(1).amax(1) > self.threshold  # always, where the threshold is 0
         return m.masked_fill(~stays[:, None], 0), stays
@@ -135,8 +153,9 @@ class Directions:
         if start < self._position:
             self._generator.manual_seed(self.seed)
             self._position = 0
-        for first in range(self._position, start, 1024):  # to let numbers pass is cheap beside a forward pass
-            torch.randint(0, 2, (min(1024, start - first), each), generator=self._generator, dtype=torch.int8)
+        some = max(1, min(1024, (1 << 22) // each))
+        for first in range(self._position, start, some):  # to let numbers pass is cheap beside a forward pass
+            torch.randint(0, 2, (min(some, start - first), each), generator=self._generator, dtype=torch.int8)
         self._position = start + count
         return self._generator
 

@@ -21,8 +21,8 @@ from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError, check_known
 from jbrprune.evaluation.agreement import check_weights, explain_out_of_memory, raise_nonfinite
+from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.models import layers, preserve
-from jbrprune.models.preserve import logits_of
 from jbrprune.structure.groups import Group, Member
 from jbrprune.structure.verification import check_samples_apart
 
@@ -32,8 +32,8 @@ Site = Literal["consumer", "all", "layers"]
 Statistic = Literal["second_moment", "batched", "mean_replaced", "signed"]
 
 
-def _about(text: str) -> dict[str, str]:
-    return {"help": text, "panel": "Criterion"}
+def _about(text: str, panel: str | None = "Criterion") -> dict[str, str | None]:
+    return {"help": text, "panel": panel}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Relevance:
     r"""Scores units (when called) or single weights (`weight_scores`): s_u = E_x[v_u(x)^2], v_u(x) = m(x)^T J_u(x) w_u.
 
     Attributes:
-        objective: Name in `jbrprune.criteria.objectives.OBJECTIVES`; it gives m(x).
+        objective: Name in `jbrprune.criteria.objectives.OBJECTIVES`; it gives m(x). None: ``pseudo_label`` of logits,
+            ``projection`` of anything else.
         site: ``consumer``: w_u are the weights that read the unit's channels, summed over all layers that
             read them: the first-order effect of removing the unit. ``all``: the parameters of producers and
             norms as well (the sum over layers of the paper, taken before the square). ``layers``: as ``all``, but every
@@ -55,6 +56,7 @@ class Relevance:
         threshold: Leave out samples whose largest dense probability is not above this (published code: 0.9).
         autocast: Low-precision dtype of the forward pass, e.g. ``torch.bfloat16``.
         seed: Seeds the signs of ``projection``; give every shard of the data another one.
+        output: What of the model's output counts (`jbrprune.evaluation.outputs.find_output`).
 
     Raises:
         ArgumentError: Unknown objective, site or statistic, or a combination without meaning.
@@ -72,16 +74,18 @@ class Relevance:
         torch.Size([6])
     """
 
-    objective: str = field(default="pseudo_label", metadata=_about("What counts as damage."))
+    objective: str | None = field(default=None, metadata=_about("What counts as damage."))
     site: Site = field(default="consumer", metadata=_about("Which weights count: those that read a unit, or all."))
     statistic: Statistic = field(default="second_moment", metadata=_about("How samples are combined."))
     batch: int = field(default=128, metadata=_about("Samples whose mean the statistic `batched` squares."))
     threshold: float = field(default=0.0, metadata=_about("Leave out images whose largest probability is not above."))
     autocast: torch.dtype | None = field(default=None, metadata=_about("Low-precision dtype, such as bfloat16."))
-    seed: int = field(default=0, metadata=_about("Seeds the random signs of the objective `projection`."))
+    seed: int = field(default=0, metadata=_about("Seeds the random signs of the objective `projection`.", None))
+    output: Output = field(default=LOGITS, metadata=_about("What of the model's output counts.", None))
 
     def __post_init__(self) -> None:
-        check_known("objective", self.objective, OBJECTIVES)
+        if self.objective is not None:
+            check_known("objective", self.objective, OBJECTIVES)
         check_known("site", self.site, get_args(Site))
         check_known("statistic", self.statistic, get_args(Statistic))
         if self.statistic == "mean_replaced" and self.site != "consumer":
@@ -108,7 +112,7 @@ class Relevance:
         """Score every unit of every group.
 
         Args:
-            model: Any module that maps ``[B, C, H, W]`` to logits ``[B, K]``. Left as it was.
+            model: Any module that maps ``[B, C, H, W]`` to what ``output`` reads. Left as it was.
             batches: Anything that yields images (`jbrprune.data.batches.iterate`). Read once, streaming;
                 ``mean_replaced`` reads it twice.
             groups: The units (`jbrprune.structure.discovery.find_groups` or `layer_groups`).
@@ -164,7 +168,7 @@ class Relevance:
 
     def settings(self, site: str) -> Settings:
         """What scores made at a site mean."""
-        return Settings(self.objective, site, self.statistic, self.block, self.threshold)
+        return Settings(self.objective or self.output.objective, site, self.statistic, self.block, self.threshold)
 
     def check(self, what: Literal["units", "weights"]) -> None:
         """Refuse what has no meaning for units, or for single weights, or on several ranks.
@@ -190,8 +194,8 @@ PRESETS: Mapping[str, Relevance] = MappingProxyType(
         "jbr_projection": Relevance("projection"),
         "jbr_mean_replaced": Relevance(statistic="mean_replaced"),
         "jbr_batched": Relevance(statistic="batched"),
-        "jbr_published": Relevance(site="all", statistic="batched", threshold=0.9),
-        "jbr_published_code": Relevance(site="layers", statistic="batched", threshold=0.9),
+        "jbr_published": Relevance("pseudo_label", site="all", statistic="batched", threshold=0.9),
+        "jbr_published_code": Relevance("pseudo_label", site="layers", statistic="batched", threshold=0.9),
     }
 )
 """Name -> relevance, for ``criterion=`` of `jbrprune.prune`. All are of Arpit, arXiv 2512.11089.
@@ -218,7 +222,7 @@ def relevances(
         model: The model; between two batches, and after the last, it is as it was.
         numbered: The batches.
         groups: The units.
-        how: Objective, site, threshold, autocast and seed.
+        how: Objective, site, threshold, autocast, seed and output.
         objective: A function instead of the objective of ``how``.
         means: Consumer -> ``[C_in]`` what stays of its input (`channel_means`); None: nothing.
 
@@ -226,17 +230,17 @@ def relevances(
         Group name -> ``[n, units]`` v, in float32 or float64, and ``[n]`` which samples stay: v of the others is zero.
     """
     members = scored_members(model, groups, how.site)
-    directions = Directions(objective or OBJECTIVES[how.objective], how.threshold, how.seed)
+    directions = Directions(objective or how.objective, how.threshold, how.seed, how.output)
     copying = False
     for number, (start, batch) in enumerate(numbered):
         with preserve.inference_state(model), explain_out_of_memory(len(batch)):
             batch = batch.to(preserve.device_of(model))
             if number == 0:
-                _check_layers(model, batch.images, sorted({name for name, _ in members}))
+                _check_layers(model, batch.images, sorted({name for name, _ in members}), how.output)
 
             def run(number: int = number, start: int = start, batch: Batch = batch) -> tuple[dict[Key, Tensor], Tensor]:
                 logits, gates = gated_logits(
-                    model, batch.images, members, constants=means is not None, autocast=how.autocast
+                    model, batch.images, members, how.output, constants=means is not None, autocast=how.autocast
                 )
                 check_logits(model, batch, number, logits, how.autocast)
                 m, stays = directions(logits, batch, start)
@@ -298,12 +302,12 @@ def _has_term(layer: nn.Module) -> bool:
     return layers.channel_dim(layer) is not None and layers.has_parameters(layer)
 
 
-def _check_layers(model: nn.Module, images: Tensor, names: Sequence[str]) -> None:
+def _check_layers(model: nn.Module, images: Tensor, names: Sequence[str], output: Output) -> None:
     """Refuse layers whose rows are not the samples, or that are never called although their weights are read."""
     for name in set(names) - check_samples_apart(model, images, names):
         layer = model.get_submodule(name)
         with preserve.requiring_grad(layer, True), torch.enable_grad():
-            logits = logits_of(model(images[:1].clone()))
+            logits = output(model(images[:1].clone()))
             weights = [parameter for parameter in layer.parameters() if parameter.requires_grad]
             used = weights and logits.requires_grad and torch.autograd.grad(logits.sum(), weights, allow_unused=True)
         if used and any(gradient is not None for gradient in used):

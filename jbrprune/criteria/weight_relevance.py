@@ -17,14 +17,14 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jbrprune.criteria.gates import differentiate
-from jbrprune.criteria.objectives import OBJECTIVES, Directions
+from jbrprune.criteria.objectives import Directions
 from jbrprune.criteria.relevance import Relevance, check_finite, check_logits, count_samples, share_pass
 from jbrprune.criteria.scores import Accumulator, Settings, SummedScores
 from jbrprune.data import distributed
 from jbrprune.errors import ArgumentError, ModelError, check_known
 from jbrprune.evaluation.agreement import check_weights, explain_out_of_memory
 from jbrprune.models import layers, preserve
-from jbrprune.models.preserve import copy_model, logits_of
+from jbrprune.models.preserve import copy_model
 from jbrprune.sparsity.masks import fresh, ignored, make_permanent, refuse_computed_weights, slots, weights_of
 from jbrprune.structure.verification import check_samples_apart
 
@@ -106,8 +106,9 @@ def weight_scores(
     r"""Score every single weight: s_j = w_j^2 E_x[g_j(x)^2], g_j(x) = m(x)^T df/dw_j.
 
     Args:
-        model: Any module that maps ``[B, C, H, W]`` to logits ``[B, K]``, also one that ``torch.nn.utils.prune`` has
-            masked: w is then the effective weight, and masked weights score 0. Left as it was.
+        model: Any module that maps ``[B, C, H, W]`` to what the output of ``relevance`` reads, also one that
+            ``torch.nn.utils.prune`` has masked: w is then the effective weight, and masked weights score 0. Left as it
+            was.
         batches: Anything that yields images (`jbrprune.data.batches.iterate`). Read once, streaming.
         relevance: Objective, statistic and how samples are chosen; the site has no meaning for single weights.
             ``second_moment``: E[(w g)^2] per sample. ``batched``: E[(mean over ``batch`` samples of w g)^2], as
@@ -144,14 +145,14 @@ def weight_scores(
         masked = any(slot.masked for slot in slots(model))
         work = make_permanent(copy_model(model)) if masked else model
     weights = _scored_weights(work, parameters, ignore)
-    directions = Directions(OBJECTIVES[relevance.objective], relevance.threshold, relevance.seed)
+    directions = Directions(relevance.objective, relevance.threshold, relevance.seed, relevance.output)
     squared, kept = relevance.statistic == "second_moment", []
     wide = _wide(preserve.device_of(work))
     accumulator = Accumulator({name: weight.to(wide) for name, weight in weights.items()}, relevance.block)
 
     def logits_with(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, relevance.autocast, enabled=relevance.autocast is not None):
-            return logits_of(functional_call(work, dict(weights), (images.clone(),)))  # its input may be overwritten
+            return relevance.output(functional_call(work, dict(weights), (images.clone(),)))  # which may be overwritten
 
     with share_pass(batches, relevance, batch_size, progress) as numbered:
         for number, (start, batch) in enumerate(numbered):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,34 +17,66 @@ from tqdm import tqdm
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, MemoryLimitError, ModelError, NonFiniteError
+from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.models import preserve
-from jbrprune.models.preserve import logits_of
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a model decides as its reference does.
+    """How far a model decides, or computes, as its reference does; None where the output has no such number.
 
     Attributes:
         images: Number of samples N.
-        top1: Share of samples whose argmax equals the reference's argmax.
+        top1: Share of samples whose argmax equals the reference's argmax; with several decisions per sample, of these.
         top5: Share of samples whose reference argmax is among the ``min(5, K)`` largest logits.
         kl: Mean of ``KL(softmax(reference) || softmax(logits))``, in nats.
         accuracy: Share of samples whose argmax equals the label; None without labels.
         dense_accuracy: The same of the reference; None without labels.
+        iou: Mean over classes of intersection over union with the reference's map, of dense logits; a class that
+            neither has is left out.
+        cosine: Mean cosine similarity with the reference's embedding.
+        neighbours: Share of samples whose nearest other sample, by cosine similarity, is the reference's.
+        error: Root mean square over tensors of their relative errors.
+        errors: Tensor -> its relative error sqrt(E ||f' - f||^2 / E ||f||^2).
     """
 
     images: int
-    top1: float
-    top5: float
-    kl: float
+    top1: float | None = None
+    top5: float | None = None
+    kl: float | None = None
     accuracy: float | None = None
     dense_accuracy: float | None = None
+    iou: float | None = None
+    cosine: float | None = None
+    neighbours: float | None = None
+    error: float | None = None
+    errors: dict[str, float] | None = None
 
     @property
-    def top1_interval(self) -> tuple[float, float]:
-        """95 % Wilson score interval of `top1` (Wilson, JASA 1927): what N samples can resolve."""
-        return wilson_interval(self.top1, self.images)
+    def of(self) -> str:
+        """What `share` is the share of."""
+        if self.top1 is not None:
+            return "agreement"
+        return "relative error" if self.neighbours is None else "nearest-neighbour agreement"
+
+    @property
+    def share(self) -> float:
+        """The number by which models are compared: share of decisions or neighbours kept, or 1 - `error`."""
+        found = self.neighbours if self.top1 is None else self.top1
+        return 1 - (self.error or 0.0) if found is None else found
+
+    @property
+    def distance(self) -> float:
+        """What a repair must lower: `kl`, or `error`."""
+        return (self.error or 0.0) if self.kl is None else self.kl
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % Wilson score interval of `share` (Wilson, JASA 1927): what N samples can resolve.
+
+        With several decisions per sample it is too wide, because samples vary less than coins do.
+        """
+        return None if self.of == "relative error" else wilson_interval(self.share, self.images)
 
 
 @dataclass(frozen=True)
@@ -52,7 +84,7 @@ class Drop:
     """A measured loss of accuracy or agreement.
 
     Attributes:
-        of: ``accuracy`` where there are labels, else ``agreement`` with the dense model.
+        of: ``accuracy`` where there are labels, else what agrees with the dense model (`Agreement.of`).
         images: Number of samples N.
         lost: Share of samples, the fall of the accuracy or of the agreement; an accuracy may rise.
         low: Lower end of its 95 % interval.
@@ -75,18 +107,21 @@ class Drop:
         return self.upper <= allowed + 1e-12
 
 
-def compute_logits(model: nn.Module, batches: Iterable[Batch], *, progress: bool = False) -> list[Tensor]:
-    """Logits of every batch, in eval mode, without gradients, on the device of the model.
+def compute_logits(
+    model: nn.Module, batches: Iterable[Batch], output: Output = LOGITS, *, progress: bool = False
+) -> list[Tensor]:
+    """Logits, or other rows that count, of every batch, in eval mode, without gradients, on the device of the model.
 
     Each of several ranks computes its share of the batches; every rank gets the logits of all.
 
     Args:
         model: The model; left as it was, also after an exception.
         batches: Images ``[B, C, H, W]`` in the dtype that the model takes.
+        output: What of the model's output counts.
         progress: Show a progress bar.
 
     Returns:
-        One ``[B, K]`` per batch on the CPU, float32 (float64 stays float64).
+        One ``[B, V]`` per batch on the CPU, float32 (float64 stays float64).
 
     Raises:
         MemoryLimitError: A batch does not fit into memory.
@@ -101,7 +136,7 @@ def compute_logits(model: nn.Module, batches: Iterable[Batch], *, progress: bool
                 continue
             images = batch.images.to(preserve.device_of(model), non_blocking=True)
             with explain_out_of_memory(len(images)):
-                out = logits_of(model(images))
+                out = output(model(images))
             if len(out) != len(images):
                 raise ModelError(f"Batch {number}: {len(images)} images gave {len(out)} rows of logits.")
             if not _finite(out):
@@ -111,18 +146,19 @@ def compute_logits(model: nn.Module, batches: Iterable[Batch], *, progress: bool
     return [found[number] for number in range(len(found))]
 
 
-def agreement(logits: Tensor, reference: Tensor, labels: Tensor | None = None) -> Agreement:
-    """Compare logits with those of a reference on the same images.
+def agreement(logits: Tensor, reference: Tensor, labels: Tensor | None = None, output: Output = LOGITS) -> Agreement:
+    """Compare logits, or other rows, with those of a reference on the same images.
 
     Among equal logits the lower class index ranks first, as in `torch.argmax`.
 
     Args:
-        logits: ``[N, K]`` of the model.
-        reference: ``[N, K]`` of the dense model.
+        logits: ``[N, V]`` of the model.
+        reference: ``[N, V]`` of the dense model.
         labels: ``[N]`` class indices.
+        output: What made the rows.
 
     Returns:
-        Shares in [0, 1] and the mean divergence in nats, accumulated in float64.
+        Shares in [0, 1] and the mean divergence in nats, or errors, accumulated in float64.
 
     Raises:
         DataError: No samples, shapes that do not fit, a label outside of ``[0, K)``.
@@ -140,51 +176,82 @@ def agreement(logits: Tensor, reference: Tensor, labels: Tensor | None = None) -
     for name, values in (("logits", logits), ("reference", reference)):
         if not _finite(values):
             raise NonFiniteError(f"The {name} contain NaN or Inf in {int((~values.isfinite()).any(1).sum())} samples.")
+    if not output.decides:
+        return _agreement_of_values(logits, reference, output)
+    pruned, dense = output.by_class(logits), output.by_class(reference)
+    labels = labels if output.positions == 1 else None
     if labels is not None and labels.shape != logits.shape[:1]:
         raise DataError(f"Labels must be [{len(logits)}] class indices, got shape {list(labels.shape)}.")
-    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < pruned.shape[1]:
         raise DataError(
-            f"Labels must lie in [0, {logits.shape[1]}), the classes of the model; got {int(labels.min())} to "
+            f"Labels must lie in [0, {pruned.shape[1]}), the classes of the model; got {int(labels.min())} to "
             f"{int(labels.max())}. Map the labels of the data to the model's classes, or leave them out."
         )
 
     def share(hits: Tensor) -> float:
-        return int(hits.sum()) / len(hits)
+        return int(hits.sum()) / hits.numel()
 
-    expected = reference.argmax(1)
-    ranked = logits.argsort(dim=1, descending=True, stable=True)[:, :5]
-    log_q, log_p = (F.log_softmax(values.double(), dim=1) for values in (logits, reference))
+    expected, predicted, index = dense.argmax(1), pruned.argmax(1), torch.arange(dense.shape[1])
+    own = pruned.gather(1, expected[:, None])
+    before = (index if output.positions == 1 else index[:, None]).to(expected.device) < expected[:, None]
+    rank = ((pruned > own) | ((pruned == own) & before)).sum(1)
+    divergence = 0.0
+    for parts in zip(pruned.split(rows := max(1, (1 << 26) // logits.shape[1])), dense.split(rows)):
+        log_q, log_p = (F.log_softmax(values.double(), dim=1) for values in parts)
+        divergence += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
     return Agreement(
         images=len(logits),
-        top1=share(ranked[:, 0] == expected),
-        top5=share((ranked == expected[:, None]).any(1)),
+        top1=share(predicted == expected),
+        top5=share(rank < 5) if output.kind == "logits" else None,
         # rounding can leave the mean of equal distributions an ulp below zero
-        kl=max(0.0, float(F.kl_div(log_q, log_p, reduction="batchmean", log_target=True))),
-        accuracy=None if labels is None else share(ranked[:, 0] == labels.to(ranked.device)),
+        kl=max(0.0, divergence / expected.numel()),
+        accuracy=None if labels is None else share(predicted == labels.to(predicted.device)),
         dense_accuracy=None if labels is None else share(expected == labels.to(expected.device)),
+        iou=mean_iou(predicted, expected, dense.shape[1]) if output.kind == "dense" else None,
     )
 
 
-def combine(parts: Sequence[Agreement]) -> Agreement:
-    """The agreement on all images together, of agreements on parts of them; accuracies only where every part has them.
-
-    Args:
-        parts: At least one.
-
-    Example:
-        >>> combine([Agreement(1, 1.0, 1.0, 0.0), Agreement(3, 0.0, 1.0, 0.4)]).top1
-        0.25
-    """
-    images = sum(part.images for part in parts)
-    shares = {}
-    for name in ("top1", "top5", "accuracy", "dense_accuracy"):
-        values = [getattr(part, name) for part in parts]
-        counts = [round(value * part.images) for value, part in zip(values, parts) if value is not None]
-        shares[name] = sum(counts) / images if len(counts) == len(parts) else None
-    return Agreement(images=images, kl=math.fsum(part.kl * part.images for part in parts) / images, **shares)  # type: ignore[arg-type]
+def mean_iou(predicted: Tensor, expected: Tensor, classes: int) -> float:
+    """Mean over classes of intersection over union of two maps of class indices; absent classes are left out."""
+    both, own, other = (
+        torch.bincount(part.flatten(), minlength=classes)
+        for part in (expected[predicted == expected], predicted, expected)
+    )
+    union = own + other - both
+    return float((both[union > 0] / union[union > 0]).double().mean())
 
 
-def agreement_on(model: nn.Module, batches: Iterable[Batch]) -> Agreement:
+def nearest(values: Tensor) -> Tensor:
+    """``[N]`` for every row the index of the nearest other one by cosine similarity."""
+    unit, found = F.normalize(values.double(), dim=1), []
+    for start in range(0, len(unit), 1024):
+        similar = unit[start : start + 1024] @ unit.t()
+        similar.diagonal(start).fill_(-math.inf)  # itself
+        found.append(similar.argmax(1))
+    return torch.cat(found)
+
+
+def squared_errors(values: Tensor, reference: Tensor, output: Output) -> dict[str, Tensor]:
+    """Tensor -> ``[N]`` squared error of every sample, relative to the mean square of the reference's norm."""
+    tiny, parts = torch.finfo(torch.float64).tiny, zip(*(x.split(output.sizes, 1) for x in (values, reference)))
+    return {
+        name: (f.double() - g.double()).square().sum(1) / g.double().square().sum(1).mean().clamp_min(tiny)
+        for name, (f, g) in zip(output.names, parts, strict=True)
+    }
+
+
+def _agreement_of_values(values: Tensor, reference: Tensor, output: Output) -> Agreement:
+    squares = {name: float(square.mean()) for name, square in squared_errors(values, reference, output).items()}
+    cosine = neighbours = None
+    if output.kind == "embedding" and values.shape[1] > 1:
+        cosine = float(F.cosine_similarity(values.double(), reference.double(), dim=1).mean())
+        neighbours = float((nearest(values) == nearest(reference)).double().mean())
+    errors = {name or output.kind: math.sqrt(square) for name, square in squares.items()}
+    error = math.sqrt(math.fsum(squares.values()) / len(squares))
+    return Agreement(len(values), cosine=cosine, neighbours=neighbours, error=error, errors=errors)
+
+
+def agreement_on(model: nn.Module, batches: Iterable[Batch], output: Output = LOGITS) -> Agreement:
     """`compute_logits`, then `agreement` with the references (and labels, if every batch has them) of the batches.
 
     Raises:
@@ -198,23 +265,30 @@ def agreement_on(model: nn.Module, batches: Iterable[Batch]) -> Agreement:
             f"Agreement needs the dense model's logits: {len(batches) - len(references)} of {len(batches)} batches "
             "have no reference. Attach it with jbrprune.data.batches.attach_reference."
         )
-    logits = torch.cat(compute_logits(model, batches))
-    return agreement(logits, torch.cat(references).cpu(), torch.cat(labels) if len(labels) == len(batches) else None)
+    known = torch.cat(labels) if len(labels) == len(batches) else None
+    return agreement(torch.cat(compute_logits(model, batches, output)), torch.cat(references).cpu(), known, output)
 
 
 def measure_drop(
-    logits: Tensor, reference: Tensor, labels: Tensor | None = None, *, models: int = 1, confidence: float = 0.5
+    logits: Tensor,
+    reference: Tensor,
+    labels: Tensor | None = None,
+    output: Output = LOGITS,
+    *,
+    models: int = 1,
+    confidence: float = 0.5,
 ) -> Drop:
     r"""The fall of accuracy, or of agreement without labels, from the dense model to a pruned one.
 
     With labels, (n10 - n01) / N, where n10 samples only the dense model gets right and n01 only the pruned one, with
-    `paired_interval`. Without, 1 - top-1 agreement with `wilson_interval`; the upper bound is exact (Clopper and
-    Pearson, Biometrika 26, 1934).
+    `paired_interval`. Without, 1 - agreement (`Agreement.share`) with `wilson_interval`; the upper bound is exact
+    (Clopper and Pearson, Biometrika 26, 1934). The square of a relative error has bounds of a normal distribution.
 
     Args:
         logits: ``[N, K]`` of the pruned model.
         reference: ``[N, K]`` of the dense model on the same samples.
         labels: ``[N]`` class indices, or None.
+        output: What made the rows.
         models: See `Drop`.
         confidence: Of the upper bound.
 
@@ -226,15 +300,22 @@ def measure_drop(
         >>> measure_drop(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])).lost
         0.5
     """
-    from scipy.stats import binomtest  # takes longer to import than the rest of the module
+    from scipy.stats import binomtest, norm  # takes longer to import than the rest of the module
 
-    found = agreement(logits, reference, labels)
+    found = agreement(logits, reference, labels, output)
     n, level = found.images, 1 - 0.05 / models
+    if found.of == "relative error":
+        squares = torch.stack(list(squared_errors(logits, reference, output).values())).mean(0)
+        deviation = float(squares.std(correction=min(1, n - 1))) / math.sqrt(n)
+        bounds = [found.error**2 + norm.ppf(p) * deviation for p in ((1 - level) / 2, (1 + level) / 2, confidence)]  # type: ignore[operator]
+        low, high, upper = (math.sqrt(max(0.0, bound)) for bound in bounds)
+        return Drop(found.of, n, 1 - found.share, low, high, models, upper)
     if labels is None:
-        low, high = wilson_interval(found.top1, n, level)
-        flips = binomtest(n - round(found.top1 * n), n, alternative="less")
-        upper = float(flips.proportion_ci(confidence, method="exact").high) if confidence > 0.5 else 1 - found.top1
-        return Drop("agreement", n, 1 - found.top1, 1 - high, 1 - low, models, upper)
+        lost = 1 - found.share
+        low, high = wilson_interval(found.share, n, level)
+        flips = binomtest(n - round(found.share * n), n, alternative="less")
+        upper = float(flips.proportion_ci(confidence, method="exact").high) if confidence > 0.5 else lost
+        return Drop(found.of, n, lost, 1 - high, 1 - low, models, upper)
     dense, pruned = (values.argmax(1) == labels.to(values.device) for values in (reference, logits))
     lost, won = int((dense & ~pruned).sum()), int((~dense & pruned).sum())
     upper = paired_interval(lost, won, n, 2 * confidence - 1)[1] if confidence > 0.5 else (lost - won) / n

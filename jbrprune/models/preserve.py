@@ -162,6 +162,38 @@ def refuse_masked(model: nn.Module) -> None:
         )
 
 
+def tensors_of(returned: object, name: str = "") -> dict[str, Tensor]:
+    """The floating-point tensors in whatever a model returned, by key, attribute or position, such as ``hidden.0``.
+
+    Scalars are left out.
+
+    Example:
+        >>> list(tensors_of({"logits": torch.zeros(2, 10), "maps": [torch.zeros(2, 4, 8, 8)]}))
+        ['logits', 'maps.0']
+    """
+    if isinstance(returned, Tensor):
+        wanted = returned.is_floating_point() and returned.dim() > 0
+        return {name: returned if returned.dim() > 1 else returned[:, None]} if wanted else {}
+    items = returned if isinstance(returned, Mapping) else getattr(returned, "__dict__", {})
+    if isinstance(returned, list | tuple):
+        keys = getattr(returned, "_fields", range(len(returned))) if name or len(returned) > 1 else [""]
+        items = dict(zip(keys, returned))
+    parts = [tensors_of(value, f"{name}.{key}".strip(".")) for key, value in items.items()]
+    return {key: tensor for part in parts for key, tensor in part.items()}
+
+
+def flatten_returned(returned: object, images: int) -> Tensor:
+    """``[B, V]`` all that a model returned for its images, in any form.
+
+    Raises:
+        ModelError: There is no floating-point tensor with one row per image.
+    """
+    rows = [tensor.reshape(images, -1) for tensor in tensors_of(returned).values() if len(tensor) == images]
+    if not rows:
+        raise ModelError(f"The model returned {describe_returned(returned)}, no tensor with one row per image.")
+    return torch.cat(rows, 1)
+
+
 def logits_of(output: object) -> Tensor:
     """The logits in whatever a model returned.
 
@@ -187,20 +219,21 @@ def logits_of(output: object) -> Tensor:
         value = getattr(value, "logits", None)
     if not isinstance(value, Tensor):
         raise ModelError(
-            f"The model returned {_describe(output)}, of which none is known to be the logits. Wrap it in a module "
-            "whose forward returns the logits [B, K] alone."
+            f"The model returned {describe_returned(output)}, of which none is known to be the logits. Wrap it in a "
+            "module whose forward returns the logits [B, K] alone."
         )
     if value.dim() != 2 or not value.is_floating_point():
         raise ModelError(
-            f"Logits must be floating point [B, K], the model returned {_describe(value)}. Give the model a "
+            f"Logits must be floating point [B, K], the model returned {describe_returned(value)}. Give the model a "
             "classifier that pools over positions, or wrap it in a module that returns one row of logits per image."
         )
     return value
 
 
-def _describe(value: object) -> str:
+def describe_returned(value: object) -> str:
+    """What a model returned, in words, for messages."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, tuple | list):
-        return f"{len(value)} outputs ({', '.join(map(_describe, value))})"
+        return f"{len(value)} outputs ({', '.join(map(describe_returned, value))})"
     return f"a {type(value).__name__}" + (f" with the keys {list(value)}" if isinstance(value, Mapping) else "")

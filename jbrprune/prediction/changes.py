@@ -15,13 +15,13 @@ lost *output* that is left is tr(W_S . W_S^T) of it over tr(W_S C_SS W_S^T), W_S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from jbrprune.criteria.gates import Key, differentiate, effects, gated_logits
@@ -29,6 +29,7 @@ from jbrprune.criteria.relevance import scored_members
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, NonFiniteError
 from jbrprune.evaluation.agreement import explain_out_of_memory
+from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.models import layers, preserve
 from jbrprune.prediction.damage import Damage, damage, saturation
 from jbrprune.repair.repair import RIDGE
@@ -51,8 +52,9 @@ class Changes:
         repaired: ``[B, N, R]`` when the rest of the model makes up for them.
         rest: ``[2, B, N]`` the change (zeroed, repaired) of the other logits under random signs: its square is an
             unbiased estimate of the sum of their squares. Zero where there are no others.
-        spread: ``[N]`` Euclidean norm of all K logits about their mean.
+        spread: ``[N]`` Euclidean norm of all K logits about their mean; of other rows about zero.
         saturate: Whether `change` saturates (`jbrprune.prediction.damage`).
+        output: What made the rows. Of dense logits the largest are those of one position, drawn for every sample.
     """
 
     top: Tensor
@@ -62,6 +64,7 @@ class Changes:
     rest: Tensor
     spread: Tensor
     saturate: bool = True
+    output: Output = LOGITS
 
     def first(self, number: int) -> Changes:
         """Of the first samples alone."""
@@ -85,7 +88,12 @@ class Changes:
 
     def damage(self, cut: int, *, repaired: bool = False, scale: float = 1.0) -> Damage:
         """Predicted TPV and flips of one cut."""
-        return damage(self.top, *self.change(cut, repaired=repaired, scale=scale))
+        return damage(self.top, *self.change(cut, repaired=repaired, scale=scale), self.output)
+
+    def lost(self, cut: int, *, repaired: bool = False, scale: float = 1.0) -> float:
+        """Predicted flips; where there are no classes the relative error, as a mean over tensors of squares."""
+        found = self.damage(cut, repaired=repaired, scale=scale)
+        return found.flips if self.output.decides else math.sqrt(found.tpv / len(self.output.names))
 
 
 def predict_changes(
@@ -93,6 +101,7 @@ def predict_changes(
     batches: Sequence[Batch],
     groups: Sequence[Group],
     cuts: Sequence[Selection],
+    output: Output = LOGITS,
     *,
     refits: bool = True,
     saturate: bool = True,
@@ -110,6 +119,7 @@ def predict_changes(
         batches: Images ``[B, C, H, W]``.
         groups: The units of this very model.
         cuts: Group name -> units that go, one mapping per cut.
+        output: What of the model's output counts.
         refits: Whether the repair refits weights by least squares, or only takes over means.
         saturate: Let changes saturate; False: plain first order.
         rows: Logits of every sample that are followed one by one.
@@ -129,7 +139,7 @@ def predict_changes(
         if refits:
             left[name] = unexplained(found, model.get_submodule(name), masks[name], RIDGE).sqrt()
     changes = change_logits(
-        model, batches, groups, cuts, means=means, left=left, rows=rows, seed=seed, progress=progress
+        model, batches, groups, cuts, output, means=means, left=left, rows=rows, seed=seed, progress=progress
     )
     return replace(changes, saturate=saturate)
 
@@ -139,6 +149,7 @@ def change_logits(
     batches: Sequence[Batch],
     groups: Sequence[Group],
     cuts: Sequence[Selection],
+    output: Output = LOGITS,
     *,
     means: Mapping[str, Tensor],
     left: Mapping[str, Tensor] | None = None,
@@ -155,6 +166,7 @@ def change_logits(
         batches: Images.
         groups: The units.
         cuts: What goes.
+        output: What counts.
         means: Consumer -> ``[C_in]`` means of what it reads (`measure_moments`); zero where absent.
         left: Consumer -> ``[cuts]`` share of an amplitude that a repair leaves beyond the mean; all where absent.
         rows: Logits that are followed one by one.
@@ -178,31 +190,31 @@ def change_logits(
                 check_samples_apart(model, images, list(masks))
 
             def run(images: Tensor = images, drawn: Tensor = drawn) -> tuple[Tensor, ...]:
-                logits, gates = gated_logits(model, images, [(name, "in") for name in masks], constants=True)
-                top, classes = logits.detach().sort(dim=1, descending=True, stable=True)
-                top, classes = top[:, :rows], classes[:, :rows]
-                asked = [F.one_hot(chosen, logits.shape[1]).to(logits) for chosen in classes.unbind(1)]
-                if classes.shape[1] < logits.shape[1]:
-                    generator.set_state(drawn)  # the same signs where the batch is run again
-                    signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8).to(device)
-                    asked.append((2 * signs - 1).to(logits).scatter(1, classes, 0))
-                answers = [
-                    lose(effects(logits, direction, gates, again=direction is not asked[-1]), masks, means, left or {})
-                    for direction in asked
-                ]
+                logits, gates = gated_logits(model, images, [(name, "in") for name in masks], output, constants=True)
+                generator.set_state(drawn)  # the same signs where the batch is run again
+                top, classes = output.follow(logits, rows, generator)
+                followed, answers = classes.shape[1], []
+                asked = followed + (followed < logits.shape[1])
+                for number in range(asked):
+                    if number < followed:
+                        direction = torch.zeros_like(logits).scatter(1, classes[:, number, None], 1)
+                    else:
+                        signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8).to(device)
+                        direction = (2 * signs - 1).to(logits).scatter(1, classes, 0)
+                    found = effects(logits, direction, gates, again=number + 1 < asked)
+                    answers.append(lose(found, masks, means, left or {}))
                 changes = -torch.stack(answers, 3)  # [2, cuts, n, directions]
                 if not torch.isfinite(changes).all():
                     raise NonFiniteError("The predicted changes contain NaN or Inf: the gradient is not finite.")
-                followed = classes.shape[1]
-                rest = changes[..., -1] if len(asked) > followed else torch.zeros_like(changes[..., 0])
-                spread = (logits - logits.mean(1, keepdim=True)).detach().norm(dim=1)
+                rest = changes[..., -1] if asked > followed else torch.zeros_like(changes[..., 0])
+                spread = output.centre(logits).detach().norm(dim=1)
                 return top, classes, *changes[..., :followed], rest, spread
 
             found, copying = differentiate(run, copying)
             wide = torch.promote_types(found[0].dtype, torch.float32)
             parts.append([part.cpu().to(wide) if part.is_floating_point() else part.cpu() for part in found])
     whole: list[Any] = [torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 0, 1, 1, 2, 0))]
-    return Changes(*whole)
+    return Changes(*whole, output=output)
 
 
 def cut_masks(model: nn.Module, groups: Sequence[Group], cuts: Sequence[Selection]) -> dict[str, Tensor]:

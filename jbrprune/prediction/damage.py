@@ -21,6 +21,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from jbrprune.evaluation.agreement import paired_interval
+from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.tpv.validity import TPVWarning
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ class Damage:
     """What a cut does, over N samples.
 
     Attributes:
-        tpv: Mean over samples of the summed squares of the logits' changes.
+        tpv: Mean over samples of the summed squares of the logits' changes; of what is not logits, the sum over tensors
+            of relative squared errors.
         tpv_se: Its standard error over samples.
-        flips: Share of samples whose top-1 changes.
+        flips: Share of samples, or of positions, whose top-1 changes; NaN where there are no classes.
         flips_low: Lower end of its 95 % Wilson interval.
         flips_high: Upper end.
     """
@@ -46,13 +48,14 @@ class Damage:
     flips_high: float
 
 
-def damage(top: Tensor, change: Tensor, rest: Tensor | None = None) -> Damage:
+def damage(top: Tensor, change: Tensor, rest: Tensor | None = None, output: Output = LOGITS) -> Damage:
     """TPV and flips of one cut.
 
     Args:
         top: ``[N, R]`` logits of the dense model, the largest first.
         change: ``[N, R]`` their changes.
         rest: ``[N]`` change of all other logits under random signs, or None.
+        output: What made the rows.
 
     Returns:
         Errors come from the choice of the samples alone. With one sample the standard error is NaN.
@@ -60,16 +63,23 @@ def damage(top: Tensor, change: Tensor, rest: Tensor | None = None) -> Damage:
     squares = change.double().square().sum(1)
     if rest is not None:
         squares = squares + rest.double().square()
-    n = len(squares)
-    flipped = int(((top + change).argmax(1) != top.argmax(1)).sum())
-    interval = binomtest(flipped, n).proportion_ci(0.95, method="wilson")
-    error = float(squares.std()) / math.sqrt(n) if n > 1 else math.nan
-    return Damage(float(squares.mean()), error, flipped / n, float(interval.low), float(interval.high))
+    return _summarise(squares, (top + change).argmax(1) != top.argmax(1) if output.decides else None)
 
 
-def measure_damage(dense: Tensor, pruned: Tensor) -> Damage:
-    """TPV and flips between two ``[N, K]`` logits of the same samples."""
-    return damage(dense, pruned - dense)
+def measure_damage(dense: Tensor, pruned: Tensor, output: Output = LOGITS) -> Damage:
+    """TPV and flips between two ``[N, V]`` logits, or other rows, of the same samples."""
+    flipped = output.by_class(pruned).argmax(1) != output.by_class(dense).argmax(1) if output.decides else None
+    return _summarise((pruned - dense).double().square().sum(1), flipped)
+
+
+def _summarise(squares: Tensor, flipped: Tensor | None) -> Damage:
+    n, nan = len(squares), math.nan
+    tpv, error = float(squares.mean()), float(squares.std()) / math.sqrt(n) if n > 1 else nan
+    if flipped is None:
+        return Damage(tpv, error, nan, nan, nan)
+    share = int(flipped.sum()) / flipped.numel()
+    interval = binomtest(round(share * n), n).proportion_ci(0.95, method="wilson")
+    return Damage(tpv, error, share, float(interval.low), float(interval.high))
 
 
 def saturation(change: Tensor, rest: Tensor, spread: Tensor) -> Tensor:
@@ -139,7 +149,8 @@ class Check:
         prediction_error: The same of the change that is predicted: saturated, and corrected.
         predicted: Damage that is predicted for these images.
         masked: The real one.
-        flips_apart: The end of the 95 % interval of predicted minus real flips that is farther from 0.
+        flips_apart: The end of the 95 % interval of predicted minus real flips that is farther from 0; NaN where there
+            are no classes.
         tolerance: What `valid` goes by.
         constant: Whether the dense model tells no image from another: then there is nothing to be right about.
     """
@@ -159,7 +170,7 @@ class Check:
             not self.constant
             and self.prediction_error <= self.tolerance
             and tpvs_agree(self.predicted.tpv, self.masked.tpv, self.tolerance)
-            and self.flips_apart <= FLIPS
+            and not self.flips_apart > FLIPS
         )
 
 
@@ -187,15 +198,16 @@ def check(
     change, rest = predicted.change(cut, scale=scale)
     top, classes = predicted.top, predicted.classes
     real = (masked - reference).gather(1, classes)
-    foretold = (top + change).argmax(1) != top.argmax(1)
-    flipped = masked.argmax(1) != reference.argmax(1)
+    foretold, output = (top + change).argmax(1) != top.argmax(1), predicted.output
+    now, before = (output.at(output.by_class(x), classes[:, :1] % output.positions) for x in (masked, reference))
+    flipped = now.argmax(1) != before.argmax(1)
     one, other = int((foretold & ~flipped).sum()), int((~foretold & flipped).sum())
     return Check(
         taylor_error=_relative(predicted.zeroed[cut], real),
         prediction_error=_relative(change, real),
-        predicted=damage(top, change, rest),
-        masked=measure_damage(reference, masked),
-        flips_apart=max(map(abs, paired_interval(one, other, n))),
+        predicted=damage(top, change, rest, output),
+        masked=measure_damage(reference, masked, output),
+        flips_apart=max(map(abs, paired_interval(one, other, n))) if output.decides else math.nan,
         tolerance=tolerance,
         constant=n > 1 and is_constant(reference),
     )

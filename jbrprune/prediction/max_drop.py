@@ -27,7 +27,7 @@ from jbrprune.data.batches import Batch, count
 from jbrprune.errors import DataError
 from jbrprune.evaluation.agreement import Drop, compute_logits, measure_drop
 from jbrprune.prediction.changes import Changes, predict_changes
-from jbrprune.prediction.damage import Damage, measure_damage
+from jbrprune.prediction.damage import measure_damage
 from jbrprune.pruning.channels import Channels
 from jbrprune.pruning.loop import Stop, run
 from jbrprune.pruning.prepare import Calibration
@@ -47,24 +47,24 @@ ROWS = 4
 
 @dataclass(eq=False)
 class Outlook:
-    """Predicted flips at the shares of the walk; corrected by what is measured on the way."""
+    """Predicted flips, or relative errors, at the shares of the walk; corrected by what is measured on the way."""
 
     shares: Sequence[float]
     changes: Changes
     repaired: bool
     scale: float = 1.0
 
-    def flips(self, share: float) -> float:
-        """Predicted share of samples whose top-1 changes; between planned shares, and up to the dense model, linear."""
-        flips = [self._damage(number).flips for number in range(len(self.shares))]
-        return float(np.interp(share, [*reversed(self.shares), 1.0], [*reversed(flips), 0.0]))
+    def lost(self, share: float) -> float:
+        """What is predicted to be lost; between planned shares, and up to the dense model, linear."""
+        lost = [self._lost(number) for number in range(len(self.shares))]
+        return float(np.interp(share, [*reversed(self.shares), 1.0], [*reversed(lost), 0.0]))
 
     def proposed(self, allowed: float, below: float) -> float:
         """The smallest planned share below a share up to which all are predicted to be allowed; inf if none is."""
         last = math.inf
         for number, share in enumerate(self.shares):
             if share < below - 1e-9:
-                if self._damage(number).flips > allowed:
+                if self._lost(number) > allowed:
                     break
                 last = share
         return last
@@ -77,8 +77,8 @@ class Outlook:
             if predicted > 0 and tpv > 0:
                 self.scale = math.sqrt(tpv / predicted)
 
-    def _damage(self, number: int) -> Damage:
-        return self.changes.damage(number, repaired=self.repaired, scale=self.scale)
+    def _lost(self, number: int) -> float:
+        return self.changes.lost(number, repaired=self.repaired, scale=self.scale)
 
 
 def search(state: Channels, images: Calibration) -> Stop:
@@ -96,10 +96,12 @@ def search(state: Channels, images: Calibration) -> Stop:
         NonFiniteError: NaN or Inf on the way.
     """
     allowed, confidence = float(state.options.max_drop), state.options.confidence
+    state.output = images.output
     if not images.judge:
         raise DataError(f"max_drop needs images that decide, but there are only {count(images.score)}: pass more.")
     level = 0.5 if confidence == 0.5 else 1 - (1 - confidence) / CHANCES
-    check_resolution(count(images.judge), allowed, level)
+    if images.output.decides or images.output.kind == "embedding":  # which are counted
+        check_resolution(count(images.judge), allowed, level)
     walk = _Walk(state, images.judge, allowed, level, _outlook(state, images, _grid(state)))
     stop = next(run(state, images, goals=walk.shares()))
     found = Search(allowed, images.judged, tuple(walk.trials), walk.chosen(), walk.limit, confidence)
@@ -146,6 +148,7 @@ def _outlook(state: Channels, images: Calibration, shares: Sequence[float]) -> O
         images.score,
         state.groups,
         [cut.units for cut in cuts],
+        state.output,
         refits=refits,
         rows=ROWS,
         seed=options.seed,
@@ -175,7 +178,7 @@ class _Walk:
     def chosen(self) -> Drop:
         """What the model at hand lost, knowing how many were measured to choose it."""
         how = {"models": max(1, len(self.trials)), "confidence": self.level}
-        return measure_drop(self.logits, self.reference, self.labels, **how)
+        return measure_drop(self.logits, self.reference, self.labels, self.state.output, **how)
 
     def shares(self) -> Iterator[float]:
         """Shares for the engine, which has carried out each when the next is asked for."""
@@ -220,16 +223,16 @@ class _Walk:
 
     def _allowed(self, share: float) -> bool:
         """Measure the model as it is."""
-        predicted = self.outlook.flips(share)
+        predicted = self.outlook.lost(share)
         with self.state.timed("judging"):
-            logits = torch.cat(compute_logits(self.state.model, self.judge))
-        drop = measure_drop(logits, self.reference, self.labels, confidence=self.level)
+            logits = torch.cat(compute_logits(self.state.model, self.judge, self.state.output))
+        drop = measure_drop(logits, self.reference, self.labels, self.state.output, confidence=self.level)
         accepted = drop.within(self.allowed)
         self.trials.append(Trial(share, self.state.steps[-1].macs, drop, accepted, predicted))
         log.info("Share %.4f: %s falls by %.4f, %s", share, drop.of, drop.lost, "kept" if accepted else "too much")
         if accepted:
             self.logits = logits
-            self.outlook.correct(share, measure_damage(self.reference, logits).tpv)
+            self.outlook.correct(share, measure_damage(self.reference, logits, self.state.output).tpv)
         else:
             self.limit = f"at a share of {share:.4f} the {drop.of} fell by {drop.lost:.2%}"
             if drop.lost < self.allowed:

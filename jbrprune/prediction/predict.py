@@ -17,6 +17,7 @@ from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch, concatenate, count, rebatch
 from jbrprune.errors import ArgumentError, BudgetError, DataError, check_known
 from jbrprune.evaluation.agreement import compute_logits
+from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.prediction.changes import predict_changes
 from jbrprune.prediction.damage import TOLERANCE, Correction, Damage, check, measure_damage, warn_if_constant
 from jbrprune.pruning.api import PruneResult
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 CALIBRATED_AT = 0.15
-"""Predicted flips (without repair) next to which the calibrated budget lies."""
+"""Predicted flips, or relative error (without repair) next to which the calibrated budget lies."""
 
 
 @torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
@@ -51,6 +52,7 @@ def predict(
     repair: str | Sequence[str] | None = "auto",
     criterion: str | Relevance | Scores | Callable[..., Any] = "jbr",
     ignore: Sequence[str] = (),
+    output: str | int | Callable[[Any], Any] | None = None,
     floors: Floors = Floors(),  # noqa: B008
     images: int | None = 512,
     batch_size: int = 32,
@@ -69,7 +71,9 @@ def predict(
     every step cannot be foreseen: without ``calibrate`` these columns are a rough upper bound on the damage.
 
     Of more than ten classes, the ten largest logits of every sample are followed one by one: a flip to another class is
-    not seen; the other logits enter the TPV through random signs.
+    not seen; the other logits enter the TPV through random signs. Of dense logits the flips are those of one position,
+    drawn for every image; of what is no decision they are NaN, and the TPV is the sum of the relative squared errors of
+    all tensors that count.
 
     Args:
         model: As for `jbrprune.prune`.
@@ -79,8 +83,8 @@ def predict(
         params: Shares of the parameters to keep.
         channels: Shares of the channels to keep.
         calibrate: Really prune to one budget (as `jbrprune.prune` would, and without repair in one step), that with
-            about 15 % predicted flips, and bend the curves through what was measured there, which stands in the
-            ``measured`` columns.
+            about 15 % predicted flips (or relative error), and bend the curves through what was measured there, which
+            stands in the ``measured`` columns.
         checked: Number of images on which every budget is looked at by running the dense model with the units masked
             (nothing is cut): it measures the error of the first order, and the ``masked`` columns. None: all images.
         tolerance: Relative error of the predicted change up to which a row is called valid.
@@ -89,6 +93,7 @@ def predict(
             are NaN.
         criterion: As for `jbrprune.prune`.
         ignore: As for `jbrprune.prune`.
+        output: As for `jbrprune.prune`.
         floors: As for `jbrprune.prune`.
         images: Images to read; None: all. They are kept in memory.
         batch_size: Images per pass.
@@ -111,7 +116,7 @@ def predict(
         ArgumentError: An argument has no meaning.
         BudgetError: Several kinds of budgets, none, equal ones, or one below what the floors allow.
         DataError: The images cannot be used, or are too few to calibrate.
-        ModelError: The model cannot be pruned as it is, or has a single output.
+        ModelError: The model cannot be pruned as it is.
         NonFiniteError: NaN or Inf in weights, images, logits or gradients.
         ImportError: pandas is not installed.
 
@@ -147,16 +152,17 @@ def predict(
         "structure": structure,
         "criterion": criterion,
         "ignore": ignore,
+        "output": output,
         "batch_size": batch_size,
         "progress": progress,
         "seed": seed,
     }
     options = ChannelOptions(**shared, repair=repair, images=images, floors=floors, **budget)
-    problem = open_problem(model, data, batch_size)
-    problem.check_classes("predict")
+    problem = open_problem(model, data, batch_size, output)
     state = find_channels(problem, options, (least,))
     shares = [share for share in shares if share >= state.least]
     read = read_calibration(problem, options)
+    state.output = counts = read.output
     if calibrate and not read.gate:
         raise DataError(f"calibrate= prunes and repairs, which {count(read.score)} images are too few for.")
     scores = state.score(read.score, 1)
@@ -164,16 +170,19 @@ def predict(
     every = rebatch([*read.heldout, *read.score], batch_size)
     reference, units = _references(every), [cut.units for cut in cuts]
     refits = "auto" in options.methods or "least_squares" in options.methods
-    changes = predict_changes(state.model, every, state.groups, units, refits=refits, seed=seed, progress=progress)
+    how: dict[str, Any] = {"refits": refits, "seed": seed, "progress": progress}
+    changes = predict_changes(state.model, every, state.groups, units, counts, **how)
     damages = [changes.damage(number) for number in range(len(cuts))]
     curve = curve_repaired = Correction()
     measured: dict[int, tuple[Damage, Damage]] = {}
     if calibrate:  # the deepest of equals
-        point = min(range(len(cuts)), key=lambda cut: (abs(damages[cut].flips - CALIBRATED_AT), -cut))
+        point = min(range(len(cuts)), key=lambda cut: (abs(changes.lost(cut) - CALIBRATED_AT), -cut))
         stopping = replace(state.copy(), stops=(cuts[point].target,))
         pruned = next(run(stopping, read)).model
-        real = measure_damage(_references(read.heldout), torch.cat(compute_logits(pruned, read.heldout)))
-        masked = measure_damage(reference, compute_masked_logits(state.model, every, state.groups, units[point]))
+        found = torch.cat(compute_logits(pruned, read.heldout, counts))
+        real = measure_damage(_references(read.heldout), found, counts)
+        found = compute_masked_logits(state.model, every, state.groups, units[point], counts)
+        masked = measure_damage(reference, found, counts)
         measured[point] = masked, real
         curve = Correction.through(damages[point].tpv, masked.tpv)
         heldout = changes.first(count(read.heldout))
@@ -187,7 +196,7 @@ def predict(
             tpv = changes.damage(number, repaired=bool(suffix)).tpv
             found = changes.damage(number, repaired=bool(suffix), scale=bent.scale(tpv))
             row |= {f"predicted_{name}{suffix}": value for name, value in vars(found).items()}
-        logits = compute_masked_logits(state.model, few, state.groups, cut.units)
+        logits = compute_masked_logits(state.model, few, state.groups, cut.units, counts)
         seen = check(changes, number, logits, reference, scale=curve.scale(damages[number].tpv), tolerance=tolerance)
         row |= {name: getattr(seen, name) for name in ("taylor_error", "prediction_error", "valid")}
         row |= {"masked_tpv": seen.masked.tpv, "masked_flips": seen.masked.flips}
@@ -200,11 +209,15 @@ def predict(
 
 
 def compute_masked_logits(
-    model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], units: Mapping[str, Tensor]
+    model: nn.Module,
+    batches: Sequence[Batch],
+    groups: Sequence[Group],
+    units: Mapping[str, Tensor],
+    output: Output = LOGITS,
 ) -> Tensor:
-    """``[N, K]`` what the whole model computes without some units; nothing is cut."""
+    """``[N, V]`` what the whole model computes without some units; nothing is cut."""
     with masked_units(model, groups, units):
-        return torch.cat(compute_logits(model, batches))
+        return torch.cat(compute_logits(model, batches, output))
 
 
 def _references(batches: Sequence[Batch]) -> Tensor:
@@ -258,6 +271,7 @@ def degradation(
     tolerance: float = TOLERANCE,
     refits: bool = True,
     ignore: Sequence[str] | None = None,
+    output: str | int | Callable[[Any], Any] | None = None,
     width: bool | None = None,
     images: int | None = 512,
     batch_size: int = 32,
@@ -277,6 +291,7 @@ def degradation(
         tolerance: Relative error of the predicted change up to which it is called valid.
         refits: Whether the repair refits weights by least squares.
         ignore: As it was when the units were found; a report knows it.
+        output: What of the model's output counts, as for `jbrprune.prune`.
         width: As it was when the units were found; a report knows it.
         images: Images to read; None: all.
         batch_size: Images per pass.
@@ -286,7 +301,7 @@ def degradation(
     Raises:
         ArgumentError: Nothing was removed, or the units are not those of this model.
         DataError: The images cannot be used.
-        ModelError: The model cannot be scored as it is, or has a single output.
+        ModelError: The model cannot be scored as it is.
         NonFiniteError: NaN or Inf.
 
     Example:
@@ -304,26 +319,26 @@ def degradation(
     units, how = (removed.removed, removed.settings) if isinstance(removed, Report) else (removed, {})
     left_out: Any = how.get("ignore", ()) if ignore is None else ignore
     widths = bool(how.get("width", False) if width is None else width)
-    problem = open_problem(model, data, batch_size)
-    problem.check_classes("degradation")
+    problem = open_problem(model, data, batch_size, output)
     _, found = find_units(problem.dense, problem.example, left_out, widths)
     cut = check_cut(units, found.groups)
     options = RunOptions(images=images, batch_size=batch_size, seed=seed, progress=progress)
     read = read_calibration(problem, options)
     batches = [*read.heldout, *read.score]  # in one order for all passes
     reference = _references(batches)
-    changes = predict_changes(problem.dense, batches, found.groups, [cut], refits=refits, seed=seed, progress=progress)
-    masked = compute_masked_logits(problem.dense, batches, found.groups, cut)
+    passed: dict[str, Any] = {"refits": refits, "seed": seed, "progress": progress}
+    changes = predict_changes(problem.dense, batches, found.groups, [cut], read.output, **passed)
+    masked = compute_masked_logits(problem.dense, batches, found.groups, cut, read.output)
     seen = check(changes, 0, masked, reference, tolerance=tolerance)
     warn_if_constant(reference)
     real = None
     if pruned is not None:
-        logits = torch.cat(compute_logits(pruned, batches))
+        logits = torch.cat(compute_logits(pruned, batches, read.output))
         if logits.shape != reference.shape:
             raise DataError(
                 f"The pruned model gives logits {list(logits.shape)}, the dense one {list(reference.shape)}."
             )
-        real = measure_damage(reference, logits)
+        real = measure_damage(reference, logits, read.output)
     return Degradation(
         images=count(batches),
         predicted=changes.damage(0),

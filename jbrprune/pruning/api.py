@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from jbrprune.models import preserve, timm_models
 from jbrprune.pruning.channels import find_channels, find_units
 from jbrprune.pruning.loop import run
 from jbrprune.pruning.options import BUDGETS, ChannelOptions, ScoreOptions, WeightOptions, describe
-from jbrprune.pruning.prepare import create_model, open_problem, read_calibration
+from jbrprune.pruning.prepare import check_runs, create_model, open_problem, read_calibration
 from jbrprune.pruning.weights import find_weights
 from jbrprune.report.records import Report
 from jbrprune.sparsity.masks import make_permanent, put_masks, refuse_hidden_sharing, slots
@@ -71,6 +71,7 @@ def prune(  # noqa: D417
     repair: str | Sequence[str] | None = "auto",
     steps: int | None = None,
     ignore: Sequence[str] = (),
+    output: str | int | Callable[[Any], Any] | None = None,
     floors: Floors = Floors(),  # noqa: B008
     images: int | None = 512,
     eval_data: object = None,
@@ -93,6 +94,10 @@ def prune(  # noqa: D417
       ``eval_data``, else those of ``data`` beyond ``images``, else two fifths. At ``confidence``, and allowing for the
       choice, an upper bound of what is lost lies at or below ``max_drop``. Without a budget beside it, MACs are reduced
       as far as the floors allow.
+      What may be lost: accuracy (with labels), agreement of decisions, of an embedding that of nearest neighbours, else
+      the relative error.
+    * ``output``: logits are compared by their divergence, anything else by relative squared error, and the report says
+      which; see `jbrprune.evaluation.outputs`.
     * ``criterion``: a function ``(model, batches, groups)`` returns the scores of the units of every group by its name;
       the lowest go first. It is called before every step. Scores made before hold for one step.
     * ``repair``: ``auto`` tries what applies and keeps what brings the model closer to the dense one on images held
@@ -103,8 +108,8 @@ def prune(  # noqa: D417
       then: make a new optimizer.
 
     Args:
-        model: A timm name (its pretrained weights are fetched; see `create`) or any module
-            ``[B, C, H, W] -> [B, K]``. Left as it was.
+        model: A timm name (its pretrained weights are fetched; see `create`) or any module of images ``[B, C, H, W]``,
+            whatever it returns. Left as it was.
         data: Unlabelled images: a folder, a tensor, a Dataset, a DataLoader, or any iterable of batches. Labels, if
             there are any, are used to report accuracy (and by ``Relevance("label")``), for nothing else.
         {options}
@@ -130,7 +135,7 @@ def prune(  # noqa: D417
     Source:
         Arpit, arXiv 2512.11089.
     """
-    shared = criterion, ignore, batch_size, progress, repair, images, eval_data, seed, resume, inplace
+    shared = criterion, ignore, output, batch_size, progress, repair, images, eval_data, seed, resume, inplace
     budgets = macs, params, channels, latency, latency_ms, max_drop, confidence
     options = ChannelOptions(*shared, *budgets, scope, steps, floors, structure)
     return carry_out(model, data, options, tuple(options.budgets.values()))[0]
@@ -151,6 +156,7 @@ def sparsify(  # noqa: D417
     shrink: bool = False,
     permanent: bool = True,
     ignore: Sequence[str] = (),
+    output: str | int | Callable[[Any], Any] | None = None,
     images: int | None = 512,
     eval_data: object = None,
     batch_size: int = 32,
@@ -197,7 +203,7 @@ def sparsify(  # noqa: D417
     Source:
         Arpit, arXiv 2512.11089.
     """
-    shared = criterion, ignore, batch_size, progress, repair, images, eval_data, seed, resume, inplace
+    shared = criterion, ignore, output, batch_size, progress, repair, images, eval_data, seed, resume, inplace
     options = WeightOptions(*shared, sparsity, pattern, scope, steps, floor, shrink, permanent)
     return carry_out(model, data, options, (sparsity if pattern is None else Pattern.of_text(pattern),))[0]
 
@@ -253,13 +259,15 @@ def score(  # noqa: D417
     parameters: Literal["weights", "all"] = "weights",
     ignore: Sequence[str] = (),
     width: bool = False,
+    output: str | int | Callable[[Any], Any] | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> Scores | WeightScores:
     r"""Score what could be removed from a model: s_u = E_x[v_u(x)^2], v_u(x) = m(x)^T J_u(x) w_u.
 
-    A unit u is a channel, a head or a single weight, w_u its parameters, J_u the Jacobian of the logits by them.
-    All data are read, once, streaming: memory does not grow with their number.
+    A unit u is a channel, a head or a single weight, w_u its parameters, J_u the Jacobian of the outputs by them.
+    All data are read, once, streaming: memory does not grow with their number. Of several outputs that are not logits
+    the first batch says how large each is.
 
     Args:
         model: As for `prune`; with ``granularity="weight"`` it may be masked by `torch.nn.utils.prune`.
@@ -282,10 +290,11 @@ def score(  # noqa: D417
         >>> scores["layer1.0.conv1"].shape
         torch.Size([64])
     """
-    options = ScoreOptions(criterion, ignore, batch_size, progress, granularity, parameters, width)
+    options = ScoreOptions(criterion, ignore, output, batch_size, progress, granularity, parameters, width)
     weights, relevance = granularity == "weight", options.ranking
     with torch.inference_mode(False):  # copies that are made in inference mode cannot be differentiated
-        problem = open_problem(model, data, batch_size, masked=weights, as_given=True)
+        problem = open_problem(model, data, batch_size, output, masked=weights, as_given=True)
+        relevance = replace(relevance, output=problem.output)
         passed: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         if weights:
             dense = problem.dense
@@ -310,6 +319,7 @@ class Info:
         least_params: The same for parameters.
         rows: The groups.
         skipped: Layer -> why it keeps its width.
+        output: What of the model's output counts.
     """
 
     input_size: tuple[int, ...]
@@ -319,6 +329,7 @@ class Info:
     least_params: float
     rows: tuple[InfoRow, ...]
     skipped: dict[str, str]
+    output: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """Pure JSON types."""
@@ -352,6 +363,7 @@ def info(
     *,
     structure: Literal["channels", "directions"] = "channels",
     ignore: Sequence[str] = (),
+    output: str | int | Callable[[Any], Any] | None = None,
     floors: Floors = Floors(),  # noqa: B008
 ) -> Info:
     """List what can be removed from a model, and what it costs.
@@ -361,6 +373,7 @@ def info(
         images: ``[B, C, H, W]`` example input; default: noise of the size that a timm model wants.
         structure: What goes, as for `prune`.
         ignore: Globs of modules that keep their width.
+        output: What of the model's output counts, as for `prune`.
         floors: How narrow groups may become, and whether residual widths are offered.
 
     Raises:
@@ -379,6 +392,7 @@ def info(
             raise ArgumentError(f"{type(dense).__name__} does not say which images it wants: pass images=.")
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     images = images.to(preserve.device_of(dense))
+    counts = check_runs(dense, images, output)
     found_in, found = find_units(dense, images, ignore, floors.width, structure=structure)
     costs = macs, params = [cost_model(kind, found_in, images, found.groups) for kind in ("macs", "params")]
     whole, sizes, rows = (macs.total, params.total), {group.name: group.size for group in found.groups}, []
@@ -399,6 +413,7 @@ def info(
         least_params=reduce_to_floors(params, found.groups, floors, sizes) / whole[1],
         rows=tuple(rows),
         skipped=found.skipped,
+        output=counts.said,
     )
 
 
@@ -410,9 +425,8 @@ def carry_out(
     results, originals, log = [], {}, None
     drop = options.max_drop if isinstance(options, ChannelOptions) else None
     with torch.inference_mode(False), contextlib.ExitStack() as stack:  # what inference mode makes cannot be trained
-        problem = open_problem(model, data, options.batch_size, masked=isinstance(options, WeightOptions))
-        if drop is not None:
-            problem.check_classes("max_drop=")
+        asked: Any = options.output
+        problem = open_problem(model, data, options.batch_size, asked, masked=isinstance(options, WeightOptions))
         if isinstance(options, ChannelOptions):
             structure = find_channels(problem, options, stops)
         else:

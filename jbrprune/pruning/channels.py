@@ -159,7 +159,7 @@ class Channels(Structure):
                 rotate(self.model.get_submodule(name), moments)  # type: ignore[arg-type]
             distributed.broadcast_tensors(self.model.state_dict())
         if isinstance(criterion, Relevance):
-            criterion = replace(criterion, seed=self.options.seed + number)
+            criterion = replace(criterion, seed=self.options.seed + number, output=self.output)
             scores = criterion(self.model, batches, self.groups, progress=self.options.progress)
         else:
             scores = criterion if isinstance(criterion, Scores) else criterion(self.model, batches, self.groups)

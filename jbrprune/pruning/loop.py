@@ -27,6 +27,7 @@ from jbrprune.data.batches import Batch, count
 from jbrprune.errors import ArgumentError, NonFiniteError
 from jbrprune.evaluation.agreement import Agreement, agreement_on
 from jbrprune.evaluation.latency import Timings, time_in_turns
+from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.models import preserve
 from jbrprune.pruning.prepare import Calibration, Problem, provenance
 from jbrprune.repair.repair import Outcome, Targets, record_targets, repair_model
@@ -62,6 +63,7 @@ class Structure(ABC):
         model: Loses something in every step.
         stops: Goals at which a model is handed over, in order.
         consumers: Layers that may lose inputs.
+        output: What of the model's output counts, with its scales.
         stop: The stop that is aimed at.
         steps: The steps that led here.
         kept: Axis -> channels of the dense model that are left.
@@ -76,6 +78,7 @@ class Structure(ABC):
     model: nn.Module
     stops: tuple[Any, ...]
     consumers: list[str]
+    output: Output = LOGITS
     stop: Any = None
     steps: list[StepRow] = field(default_factory=list)
     kept: dict[Axis, Tensor] = field(default_factory=dict)
@@ -142,7 +145,7 @@ def run(
         NonFiniteError: NaN or Inf on the way.
     """
     began, timed, options, targets = time.perf_counter(), structure.timed, structure.options, None
-    dense = structure.size()
+    dense, structure.output = structure.size(), images.output
     if images.gate and options.methods:
         with timed("repair"):
             targets = record_targets(structure.problem.dense, images.repair, structure.consumers)
@@ -177,7 +180,7 @@ def run(
             yield hand_over(structure, images, targets, dense, agreed, began)
     if goals is not None:
         with timed("evaluation"):
-            final = agreement_on(structure.model, images.heldout) if images.heldout else None
+            final = agreement_on(structure.model, images.heldout, images.output) if images.heldout else None
         yield hand_over(structure, images, targets, dense, (None, final), began)
 
 
@@ -187,14 +190,15 @@ def repair_and_evaluate(
     """Repair the model; at a stop, measure on the held-out images before and after."""
     measured, outcome, model = stops and bool(images.heldout), None, structure.model
     with structure.timed("evaluation"):
-        before = after = agreement_on(model, images.heldout) if measured else None
+        before = after = agreement_on(model, images.heldout, images.output) if measured else None
     if targets is not None:
         how = structure.kept, structure.options.methods
+        what: Any = {"output": images.output, "masks": structure.masks, "quick": quick}
         with structure.timed("repair"):
-            outcome = repair_model(model, targets, images.gate, *how, masks=structure.masks, quick=quick)
+            outcome = repair_model(model, targets, images.gate, *how, **what)
     if measured and outcome is not None and outcome.kept != "none":
         with structure.timed("evaluation"):
-            after = agreement_on(model, images.heldout)
+            after = agreement_on(model, images.heldout, images.output)
     return outcome, (before, after)
 
 
@@ -218,14 +222,17 @@ def hand_over(
     problem, options = structure.problem, structure.options
     seconds = {**structure.seconds, "total": time.perf_counter() - began}
     model, masks, facts = structure.deliver()
+    output = images.output
+    said = [output.said] * (output.guessed or output.kind != "logits")
     if problem.wrapper:
-        facts["notes"] += (f"The model was wrapped in {problem.wrapper}; what is inside was pruned: wrap it again.",)
+        said.append(f"The model was wrapped in {problem.wrapper}; what is inside was pruned: wrap it again.")
     fitted = targets.notes(options.methods) if targets else []
-    facts["notes"] = (*facts["notes"], *fitted, *images.notes(bool(options.methods)))
+    facts["notes"] = (*said, *facts["notes"], *fitted, *images.notes(bool(options.methods)))
+    settings = options.described() | {"output": output.kind, "steps": len(structure.steps)}
     timings = structure.timings or time_in_turns([problem.dense, model], problem.example[:1])
     report = Report(
         model=problem.name,
-        settings=options.described() | {"steps": len(structure.steps), "images": count(images.score)},
+        settings=settings | {"images": count(images.score)},
         dense=dense,
         steps=tuple(structure.steps),
         unrepaired=agreed[0],

@@ -24,6 +24,7 @@ from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.errors import ArgumentError, BudgetError, check_known, unknown
+from jbrprune.evaluation.outputs import check_output
 from jbrprune.repair.repair import METHODS
 from jbrprune.sparsity.patterns import Pattern, Scope
 
@@ -109,6 +110,13 @@ class Options:
 
     criterion: str | object = option("jbr", RANK_BY, "Criterion", check_criterion)
     ignore: Sequence[str] = option((), "Globs of modules that keep their width, or their weights.", "Criterion")
+    output: str | object = option(
+        None,
+        "What counts of the model's output: logits, binary, embedding, features, dense, a key, an index or, in Python, "
+        "a function of what it returns; default: found, and said.",
+        "Criterion",
+        check_output,
+    )
     batch_size: int = option(32, "Images per pass.", "Data", whole(1))
     progress: bool = option(True, "Show progress bars.", None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -15,11 +16,14 @@ from jbrprune.data import distributed
 from jbrprune.data.batches import Batch, class_indices, concatenate, iterate, materialise, rebatch
 from jbrprune.data.images import open_data
 from jbrprune.errors import ArgumentError, DataError, JBRError, ModelError
-from jbrprune.evaluation.agreement import check_weights, compute_logits
+from jbrprune.evaluation.agreement import check_weights, compute_logits, explain_out_of_memory
 from jbrprune.evaluation.latency import describe_hardware
+from jbrprune.evaluation.outputs import LOGITS, Asked, Output, find_output
 from jbrprune.models import plain, preserve, timm_models
 from jbrprune.pruning.options import RunOptions
 from jbrprune.sparsity.masks import fresh, make_permanent, masks_of
+
+logger = logging.getLogger(__name__)
 
 FEWEST_TO_HOLD_BACK = 10
 """With fewer images none is held back, so nothing is repaired and no agreement is measured."""
@@ -36,7 +40,7 @@ class Problem:
         dense: The same; of a masked model a copy with zeros in the place of masks.
         example: ``[2, C, H, W]`` on the model's device: the first two images (the first one twice if there is one).
         data: What the images are read from.
-        outputs: Number of outputs K.
+        output: What of the model's output counts.
         name: What reports call the model.
         wrapper: What was taken off it, such as ``OptimizedModule`` of `torch.compile`; empty where nothing was.
     """
@@ -45,27 +49,14 @@ class Problem:
     dense: nn.Module
     example: Tensor
     data: object
-    outputs: int
+    output: Output
     name: str
     wrapper: str = ""
-
-    def check_classes(self, what: str) -> None:
-        """Refuse a model with one output for what asks whether the top-1 stays.
-
-        Raises:
-            ModelError: It has one output K.
-        """
-        if self.outputs < 2:
-            raise ModelError(
-                f"{what} asks whether the largest of several logits stays the largest, but {self.name} has one output: "
-                "that never changes, whatever is removed. For a regression, prune to a budget (macs=, params=) and "
-                "measure its error; jbrprune.tpv estimates how far one output moves."
-            )
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Calibration images with the dense model's logits, by purpose.
+    """Calibration images with the dense model's logits, or other rows that count, by purpose.
 
     Attributes:
         score: Units are scored on these (``repair`` and ``gate`` together).
@@ -75,6 +66,7 @@ class Calibration:
         described: Which images the held-out ones are.
         judge: How far to prune is decided on these; none unless asked for.
         judged: Which images these are.
+        output: What of the model's output counts, with the scales that these images give.
     """
 
     score: list[Batch]
@@ -84,6 +76,7 @@ class Calibration:
     described: str
     judge: list[Batch] = field(default_factory=list)
     judged: str = ""
+    output: Output = LOGITS
 
     def notes(self, wants_repair: bool) -> list[str]:
         """What the number of images did not allow."""
@@ -94,7 +87,13 @@ class Calibration:
 
 
 def open_problem(
-    model: nn.Module | str, data: object, batch_size: int, *, masked: bool = False, as_given: bool = False
+    model: nn.Module | str,
+    data: object,
+    batch_size: int,
+    asked: Asked = None,
+    *,
+    masked: bool = False,
+    as_given: bool = False,
 ) -> Problem:
     """See that a model can be worked on and runs on the first image; no other image is read.
 
@@ -102,13 +101,15 @@ def open_problem(
         model: A timm name or a module; left as it was.
         data: As for `jbrprune.prune`.
         batch_size: Images per pass.
+        asked: What of the model's output counts; None: find it.
         masked: Whether masks of `torch.nn.utils.prune` are welcome.
-        as_given: Whether the images must have the model's precision already; otherwise they are converted.
+        as_given: Whether the images are used as they are: they must have the model's precision already, and the first
+            batch gives the scales of the output. Otherwise they are converted.
 
     Raises:
         ArgumentError: Neither a name nor a module.
         DataError: The images cannot be used.
-        ModelError: The model is masked, in half precision, or does not return logits.
+        ModelError: The model is masked, in half precision, or does not return what is asked for.
         NonFiniteError: NaN or Inf in weights or logits.
     """
     passed = model
@@ -133,12 +134,17 @@ def open_problem(
     first, parameter = batch.images, preserve.first_tensor(model)
     converted = first if parameter is None else first.to(parameter.dtype)
     recipe = timm_models.recipe(model)
+    output = check_runs(model, first if as_given else converted, asked)
+    if output.guessed:
+        logger.info("%s", output.said)
+    if as_given and not output.decides:
+        output = output.scaled_by(torch.cat(compute_logits(model, [batch], output)))
     return Problem(
         given=given,
         dense=model,
         example=(converted if len(first) > 1 else converted.repeat(2, 1, 1, 1))[:2].to(preserve.device_of(model)),
         data=itertools.chain([batch], batches) if isinstance(opened, Iterator) else opened,
-        outputs=check_runs(model, first if as_given else converted),
+        output=output,
         name=recipe.name if recipe else type(model).__name__,
         wrapper="" if isinstance(passed, str) or passed is given else type(passed).__name__,
     )
@@ -161,19 +167,22 @@ def create_model(model: nn.Module | str) -> nn.Module:
     return model
 
 
-def check_runs(model: nn.Module, images: Tensor) -> int:
-    """The number of outputs K of a model that accepts such images, by running it on the first one.
+def check_runs(model: nn.Module, images: Tensor, asked: Asked | Output = None) -> Output:
+    """What counts of the output of a model that accepts such images, by running it on the first one.
 
     Raises:
         DataError: It does not; says what it was made for, if it tells.
-        ModelError: It does, but what comes out is not logits.
+        ModelError: It does, but what comes out is not what is asked for.
         NonFiniteError: NaN or Inf come out.
     """
     size = timm_models.image_size(model)
     wanted = f" It was made for {' x '.join(map(str, size))} (channels, height, width)." if size else ""
     try:
-        with distributed.alone():
-            return compute_logits(model, [Batch(images[:1])])[0].shape[1]
+        with distributed.alone(), preserve.inference_state(model), explain_out_of_memory(1):
+            returned = model(images[:1].to(preserve.device_of(model)))
+            output = asked if isinstance(asked, Output) else find_output(model, returned, 1, asked)
+            compute_logits(model, [Batch(images[:1])], output)
+        return output
     except JBRError:
         raise
     except Exception as error:  # whatever a foreign forward raises is the answer
@@ -201,7 +210,10 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
     """
     own = judged and options.eval_data is None
     most = options.images if options.images is None or not own else options.images + MOST_JUDGES
-    whole = _read(problem.dense, problem.data, most, options)
+    whole = _read(problem, problem.data, most, options)
+    assert whole.reference is not None
+    output = problem.output.scaled_by(whole.reference)
+    whole = replace(whole, reference=output.scale(whole.reference))
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(options.seed))
     whole = whole.map(lambda tensor: tensor[order])
     fifth = len(whole) // 5 if len(whole) >= FEWEST_TO_HOLD_BACK else 0
@@ -217,7 +229,8 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
         heldout, described = part(0, apart), f"{apart} calibration images that {purpose}"
     else:
         opened = open_data(options.eval_data, problem.dense, batch_size=options.batch_size)
-        others = _read(problem.dense, opened, None, options)
+        others = _read(problem, opened, None, options)
+        others = replace(others, reference=output.scale(others.reference))
         heldout, described = (
             rebatch([others], options.batch_size),
             f"{len(others)} images of eval_data{f' that {purpose}' if judged else ''}",
@@ -231,11 +244,13 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
         described=described,
         judge=heldout if judged else [],
         judged=f"{sum(map(len, heldout))} images that neither score, repair nor gate" if judged else "",
+        output=output,
     )
 
 
-def _read(model: nn.Module, data: object, images: int | None, options: RunOptions) -> Batch:
-    """Images in the model's precision, with the dense model's logits."""
+def _read(problem: Problem, data: object, images: int | None, options: RunOptions) -> Batch:
+    """Images in the model's precision, with the dense model's logits, or other rows without scales."""
+    model, output = problem.dense, problem.output
     # a loader draws when it is iterated
     with distributed.fail_together(), preserve.same_randomness(torch.device("cpu")):
         batches = materialise(data, images=images, batch_size=options.batch_size)
@@ -243,13 +258,14 @@ def _read(model: nn.Module, data: object, images: int | None, options: RunOption
     parameter = preserve.first_tensor(model)
     if parameter is not None:
         batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
-    check_runs(model, batches[0].images)
+    check_runs(model, batches[0].images, output)
     if any(batch.reference is None for batch in batches):
-        logits = compute_logits(model, batches, progress=options.progress)
+        logits = compute_logits(model, batches, output, progress=options.progress)
         batches = [replace(batch, reference=reference) for batch, reference in zip(batches, logits)]
     whole = concatenate(batches)
     assert whole.reference is not None
-    return replace(whole, labels=class_indices(whole.labels, whole.images.shape[:1], whole.reference.shape[1]))
+    classes = output.classes(whole.reference)
+    return replace(whole, labels=class_indices(whole.labels, whole.images.shape[:1], classes))
 
 
 def provenance(seed: int, device: torch.device) -> dict[str, object]:

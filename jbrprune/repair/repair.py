@@ -33,6 +33,7 @@ from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.errors import NonFiniteError
 from jbrprune.evaluation.agreement import Agreement, agreement_on
+from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.models import layers, preserve
 from jbrprune.repair.least_squares import Moments, can_refit, flatten_positions, gather_inputs, refit, sum_products
 from jbrprune.structure.groups import Axis
@@ -166,6 +167,7 @@ def repair_model(
     kept: Mapping[Axis, Tensor],
     methods: Sequence[str],
     *,
+    output: Output = LOGITS,
     masks: Mapping[str, Tensor] | None = None,
     quick: bool = False,
 ) -> Outcome:
@@ -177,14 +179,15 @@ def repair_model(
         gate: Other images, with the dense model's logits as reference.
         kept: Axis -> channels of the dense model that are left.
         methods: Some of `METHODS` to apply together, or ``("auto",)`` to choose among combinations; none: only measure.
+        output: What of the model's output counts.
         masks: Name of a weight or bias -> boolean mask, False where the model's value is zero and stays so.
         quick: Look at the first chunk of the images only, and take the first combination that helps.
 
     Returns:
-        What was kept, and the agreement on ``gate`` before and after. The divergence KL(dense || repaired) decides: on
-        a hundred images it resolves differences that top-1 cannot.
+        What was kept, and the agreement on ``gate`` before and after. The divergence KL(dense || repaired) decides (of
+        what is not logits, the relative error): on a hundred images it resolves differences that top-1 cannot.
     """
-    before = agreement_on(model, gate)
+    before = agreement_on(model, gate, output)
     if not methods:
         return Outcome("none", before, before)
     combinations = [tuple(methods)]
@@ -197,10 +200,10 @@ def repair_model(
         model.load_state_dict(original)
         try:
             apply_methods(model, targets, kept, combination, masks or {}, chunks=1 if quick else len(targets.chunks))
-            after = agreement_on(model, gate)
+            after = agreement_on(model, gate, output)
         except (NonFiniteError, torch.linalg.LinAlgError):  # a repair that breaks the model is not a repair
             continue
-        if after.kl < best.after.kl:
+        if after.distance < best.after.distance:
             best, best_state = Outcome("+".join(combination), before, after), copy.deepcopy(model.state_dict())
             if quick:
                 break

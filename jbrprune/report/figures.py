@@ -24,7 +24,11 @@ MAX_NAMES = 60
 COLOURS = ("#c8742c", "#1f4e79", "#3f7d4e", "#7b4b94")
 STAGES = {"unrepaired": "before repair", "repaired": "after repair"}
 PREDICTIONS = {"predicted_flips": "predicted, without repair", "predicted_flips_repaired": "predicted, with repair"}
-TOP1 = "top-1 agreement with the dense model (%)"
+LABELS = {
+    "agreement": "top-1 agreement with the dense model (%)",
+    "nearest-neighbour agreement": "nearest-neighbour agreement with the dense model (%)",
+    "relative error": "1 - relative error (%)",
+}
 
 Point = tuple[float, float, float, float]
 """Cost kept, value, and the ends of the value's interval; all of them shares."""
@@ -50,13 +54,13 @@ def plot_report(report: Report, path: str | os.PathLike[str] | None = None, pred
             _draw_line(curve, points, colour, label, dashed=True)
     final = _points(report.dense, [(report.pruned, report.final)])[1:]
     _draw_line(curve, final, "black", "final, held-out images, 95 % interval")
-    _finish_axes(curve, report, TOP1)
+    _finish_axes(curve, report, _label(report))
     save_figure(figure, path)
     return figure
 
 
 def plot_sweep(reports: Sequence[Report], path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw top-1 agreement, and accuracy where it is known, against the cost, before and after the last repair.
+    """Draw the agreement, and accuracy where it is known, against the cost, before and after the last repair.
 
     Args:
         reports: At least one; all of one model.
@@ -69,7 +73,7 @@ def plot_sweep(reports: Sequence[Report], path: str | os.PathLike[str] | None = 
         ImportError: matplotlib is not installed.
     """
     reports = sorted(reports, key=lambda report: -cost_left(report.dense, report.pruned))
-    values = {"top1": TOP1}
+    values = {"share": _label(reports[0])}
     if any(report.final is not None and report.final.accuracy is not None for report in reports):
         values["accuracy"] = "accuracy (%)"
     figure, panels = _make_figure(len(values))
@@ -80,6 +84,11 @@ def plot_sweep(reports: Sequence[Report], path: str | os.PathLike[str] | None = 
         _finish_axes(axes, reports[0], name)
     save_figure(figure, path)
     return figure
+
+
+def _label(report: Report) -> str:
+    """What the models are compared by."""
+    return LABELS[report.final.of if report.final else "agreement"]
 
 
 def cost_left(dense: Size, after: Size | StepRow) -> float:
@@ -107,13 +116,13 @@ def _make_figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, panes
 
 
-def _points(dense: Size, rows: Sequence[tuple[Size | StepRow, Agreement | None]], value: str = "top1") -> list[Point]:
+def _points(dense: Size, rows: Sequence[tuple[Size | StepRow, Agreement | None]], value: str = "share") -> list[Point]:
     """What was measured, after a point for the dense model; empty where nothing was."""
     found = [(size, row) for size, row in rows if row and row.images and getattr(row, value) is not None]
     if not found:
         return []
-    start = 1.0 if value == "top1" else found[0][1].dense_accuracy or 0.0
-    ends = [row.top1_interval if value == "top1" else (getattr(row, value),) * 2 for _, row in found]
+    start = 1.0 if value == "share" else found[0][1].dense_accuracy or 0.0
+    ends = [(value == "share" and row.interval) or (getattr(row, value),) * 2 for _, row in found]
     shares = [(cost_left(dense, size), getattr(row, value)) for size, row in found]
     return [(1.0, start, start, start), *((*pair, low, high) for pair, (low, high) in zip(shares, ends))]
 

@@ -103,7 +103,7 @@ class Trial:
         macs: Its multiply-accumulates for one image.
         drop: What it lost.
         accepted: Whether that was allowed.
-        predicted: Share of samples whose top-1 was predicted to change before the model was made.
+        predicted: Share of samples whose top-1 was predicted to change before the model was made, or relative error.
     """
 
     share: float
@@ -271,7 +271,7 @@ def plain(value: Any) -> Any:
     """Pure JSON types; arrays and tensors become lists, anything foreign its string."""
     if is_dataclass(value):
         own = {item.name: plain(getattr(value, item.name)) for item in fields(value)}
-        return own | ({"top1_interval": plain(value.top1_interval)} if isinstance(value, Agreement) else {})
+        return own | ({"interval": plain(value.interval)} if isinstance(value, Agreement) else {})
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

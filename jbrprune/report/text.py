@@ -22,6 +22,10 @@ WIDTH = 80
 MAX_ROWS = 40
 CARD = "README.md"
 LIBRARY = "jbrprune"
+SHORT = {"agreement": "top-1", "nearest-neighbour agreement": "neighbours", "relative error": "1 - error"}
+"""Headings of what models are compared by."""
+TASKS = dict.fromkeys(("embedding", "features"), "image-feature-extraction") | {"dense": "image-segmentation"}
+"""Kind of output -> task of the Hugging Face Hub."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def format_report(report: Report) -> str:
 def format_sweep(reports: Sequence[Report], title: str) -> str:
     """Lay out what each share costs: one line per report, after one for the dense model.
 
-    Top-1 is given before and after the last repair, all else for the model that was handed over.
+    Agreement is given before and after the last repair, all else for the model that was handed over.
 
     Args:
         reports: At least one, all of one model, in the order in which they are to be listed.
@@ -97,10 +101,12 @@ def format_sweep(reports: Sequence[Report], title: str) -> str:
     Returns:
         Plain text, at most 80 columns.
     """
-    rows = [_sweep_row(reports[0], dense=True), *map(_sweep_row, reports)]
+    rows, final = [_sweep_row(reports[0], dense=True), *map(_sweep_row, reports)], reports[0].final
+    logits = final is None or final.kl is not None
     note = (
-        "kept: share of the MACs. top-1, KL: agreement with the dense model on held-out images; top-1 before -> after "
-        "the last repair, all else after it. time: of one image, in turns with the dense model."
+        f"kept: share of the MACs. {SHORT[final.of if final else 'agreement']}, {'KL' if logits else 'error'}: against "
+        "the dense model on held-out images; the former before -> after the last repair, all else after it. time: of "
+        "one image, in turns with the dense model."
     )
     if any(report.timings is not None and report.timings.ratios[1] > 1 for report in reports):
         note += (
@@ -114,7 +120,7 @@ def _sweep_row(report: Report, dense: bool = False) -> dict[str, Any]:
     """The line of a report, or that of its dense model."""
     size, final, timings = report.dense if dense else report.pruned, report.final, report.timings
     sparse = size.nonzero is not None
-    tops = [format_percent(row.top1, "") or "-" for row in (report.unrepaired, report.repaired) if row is not None]
+    tops = [format_percent(row.share, "") or "-" for row in (report.unrepaired, report.repaired) if row is not None]
     accuracy = final and (final.dense_accuracy if dense else final.accuracy)
     ms, ratio = (timings.latencies[0].median_ms, timings.ratios[1]) if timings else (None, None)
     return {
@@ -123,9 +129,10 @@ def _sweep_row(report: Report, dense: bool = False) -> dict[str, Any]:
         "params": None if sparse else format_si(size.params),
         "zeros\n%": None if dense else format_percent(report.sparsity, ""),
         "effective": None if size.nonzero is None else format_si(size.nonzero),
-        "top-1 (%)\nbefore -> after": "dense" if dense else " -> ".join(tops),
+        f"{SHORT[final.of if final else 'agreement']} (%)\nbefore -> after": "dense" if dense else " -> ".join(tops),
         "95 %\ninterval": None if dense else format_interval(final),
-        "KL\n(nats)": None if dense or final is None else f"{final.kl:.3g}",
+        "KL\n(nats)": None if dense or final is None or final.kl is None else f"{final.kl:.3g}",
+        "relative\nerror": None if dense or final is None or final.error is None else f"{final.error:.3g}",
         "accu-\nracy %": format_percent(accuracy, ""),
         "time\n%": ms and f"{ms:.3g} ms" if dense else format_percent(ratio, ""),
     }
@@ -145,11 +152,16 @@ def make_tables(report: Report) -> dict[str, Table]:
     if report.final is not None and report.final.accuracy is not None:
         rows = {"dense": Agreement(0, 1.0, 1.0, 0.0, report.final.dense_accuracy)} | rows
     agreements = [
-        {"": name, "top-1": format_percent(row.top1), "95 % interval": format_interval(row)}
-        | {"top-5": format_percent(row.top5), "KL (nats)": row.kl, "accuracy": format_percent(row.accuracy)}
+        {"": name, "top-1": format_percent(row.top1), "neighbours": format_percent(row.neighbours)}
+        | {"95 % interval": format_interval(row), "top-5": format_percent(row.top5), "KL (nats)": row.kl}
+        | {"mean IoU": row.iou, "cosine": row.cosine, "relative error": row.error}
+        | {"accuracy": format_percent(row.accuracy)}
         for name, row in rows.items()
         if row is not None
     ]
+    errors = {stage: row.errors for stage, row in rows.items() if row is not None and row.errors}
+    names = list(next(iter(errors.values()), ()))
+    levels = [{"": name} | {stage: found[name] for stage, found in errors.items()} for name in names]
     widths = [
         {"layer": row.name, "type": row.type, "unit": row.kind, "before": row.before, "after": row.after}
         | {"kept": format_percent(row.kept), "": f"{'#' * round(10 * row.kept):10}"}
@@ -158,6 +170,7 @@ def make_tables(report: Report) -> dict[str, Table]:
     tables = {
         "Cost": make_pairs(_facts(report)),
         f"Agreement with the dense model on {report.heldout or 'held-out images'}": make_table(agreements),
+        "Relative error of every output": make_table(levels if len(names) > 1 else ()),
         "Widths": make_table(widths, left=3),
         "Steps": make_table([vars(step) for step in report.steps]),
         "Provenance": make_pairs(report.provenance),
@@ -203,9 +216,9 @@ def _facts(report: Report) -> dict[str, Any]:
 
 
 def format_value(value: object) -> str:
-    """One cell: ``25,557,032``, ``0.1234``, ``a=1, b=2``, the top-1 of an agreement; ``-`` for None and NaN."""
+    """One cell: ``25,557,032``, ``0.1234``, ``a=1, b=2``, the share of an agreement; ``-`` for None and NaN."""
     if isinstance(value, Agreement):
-        return format_percent(value.top1) or "-"
+        return format_percent(value.share) or "-"
     value = plain(value)
     if isinstance(value, dict):
         return ", ".join(f"{name}={entry}" for name, entry in value.items())
@@ -236,10 +249,9 @@ def format_percent(share: float | None, unit: str = " %") -> str | None:
 
 
 def format_interval(row: Agreement | None) -> str | None:
-    """``90.9 - 95.3``: the 95 % interval of the top-1 agreement, in percent."""
-    if row is None or not row.images:
-        return None
-    return " - ".join(f"{100 * end:.1f}" for end in row.top1_interval)
+    """``90.9 - 95.3``: the 95 % interval of the agreement, in percent."""
+    ends = row.interval if row is not None and row.images else None
+    return None if ends is None else " - ".join(f"{100 * end:.1f}" for end in ends)
 
 
 def make_card(report: Mapping[str, Any], base: str | None) -> str:
@@ -253,16 +265,19 @@ def make_card(report: Mapping[str, Any], base: str | None) -> str:
         run = Report.from_dict(report) if report else None
     except ArgumentError:
         run = None  # of another tool: the card does without
-    facts: dict[str, Any] = {"library_name": LIBRARY, "pipeline_tag": "image-classification"}
-    facts["tags"] = ["image-classification", "pruning", LIBRARY] + ["timm"] * bool(base)
+    task = TASKS.get(str(run.settings.get("output", "logits")) if run else "logits", "image-classification")
+    facts: dict[str, Any] = {"library_name": LIBRARY, "pipeline_tag": task}
+    facts["tags"] = [task, "pruning", LIBRARY] + ["timm"] * bool(base)
     if base:
         name = base.rpartition(":")[2]  # without hf-hub:
         facts["base_model"] = name if "/" in name else f"timm/{name}"
-    if run is not None and run.final is not None:
-        found = {"top-1 agreement with the dense model": run.final.top1, "accuracy": run.final.accuracy}
+    if run is not None and run.final is not None and run.final.of != "relative error":
+        final = run.final
+        found = {"top-1 agreement with the dense model": final.top1, "accuracy": final.accuracy}
+        found |= {"nearest-neighbour agreement with the dense model": final.neighbours}
         metrics = [{"type": "accuracy", "name": k, "value": round(v, 6)} for k, v in found.items() if v is not None]
         data = {"type": "held-out", "name": run.heldout or "held-out images"}
-        result = {"task": {"type": "image-classification"}, "dataset": data, "metrics": metrics}
+        result = {"task": {"type": task}, "dataset": data, "metrics": metrics}
         facts |= {"metrics": ["accuracy"], "model-index": [{"name": f"{run.model}, pruned", "results": [result]}]}
     dense, argument = (f"`{base}`", "") if base else ("a model of your own", ", model=dense")
     parts = [

@@ -184,11 +184,11 @@ def trace_model(model: nn.Module, images: Tensor) -> CouplingGraph:
     """
     advice = "Check that the model runs on this input."
 
-    def forward(model: nn.Module, inputs: Any) -> Tensor:
+    def forward(model: nn.Module, inputs: Any) -> list[Tensor]:
         nonlocal advice
-        logits = preserve.logits_of(model(*inputs))
+        outputs = [tensor for tensor in preserve.tensors_of(model(*inputs)).values() if tensor.requires_grad]
         advice = "The model runs, but torch-pruning does not understand its operations: it cannot be pruned."
-        return logits
+        return outputs
 
     graph = tp.DependencyGraph()
     fixed: dict[Any, tp.function.BasePruningFunc] = {

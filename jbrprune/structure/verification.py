@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from jbrprune.errors import ModelError, UnsupportedModelError
 from jbrprune.models import preserve
-from jbrprune.models.preserve import copy_model, logits_of
+from jbrprune.models.preserve import copy_model, flatten_returned
 from jbrprune.structure.discovery import Found
 from jbrprune.structure.groups import Group
 from jbrprune.structure.slicing import masked_units, remove_units
@@ -208,12 +208,12 @@ def _find_failure(
             smaller = copy_model(trial, share=True)  # removal replaces tensors, it does not change them
             remove_units(smaller, groups, selection)
             for images in examples:
-                got = logits_of(smaller(images))
+                got = flatten_returned(smaller(images), len(images))
                 with masked_units(trial, groups, selection):
-                    expected = logits_of(trial(images))
+                    expected = flatten_returned(trial(images), len(images))
                 difference = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
                 if not difference <= TOLERANCE:
-                    return f"the logits differ by {difference:.1e}"
+                    return f"the outputs differ by {difference:.1e}"
         except Exception as error:  # whatever a foreign forward raises is the answer
             return f"{type(error).__name__}: {error}"
         if some and (error := _train(smaller, examples[0])) and not _train(trial, examples[0]):
@@ -310,7 +310,7 @@ def _row_sums(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[st
         return lambda module, args, kwargs: note(name, preserve.input_of(args, kwargs))
 
     with torch.no_grad(), preserve.hooked(model, forward_pre={name: record(name) for name in names}):
-        note("the logits", logits_of(model(images)))
+        note("the logits", flatten_returned(model(images), len(images)))
     return sums
 
 

@@ -269,7 +269,7 @@ def test_interval_is_wilsons(hits, number):
     p, n, z = hits / number, number, 1.959963984540054
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    low, high = Agreement(number, p, 1.0, 0.0).top1_interval  # 29 / 100 * 100 is less than 29
+    low, high = Agreement(number, p, 1.0, 0.0).interval  # 29 / 100 * 100 is less than 29
     assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-12)
 
 
@@ -305,17 +305,6 @@ def test_agreement_on_equals_compute_logits_and_compare():
 def test_agreement_on_needs_references(batches, message):
     with pytest.raises(DataError, match=message):
         measure.agreement_on(net(), batches)
-
-
-@pytest.mark.parametrize("other", [0, 43, 57])
-def test_parts_are_combined_by_counts(other):
-    """As ranks do: 29 and 57 of 100 are 0.29 and 0.57, whose products with 100 are less than the counts."""
-    parts = [Agreement(100, 0.29, 0.57, 0.1, 0.58, 0.55), Agreement(100, other / 100, 1.0, 0.4, 0.07, 0.14)]
-    whole = measure.combine(parts)
-    assert (whole.images, whole.top1, whole.top5) == (200, (29 + other) / 200, 157 / 200)
-    assert (whole.accuracy, whole.dense_accuracy) == (65 / 200, 69 / 200)
-    assert whole.kl == pytest.approx(0.25, rel=1e-15)
-    assert measure.combine([*parts, Agreement(1, 1.0, 1.0, 0.0)]).accuracy is None
 
 
 # --- drop ---------------------------------------------------------------------------------------

@@ -136,8 +136,8 @@ def test_round_trip_through_json():
 
 
 def test_json_carries_the_interval():
-    interval = made().to_dict()["repaired"]["top1_interval"]
-    assert interval == pytest.approx(list(REPAIRED.top1_interval))
+    interval = made().to_dict()["repaired"]["interval"]
+    assert interval == pytest.approx(list(REPAIRED.interval))
 
 
 def test_nan_and_foreign_types_become_plain():
@@ -312,4 +312,4 @@ def test_error_bars_end_at_the_interval():
     (axes, _) = plot_sweep([made(unrepaired=None)]).axes
     (bars,) = axes.containers[0].lines[2]
     ends = bars.get_segments()[1][:, 1]
-    np.testing.assert_allclose(ends, [100 * end for end in REPAIRED.top1_interval])
+    np.testing.assert_allclose(ends, [100 * end for end in REPAIRED.interval])
