@@ -96,13 +96,15 @@ def flags(table: type) -> Iterator[tuple[str, str]]:
     """Flag and first words of the help of every option that a table asks for."""
     special = {(Floors, "share"): "floor", (Floors, "channels"): "min_channels"}
     for item in fields(table):
+        if item.metadata["panel"] is None:
+            continue
         if is_dataclass(item.default):
             yield from flags(type(item.default))
-        elif item.metadata["panel"] is not None:
+        else:
             name = special.get((table, item.name), item.name).replace("_", "-")
             yield f"--no-{name}" if item.default is True else f"--{name}", item.metadata["help"]
         if item.name == "criterion":
-            yield from ((flag, text) for flag, text in flags(Relevance) if flag != "--seed")
+            yield from flags(Relevance)
 
 
 TABLES: dict[str, tuple[type, ...]] = {

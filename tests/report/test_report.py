@@ -170,7 +170,7 @@ def test_from_dict_ignores_what_a_newer_version_adds():
         (("dense", "macs"), r"report\.dense lacks 'macs'"),
         (("timings", "latencies", 1, "iqr_ms"), r"report\.timings\.latencies\[1\] lacks 'iqr_ms'"),
         (("layers", 1, "after"), r"report\.layers\[1\] lacks 'after'"),
-        (("steps", 0, "repaired", "kl"), r"report\.steps\[0\]\.repaired lacks 'kl'"),
+        (("steps", 0, "repaired", "images"), r"report\.steps\[0\]\.repaired lacks 'images'"),
     ],
 )
 def test_from_dict_names_what_is_missing(path, message):
