@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.models import layers, preserve
-from jbrprune.models.preserve import logits_of
 from jbrprune.structure.discovery import Found
 from jbrprune.structure.groups import Group, Member, Side, match_names
 from jbrprune.structure.verification import find_culprits
@@ -139,7 +138,7 @@ def find_directions(model: nn.Module, images: Tensor, *, ignore: Sequence[str] =
     def failure(groups: Sequence[Group]) -> str | None:
         try:
             with torch.no_grad():
-                logits_of(split_layers(preserve.copy_model(model), groups)(images))
+                split_layers(preserve.copy_model(model), groups)(images)
         except Exception as error:  # whatever a foreign forward raises is the answer
             return f"two layers do not fit in its place: {type(error).__name__}: {error}"
         return None

@@ -212,7 +212,7 @@ def test_a_wrong_coupling_is_found_and_the_rest_stays(name: str) -> None:
     found = find_groups(model, images)
     result = verify_groups(model, images, wrong(found, name))
     assert [g.name for g in result.groups] == [g.name for g in found.groups if g.name != name]
-    assert result.skipped[name].startswith("removal does not equal the mask here: the logits differ by ")
+    assert result.skipped[name].startswith("removal does not equal the mask here: the outputs differ by ")
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9])
