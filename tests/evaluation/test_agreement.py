@@ -347,7 +347,7 @@ def test_the_drop_of_an_agreement_is_wilsons():
 )
 def test_counts_decide_not_rounded_shares(lost, allowed, within):
     """0.29 * 100 is 28.999999999999996, 0.07 * 100 is 7.000000000000001; 28.5 images allow 28."""
-    assert measure.Drop("accuracy", 100, lost / 100, 0.0, 1.0).within(allowed) is within
+    assert measure.Drop("accuracy", 100, lost / 100, 0.0, 1.0, upper=lost / 100).within(allowed) is within
 
 
 @pytest.mark.parametrize(("one", "other", "n"), [(0, 0, 5), (3, 1, 10), (10, 0, 10), (40, 60, 1000)])
