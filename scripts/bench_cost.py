@@ -9,7 +9,9 @@ method of the published code (arXiv 2512.11089: gradient of the mean cross-entro
 every input and output channel); ``tpv`` and ``tpv_published``, one draw per image of sigma^2 E_x |J(x)|^2 by
 `jbrprune.tpv.trace_form` and by the published code, which makes the gradient of one image and one vector of random
 signs per backward (draws of both have the same deviation); ``prune``, a whole `jbrprune.prune` to half of the MACs with
-its repairs. The yardstick is one pass in eval mode, forward and a backward that makes the gradient of every parameter.
+its repairs, with the shares of its parts and the ratio of all to its scoring passes. ``--all`` measures all of `ALL` on
+each of `MODELS`: ``--device cuda --all --data imagenet --root FOLDER --images 256``. The yardstick is one pass in eval
+mode, forward and a backward that makes the gradient of every parameter.
 
 Time: in a round the yardstick is timed first and last, and everything else in between, in one process, so that what
 disturbs the machine disturbs all; a round's ratio is to the mean of its two yardsticks. Given are median and quartiles
@@ -48,7 +50,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines import CRITERIA, LABELS, WEIGHT_CRITERIA
-from jbrprune import prune
+from jbrprune import PruneResult, prune
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch
@@ -65,6 +67,8 @@ TPV = ("tpv", "tpv_published")
 KNOWN = (*CRITERIA, *(f"weights/{name}" for name in WEIGHT_CRITERIA), "published", "prune", *TPV)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 YARDSTICK = "training"
+MODELS = ("resnet50", "vit_small_patch16_224", "vit_base_patch16_224", "convnext_tiny")
+ALL = ("jbr", "taylor", "weights/jbr_projection", "published", "prune")
 Step = Callable[[], object]
 
 
@@ -209,12 +213,14 @@ def make_records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]
     load(setup)[1].check_labels("the yardstick")
     model, batches = load_dense(setup).model, load_calibration(setup, args.images, 0)
     groups = find_groups(copy_model(model), _example(model, batches)).groups
-    steps, failed = {}, {}
+    steps, failed, parts = {}, {}, {}
     for name in args.what:
         step = make_step(name, model, batches, groups)
         try:
-            step()
+            found = step()
             steps[name] = step
+            if isinstance(found, PruneResult):
+                parts[name] = found.report.seconds
         except JBRError as error:
             failed[name] = f"{type(error).__name__}: {error}"
     yardstick = make_step(YARDSTICK, model, batches, groups)
@@ -234,6 +240,7 @@ def make_records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]
         quartiles = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else [*ratios, *ratios]
         line = {"key": keys[name], "criterion": name, "labels": name.rpartition("/")[2] in LABELS}
         line |= {"ratio": statistics.median(ratios), "quartiles": quartiles, "seconds": statistics.median(seconds)}
+        line |= {"parts": parts[name]} if name in parts else {}
         line |= {"peak_mib": peaks[name], "peak_ratio": peaks[name] / peaks[YARDSTICK]} if peaks else {}
         made.append(line | shared)
     made += [{"key": keys[name], "criterion": name, "failed": reason, **shared} for name, reason in failed.items()]
@@ -257,6 +264,11 @@ def show(path: Path) -> str:
         peak = f"{line['peak_mib']:.0f} ({line['peak_ratio']:.2f})" if "peak_mib" in line else ""
         rows.append([*cells, f"{line['ratio']:.2f} ({low:.2f}-{high:.2f})", peak])
     head = ["model", "images", "criterion", "labels", "ratio of time (quartiles)", "peak in MiB (ratio)"]
+    for line in (line for line in found if "parts" in line):
+        parts, whole = line["parts"], line["parts"]["total"]
+        shares = ", ".join(f"{name} {seconds / whole:.2f}" for name, seconds in parts.items() if name != "total")
+        ratio = f"{whole / parts['scoring']:.2f} times its scoring"
+        rows.append([line["model"], line["images"], f"of {line['criterion']}: {shares}", "", ratio, ""])
     failed = [f"\n{line['criterion']}: {line['failed']}" for line in found if "failed" in line]
     return "\n".join([markdown(head, rows), *failed])
 
@@ -268,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="measure peaks of memory as well")
+    parser.add_argument("--all", action="store_true", help="everything on several models; see above")
     parser.add_argument("--table", action="store_true", help="print what is in the file, run nothing")
     args = parser.parse_args(argv)
     with exit_on_error("bench_cost.py"):
@@ -281,11 +294,13 @@ def run(args: argparse.Namespace) -> None:
     for name in args.what:
         if name not in KNOWN:
             raise unknown("criterion", name, KNOWN)
-    setup = read_setup(args)
     there = done(args.out, "rounds")
     mend(args.out)
-    if not there.issuperset(list_keys(args, setup).values()):
-        append(args.out, make_records(args, setup))
+    for model in MODELS if args.all else [args.model]:
+        own = argparse.Namespace(**vars(args) | {"model": model} | ({"what": list(ALL)} if args.all else {}))
+        setup = read_setup(own)
+        if not there.issuperset(list_keys(own, setup).values()):
+            append(args.out, make_records(own, setup))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from jbrprune.structure.groups import Axis
 METHODS = ("batch_norm", "mean_shift", "least_squares")
 RIDGE = 0.1
 """Ridge of ``least_squares``, relative to the mean square of the inputs."""
-CHUNK = 128 * 3 * 224 * 224
+CHUNK = 64 * 3 * 224 * 224
 """Images go through the models in chunks of at most this many values; between stops, the first chunk is enough."""
 MOST_VALUES = 2**16
 """Inputs, or outputs, of a consumer that are looked at in one image: of larger ones a sample of the positions."""

@@ -91,3 +91,17 @@ def test_lines_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         bench_cost.main([*arguments, "--what", "tailor"])
     with pytest.raises(SystemExit, match="Say which data"):
         bench_cost.main(["--model", "test_resnet", "--out", str(out)])
+
+
+def test_all_on_several_models_and_the_parts_of_a_prune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_cost, "MODELS", ("test_resnet",))
+    monkeypatch.setattr(bench_cost, "ALL", ("l1", "prune"))
+    few = ["--images", "20", "--rounds", "1", "--threads", str(torch.get_num_threads())]
+    bench_cost.main([*TINY[2:], *few, "--all", "--out", str(tmp_path / "out")])
+    lines = common.lines(tmp_path / "out")
+    assert [(line["model"], line["criterion"]) for line in lines] == [("test_resnet", "l1"), ("test_resnet", "prune")]
+    parts = lines[1]["parts"]
+    assert 0 < parts["scoring"] + parts["repair"] <= parts["total"]
+    assert f"{parts['total'] / parts['scoring']:.2f} times its scoring" in capsys.readouterr().out
