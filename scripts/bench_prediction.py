@@ -32,7 +32,7 @@ from baselines import CRITERIA
 from jbrprune import predict, prune
 from jbrprune.data.batches import Batch
 from jbrprune.errors import BudgetError
-from jbrprune.evaluation.agreement import compute_logits
+from jbrprune.evaluation.agreement import agreement_on, compute_logits
 from jbrprune.report.records import plain
 
 Records = Iterator[dict[str, Any]]
@@ -82,12 +82,13 @@ def search(args: argparse.Namespace, dense: Dense, batches: list[Batch], seed: i
     """One line per drop that is allowed."""
     data = batches if args.labels else show_labels("jbr", batches)
     for drop in args.drops:
-        how = {"max_drop": drop, "eval_data": dense.test, "seed": seed, "images": None, "batch_size": 64}
-        report = prune(dense.model, data, progress=False, **how).report
+        how = {"max_drop": drop, "confidence": args.confidence, "seed": seed, "images": None, "batch_size": 64}
+        result = prune(dense.model, data, progress=False, **how)
+        report = result.report
         yield {
             **{"max_drop": drop, "labels": args.labels, "kept": report.kept, "params": report.pruned.params},
             **{"evaluations": len(report.search.trials), "steps": len(report.steps)},
-            **{"search": plain(report.search), "test": plain(report.final)},
+            **{"search": plain(report.search), "test": plain(agreement_on(result.model, dense.test))},
         }
 
 
@@ -163,7 +164,7 @@ def plot(found: Sequence[dict[str, Any]], out: Path) -> None:
 
 WHAT = {
     "cuts": (predict_cuts, show_cuts, ("criteria", "ratios")),
-    "max_drop": (search, show_search, ("drops", "labels")),
+    "max_drop": (search, show_search, ("drops", "labels", "confidence")),
 }
 """Name -> what makes lines, what shows them, and the arguments that tell its runs apart."""
 
@@ -175,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--criteria", nargs="+", default=["jbr", "l1", "l2_grouped", "taylor", "random"], help="cuts")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], help="cuts")
     parser.add_argument("--drops", type=float, nargs="+", default=[0.01, 0.03], help="max_drop")
+    parser.add_argument("--confidence", type=float, default=0.9, help="max_drop: with which it holds")
     parser.add_argument("--labels", action="store_true", help="max_drop: let the accuracy decide, not the agreement")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=512, help="calibration images")
