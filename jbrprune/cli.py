@@ -123,7 +123,8 @@ def _read_table(table: type, values: Mapping[str, Any]) -> Any:
         if is_dataclass(item.default):
             given[item.name] = _read_table(type(item.default), values)
         elif item.metadata["panel"] is not None and value is not None:
-            given[item.name] = None if value == ["none"] else tuple(value) if isinstance(value, list) else value
+            value = tuple(value) if isinstance(value, list) else value
+            given[item.name] = None if (item.name, value) == ("repair", ("none",)) else value
     made = table(**given)
     names = [item.name for item in fields(Relevance) if item.metadata["panel"]] if hasattr(made, "criterion") else []
     changes = {name: values[name] for name in names if values[name] is not None}

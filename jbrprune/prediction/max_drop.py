@@ -1,6 +1,6 @@
 """The smallest model that loses no more than allowed: the prediction proposes, measurement decides.
 
-The engine walks down step by step; a generator tells it where to. At the shares that the prediction proposes, and at
+The loop walks down step by step; a generator tells it where to. At the shares that the prediction proposes, and at
 the latest every `FARTHEST` steps, the model is measured on images that neither score nor repair nor gate. If it lost
 too much, the walk goes back: to the models in between by bisection, then from the last good one with smaller steps.
 
@@ -24,7 +24,7 @@ import torch
 from jbrprune.budgets.budget import STEP
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch, count
-from jbrprune.errors import DataError
+from jbrprune.errors import BudgetError, DataError
 from jbrprune.evaluation.agreement import Drop, compute_logits, measure_drop
 from jbrprune.prediction.changes import Changes, predict_changes
 from jbrprune.prediction.damage import measure_damage
@@ -92,6 +92,7 @@ def search(state: Channels, images: Calibration) -> Stop:
         The model, which is the dense one if no smaller one is allowed, and the report.
 
     Raises:
+        BudgetError: Every group is at its floor.
         DataError: Too few images to set some aside, or too few of them for ``max_drop``.
         NonFiniteError: NaN or Inf on the way.
     """
@@ -102,7 +103,9 @@ def search(state: Channels, images: Calibration) -> Stop:
     level = 0.5 if confidence == 0.5 else 1 - (1 - confidence) / CHANCES
     if images.output.decides or images.output.kind == "embedding":  # which are counted
         check_resolution(count(images.judge), allowed, level)
-    walk = _Walk(state, images.judge, allowed, level, _outlook(state, images, _grid(state)))
+    if not (shares := _grid(state)):
+        raise BudgetError("Nothing can go: every group is at its floor. Pass floors=Floors(channels=...) with fewer.")
+    walk = _Walk(state, images.judge, allowed, level, _outlook(state, images, shares))
     stop = next(run(state, images, goals=walk.shares()))
     found = Search(allowed, images.judged, tuple(walk.trials), walk.chosen(), walk.limit, confidence)
     return replace(stop, report=replace(stop.report, search=found, notes=(*stop.report.notes, *_notes(found))))
@@ -181,7 +184,7 @@ class _Walk:
         return measure_drop(self.logits, self.reference, self.labels, self.state.output, **how)
 
     def shares(self) -> Iterator[float]:
-        """Shares for the engine, which has carried out each when the next is asked for."""
+        """Shares for the loop, which has carried out each when the next is asked for."""
         at, good, failed = 1.0, self.state.copy(), None
         while failed is None and (ahead := self._ahead(at)):
             passed: list[tuple[float, Channels]] = []

@@ -391,7 +391,9 @@ def info(
         if size is None:
             raise ArgumentError(f"{type(dense).__name__} does not say which images it wants: pass images=.")
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    images = images.to(preserve.device_of(dense))
+    preserve.refuse_masked(dense)
+    like = preserve.first_tensor(dense)
+    images = images if like is None else images.to(like)
     counts = check_runs(dense, images, output)
     found_in, found = find_units(dense, images, ignore, floors.width, structure=structure)
     costs = macs, params = [cost_model(kind, found_in, images, found.groups) for kind in ("macs", "params")]
@@ -469,7 +471,8 @@ def transplant(source: nn.Module, target: nn.Module) -> nn.Module:
             split[name] = pruned[name].train(module.training)
             continue
         new = vars(pruned[name])
-        sizes = {key: value for key, value in new.items() if isinstance(value, int | tuple) and key != "training"}
+        sizes = {key: value for key, value in new.items() if isinstance(value, int | tuple) or key == "feature_info"}
+        sizes.pop("training")
         changes.append((module, sizes | {key: new[key] for key in ("_parameters", "_buffers")}))
     make_permanent(target)
     for module, attributes in changes:

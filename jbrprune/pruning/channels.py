@@ -67,7 +67,6 @@ class Channels(Structure):
         full: Axis -> width in the dense model.
         terms: Multiply-accumulates of the model as it is now.
         kind: What the budget is of; the stops are shares of it.
-        unit: What one dense model is in the numbers of the user: 1, or its milliseconds.
         whole: Cost of the dense model; of a latency, its multiply-accumulates.
         least: Share of it that is left with every group at its floor.
         whole_layers: The model before two layers were put in the place of each, to lose directions; None: it was not.
@@ -79,7 +78,6 @@ class Channels(Structure):
     full: dict[Axis, int]
     terms: list[Term]
     kind: str
-    unit: float = 1.0
     whole: float = 1.0
     least: float = 1.0
     whole_layers: nn.Module | None = None
@@ -159,7 +157,7 @@ class Channels(Structure):
                 rotate(self.model.get_submodule(name), moments)  # type: ignore[arg-type]
             distributed.broadcast_tensors(self.model.state_dict())
         if isinstance(criterion, Relevance):
-            criterion = replace(criterion, seed=self.options.seed + number, output=self.output)
+            criterion = replace(criterion, seed=criterion.seed + self.options.seed + number, output=self.output)
             scores = criterion(self.model, batches, self.groups, progress=self.options.progress)
         else:
             scores = criterion if isinstance(criterion, Scores) else criterion(self.model, batches, self.groups)

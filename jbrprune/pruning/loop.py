@@ -69,6 +69,7 @@ class Structure(ABC):
         kept: Axis -> channels of the dense model that are left.
         masks: Parameter name -> boolean mask on the CPU, False where the model's value is zero and stays so.
         timings: Of the dense model and this one, where they were timed after the last step.
+        unit: What one dense model is in the numbers of the user: 1, or its milliseconds.
         overshoot: How much more than the truth a step expected the model to cost, as a share; the largest of all steps.
         seconds: Part of the work -> time spent on it.
     """
@@ -84,6 +85,7 @@ class Structure(ABC):
     kept: dict[Axis, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     timings: Timings | None = None
+    unit: float = 1.0
     overshoot: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -150,6 +152,9 @@ def run(
         with timed("repair"):
             targets = record_targets(structure.problem.dense, images.repair, structure.consumers)
 
+    unit = log.read(1)[0]["unit"] if log is not None and log.finished else structure.unit
+    if unit != structure.unit:  # the dense model took so many milliseconds when the run began
+        structure.stops, structure.unit = tuple(stop * structure.unit / unit for stop in structure.stops), unit
     planned = structure.goals() if goals is None else goals
     for goal in tqdm(planned, "pruning", unit="step", disable=None if options.progress else True, leave=False):
         number, start = len(structure.steps) + 1, time.perf_counter()
@@ -174,6 +179,7 @@ def run(
             structure.steps.append(row)
             if log is not None:
                 facts = {"row": row, "stops": stops, "agreed": agreed, "overshoot": structure.overshoot}
+                facts |= {"timings": structure.timings, "unit": structure.unit}
                 state = structure.model.state_dict()
                 log.write(number, plain(facts | {"seconds": structure.seconds}), chosen, state, keep=stops)
         if stops:
@@ -210,6 +216,7 @@ def replay(structure: Structure, log: ResumeLog, number: int) -> tuple[bool, Agr
         structure.model.load_state_dict(tensors)
     structure.steps.append(record(StepRow, facts["row"]))
     structure.overshoot = facts["overshoot"]
+    structure.timings = facts["timings"] and record(Timings, facts["timings"])
     structure.seconds.update(facts["seconds"])
     before, after = (None if found is None else record(Agreement, found) for found in facts["agreed"])
     return facts["stops"], (before, after)
@@ -265,6 +272,7 @@ def check_scores(scores: object, shapes: Mapping[str, Sequence[int]], *, least: 
     checked = {}
     for name, shape in shapes.items():
         found = torch.as_tensor(values[name]).cpu() if name in values else None
+        found = found.double() if found is not None and not found.is_floating_point() else found
         if found is None or found.shape != tuple(shape):
             got = "none" if found is None else tuple(found.shape)
             raise ArgumentError(

@@ -73,7 +73,7 @@ class Weights(Structure):
         """Score every weight that may be pruned: name -> scores in its shape, on the CPU."""
         criterion, options = self.options.ranking, self.options
         if isinstance(criterion, Relevance):
-            criterion = replace(criterion, seed=options.seed + number, output=self.output)
+            criterion = replace(criterion, seed=criterion.seed + options.seed + number, output=self.output)
             scores = weight_scores(self.model, batches, criterion, ignore=options.ignore, progress=options.progress)
         else:
             known = isinstance(criterion, WeightScores)

@@ -67,10 +67,11 @@ def verify_groups(model: nn.Module, images: Tensor | Sequence[Tensor], found: Fo
     for group in found.groups:
         for name in sometimes.intersection(group.layers()):
             unfit[group.name] = f"{name} runs for some of the images only"
-    failed = find_culprits([group for group in found.groups if group.name not in unfit], failure)
+    offered = [group for group in found.groups if group.name not in unfit]
+    failed = find_culprits(offered, failure)
     unfit |= {name: f"removal does not equal the mask here: {why}" for name, why in failed.items()}
     passed = tuple(group for group in found.groups if group.name not in unfit)
-    together = failure(passed) if passed and failed else None
+    together = failure(passed) if passed else None
     if passed and not together:
         unfit |= unscorable(trial, examples[0], passed)
         passed = tuple(group for group in passed if group.name not in unfit)

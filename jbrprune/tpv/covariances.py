@@ -323,7 +323,7 @@ class Removal:
             if not groups[name].side("in"):
                 raise ArgumentError(f"No layer reads the units of {name}: their removal is not a change of weights.")
         names = {id(p): name for name, p in model.named_parameters()}
-        change: dict[str, Tensor] = {}
+        masks: dict[str, Tensor] = {}  # several layers may share a weight
         for (layer, side, _), channels in removed_channels(self.groups, selection).items():
             if side != "in":
                 continue
@@ -340,7 +340,8 @@ class Removal:
             else:
                 read = rows // (len(weight) // getattr(module, "groups", 1)) * len(columns) + columns
             gone = torch.isin(read, channels.cpu()).view(*read.shape, *(1,) * (weight.dim() - 2))
-            change[name] = change.get(name, 0) - gone.to(weight) * weight
+            masks[name] = masks[name] | gone.expand_as(weight) if name in masks else gone.expand_as(weight)
+        change = {name: -(gone.to(weights[name]) * weights[name]) for name, gone in masks.items()}
         return FiniteRank([change], True, partial(masked_units, groups=self.groups, selection=selection))
 
     def _removed(self) -> Any:

@@ -12,6 +12,7 @@ import torch
 from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
+from jbrprune import prune
 from jbrprune.checkpoint.checkpoint import load, save
 from jbrprune.models import layers, preserve, timm_models
 from jbrprune.structure.discovery import find_groups
@@ -133,3 +134,14 @@ def test_feature_info_says_the_widths_of_the_pruned_model(name: str) -> None:
     with preserve.hooked(model, {name: record(name) for name in names}):
         model(images)
     assert said == [got[name] for name in names]
+
+
+def test_feature_info_of_a_model_that_is_pruned_in_place() -> None:
+    model, images = (
+        timm.create_model("resnet10t", num_classes=4, zero_init_last=False).eval(),
+        torch.randn(20, 3, 32, 32),
+    )
+    expected = prune(model, images, macs=0.5, repair=None, progress=False).model.feature_info
+    assert [feature["num_chs"] for feature in expected] != [feature["num_chs"] for feature in model.feature_info]
+    prune(model, images, macs=0.5, repair=None, progress=False, inplace=True)
+    assert model.feature_info == expected

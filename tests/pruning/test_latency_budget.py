@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -16,6 +17,7 @@ from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
 from jbrprune.errors import BudgetError
 from jbrprune.evaluation import latency
+from jbrprune.pruning import loop
 
 IMAGES = cases.images(40, 32).float()
 QUICK: dict[str, Any] = {"progress": False, "repair": None, "floors": Floors(channels=1)}
@@ -130,3 +132,37 @@ def test_the_model_is_left_as_it_was(fingerprint: Callable[[nn.Module], dict[str
     before = fingerprint(model)
     prune(model, IMAGES, latency=0.8, **QUICK)
     assert fingerprint(model) == before
+
+
+class Interrupted(Exception):
+    """Ends a run in the middle."""
+
+
+@pytest.mark.parametrize("budget", [{"latency": 0.6}, {"latency_ms": 6.0}])
+@pytest.mark.parametrize("factor", [0.8, 1.2])
+def test_a_run_that_goes_on_keeps_the_dense_time_of_its_beginning(
+    budget: dict[str, float], factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prune(resnet(), IMAGES, **budget, **QUICK)
+    measured, calls = loop.repair_and_evaluate, []
+
+    def interrupt(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 4:
+            raise Interrupted
+        return measured(*args)
+
+    monkeypatch.setattr(loop, "repair_and_evaluate", interrupt)
+    with pytest.raises(Interrupted):
+        prune(resnet(), IMAGES, **budget, **QUICK, resume=tmp_path)
+    monkeypatch.setattr(loop, "repair_and_evaluate", measured)
+    timed = latency.time_pass
+    monkeypatch.setattr(latency, "time_pass", lambda *args: factor * timed(*args))
+    for _ in range(2):  # goes on, then hands over again
+        found = prune(resnet(), IMAGES, **budget, **QUICK, resume=tmp_path)
+        assert found.report.kept == expected.report.kept
+        assert [row.target for row in found.report.steps] == pytest.approx(
+            [row.target for row in expected.report.steps]
+        )
+        assert found.report.budget == pytest.approx(budget)
+        assert found.report.notes == expected.report.notes

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as masks
 from torch.utils.data import DataLoader, TensorDataset
 
-from jbrprune import Scores, score
+from jbrprune import Scores, prune, score
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from jbrprune.structure.discovery import find_groups, layer_groups
@@ -213,3 +213,21 @@ def test_errors_come_before_the_pass_and_leave_the_model_as_it_was(
         score(model, data, progress=False, **options)
     assert not passes
     assert before is None or fingerprint(model) == before
+
+
+def test_whole_numbers_as_scores_and_seeds_of_a_relevance() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.ReLU(), nn.Flatten(), nn.Linear(864, 4)
+    )
+    images = torch.randn(20, 3, 10, 10)
+
+    def widths(criterion: Any) -> list[torch.Tensor]:
+        found = prune(model, images, macs=0.5, steps=1, repair=None, progress=False, criterion=criterion)
+        return list(found.model.parameters())
+
+    ranked = {g: torch.arange(24) for g in ("0", "2")}
+    whole, floating = widths(lambda *_: ranked), widths(lambda *_: {g: v.double() for g, v in ranked.items()})
+    assert all(map(torch.equal, whole, floating))
+    one, again, other = (widths(Relevance("projection", seed=seed)) for seed in (1, 1, 12345))
+    assert all(map(torch.equal, one, again))
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one, other, strict=True))

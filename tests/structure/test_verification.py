@@ -504,3 +504,22 @@ def test_layers_that_keep_their_channels_in_buffers_can_shrink(change: Callable[
     assert [(group.name, group.size) for group in found.groups] == [
         (group.name, group.size) for group in find_groups(plain, images).groups
     ]
+
+
+class FailsTogether(nn.Module):
+    """Removal equals the mask for each of two layers, not for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.head(self.c(self.b(self.a(x).relu()).relu()).relu().mean((2, 3)))
+        return logits * (2 if self.a.out_channels < 6 and self.c.out_channels < 6 else 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_halving_does_not_find_is_refused(seed: int) -> None:
+    model, images = FailsTogether().eval(), torch.randn(2, 3, 12, 12)
+    with pytest.raises(UnsupportedModelError, match="one by one fails together: the outputs differ"):
+        verify_groups(model, images, find_groups(model, images), seed=seed)

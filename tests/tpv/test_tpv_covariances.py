@@ -470,3 +470,24 @@ def test_finite_rank() -> None:
         assert estimated(NET, IMAGES, covariance, method=method).value == pytest.approx(float(expected), rel=1e-9)
     assert set(covariance.sample(torch.Generator())) == {"1.weight", "3.bias"}
     assert isinstance(bound(Isotropic(1.0), NET), Diagonal)
+
+
+def test_a_weight_that_two_layers_share_goes_once() -> None:
+    """First order is exact in a linear net, so that both forms are one number."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(12, 8), nn.Linear(8, 5), nn.Linear(8, 5)
+            self.c.weight = self.b.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.a(x.flatten(1))
+            return self.b(hidden) + self.c(hidden)
+
+    net, images = Tied().double().eval(), torch.randn(20, 3, 2, 2, dtype=torch.float64)
+    removal = Removal({"a": [0, 1]}, find_groups(net, images).groups)
+    lost = 2 * net.a(images.flatten(1))[:, :2] @ net.b.weight[:, :2].t()
+    value = lost.square().sum(1).mean().item()
+    assert estimated(net, images, removal).value == pytest.approx(value, rel=1e-12)
+    assert measured(net, images, removal).value == pytest.approx(value, rel=1e-12)
