@@ -1,7 +1,7 @@
 """What pruning costs a model that is no classifier: an encoder with real weights, and a feature backbone.
 
     python scripts/bench_outputs.py encoder --root /usr/share/tuxpaint/stamps --out results/outputs.jsonl
-    python scripts/bench_outputs.py backbone --root FASHION_MNIST --weights resnet50.safetensors --out results/outputs.jsonl
+    python scripts/bench_outputs.py backbone --root FASHION_MNIST --weights resnet50.pth --out results/outputs.jsonl
 
 ``encoder``: the packaged EfficientNet-Lite0 without its classifier on crops of the photographs in a folder, ranked by
 several criteria; also how far its old classifier decides on the pruned embedding as on the dense one. Criteria that

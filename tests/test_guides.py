@@ -19,6 +19,8 @@ from jbrprune import PruneResult, Report, cli
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (
     "choose-a-ratio",
+    "detection-and-segmentation",
+    "encoders",
     "faster",
     "interrupted",
     "own-criterion",
@@ -57,7 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-LONG = ("faster", "interrupted", "prune-resnet50", "prune-vit", "single-weights")
+LONG = ("detection-and-segmentation", "faster", "interrupted", "prune-resnet50", "prune-vit", "single-weights")
 """Pages that take more than a few seconds."""
 
 
