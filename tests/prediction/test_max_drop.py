@@ -19,6 +19,7 @@ from jbrprune.budgets.budget import Floors
 from jbrprune.data.batches import Batch, concatenate
 from jbrprune.errors import ArgumentError, BudgetError, DataError
 from jbrprune.evaluation.agreement import compute_logits
+from jbrprune.evaluation.outputs import LOGITS
 from jbrprune.prediction import max_drop as search_module
 from jbrprune.report.records import Search
 
@@ -189,7 +190,7 @@ class Simulated:
         self.power, self.together, self.at = power, together, 1.0
         self.own = torch.rand(images, generator=self.generator)
         self.reference = torch.tensor([[1.0, 0.0]]).repeat(images, 1)
-        self.steps = [SimpleNamespace(macs=1)]
+        self.steps, self.output = [SimpleNamespace(macs=1)], LOGITS
 
     def true_drop(self, share: float) -> float:
         return self.scale * (1 - share) ** self.power
@@ -218,11 +219,11 @@ def simulate(confidence: float, allowed: float, power: int, together: str, seed:
     shares = [1 - 0.05 * number for number in range(1, 20)]
 
     class Foreseen(search_module.Outlook):
-        def flips(self, share: float) -> float:
+        def lost(self, share: float) -> float:
             return wrong * state.true_drop(share)
 
         def proposed(self, allowed: float, below: float) -> float:
-            return min((s for s in shares if s < below - 1e-9 and self.flips(s) <= allowed), default=math.inf)
+            return min((s for s in shares if s < below - 1e-9 and self.lost(s) <= allowed), default=math.inf)
 
         def correct(self, share: float, tpv: float) -> None:
             pass
@@ -241,7 +242,7 @@ def simulate(confidence: float, allowed: float, power: int, together: str, seed:
 def test_the_true_drop_exceeds_what_is_allowed_no_more_often_than_promised(
     together: str, power: int, allowed: float, images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_module, "compute_logits", lambda state_model, judge: [state_model.logits()])
+    monkeypatch.setattr(search_module, "compute_logits", lambda state_model, *_: [state_model.logits()])
     monkeypatch.setattr(search_module, "measure_damage", lambda *_: SimpleNamespace(tpv=1.0))
     monkeypatch.setattr(Simulated, "model", property(lambda self: self), raising=False)
     runs, exceeded, covered, removed = 40, {0.9: 0, 0.5: 0}, 0, 0
