@@ -188,6 +188,23 @@ def test_options_become_the_arguments_of_the_call(run: Run, pictures: Path, monk
 # --- what the commands do ------------------------------------------------------------------------
 
 
+def test_an_encoder_is_pruned_and_compared(run: Run, pictures: Path, tmp_path: Path) -> None:
+    named, out = ("test_vit", "--random", "--model-arg", "num_classes=0"), tmp_path / "encoder"
+    code, text, err = run("prune", *named, "--data", pictures, "--macs", "0.8", "--min-channels", 1, "--out", out)
+    assert (code, err) == (0, "")
+    assert "output=embedding" in text
+    asked = ("--data", pictures, "--reference", *named, "--json")
+    code, text, _ = run("eval", out, *asked)
+    assert code == 0
+    found = json.loads(text)
+    assert 0 < found["error"] < 1
+    assert found.keys() >= {"cosine", "neighbour_agreement"}
+    assert "top1_agreement" not in found
+    code, text, _ = run("info", *named)
+    assert code == 0
+    assert "What counts of the model's output: embedding: [B, 64]." in text
+
+
 def test_prune_eval_and_load(run: Run, pictures: Path, weights: Path, tmp_path: Path) -> None:
     out, page = tmp_path / "pruned", tmp_path / "report.html"
     common = [*NET, "--checkpoint", weights]

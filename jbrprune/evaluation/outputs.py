@@ -5,7 +5,7 @@ Relevance, repair, prediction and agreement work on rows ``[B, V]``. `Output` ma
 * ``logits`` ``[B, K]``: the logits.
 * ``binary`` ``[B, L]``, L decisions by the sign of a logit z each: the two logits -z/2 and z/2, whose softmax is the
   sigmoid of z.
-* ``dense`` ``[B, K, H, W]``: the logits of every position.
+* ``dense`` ``[B, K, H, W]``: the logits of every position; with K = 1 as of ``binary``.
 * ``embedding`` ``[B, D]``, also a regression, and ``features``, one or several tensors of any shape: the values, each
   tensor divided by sqrt(E ||f||^2), the root mean square of its norm over the calibration images. A squared difference
   of rows is then a relative squared error, and all levels of a pyramid count alike.
@@ -96,10 +96,8 @@ class Output:
         chosen = [tensors[name] for name in self.names]
         if self.kind == "logits":
             return chosen[0]
-        if self.kind == "binary":
-            return torch.stack([chosen[0] / -2, chosen[0] / 2], 1).flatten(1)
-        if self.kind == "dense":
-            return thin(chosen[0].flatten(2)).flatten(1)
+        if self.decides:
+            return decisions(self.kind, chosen[0]).flatten(1)
         return self.scale(torch.cat([thin(tensor.reshape(len(tensor), -1)) for tensor in chosen], 1))
 
     def scale(self, rows: Tensor) -> Tensor:
@@ -155,6 +153,12 @@ def thin(x: Tensor) -> Tensor:
     return x[..., ::stride]
 
 
+def decisions(kind: str, logits: Tensor) -> Tensor:
+    """``[B, K, P]`` logits of decisions, of ``[B, L]`` or ``[B, K, H, W]``; of a lone logit z they are -z/2 and z/2."""
+    logits = logits[:, None] if kind == "binary" else logits.flatten(2)
+    return thin(torch.cat([logits / -2, logits / 2], 1) if logits.shape[1] == 1 else logits)
+
+
 def check_output(name: str, value: object) -> None:
     """Accept what ``output=`` may be."""
     if not isinstance(value, str | int) and not callable(value):
@@ -200,8 +204,7 @@ def find_output(model: nn.Module, returned: object, images: int, asked: Asked = 
     note = f"{kind}: {shown}" + f"; not looked at: {', '.join(left)}" * bool(left)
     if kind == "embedding" and chosen[0].shape[1] == 1:
         note += "; with output='binary' its sign would decide"
-    positions = chosen[0].shape[1] if kind == "binary" else 1
-    positions = thin(chosen[0].flatten(2)).shape[2] if kind == "dense" else positions
+    positions = decisions(kind, chosen[0]).shape[2] if kind in ("binary", "dense") else 1
     sizes = tuple(thin(tensor.reshape(images, -1)).shape[1] for tensor in chosen)
     return Output(kind, tuple(names), function, positions, sizes, note=note, guessed=guessed or bool(left))
 

@@ -180,6 +180,8 @@ def test_rows_of_every_kind() -> None:
     dense = find_output(nn.Identity(), maps, 3, "dense")
     assert dense.by_class(dense(maps)).equal(maps.flatten(2))
     assert find_output(nn.Identity(), maps, 3, "features")(maps).equal(maps.flatten(1))
+    mask = find_output(nn.Identity(), maps[:, :1], 3, "dense")  # foreground or not
+    torch.testing.assert_close(mask.by_class(mask(maps[:, :1])).softmax(1)[:, 1], maps[:, 0].flatten(1).sigmoid())
 
 
 def test_scales_make_every_tensor_as_large_as_the_others() -> None:
