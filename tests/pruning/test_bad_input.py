@@ -175,9 +175,9 @@ WRONG: dict[str, tuple[Callable[[], Any], Any, dict[str, Any], type[Exception], 
     "no logits": (
         lambda: nn.Conv2d(3, 4, 1),
         IMAGES,
-        {},
+        {"output": "logits"},
         ModelError,
-        r"Logits must be floating point \[B, K\].*\[1, 4, 32, 32\]",
+        r"returned float32 \[1, 4, 32, 32\]; 'logits' is none of them\. output= says what counts",
     ),
     "nothing to cut": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)),

@@ -38,7 +38,7 @@ def test_signatures_are_those_of_the_table(call: Callable[..., Any], table: type
     assert {name: parameter.default for name, parameter in parameters.items()} == {
         name: option.default for name, option in options.items()
     }
-    assert len(parameters) <= 21
+    assert len(parameters) <= 22
     for name, option in options.items():
         assert f"        {name}: {option.metadata['help']}" in (call.__doc__ or "")
 
