@@ -162,20 +162,8 @@ def select(
         Group name -> units to remove, ascending; groups that lose nothing are absent.
 
     Raises:
-        ArgumentError: Scores are missing, of the wrong length, or not finite.
         BudgetError: The target lies below what the floors allow (says how far it can go).
     """
-    for group in groups:
-        score = scores.get(group.name)
-        if score is None or tuple(score.shape) != (group.size,):
-            got = "none" if score is None else f"shape {tuple(score.shape)}"
-            raise ArgumentError(
-                f"Scores for {group.name}: expected [{group.size}], got {got}. Were they made for another model?"
-            )
-        if not torch.isfinite(score).all():
-            raise ArgumentError(
-                f"Scores for {group.name} contain NaN or Inf at unit {int((~score.isfinite()).nonzero()[0])}."
-            )
     if cost.total <= target:
         return {}
     blocks: list[tuple[float, int, Tensor]] = []  # key, number of the group, units that go together

@@ -38,8 +38,7 @@ from jbrprune.checkpoint.description import (
 from jbrprune.data.files import flush
 from jbrprune.errors import CheckpointError
 from jbrprune.models import timm_models
-from jbrprune.models.plain import unwrap
-from jbrprune.models.preserve import copy_model, first_tensor
+from jbrprune.models.preserve import copy_model, first_tensor, unwrap
 from jbrprune.report.text import CARD, is_card, make_card
 from jbrprune.sparsity.masks import masks_of
 

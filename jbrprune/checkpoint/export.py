@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from jbrprune.data.files import check_file
 from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.models import preserve, timm_models
-from jbrprune.models.plain import unwrap
+from jbrprune.models.preserve import unwrap
 from jbrprune.report.records import import_optional
 
 

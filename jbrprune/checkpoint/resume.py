@@ -57,12 +57,12 @@ class ResumeLog:
     """The finished steps of one run; `open_log` makes it.
 
     Attributes:
-        directory: Where they are; None: nothing is written, and nothing is finished.
+        directory: Where they are.
         fingerprint: What the run depends on, from `fingerprint_run`.
         finished: Number of steps that an earlier run with this fingerprint has finished.
     """
 
-    directory: Path | None = None
+    directory: Path
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     finished: int = 0
 
@@ -104,7 +104,7 @@ class ResumeLog:
         Raises:
             CheckpointError: The files cannot be written; the steps before stay as they are.
         """
-        if self.directory is None or distributed.rank() > 0:
+        if distributed.rank() > 0:
             return
         header = {"sha256": hash_tensors(tensors), "facts": {}}
         write_tensors(self._path("model", number), "model", header, tensors)
@@ -122,18 +122,15 @@ class ResumeLog:
             return header["facts"], tensors
 
     def _path(self, kind: str, number: int) -> Path:
-        assert self.directory is not None
         return self.directory / f"{kind}-{number:04}.safetensors"
 
 
-def check_directory(directory: str | os.PathLike[str] | None) -> Path | None:
+def check_directory(directory: str | os.PathLike[str]) -> Path:
     """See that a log can be kept there, before anything expensive; make the directory.
 
     Raises:
         CheckpointError: A file, a directory that cannot be written, or one that holds something else.
     """
-    if directory is None:
-        return None
     path = Path(directory).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -173,22 +170,19 @@ def fingerprint_run(options: Mapping[str, object], model: nn.Module, batches: It
 
 
 @contextmanager
-def open_log(directory: Path | None, fingerprint: Mapping[str, Any]) -> Iterator[ResumeLog]:
+def open_log(directory: Path, fingerprint: Mapping[str, Any]) -> Iterator[ResumeLog]:
     """The log of a run, with the steps that a run of the same fingerprint has finished.
 
     No other process of this machine can open it meanwhile; a process that dies gives the directory back.
 
     Args:
-        directory: From `check_directory`; None: a log that keeps nothing.
+        directory: From `check_directory`.
         fingerprint: From `fingerprint_run`.
 
     Raises:
         CheckpointError: The steps there are of another run (says in what it differs), or damaged, or another process
             is at work on them.
     """
-    if directory is None:
-        yield ResumeLog()
-        return
     descriptor = os.open(directory, os.O_RDONLY) if fcntl is not None and distributed.rank() == 0 else None
     try:
         with distributed.fail_together():

@@ -248,18 +248,6 @@ class Degradation:
     prediction_error: float
     valid: bool
 
-    def __str__(self) -> str:
-        """A small table."""
-        rows = [("without repair", self.predicted, self.measured)]
-        rows += [("with repair", self.predicted_repaired, self.measured_repaired)]
-        lines = [f"{self.images} images{'TPV predicted':>22}{'measured':>12}{'flips predicted':>18}{'measured':>12}"]
-        for name, predicted, measured in rows:
-            real = ("-", "-") if measured is None else (f"{measured.tpv:.4g}", f"{measured.flips:.2%}")
-            lines.append(f"{name:14}{predicted.tpv:>19.4g}{real[0]:>12}{predicted.flips:>18.2%}{real[1]:>12}")
-        verdict = "valid" if self.valid else "not valid here"
-        errors = f"relative error {self.prediction_error:.2f}, of the plain first order {self.taylor_error:.2f}"
-        return "\n".join([*lines, f"{errors}: {verdict}"])
-
 
 @torch.inference_mode(False)  # copies that are made in inference mode cannot be differentiated
 def degradation(

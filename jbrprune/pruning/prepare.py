@@ -19,7 +19,7 @@ from jbrprune.errors import ArgumentError, DataError, JBRError, ModelError
 from jbrprune.evaluation.agreement import check_weights, compute_logits, explain_out_of_memory
 from jbrprune.evaluation.latency import describe_hardware
 from jbrprune.evaluation.outputs import LOGITS, Asked, Output, find_output
-from jbrprune.models import plain, preserve, timm_models
+from jbrprune.models import preserve, timm_models
 from jbrprune.pruning.options import RunOptions
 from jbrprune.sparsity.masks import fresh, make_permanent, masks_of
 
@@ -162,8 +162,8 @@ def create_model(model: nn.Module | str) -> nn.Module:
             return timm_models.create(model)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a timm name or an nn.Module, got {type(model).__name__}.")
-    model = plain.unwrap(model)
-    plain.refuse_unusual(model)
+    model = preserve.unwrap(model)
+    preserve.refuse_unusual(model)
     return model
 
 

@@ -221,20 +221,6 @@ def test_floors_without_meaning(options: dict, message: str) -> None:
         floors_of(**options)
 
 
-@pytest.mark.parametrize(
-    ("scores", "message"),
-    [
-        ({"a": torch.ones(4)}, r"Scores for b: expected \[3\], got none"),
-        ({"a": torch.ones(5), "b": torch.ones(3)}, r"Scores for a: expected \[4\], got shape \(5,\)"),
-        ({"a": torch.ones(4), "b": torch.tensor([1, math.nan, 1])}, "Scores for b contain NaN or Inf at unit 1"),
-        ({"a": torch.tensor([0, 0, 0, math.inf]), "b": torch.ones(3)}, "Scores for a contain NaN or Inf at unit 3"),
-    ],
-)
-def test_scores_that_cannot_be_ranked(scores: dict[str, Tensor], message: str) -> None:
-    with pytest.raises(ArgumentError, match=message):
-        select(scores, GROUPS, plan_cost(GROUPS, {"a": 1, "b": 1}), 5)
-
-
 @st.composite
 def plans(draw: st.DrawFn) -> tuple[list[Group], dict[str, Tensor], Floors, float, str]:
     sizes = draw(st.lists(st.integers(2, 20), min_size=1, max_size=4))
