@@ -414,6 +414,8 @@ def info_command(model: Model, source: ModelSource, options: Listing, printing: 
         f"What can be removed\n\n{format_table(make_table([vars(row) for row in found.rows]))}\n\n"
         f"What keeps its width\n\n{format_table(make_pairs(found.skipped))}"
     )
+    if found.uncounted:
+        text += f"\n\nWhat is not counted\n\n{format_table(make_pairs(found.uncounted))}"
     _say(printing, {"model": model} | found.to_dict(), text)
 
 

@@ -69,12 +69,13 @@ class Budget:
         return [start - (start - self.share) * (i + 1) / count for i in range(count - 1)] + [self.share]
 
 
-def check_reachable(budget: Budget, least: float) -> None:
+def check_reachable(budget: Budget, least: float, holds: str = "") -> None:
     """Refuse a budget below what the floors allow.
 
     Args:
         budget: A budget of what is counted.
         least: Share of the dense cost with every group at its floor.
+        holds: Which layers cost most then, and why.
 
     Raises:
         BudgetError: Says how far it can go.
@@ -83,6 +84,7 @@ def check_reachable(budget: Budget, least: float) -> None:
         raise BudgetError(
             f"{budget.kind}={budget.share:g} cannot be reached: with every group at its floor {least:.3f} of the dense "
             f"model's {budget.kind} are left. Ask for at least {least + 0.001:.3f}, lower the floors, or ignore less."
+            + (f" Most of it stays in {holds}." if holds else "")
         )
 
 

@@ -1,24 +1,84 @@
 """What a model costs, and what each removal saves.
 
 Multiply-accumulates (MACs) are half of what `torch.utils.flop_counter.FlopCounterMode` counts, per image, with
-attention computed by its plain products. The cost of a partly pruned model is a sum of terms, each proportional to the
-kept shares of some axes, so a plan can be priced without carrying it out.
+attention computed by its plain products, recurrent layers and deformable convolutions added. The cost of
+a partly pruned model is a sum of terms, each proportional to the kept shares of some axes, so a plan can be priced
+without carrying it out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from jbrprune.models import layers, preserve
 from jbrprune.structure.groups import Axis, Group
+
+UNCOUNTED = ("_trilinear", "_fft_r2c", "_fft_c2c", "_fft_c2r", "_cdist_forward", "miopen_rnn")
+"""Operators of torch itself that multiply and are not counted; those of other libraries are all looked for."""
+
+
+def recurrent_flops(inputs: Sequence[int], *shapes: object, **_: object) -> int:
+    """FLOPs of recurrent layers, from shapes: every matrix is applied once at every position of every sequence.
+
+    Args:
+        inputs: ``[..., features]``.
+        *shapes: The matrices of inputs and of states, or a list of all weights with the biases among them.
+        **_: What the counter passes besides.
+    """
+    weights: Sequence = shapes[0] if isinstance(shapes[0], list) else shapes[:2]  # type: ignore[assignment]
+    return 2 * math.prod(inputs[:-1]) * sum(math.prod(weight) for weight in weights if len(weight) > 1)
+
+
+def deformable_flops(inputs: object, weight: Sequence[int], *_: object, out_shape: Sequence[int], **__: object) -> int:
+    """FLOPs of a deformable convolution, from shapes: those of a plain one, interpolation apart."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+def _formulas() -> dict:
+    """FLOPs of what torch has no formula for, by operator; that of torchvision exists where it is imported."""
+    found = {torch.ops.aten.mkldnn_rnn_layer: recurrent_flops, torch.ops.aten._cudnn_rnn: recurrent_flops}
+    deformable = getattr(torch.ops.torchvision, "deform_conv2d", None)
+    return found | ({deformable: deformable_flops} if deformable else {})
+
+
+def find_uncounted(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Operator of unknown cost, such as one of another library -> the module that first calls it.
+
+    Args:
+        model: The model; left as it was.
+        images: ``[B, C, H, W]``; only the first image is used.
+    """
+    found: dict[str, str] = {}
+    running: list[str] = []
+    counted = {*flop_registry, *_formulas()}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            operator = getattr(func, "_overloadpacket", func)
+            foreign = getattr(func, "namespace", "") not in ("aten", "prims", "prim")
+            if operator not in counted and (foreign or operator.__name__ in UNCOUNTED):
+                found.setdefault(str(operator), running[-1])
+            return func(*args, **(kwargs or {}))
+
+    def leave(*_: object) -> None:
+        running.pop()
+
+    before = {name: lambda *_, name=name: running.append(name) for name, _ in model.named_modules()}
+    hooks = preserve.hooked(model, dict.fromkeys(before, leave), before)
+    with preserve.inference_state(model), hooks, Watch():
+        model(images[:1])
+    return found
 
 
 def count_macs(model: nn.Module, images: Tensor) -> dict[str, int]:
@@ -37,7 +97,7 @@ def count_macs(model: nn.Module, images: Tensor) -> dict[str, int]:
         300
     """
     own = dict.fromkeys((name for name, _ in model.named_modules()), 0)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     running: list[str] = []
     counted = 0
 
@@ -80,11 +140,15 @@ def _plain_attention() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Term:
-    """A part of a cost: ``amount``, proportional to the kept share of each axis; or ``pair``, where that is less."""
+    """A part of a cost: ``amount``, proportional to the kept share of each axis; or ``pair``, where that is less.
+
+    ``name`` is the module that it is the cost of.
+    """
 
     amount: float
     axes: tuple[Axis, ...]
     pair: tuple[Term, ...] = ()
+    name: str = ""
 
 
 def mac_terms(model: nn.Module, images: Tensor, groups: Iterable[Group] = ()) -> list[Term]:
@@ -98,7 +162,7 @@ def mac_terms(model: nn.Module, images: Tensor, groups: Iterable[Group] = ()) ->
             axes = ((name, "out", 0), (name, "in", 0))
         else:
             axes = ((name, "heads", 0),) if layers.head_layout(module) else ()
-        terms.append(Term(macs, axes))
+        terms.append(Term(macs, axes, name=name))
     return join_pairs(terms, model, groups)
 
 
@@ -115,7 +179,7 @@ def parameter_terms(model: nn.Module, groups: Iterable[Group] = ()) -> list[Term
                 axes = tuple((own, "param", dim) for dim in range(parameter.dim()))
             elif own.rpartition(".")[2] == "weight" and layers.is_consumer(module) and not layers.is_grouped(module):
                 axes = (*axes, (name, "in", 0))
-            terms.append(Term(parameter.numel(), axes))
+            terms.append(Term(parameter.numel(), axes, name=name))
     return join_pairs(terms, model, groups)
 
 
@@ -131,13 +195,13 @@ def join_pairs(terms: Iterable[Term], model: nn.Module, groups: Iterable[Group])
         sizes = [layers.width_of(model.get_submodule(f"{name}.{part}"), "out") or 0 for part in (0, 1)]
         whole = pair[0].amount * sizes[1] / sizes[0]
         terms = [term for term in terms if term.axes not in (first, first[:1], second)]
-        terms.append(Term(whole, (second[0], first[1]), pair))  # type: ignore[arg-type]
+        terms.append(Term(whole, (second[0], first[1]), pair, name))  # type: ignore[arg-type]
     return terms
 
 
 def channel_terms(groups: Iterable[Group]) -> list[Term]:
     """The channels of all removable units, each unit counted by its width on the axis that names its group."""
-    return [Term(g.size * g.channels_per_unit()[g.members[0].axis], (_unit_axis(g),)) for g in groups]
+    return [Term(g.size * g.channels_per_unit()[g.members[0].axis], (_unit_axis(g),), name=g.name) for g in groups]
 
 
 def axis_widths(model: nn.Module, groups: Iterable[Group]) -> dict[Axis, int]:
@@ -206,6 +270,13 @@ class CostModel:
         self.remove(group, -1)
         self.total = before
         return saved
+
+    def shares(self) -> dict[str, float]:
+        """Module -> its share of what is left, the largest first."""
+        found: Counter[str] = Counter()
+        for term, value in zip(self._terms, self._value):
+            found[term.name] += value / self.total  # type: ignore[assignment]
+        return dict(found.most_common())
 
     def _price(self, term: Term) -> float:
         left = [1 - self._gone[axis] / self._full[axis] for axis in term.axes if axis in self._full]

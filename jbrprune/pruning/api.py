@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.budgets.budget import Floors, reduce_to_floors
-from jbrprune.budgets.cost import cost_model
+from jbrprune.budgets.cost import cost_model, find_uncounted
 from jbrprune.checkpoint.checkpoint import save
 from jbrprune.checkpoint.resume import check_directory, fingerprint_run, open_log
 from jbrprune.criteria.relevance import Relevance
@@ -320,6 +320,7 @@ class Info:
         rows: The groups.
         skipped: Layer -> why it keeps its width.
         output: What of the model's output counts.
+        uncounted: Operator whose multiply-accumulates are not counted -> the module that calls it.
     """
 
     input_size: tuple[int, ...]
@@ -329,6 +330,7 @@ class Info:
     least_params: float
     rows: tuple[InfoRow, ...]
     skipped: dict[str, str]
+    uncounted: dict[str, str]
     output: str = ""
 
     def to_dict(self) -> dict[str, object]:
@@ -416,6 +418,7 @@ def info(
         rows=tuple(rows),
         skipped=found.skipped,
         output=counts.said,
+        uncounted=find_uncounted(dense, images),
     )
 
 

@@ -223,10 +223,11 @@ class Channels(Structure):
         self.terms = mac_terms(self.model, self.problem.example, self.groups)
         self.find_least()
 
-    def find_least(self) -> None:
-        """Set the share of the dense cost that is left with every group at its floor."""
-        sizes = {group.name: group.size for group in self.groups}
-        self.least = reduce_to_floors(self.cost(self.kind), self.groups, self.options.floors, sizes) / self.whole
+    def find_least(self) -> CostModel:
+        """Set the share of the dense cost that is left with every group at its floor; return what that costs."""
+        cost, sizes = self.cost(self.kind), {group.name: group.size for group in self.groups}
+        self.least = reduce_to_floors(cost, self.groups, self.options.floors, sizes) / self.whole
+        return cost
 
     def finish(self) -> nn.Module:
         """The model as it would be handed over now: one layer, as it was, wherever two are no gain."""
@@ -327,13 +328,15 @@ def find_channels(problem: Problem, options: ChannelOptions, stops: Sequence[flo
     channels.whole = channels.cost(channels.kind).total
     if options.structure == "directions":
         channels.split()
-    channels.find_least()
+    cost = channels.find_least()
     if channels.kind == "latency_ms":
         timings = distributed.broadcast(time_in_turns([problem.dense], example[:1]))
         channels.unit = timings.latencies[0].median_ms
         channels.stops = tuple(Budget("latency_ms", stop).as_share(channels.unit).share for stop in stops)
     elif stops and channels.kind != "latency" and options.structure != "mixed":
-        check_reachable(Budget(channels.kind, stops[-1]), channels.least)
+        most = [(name, share) for name, share in cost.shares().items() if name][:3]
+        holds = "; ".join(f"{name} ({share:.0%} of it): {found.reason(name)}" for name, share in most)
+        check_reachable(Budget(channels.kind, stops[-1]), channels.least, holds)
     return channels
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from jbrprune.budgets.cost import find_uncounted
 from jbrprune.checkpoint.resume import ResumeLog
 from jbrprune.criteria.scores import Scores, check_some
 from jbrprune.criteria.weight_relevance import WeightScores
@@ -233,6 +234,8 @@ def hand_over(
     said = [output.said] * (output.guessed or output.kind != "logits")
     if problem.wrapper:
         said.append(f"The model was wrapped in {problem.wrapper}; what is inside was pruned: wrap it again.")
+    for operator, name in find_uncounted(problem.dense, problem.example).items():
+        said.append(f"{name or problem.name}: the multiply-accumulates of {operator} are not counted.")
     fitted = targets.notes(options.methods) if targets else []
     facts["notes"] = (*said, *facts["notes"], *fitted, *images.notes(bool(options.methods)))
     settings = options.described() | {"output": output.kind, "steps": len(structure.steps)}

@@ -37,6 +37,14 @@ class Found:
     skipped: dict[str, str] = field(default_factory=dict)
     kept_with: dict[str, str] = field(default_factory=dict)
 
+    def reason(self, layer: str) -> str:
+        """Why a layer costs what it costs where every group is at its floor."""
+        other = self.kept_with.get(layer, layer)
+        if other in self.skipped:
+            return self.skipped[other] if other == layer else f"as wide as {other}: {self.skipped[other]}"
+        known = any(layer in group.layers() for group in self.groups)
+        return "at its floor" if known else "nothing of it can go"
+
 
 def find_groups(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (), width: bool = False) -> Found:
     """Find the removable units of a model.

@@ -19,7 +19,9 @@ from jbrprune.budgets.cost import (
     channel_terms,
     cost_model,
     count_macs,
+    find_uncounted,
     parameter_terms,
+    recurrent_flops,
 )
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Member
@@ -240,3 +242,66 @@ def test_the_model_is_left_as_it_was(fails: bool, fingerprint: Fingerprint) -> N
     else:
         count_macs(model, torch.zeros(1, 3, 12, 12))
     assert fingerprint(model) == before
+
+
+# --- what torch has no formula for ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("first", [True, False])
+def test_recurrent_layers_are_counted(kind: type[nn.RNNBase], first: bool) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = kind(6, 5, num_layers=2, bidirectional=True, batch_first=first)
+
+        def forward(self, x: Tensor) -> Tensor:  # [1, 3, 7, 6]: a sequence of 21 vectors
+            x = x.flatten(1, 2)
+            return self.rnn(x if first else x.transpose(0, 1))[0].sum((0, 1))[None]
+
+    gates = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind]
+    by_hand = 21 * 2 * gates * 5 * ((6 + 5) + (2 * 5 + 5))
+    assert sum(count_macs(Reader(), torch.randn(1, 3, 7, 6)).values()) == by_hand
+    assert find_uncounted(Reader(), torch.randn(1, 3, 7, 6)) == {}
+
+
+def test_recurrent_layers_on_an_accelerator_are_counted_from_the_list_of_weights() -> None:
+    shapes = [[20, 6], [20, 5], [20], [20]]
+    assert recurrent_flops([7, 1, 6], shapes, 4) == 2 * 7 * 20 * (6 + 5)
+
+
+def test_deformable_convolutions_are_counted_as_plain_ones() -> None:
+    ops = pytest.importorskip("torchvision.ops")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offset, self.conv = nn.Conv2d(4, 18, 3, padding=1), ops.DeformConv2d(4, 6, 3, padding=1, groups=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x, self.offset(x)).mean((2, 3))
+
+    macs = count_macs(Net(), torch.randn(2, 4, 5, 5))
+    assert macs["conv"] == 25 * 6 * (4 // 2) * 9
+    assert macs["offset"] == 25 * 18 * 4 * 9
+    assert find_uncounted(Net(), torch.randn(2, 4, 5, 5)) == {}
+
+
+def test_operators_of_unknown_cost_are_named_with_the_module_that_calls_them() -> None:
+    @torch.library.custom_op("jbrprune_test::double", mutates_args=())
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft2(double(x)).abs()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Doubled(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    found = find_uncounted(model, torch.randn(2, 3, 5, 5))
+    assert found == {"jbrprune_test.double": "1", "aten._fft_r2c": "1"}
+
+
+def test_shares_of_what_is_left_add_up() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2, bias=False))
+    model = cost_model("params", net, torch.zeros(1, 4), [])
+    assert model.shares() == {"0": 30 / 42, "1": 12 / 42}

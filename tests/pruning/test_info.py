@@ -9,12 +9,12 @@ import cases
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jbrprune import info, prune
 from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
-from jbrprune.errors import ArgumentError, UnsupportedModelError
+from jbrprune.errors import ArgumentError, BudgetError, UnsupportedModelError
 from jbrprune.evaluation.agreement import parameters_of
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.slicing import remove_units
@@ -107,3 +107,52 @@ def test_it_is_json() -> None:
     assert facts["rows"][0]["group"] == found.rows[0].group
     assert facts["skipped"] == found.skipped
     assert facts["macs"] == found.macs
+
+
+def test_a_budget_out_of_reach_names_what_holds_the_width() -> None:
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(24, 24, 3, 2, 1)
+    held = nn.utils.parametrizations.weight_norm(nn.Conv2d(24, 24, 3, 1, 1))
+    pool = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)
+    model = nn.Sequential(first, nn.ReLU(), held, nn.ReLU(), last, nn.ReLU(), *pool)
+    with pytest.raises(BudgetError, match=r"Most of it stays in 2 \(8\d% of it\): .*parametrize.*; 0 \(1\d% of it\): "):
+        prune(model, torch.randn(12, 3, 32, 32), macs=0.5, floors=Floors(channels=1), progress=False)
+
+
+class Reader(nn.Module):
+    """Images are read row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 2, 1)
+        self.rnn, self.fc, self.head = nn.LSTM(16 * 8, 64, batch_first=True), nn.Linear(64, 400), nn.Linear(400, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.b(self.a(x).relu()).relu().permute(0, 3, 1, 2).flatten(2)
+        return self.head(self.fc(self.rnn(f)[0][:, -1]).relu())
+
+
+def test_the_share_that_is_left_counts_recurrent_layers() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(BudgetError, match=r"Most of it stays in rnn \(9\d% of it\): nothing of it can go"):
+        prune(Reader(), torch.randn(12, 3, 32, 32), macs=0.5, progress=False)
+    result = prune(Reader(), torch.randn(12, 3, 32, 32), macs=0.9, steps=1, progress=False)
+    rnn, sizes = Reader().rnn, [result.model.a.out_channels, result.model.fc.out_features]  # type: ignore[union-attr]
+    matrices = sum(weight.numel() for weight in rnn.parameters() if weight.dim() > 1)
+    left = 8 * matrices + 256 * 27 * sizes[0] + 64 * 9 * 16 * sizes[0] + 69 * sizes[1]
+    assert result.report.pruned.macs == left
+    assert left / (8 * matrices + 256 * 27 * 16 + 64 * 9 * 16 * 16 + 69 * 400) <= 0.9
+
+
+def test_operators_of_unknown_cost_are_said_by_info_and_in_the_report() -> None:
+    class Spectrum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft2(x).abs()
+
+    torch.manual_seed(0)
+    pool = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)
+    model = nn.Sequential(Spectrum(), nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU(), *pool)
+    images = torch.randn(12, 3, 16, 16)
+    assert info(model, images).uncounted == {"aten._fft_r2c": "0"}
+    report = prune(model, images, macs=0.8, steps=1, progress=False).report
+    assert "0: the multiply-accumulates of aten._fft_r2c are not counted." in report.notes
