@@ -7,6 +7,7 @@ model and restored with it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -199,7 +200,8 @@ def refresh(module: nn.Module, *, width: int | None = None) -> None:
 
 def _fact(module: nn.Module, field: str, default: Any = None) -> Any:
     """What the table says of a module: the row of the nearest class that says anything."""
-    rows = (LAYERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in LAYERS)
+    names = [re.sub(".*FrozenBatchNorm2d", "FrozenBatchNorm2d", cls.__name__) for cls in type(module).__mro__]
+    rows = (LAYERS[name] for name in names if name in LAYERS)  # transformers has a frozen norm of each detector
     return next((value for row in rows if (value := getattr(row, field)) is not None), default)
 
 

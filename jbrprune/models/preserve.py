@@ -116,6 +116,16 @@ def hooked(
             handle.remove()
 
 
+@contextlib.contextmanager
+def recorded_calls(model: nn.Module) -> Iterator[list[str]]:
+    """The qualified names of the modules that are called meanwhile, in order."""
+    called: list[str] = []
+    with hooked(
+        model, forward_pre={name: lambda *_, name=name: called.append(name) for name, _ in model.named_modules()}
+    ):
+        yield called
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter or buffer; CPU for a model without any."""
     tensor = first_tensor(model)

@@ -440,6 +440,8 @@ def carry_out(
                 refuse_hidden_sharing(problem.given, structure.masks)
                 originals = {slot.name: slot.stored.detach().clone() for slot in slots(problem.given)}
         images = read_calibration(problem, options, judged=drop is not None)
+        if images.ways and isinstance(options, ChannelOptions):
+            structure = find_channels(problem, options, stops, images.ways)
         if directory is not None:
             unrelated = ("progress", "resume", "inplace", "eval_data")
             depends = {name: value for name, value in vars(options).items() if name not in unrelated}

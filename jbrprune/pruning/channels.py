@@ -246,7 +246,10 @@ class Channels(Structure):
     def size(self) -> Size:
         """What the model costs, time apart."""
         model = self.finish()
-        macs = sum(count_macs(model, self.problem.example).values())
+        if model is self.model:
+            macs = round(sum(term.amount for term in self.terms))
+        else:
+            macs = sum(count_macs(model, self.problem.example).values())
         return Size(macs, parameters_of(model), bytes_of(model))
 
     def deliver(self) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
@@ -293,13 +296,16 @@ class Channels(Structure):
             )
 
 
-def find_channels(problem: Problem, options: ChannelOptions, stops: Sequence[float]) -> Channels:
+def find_channels(
+    problem: Problem, options: ChannelOptions, stops: Sequence[float], ways: Sequence[Tensor] = ()
+) -> Channels:
     """Find the units of a model, and see that the budget can be reached.
 
     Args:
         problem: The dense model; left as it was.
         options: How to prune.
         stops: Shares of the dense model (of ``latency_ms``: milliseconds) at which a model is handed over, falling.
+        ways: Other images on which removal is tried too: they lead through other modules than the example.
 
     Raises:
         ArgumentError: A glob in ``ignore`` matches nothing.
@@ -307,9 +313,11 @@ def find_channels(problem: Problem, options: ChannelOptions, stops: Sequence[flo
         UnsupportedModelError: Nothing can be removed safely.
     """
     example = problem.example
-    model, found = preserve.copy_model(problem.dense).eval(), Found(())
-    if options.structure != "directions":
-        model, found = find_units(problem.dense, example, options.ignore, options.floors.width, options.seed)
+    if options.structure == "directions":
+        model, found = preserve.copy_model(problem.dense).eval(), Found(())
+    else:
+        where = problem.dense, example, options.ignore, options.floors.width, options.seed
+        model, found = find_units(*where, ways=ways)
     full = axis_widths(model, found.groups)
     consumers = [axis[0] for axis in full if axis[1] == "in"]
     if options.structure != "channels":
@@ -347,6 +355,7 @@ def find_units(
     width: bool,
     seed: int = 0,
     structure: str = "channels",
+    ways: Sequence[Tensor] = (),
 ) -> tuple[nn.Module, Found]:
     """A copy of a model in eval mode, and its units that can be removed safely.
 
@@ -357,4 +366,4 @@ def find_units(
         model, found = find_directions(model, example, ignore=ignore)
     else:
         found = find_groups(model, example, ignore=ignore, width=width)
-    return model, verify_groups(model, example, found, seed=seed)
+    return model, verify_groups(model, [example, *ways], found, seed=seed)

@@ -30,6 +30,9 @@ FEWEST_TO_HOLD_BACK = 10
 MOST_JUDGES = 4096
 """Images beyond those for calibration that decide how far to prune; kept in memory."""
 
+MOST_WAYS = 8
+"""So many ways through the modules of a model are tried."""
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -67,6 +70,7 @@ class Calibration:
         judge: How far to prune is decided on these; none unless asked for.
         judged: Which images these are.
         output: What of the model's output counts, with the scales that these images give.
+        ways: Images of one batch for every way through the modules of the model, where there are several.
     """
 
     score: list[Batch]
@@ -77,6 +81,7 @@ class Calibration:
     judge: list[Batch] = field(default_factory=list)
     judged: str = ""
     output: Output = LOGITS
+    ways: tuple[Tensor, ...] = ()
 
     def notes(self, wants_repair: bool) -> list[str]:
         """What the number of images did not allow."""
@@ -210,7 +215,7 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
     """
     own = judged and options.eval_data is None
     most = options.images if options.images is None or not own else options.images + MOST_JUDGES
-    whole = _read(problem, problem.data, most, options)
+    whole, ways = _read(problem, problem.data, most, options)
     assert whole.reference is not None
     output = problem.output.scaled_by(whole.reference)
     whole = replace(whole, reference=output.scale(whole.reference))
@@ -229,7 +234,8 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
         heldout, described = part(0, apart), f"{apart} calibration images that {purpose}"
     else:
         opened = open_data(options.eval_data, problem.dense, batch_size=options.batch_size)
-        others = _read(problem, opened, None, options)
+        others, more = _read(problem, opened, None, options)
+        ways |= more
         others = replace(others, reference=output.scale(others.reference))
         heldout, described = (
             rebatch([others], options.batch_size),
@@ -245,11 +251,17 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
         judge=heldout if judged else [],
         judged=f"{sum(map(len, heldout))} images that neither score, repair nor gate" if judged else "",
         output=output,
+        ways=tuple(ways.values())[:MOST_WAYS] if len(ways) > 1 else (),
     )
 
 
-def _read(problem: Problem, data: object, images: int | None, options: RunOptions) -> Batch:
-    """Images in the model's precision, with the dense model's logits, or other rows without scales."""
+def _read(
+    problem: Problem, data: object, images: int | None, options: RunOptions
+) -> tuple[Batch, dict[frozenset[str], Tensor]]:
+    """Images in the model's precision, with the dense model's logits, or other rows without scales.
+
+    And, for every set of modules that a batch runs, the images of such a batch.
+    """
     model, output = problem.dense, problem.output
     # a loader draws when it is iterated
     with distributed.fail_together(), preserve.same_randomness(torch.device("cpu")):
@@ -259,13 +271,24 @@ def _read(problem: Problem, data: object, images: int | None, options: RunOption
     if parameter is not None:
         batches = [replace(batch, images=batch.images.to(parameter.dtype)) for batch in batches]
     check_runs(model, batches[0].images, output)
+    ran: list[frozenset[str]] = []
     if any(batch.reference is None for batch in batches):
-        logits = compute_logits(model, batches, output, progress=options.progress)
+        with preserve.recorded_calls(model) as called:
+
+            def each() -> Iterator[Batch]:
+                for batch in batches:
+                    called.clear()
+                    yield batch
+                    ran.append(frozenset(called))
+
+            logits = compute_logits(model, each(), output, progress=options.progress)
+        ran = [max(of_ranks, key=len) for of_ranks in zip(*distributed.gather(ran))]  # one rank has run each batch
         batches = [replace(batch, reference=reference) for batch, reference in zip(batches, logits)]
     whole = concatenate(batches)
     assert whole.reference is not None
     classes = output.classes(whole.reference)
-    return replace(whole, labels=class_indices(whole.labels, whole.images.shape[:1], classes))
+    ways = {names: batch.images for names, batch in zip(ran, batches)}
+    return replace(whole, labels=class_indices(whole.labels, whole.images.shape[:1], classes)), ways
 
 
 def provenance(seed: int, device: torch.device) -> dict[str, object]:

@@ -163,6 +163,12 @@ def _couple_layers(atoms: _Atoms, model: nn.Module, images: Tensor) -> dict[Axis
                 atoms.join(start[coupling.root], there[coupling.channel])
             if why:
                 fixed.setdefault(coupling.axis, why)
+    for name, side, dim in list(atoms.first):  # norms inside of a norm, as those that run in training only
+        outer, width = model.get_submodule(name) if side == "out" else model, atoms.widths[name, side, dim]
+        for part, module in outer.named_modules() if side == "out" and layers.is_normalisation(outer) else ():
+            if part and layers.width_of(module, "out") == width and layers.is_normalisation(module):
+                inner = atoms.numbers((f"{name}.{part}", "out", 0), width)
+                atoms.join(atoms.numbers((name, side, dim), width), inner)
     for name, count, size, parts in heads:
         of_channel = np.repeat(atoms.numbers((name, "heads", 0), count), size)
         for axis, blocks in parts:

@@ -118,9 +118,7 @@ def find_culprits(groups: Sequence[Group], failure: Callable[[Sequence[Group]], 
 @torch.no_grad()
 def find_called(model: nn.Module, images: Tensor) -> list[str]:
     """Qualified names of the modules that a pass calls, in order."""
-    called: list[str] = []
-    hooks = {name: lambda *_, name=name: called.append(name) for name, _ in model.named_modules()}
-    with preserve.hooked(model, forward_pre=hooks):
+    with preserve.recorded_calls(model) as called:
         model(images)
     return called
 
@@ -150,8 +148,7 @@ def _find_idle(trial: nn.Module, examples: Sequence[Tensor], called: set[str]) -
     called = {parent for name in called for parent in itertools.accumulate(name.split("."), "{}.{}".format)}
     own = {name: list(m.parameters(recurse=False)) for name, m in trial.named_modules() if name not in called}
     own = {name: parameters for name, parameters in own.items() if name and parameters}
-    ran: list[str] = []
-    with preserve.hooked(trial, forward_pre={name: lambda *_, name=name: ran.append(name) for name in own}):
+    with preserve.recorded_calls(trial) as ran:
         error = _train(trial, examples[0]) if own else None
     own = {name: parameters for name, parameters in own.items() if error or name not in ran}
     idle = {}

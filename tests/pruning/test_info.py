@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import cases
 import pytest
@@ -134,7 +135,7 @@ class Reader(nn.Module):
 
 def test_the_share_that_is_left_counts_recurrent_layers() -> None:
     torch.manual_seed(0)
-    with pytest.raises(BudgetError, match=r"Most of it stays in rnn \(9\d% of it\): nothing of it can go"):
+    with pytest.raises(BudgetError, match=r"Most of it stays in rnn \(7\d% of it\): nothing of it can go"):
         prune(Reader(), torch.randn(12, 3, 32, 32), macs=0.5, progress=False)
     result = prune(Reader(), torch.randn(12, 3, 32, 32), macs=0.9, steps=1, progress=False)
     rnn, sizes = Reader().rnn, [result.model.a.out_channels, result.model.fc.out_features]  # type: ignore[union-attr]
@@ -156,3 +157,31 @@ def test_operators_of_unknown_cost_are_said_by_info_and_in_the_report() -> None:
     assert info(model, images).uncounted == {"aten._fft_r2c": "0"}
     report = prune(model, images, macs=0.8, steps=1, progress=False).report
     assert "0: the multiply-accumulates of aten._fft_r2c are not counted." in report.notes
+
+
+class Branches(nn.Module):
+    """Dark images go one way, light ones another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.fc = nn.Conv2d(3, 24, 3, 1, 1), nn.Conv2d(24, 24, 3, 2, 1), nn.Linear(24, 5)
+        self.dark, self.light = nn.Conv2d(24, 24, 3, 2, 1), nn.Conv2d(24, 24, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        way = self.light if x.mean() > 0 else self.dark
+        return self.fc(way(self.a(self.first(x).relu()).relu()).relu().mean((2, 3)))
+
+
+def test_what_some_batches_run_only_keeps_its_width_and_is_named() -> None:
+    torch.manual_seed(0)
+    light = torch.rand(20, 3, 16, 16)
+    how: dict[str, Any] = {"macs": 0.8, "steps": 1, "batch_size": 10, "progress": False}
+    result = prune(Branches(), [light[:10], -light[10:]], **how)
+    assert result.model(light).shape == result.model(-light).shape == (20, 5)
+    assert result.report.removed.keys() == {"first"}
+    notes = " ".join(result.report.notes)
+    assert "light runs for some of the images only" in notes
+    alone = prune(Branches(), light, **how)
+    assert [note for note in alone.report.notes if note.startswith("dark keeps its width: it ran for none")]
+    held = prune(Branches(), light, eval_data=-light, **how)  # on images of the report as well
+    assert held.model(-light).shape == (20, 5)

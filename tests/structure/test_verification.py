@@ -495,7 +495,45 @@ def test_groups_that_are_alike_are_tried_at_both_ends() -> None:
     assert len(calls) < 50
 
 
-@pytest.mark.parametrize("change", [timm.layers.freeze_batch_norm_2d, lambda model: model], ids=["frozen", "blurred"])
+def _frozen_as_in_transformers(model: nn.Module) -> nn.Module:
+    class DetrFrozenBatchNorm2d(nn.Module):
+        def __init__(self, norm: nn.BatchNorm2d) -> None:
+            super().__init__()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, getattr(norm, name).detach().clone())
+            self.act = norm.act
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = (self.weight * (self.running_var + 1e-5).rsqrt())[:, None, None]
+            return self.act(x * scale + (self.bias - self.running_mean * scale[:, 0, 0])[:, None, None])
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                child.act = getattr(child, "act", nn.Identity())
+                setattr(module, name, DetrFrozenBatchNorm2d(child))
+    return model
+
+
+def test_norms_that_run_in_training_only_shrink_with_the_norm_they_are_in() -> None:
+    model = timm.layers.convert_splitbn_model(timm.create_model("test_resnet", num_classes=4), 2).eval()
+    images = torch.randn(2, 3, 64, 64)
+    found = verify_groups(model, images, find_groups(model, images))
+    plain = find_groups(timm.create_model("test_resnet", num_classes=4).eval(), images)
+    assert [group.name for group in found.groups] == [group.name for group in plain.groups]
+    remove_units(model, found.groups, some(found.groups, 0.5))
+    assert model.bn1.aux_bn[0].num_features == model.bn1.num_features == model.conv1[-1].out_channels
+    assert model.train()(images).shape == (2, 4)
+
+
+CHANGES = {
+    "frozen": timm.layers.freeze_batch_norm_2d,
+    "transformers": _frozen_as_in_transformers,
+    "blurred": lambda m: m,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_layers_that_keep_their_channels_in_buffers_can_shrink(change: Callable[[nn.Module], nn.Module]) -> None:
     plain = timm.create_model("test_resnet", num_classes=4).eval()
     model = change(timm.create_model("test_resnet", num_classes=4, aa_layer=timm.layers.BlurPool2d)).eval()
