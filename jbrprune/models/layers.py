@@ -383,7 +383,7 @@ def repeated_widths(
             elif attribute in FEATURE_WIDTHS and reading and reading[0][0] in set(module.modules()):
                 same = reading
             value = getattr(module, attribute)
-            pair = next((pair for pair in same if getattr(*pair, None) == value), None)
+            pair = next((pair for pair in same if is_size(value) and getattr(*pair, None) == value), None)
             if pair is not None:
                 found.append((partial(setattr, module, attribute), *pair))
     info = getattr(model, "feature_info", ())

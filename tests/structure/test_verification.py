@@ -382,6 +382,12 @@ class Detector(nn.Module):
         return self.net(x)
 
 
+def test_an_attribute_that_holds_no_width_is_not_taken_for_one() -> None:
+    model = nets.TwoBlocks().eval()
+    model.out_features = None  # as of CoaT
+    assert verify_groups(model, nets.example(), find_groups(model, nets.example())).groups
+
+
 def test_a_model_that_does_not_train_by_itself_is_not_tried_in_training_mode() -> None:
     plain, model = nets.TwoBlocks().eval(), Detector().eval()
     expected = [f"net.{group.name}" for group in find_groups(plain, nets.example()).groups]
