@@ -20,6 +20,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (
     "choose-a-ratio",
     "detection-and-segmentation",
+    "directions",
     "encoders",
     "faster",
     "interrupted",
