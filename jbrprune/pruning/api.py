@@ -81,7 +81,7 @@ def prune(  # noqa: D417
     inplace: bool = False,
     progress: bool = True,
 ) -> PruneResult:
-    r"""Remove channels and heads from a trained model, without labels and without training.
+    r"""Remove channels, heads or directions from a trained model, without labels and without training.
 
     Units are ranked by relevance per cost, s_u / cost_u with s_u = E_x[(m(x)^T J_u(x) w_u)^2], and removed in steps;
     after every step the model is repaired without training and scored again, until the budget is met. A counted
@@ -98,6 +98,8 @@ def prune(  # noqa: D417
       the relative error.
     * ``output``: logits are compared by their divergence, anything else by relative squared error, and the report says
       which; see `jbrprune.evaluation.outputs`.
+    * ``structure``: ``directions`` puts two thin linear layers in the place of one (`jbrprune.structure.directions`);
+      ``mixed`` cuts channels and heads first, to the share of the budget to the power of 0.3.
     * ``criterion``: a function ``(model, batches, groups)`` returns the scores of the units of every group by its name;
       the lowest go first. It is called before every step. Scores made before hold for one step.
     * ``repair``: ``auto`` tries what applies and keeps what brings the model closer to the dense one on images held

@@ -1,4 +1,4 @@
-"""Channels and heads as the structure of a run: what can go, what it costs, and the model that shrinks."""
+"""Channels, heads and directions as the structure of a run: what can go, what it costs, and the model that shrinks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Channels(Structure):
         kind: What the budget is of; the stops are shares of it.
         whole: Cost of the dense model; of a latency, its multiply-accumulates.
         least: Share of it that is left with every group at its floor.
-        whole_layers: The model before two layers were put in the place of each, to lose directions; None: it was not.
+        whole_layers: The model before two layers stood in the place of each, to lose directions; None: they do not.
         foreseen: What `select` expects the smaller model to cost.
     """
 
@@ -95,7 +95,7 @@ class Channels(Structure):
         """Shares of the dense cost to reach: known from the start where the cost is counted."""
         for start, stop in zip((1.0, *self.stops), self.stops):
             if self.options.structure == "mixed" and self.whole_layers is None:
-                part = max(stop**CHANNELS_FIRST, self.least)
+                part = max(stop**CHANNELS_FIRST, self.least + 1e-3)
                 yield from self.walk(start, part)
                 self.split()
                 start = part
@@ -336,6 +336,8 @@ def find_channels(
     channels.whole = channels.cost(channels.kind).total
     if options.structure == "directions":
         channels.split()
+    elif options.structure == "mixed":  # see that there will be directions
+        find_units(model, example, options.ignore, False, options.seed, structure="directions")
     cost = channels.find_least()
     if channels.kind == "latency_ms":
         timings = distributed.broadcast(time_in_turns([problem.dense], example[:1]))

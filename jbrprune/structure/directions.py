@@ -108,23 +108,24 @@ def find_directions(model: nn.Module, images: Tensor, *, ignore: Sequence[str] =
     """
     ignored = match_names([name for name, _ in model.named_modules() if name], ignore, "module")
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    called: set[str] = set()
+    called: dict[str, Tensor] = {}
 
     def note(name: str) -> preserve.Hook:
-        return lambda *_: called.add(name)
+        return lambda module, args, kwargs, output: called.update({name: output})
 
-    with (
-        preserve.inference_state(model),
-        preserve.hooked(model, {name: note(name) for name, _ in model.named_modules()}),
-    ):
-        model(images)
+    linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) or layers.is_factorable(module)]
+    with preserve.inference_state(model), preserve.hooked(model, {name: note(name) for name in linear}):
+        logits = logits_of(model(images))
+    classifiers = {name for name, output in called.items() if output.data_ptr() == logits.data_ptr()}
+    classifiers.update(layers.classifiers(model))
     found, skipped = {}, {}
-    for name, module in model.named_modules():
-        if name.rpartition(".")[0] in found or not (isinstance(module, nn.Linear) or layers.is_factorable(module)):
+    for name in linear:
+        module = model.get_submodule(name)
+        if name.rpartition(".")[0] in found:  # one of two
             continue
         if name in ignored:
             skipped[name] = "ignored on request"
-        elif name in layers.classifiers(model):
+        elif name in classifiers:
             skipped[name] = "the classifier"
         elif name not in called or not layers.is_factorable(module):
             skipped[name] = "another module reads its weights"
@@ -201,7 +202,7 @@ def make_pair(layer: nn.Module, size: int, *, bias: bool = False) -> nn.Sequenti
 def rotate(pair: nn.Sequential, moments: Moments) -> None:
     """Turn the channels between two layers into the eigenvectors of the covariance of what comes out, largest first.
 
-    The function stays the same. The new channels have mean zero; those between have the eigenvalues as variances.
+    The function stays the same. The new channels have mean zero, and the eigenvalues as variances.
 
     Args:
         pair: Two layers, both with a bias; changed in place.

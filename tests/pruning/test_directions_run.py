@@ -10,6 +10,7 @@ from typing import Any
 
 import cases
 import pytest
+import ranks as ranks_of_processes
 import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from jbrprune import create, info, load, predict, prune, sweep
 from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
 from jbrprune.cli import app
-from jbrprune.errors import ArgumentError
+from jbrprune.errors import ArgumentError, UnsupportedModelError
 from jbrprune.evaluation.agreement import parameters_of
 
 IMAGES = cases.images(24, 32, seed=3).float()
@@ -192,6 +193,37 @@ def test_what_has_no_meaning_is_refused() -> None:
         prune(vit(), IMAGES, max_drop=0.1, structure="mixed", progress=False)
     with pytest.raises(ArgumentError, match=r"structure .*mixed"):
         predict(vit(), IMAGES, structure="mixed", progress=False)  # type: ignore[arg-type]
+
+
+def test_a_vit_of_hugging_face() -> None:
+    library = pytest.importorskip("transformers", reason="transformers is not installed: pip install jbrprune[dev]")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    model = library.ViTForImageClassification(library.ViTConfig(image_size=32, patch_size=8, num_labels=5, **sizes))
+    result = prune(model.eval(), IMAGES, macs=0.4, **QUIET)
+    assert result.report.kept <= 0.4
+    assert len(result.report.layers) == 12  # its patch embedding is asked for its weight's dtype
+    assert type(result.model.classifier) is nn.Linear
+    assert all(isinstance(result.model.get_submodule(r.name), nn.Sequential) for r in result.report.layers)
+
+
+def test_two_ranks_are_one() -> None:
+    def work() -> tuple[dict, Tensor]:
+        found = prune(vit(), IMAGES, macs=0.4, batch_size=4, **QUIET)
+        return {row.name: row.after for row in found.report.layers}, found.model(IMAGES).detach()
+
+    ranks, logits = work()
+    for found in ranks_of_processes.on_ranks(2, work):
+        assert found[0] == ranks
+        torch.testing.assert_close(found[1], logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_net_without_linear_layers_is_refused_before_anything_else() -> None:
+    torch.manual_seed(0)
+    net = create("resnet10t", pretrained=False, num_classes=5)
+    for structure in ("directions", "mixed"):
+        with pytest.raises(UnsupportedModelError, match="nothing can be removed"):
+            prune(net, IMAGES, macs=0.5, structure=structure, criterion=lambda *_: 1 / 0, progress=False)
 
 
 def test_command_line(tmp_path: Path) -> None:
