@@ -115,8 +115,8 @@ def find_directions(model: nn.Module, images: Tensor, *, ignore: Sequence[str] =
 
     linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) or layers.is_factorable(module)]
     with preserve.inference_state(model), preserve.hooked(model, {name: note(name) for name in linear}):
-        logits = logits_of(model(images))
-    classifiers = {name for name, output in called.items() if output.data_ptr() == logits.data_ptr()}
+        returned = {tensor.data_ptr() for tensor in preserve.tensors_of(model(images)).values()}
+    classifiers = {name for name, output in called.items() if output.data_ptr() in returned}
     classifiers.update(layers.classifiers(model))
     found, skipped = {}, {}
     for name in linear:
