@@ -33,6 +33,7 @@ from jbrprune.models.layers import (
     repeated_widths,
     set_size_attributes,
     size_attributes,
+    width_of,
 )
 from jbrprune.sparsity.masks import KINDS, fresh, masks_of, put_masks
 from jbrprune.structure.directions import make_pair, replace_module
@@ -468,7 +469,7 @@ def take_apart(
         "tensors": tensors,
         "aliases": aliases,
         "attributes": {name: own for name, own in sizes.items() if own},
-        "pairs": {name: len(module[0].weight) for name, module in model.named_modules() if is_pair(module)},
+        "pairs": {n: width_of(pair[0], "out") for n, pair in model.named_modules() if is_pair(pair)},
         "versions": {package: version(package) for package in ("jbrprune", "timm", "torch", "safetensors")},
         "weights": {"bytes": 0, "sha256": ""},
         "example": None if example is None else vars(example),
@@ -608,7 +609,7 @@ def split_pairs(dense: nn.Module, description: Description) -> nn.Module:
         CheckpointError: There is no such layer, or the two were no smaller.
     """
     for name, size in description.pairs.items():
-        layer = dict(dense.named_modules()).get(name)
+        layer: Any = dict(dense.named_modules()).get(name)
         if not is_pair(layer):
             if not is_factorable(layer) or not 0 < size <= min(len(layer.weight), layer.weight[0].numel()):
                 _refuse_misfit(name, f"two layers with {size} channels between them", layer)
@@ -691,7 +692,7 @@ def fill(dense: nn.Module, description: Description, state: Mapping[str, Tensor]
     put_masks(dense, masks)
     classes = timm_models.count_classes(dense)
     if classes is not None and hasattr(dense, "num_classes"):
-        dense.num_classes = classes
+        setattr(dense, "num_classes", classes)  # noqa: B010 (to pyright it is a tensor)
     if description.data_config is not None:
         # timm's sizes for testing would win over the stored ones where a caller asks for them.
         old = dict(getattr(dense, "pretrained_cfg", None) or {})

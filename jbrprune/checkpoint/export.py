@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ def export(
         raise ArgumentError(f"{type(model).__name__} does not say which images it takes: pass size=(C, H, W).")
     check_file(path)
     preserve.refuse_masked(model)
-    runtime = import_optional("onnxscript", "export") and import_optional("onnxruntime", "export") if onnx else None
+    runtime: Any = onnx and import_optional("onnxscript", "export") and import_optional("onnxruntime", "export")
     twin, generator = preserve.copy_model(model).cpu().eval(), torch.Generator().manual_seed(0)
     tensor = preserve.first_tensor(twin)
     dtype = torch.float32 if tensor is None else tensor.dtype
@@ -67,15 +68,17 @@ def export(
             if onnx:
                 single = len(tree_leaves(twin(traced))) == 1
                 names = {"input_names": ["images"], "output_names": ["output"] if single else None}
-                made = torch.onnx.export(twin, (traced,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+                made: Any = torch.onnx.export(
+                    twin, (traced,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names
+                )
                 made.save(temporary, external_data=False)
                 session = runtime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+                run = lambda images: session.run(None, {"images": images.numpy()})  # noqa: E731
             else:
                 torch.export.save(torch.export.export(twin, (traced,), dynamic_shapes=shapes), temporary)
-                program = torch.export.load(temporary).module()
+                run = torch.export.load(temporary).module()
             for images in batches:
-                outputs = session.run(None, {"images": images.numpy()}) if onnx else program(images)
-                pair = ([o for o in tree_leaves(out) if hasattr(o, "shape")] for out in (outputs, twin(images)))
+                pair = ([o for o in tree_leaves(out) if hasattr(o, "shape")] for out in (run(images), twin(images)))
                 for found, wanted in zip(*pair, strict=True):
                     limit = tolerance * float(wanted.abs().max())
                     torch.testing.assert_close(torch.as_tensor(found), wanted, rtol=0, atol=limit)

@@ -317,7 +317,7 @@ def is_pair(module: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether two linear layers, of which the second reads single positions, stand in the place of one."""
     parts = list(module.children()) if type(module) is nn.Sequential else []
     fits = len(parts) == 2 and all(map(_is_linear, parts)) and type(parts[0]) is type(parts[1])
-    return fits and width_of(parts[0], "out") == width_of(parts[1], "in") and parts[1].weight[0, 0].numel() == 1
+    return fits and width_of(parts[0], "out") == width_of(parts[1], "in") and parts[1].weight[0, 0].numel() == 1  # type: ignore[index]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +237,7 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
         opened = open_data(options.eval_data, problem.dense, batch_size=options.batch_size)
         others, more = _read(problem, opened, None, options)
         ways |= more
-        others = replace(others, reference=output.scale(others.reference))
+        others = replace(others, reference=output.scale(cast(Tensor, others.reference)))
         heldout, described = (
             rebatch([others], options.batch_size),
             f"{len(others)} images of eval_data{f' that {purpose}' if judged else ''}",

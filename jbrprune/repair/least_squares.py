@@ -85,9 +85,8 @@ def sum_products(inputs: Tensor, outputs: Tensor, *, means: bool = False) -> tup
     """
     a, y = inputs.mean(0), outputs.mean(0)
     if means:
-        return tuple(
-            Moments(len(inputs), mean, mean, torch.zeros_like(mean)) for mean in (a.cpu().double(), y.cpu().double())
-        )
+        a, y, n = a.cpu().double(), y.cpu().double(), len(inputs)
+        return Moments(n, a, a, torch.zeros_like(a)), Moments(n, y, y, torch.zeros_like(y))
     inputs = inputs - a
     gram, cross = inputs.t() @ inputs, inputs.t() @ (outputs - y)
     a, y, gram, cross = (tensor.cpu().double() for tensor in (a, y, gram, cross))

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ def find_directions(model: nn.Module, images: Tensor, *, ignore: Sequence[str] =
         elif any(owners[id(parameter)] > 1 for parameter in module.parameters()):
             skipped[name] = "its weights are shared"
         else:
-            index = torch.arange(len((module[0] if layers.is_pair(module) else module).weight))
+            index = torch.arange(len((module[0] if layers.is_pair(module) else module).weight))  # type: ignore[arg-type]
             members = Member((f"{name}.0", "out", 0), index, index), Member((f"{name}.1", "in", 0), index, index)
             found[name] = Group(name, "direction", len(index), members)
 
@@ -153,8 +154,8 @@ def find_directions(model: nn.Module, images: Tensor, *, ignore: Sequence[str] =
 def split_layers(model: nn.Module, groups: Iterable[Group]) -> nn.Module:
     """Put two layers, both with a bias, in the place of each layer, in place; return the model."""
     for group in groups:
-        layer = model.get_submodule(group.name)
-        pair = make_pair(layer, group.size, bias=True)
+        layer: Any = model.get_submodule(group.name)
+        pair: Any = make_pair(layer, group.size, bias=True)
         first, second = layer if layers.is_pair(layer) else (layer, None)
         pair[0].weight.copy_(first.weight)
         pair[0].bias.copy_(first.bias) if first.bias is not None else nn.init.zeros_(pair[0].bias)
@@ -167,7 +168,7 @@ def split_layers(model: nn.Module, groups: Iterable[Group]) -> nn.Module:
     return model
 
 
-def make_pair(layer: nn.Module, size: int, *, bias: bool = False) -> nn.Sequential:
+def make_pair(layer: Any, size: int, *, bias: bool = False) -> nn.Sequential:
     """Two layers in the place of one (or of two), with so many channels between them and values yet to be set.
 
     Args:
@@ -195,11 +196,11 @@ def make_pair(layer: nn.Module, size: int, *, bias: bool = False) -> nn.Sequenti
         nn.utils.skip_init(kind, inputs, size, bias=bias, **window, **how),
         nn.utils.skip_init(kind, size, outputs, **one, **how),
     )
-    return pair.requires_grad_(first.weight.requires_grad).train(layer.training)
+    return pair.requires_grad_(bool(first.weight.requires_grad)).train(layer.training)
 
 
 @torch.no_grad()
-def rotate(pair: nn.Sequential, moments: Moments) -> None:
+def rotate(pair: Any, moments: Moments) -> None:
     """Turn the channels between two layers into the eigenvectors of the covariance of what comes out, largest first.
 
     The function stays the same. The new channels have mean zero, and the eigenvalues as variances.
@@ -228,7 +229,7 @@ def rotate(pair: nn.Sequential, moments: Moments) -> None:
 
 
 @torch.no_grad()
-def fold_bias(pair: nn.Sequential) -> None:
+def fold_bias(pair: Any) -> None:
     """Move the bias of the first of two layers into that of the second, in place; the function stays the same."""
     first, second = pair
     second.bias.add_((second.weight.double().flatten(1) @ first.bias.double()).to(second.bias))

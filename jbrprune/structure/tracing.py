@@ -6,7 +6,7 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch_pruning as tp
@@ -199,7 +199,7 @@ def trace_model(model: nn.Module, images: Tensor) -> CouplingGraph:
     with preserve.inference_state(model, gradients=True):
         try:
             inputs = (images.detach().clone(),)
-            graph.build_dependency(model, inputs, forward, customized_pruners=fixed, verbose=False)
+            graph.build_dependency(model, inputs, cast(Any, forward), customized_pruners=fixed, verbose=False)
         except Exception as error:  # whatever a foreign forward, or torch-pruning about it, raises
             if not getattr(graph, "module2node", None):
                 raise UnsupportedModelError(
