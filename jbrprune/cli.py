@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
@@ -23,8 +22,7 @@ from torch import nn
 
 from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
-from jbrprune.checkpoint.checkpoint import check_target, describe, load, write_card
-from jbrprune.checkpoint.export import export
+from jbrprune.checkpoint.checkpoint import check_target, load, write_card
 from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.data import distributed
@@ -42,8 +40,6 @@ from jbrprune.pruning.options import ChannelOptions, Options, ScoreOptions, Weig
 from jbrprune.pruning.prepare import check_runs
 from jbrprune.report.records import Report, import_optional, plain
 from jbrprune.report.text import format_si, format_table, make_pairs, make_table
-from jbrprune.sparsity.masks import make_permanent
-from jbrprune.tpv import Isotropic, Quantization, empirical, trace_form
 
 app = typer.Typer(
     help="Make trained vision models smaller, without labels and without training.\n\n"
@@ -55,7 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-PANELS = ("Budget", "Perturbation", "Criterion", "Repair", "Data", "Model", "Output")
+PANELS = ("Budget", "Criterion", "Repair", "Data", "Model", "Output")
 FLAGS = {(Floors, "share"): "floor", (Floors, "channels"): "min_channels"}
 """Options of nested tables whose own name would say too little, or is another's."""
 CHOICES = {"criterion": PRESETS, "objective": OBJECTIVES}
@@ -417,75 +413,6 @@ def info_command(model: Model, source: ModelSource, options: Listing, printing: 
     if found.uncounted:
         text += f"\n\nWhat is not counted\n\n{format_table(make_pairs(found.uncounted))}"
     _say(printing, {"model": model} | found.to_dict(), text)
-
-
-@dataclass(frozen=True)
-class Perturbing:
-    """What perturbs the weights, and how the variance is estimated."""
-
-    sigma: float | None = option(None, "Gaussian noise of this size on every weight.", "Perturbation")
-    bits: int | None = option(None, "Uniform quantization to this many bits.", "Perturbation")
-    granularity: Literal["tensor", "channel", "global"] = option("tensor", "What shares a range.", "Perturbation")
-    rounding: bool = option(False, "Really round, in the place of the noise that models it.", "Perturbation")
-    ignore: Sequence[str] = option((), "Globs of modules or parameters that are not perturbed.", "Perturbation")
-    measure: bool = option(False, "Also perturb the model and measure.", "Perturbation")
-    method: Literal["auto", "exact", "projection", "jvp"] = option("auto", "Form of the estimate.", "Perturbation")
-    rtol: float = option(0.02, "Stop at this relative standard error.", "Perturbation")
-    draws: int = option(16, "Draws of the perturbation, at most.", "Perturbation")
-    images: int | None = option(None, "Images to read; by default all.", "Data")
-    batch_size: int = option(32, "Images per pass.", "Data")
-    seed: int = option(0, "Seed of everything random.", "Data")
-
-
-@command
-def tpv_command(model: Model, source: Source, options: Perturbing, printing: Printing) -> None:
-    """Test prediction variance: what noise on the weights, or quantization, does to the logits. Needs no labels.
-
-    Example: `jbrprune tpv resnet50 --data photos/ --bits 8 --measure`
-    """
-    if (options.sigma is None) == (options.bits is None):
-        raise ArgumentError("Say what perturbs the weights: either --sigma or --bits.")
-    change: Any = None if options.sigma is None else Isotropic(options.sigma)
-    if options.bits is not None:
-        change = Quantization(options.bits, options.granularity, options.rounding)
-    module, data = _open(model, source, options.batch_size)
-    given = {name: getattr(options, name) for name in ("rtol", "draws", "batch_size", "seed", "ignore")}
-    given |= {"samples": options.images, "progress": _shows_progress(printing)}
-    found = {"trace_form": trace_form(module, data, change, method=options.method, **given)}
-    if options.measure:
-        found["empirical"] = empirical(module, data, change, **given)
-    text = f"{model}, {change}\n" + "\n".join(f"{name:12} {estimate}" for name, estimate in found.items())
-    valid = found["trace_form"].validity
-    if valid is not None:
-        text += f"\nfirst order  {'valid' if valid.valid else 'not valid'} at this size (error {valid.at(1.0):.1%})"
-    facts = {"model": model, "perturbation": str(change)} | {name: each.to_dict() for name, each in found.items()}
-    _say(printing, facts, text)
-
-
-@dataclass(frozen=True)
-class Exporting(Printing):
-    """Where a model is exported to."""
-
-    out: Path = option(..., "File to write: .onnx, or .pt2 for torch.export.", "Output")
-    size: str | None = option(None, "Size of the images, such as 3x224x224; by default that of the run.", "Output")
-
-
-@command
-def export_command(
-    directory: Annotated[Path, typer.Argument(help="Directory that was written by --out.")], options: Exporting
-) -> None:
-    """Export a saved model to ONNX or torch.export; the file is kept only if it gives the same outputs.
-
-    Example: `jbrprune export pruned/ --out pruned.onnx`
-    """
-    check_file(options.out)
-    if options.size and not re.fullmatch(r"\d+x\d+x\d+", options.size):
-        raise ArgumentError(f"--size must be channels, height and width, such as 3x224x224; got {options.size!r}.")
-    example = describe(directory).example
-    size = [int(n) for n in options.size.split("x")] if options.size else example and example.size
-    export(make_permanent(load(directory)), options.out, size=size)
-    facts = {"model": str(directory), "out": str(options.out), "bytes": options.out.stat().st_size}
-    _say(options, facts, f"Wrote {options.out}: its outputs are those of the model.")
 
 
 @command

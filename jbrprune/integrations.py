@@ -5,9 +5,7 @@ Neither is needed by `jbrprune.prune`, which removes explicit units itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -174,7 +172,7 @@ class JBRImportance(tp.importance.Importance):
 
     What torch-pruning 1.6.1 needs to be told, because an importance cannot see it:
 
-    * Its LayerNorm pruner may permute the weights that stay: pass ``customized_pruners=layer_norm_pruner(model)``.
+    * Its LayerNorm pruner may permute the weights that stay: leave the residual width to `jbrprune.prune`.
     * ``isomorphic=True`` is right only together with ``global_pruning=True``; alone it prunes wrong channels, silently.
     * Its default dictionaries are shared between pruners of one process: pass fresh ``in_channel_groups={}``,
       ``out_channel_groups={}`` and ``num_heads={...}``.
@@ -246,44 +244,6 @@ class JBRImportance(tp.importance.Importance):
         index = torch.as_tensor(indices, dtype=torch.long)
         stays = known.new_full((max(0, int(index.max()) + 1 - len(known)),), torch.inf)
         return torch.cat([known, stays])[index]
-
-
-def layer_norm_pruner(model: nn.Module) -> dict[type[nn.Module], tp.pruner.function.BasePruningFunc]:
-    """What to pass as ``customized_pruners``: a pruner of LayerNorm that keeps the order, for each class in the model.
-
-    torch-pruning's own collects the indices that stay in a set and does not sort them.
-
-    Args:
-        model: The model to be pruned; its LayerNorms and their subclasses are looked up.
-
-    Example:
-        >>> [cls.__name__ for cls in layer_norm_pruner(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)))]
-        ['LayerNorm']
-    """
-    classes = {type(module): None for module in model.modules() if isinstance(module, nn.LayerNorm)}
-    return {cls: _LayerNormPruner() for cls in classes}
-
-
-class _LayerNormPruner(tp.pruner.function.BasePruningFunc):
-    """Prunes the last dimension of a LayerNorm; what stays keeps its order."""
-
-    TARGET_MODULES = nn.LayerNorm
-
-    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
-        gone = set(idxs)
-        kept = [c for c in range(layer.normalized_shape[-1]) if c not in gone]
-        for name in ("weight", "bias"):
-            if getattr(layer, name) is not None:
-                setattr(layer, name, self._prune_parameter_and_grad(getattr(layer, name), kept, -1))
-        layer.normalized_shape = (*layer.normalized_shape[:-1], len(kept))
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: Any) -> int:
-        return layer.normalized_shape[-1]
-
-    get_in_channels = get_out_channels
 
 
 def _share_scores(scores: Scores) -> dict[Axis, Tensor]:

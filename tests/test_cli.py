@@ -31,7 +31,7 @@ from jbrprune.errors import ArgumentError, JBRError
 from jbrprune.pruning.options import ChannelOptions, ScoreOptions, WeightOptions
 from jbrprune.report.records import Report
 
-COMMANDS = ("prune", "sparsify", "predict", "score", "eval", "info", "tpv", "card", "demo")
+COMMANDS = ("prune", "sparsify", "predict", "score", "eval", "info", "card", "demo")
 ARGUMENTS = {"num_classes": 4, "img_size": 32, "depth": 2}
 NET = ["test_vit", *(word for key, value in ARGUMENTS.items() for word in ("--model-arg", f"{key}={value}"))]
 RANDOM = [*NET, "--random"]
@@ -114,7 +114,6 @@ TABLES: dict[str, tuple[type, ...]] = {
     "predict": (cli.Shares, cli.Predicting, cli.Source, cli.Writing),
     "eval": (cli.Comparing, cli.Source, cli.Printing),
     "info": (cli.Listing, cli.ModelSource, cli.Printing),
-    "tpv": (cli.Perturbing, cli.Source, cli.Printing),
 }
 
 
@@ -376,16 +375,6 @@ def test_info(run: Run) -> None:
     assert 0 < facts["least_macs"] < 1
 
 
-@pytest.mark.parametrize("perturbation", [["--sigma", 1e-4], ["--bits", 8, "--granularity", "channel", "--measure"]])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
-def test_tpv(perturbation: list[object], run: Run, pictures: Path) -> None:
-    code, text, _ = run("tpv", *RANDOM, "--data", pictures, "--draws", 2, "--json", *perturbation)
-    assert code == 0
-    facts = json.loads(text)
-    assert facts["trace_form"]["value"] > 0
-    assert ("empirical" in facts) == ("--measure" in perturbation)
-
-
 def test_the_demo_is_called(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     called = []
     monkeypatch.setattr("jbrprune.demo.run_demo", lambda out, seed, say: (called.append((out, seed)), say("here")))
@@ -470,7 +459,6 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "scope": ([*SPARSIFY, "--sparsity", "0.5", "--scope", "net"], 2, "scope must be one of global, layer, got 'net'"),
     "granularity": ([*SCORE, "--granularity", "bit"], 2, "granularity must be one of unit, layer, weight"),
     "signed channels": ([*SCORE, "--statistic", "signed"], 2, "statistic 'signed' is not defined for units"),
-    "no perturbation": (["tpv", *RANDOM, "--data", "{data}"], 2, "either --sigma or --bits"),
     "no such glob": (["info", *NET, "--ignore", "nowhere"], 2, "nowhere"),
 }  # fmt: skip
 

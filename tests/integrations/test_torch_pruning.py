@@ -18,7 +18,7 @@ from jbrprune.budgets.cost import cost_model
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.errors import ArgumentError
-from jbrprune.integrations import JBRImportance, layer_norm_pruner
+from jbrprune.integrations import JBRImportance
 from jbrprune.structure.discovery import find_groups
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -228,29 +228,3 @@ def test_scores_of_a_wider_or_narrower_model_are_refused(mine: int, theirs: int)
 
 def _only(scores: Scores, name: str) -> JBRImportance:
     return JBRImportance(replace(scores, groups=tuple(g for g in scores.groups if g.name == name)))
-
-
-def test_layer_norms_keep_their_order() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4).eval()
-    scores = scored(model, width=True)
-    options = {"num_heads": {model.blocks[0].attn.qkv: 3}, "prune_head_dims": False}
-    ratio = 0.7  # 58 of 192 channels stay: torch-pruning's own pruner permutes them
-    pruner(
-        model, JBRImportance(scores), pruning_ratio=ratio, customized_pruners=layer_norm_pruner(model), **options
-    ).step()
-    kept = 192 - (192 - int(192 * (1 - ratio)))
-    left = sorted(set(range(192)) - set(lowest(scores["patch_embed.proj"], 192 - kept)))
-    for norm in (model.blocks[0].norm1, model.blocks[0].norm2, model.norm):
-        assert norm.weight.tolist() == norm.bias.tolist() == [float(c + 1) for c in left]
-        assert norm.normalized_shape == (kept,)
-    assert model(IMAGES).shape == (4, 4)
-
-
-def test_layer_norms_of_every_class_in_a_model() -> None:
-    model = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
-    classes = layer_norm_pruner(model)
-    assert set(classes) == {type(m) for m in model.modules() if isinstance(m, nn.LayerNorm)}
-    plain = nn.LayerNorm(5, elementwise_affine=False)
-    next(iter(classes.values())).prune_out_channels(plain, [1, 3])
-    assert plain.normalized_shape == (3,)
-    assert layer_norm_pruner(model) is not classes
