@@ -38,7 +38,7 @@ from jbrprune.prediction.predict import predict
 from jbrprune.pruning.api import PruneResult, info, prune, score, sparsify
 from jbrprune.pruning.options import ChannelOptions, Options, ScoreOptions, WeightOptions, option
 from jbrprune.pruning.prepare import check_runs
-from jbrprune.report.records import Report, import_optional, plain
+from jbrprune.report.records import import_optional, plain
 from jbrprune.report.text import format_si, format_table, make_pairs, make_table
 
 app = typer.Typer(
@@ -259,21 +259,9 @@ def _carry_out(call: Callable[..., PruneResult], name: str, source: Source, opti
         if output.out is not None:
             result.save(output.out, overwrite=output.overwrite)
         if output.report is not None:
-            report.to_html(output.report, predicted=_foresee(report, model, data, options))
+            report.to_html(output.report)
     facts = report.to_dict() | {"out": output.out and str(output.out)}
     _say(output, facts, f"{report}" + (f"\n\nSaved to {output.out}" if output.out else ""))
-
-
-def _foresee(report: Report, model: nn.Module, data: object, options: Any) -> Any:
-    """What is predicted for the MACs that the steps reached; None where nothing can be predicted."""
-    shares = sorted({step.macs / report.dense.macs for step in report.steps} - {1.0})
-    if not isinstance(options, ChannelOptions) or not shares or distributed.size() > 1:
-        return None
-    given: dict[str, Any] = {item.name: getattr(options, item.name) for item in fields(Predicting)}
-    given |= {"macs": [share * (1 + 1e-9) for share in shares], "progress": False}  # a step may have reached the floors
-    with contextlib.suppress(JBRError, ImportError):
-        return predict(model, data, checked=1, **given)
-    return None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from jbrprune.structure.groups import Group, Member
+from jbrprune.models import layers
+from jbrprune.structure.groups import Group, Member, match_names
 
 
 def outputs_by_unit(model: nn.Module, images: Tensor, groups: Sequence[Group], site: str) -> dict[str, Tensor]:
@@ -173,3 +174,31 @@ def _rows(model: nn.Module, name: str, x: Tensor) -> Tensor:
     if _is_conv(model.get_submodule(name)):
         return x.flatten(2)[0].T
     return x.reshape(-1, x.shape[-1])
+
+
+def layer_groups(model: nn.Module, *, ignore: Sequence[str] = ()) -> tuple[Group, ...]:
+    """One group per layer and side, uncoupled: each channel of each known layer is its own unit.
+
+    For scoring layer by layer, of any module whatever its graph; not for removal. Names are
+    ``<layer>:in`` and ``<layer>:out``.
+
+    Args:
+        model: The model.
+        ignore: Globs of module names that are left out (a name covers its submodules).
+
+    Raises:
+        ArgumentError: A glob in ``ignore`` matches no module.
+    """
+    ignored = match_names([name for name, _ in model.named_modules() if name], ignore, "module")
+    groups = []
+    for name, module in model.named_modules():
+        if name in ignored or layers.channel_dim(module) is None or not layers.has_parameters(module):
+            continue
+        widths = {"out": layers.width_of(module, "out")}
+        if layers.is_consumer(module):
+            widths["in"] = layers.width_of(module, "in")
+        for side, width in widths.items():
+            if width:
+                index = torch.arange(width)
+                groups.append(Group(f"{name}:{side}", "channel", width, (Member((name, side, 0), index, index),)))  # type: ignore[arg-type]
+    return tuple(groups)

@@ -242,18 +242,6 @@ def test_prune_eval_and_load(run: Run, pictures: Path, weights: Path, tmp_path: 
     assert "latency_ms" in text
 
 
-def test_a_page_shows_what_was_predicted(run: Run, pictures: Path, tmp_path: Path) -> None:
-    from jbrprune.report import figures
-
-    drawn: list[Any] = []
-    original = figures.plot_report
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jbrprune.report.figures.plot_report", lambda *a, **k: (drawn.append(k), original(*a, **k))[1])
-        page = ["--report", tmp_path / "r.html", "--quiet"]
-        assert run("prune", *RANDOM, "--data", pictures, "--macs", 0.85, "--steps", 1, *page) == (0, "", "")
-    assert list(drawn[0]["predicted"]["macs"]) == [pytest.approx(0.85, abs=0.03)]
-
-
 def test_a_model_agrees_with_itself(run: Run, pictures: Path, weights: Path) -> None:
     named = [*NET, "--checkpoint", weights]
     code, text, _ = run("eval", *named, "--data", pictures, "--reference", "test_vit", "--json")
@@ -457,7 +445,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "shrink channels": ([*PRUNE, "--macs", "0.5", "--shrink"], 2, "No such option.*--shrink"),
     "width of weights": ([*SPARSIFY, "--sparsity", "0.5", "--width"], 2, "No such option.*--width"),
     "scope": ([*SPARSIFY, "--sparsity", "0.5", "--scope", "net"], 2, "scope must be one of global, layer, got 'net'"),
-    "granularity": ([*SCORE, "--granularity", "bit"], 2, "granularity must be one of unit, layer, weight"),
+    "granularity": ([*SCORE, "--granularity", "bit"], 2, "granularity must be one of unit, weight"),
     "signed channels": ([*SCORE, "--statistic", "signed"], 2, "statistic 'signed' is not defined for units"),
     "no such glob": (["info", *NET, "--ignore", "nowhere"], 2, "nowhere"),
 }  # fmt: skip

@@ -28,7 +28,7 @@ UNCOUNTED = ("_trilinear", "_fft_r2c", "_fft_c2c", "_fft_c2r", "_cdist_forward",
 """Operators of torch itself that multiply and are not counted; those of other libraries are all looked for."""
 
 
-def recurrent_flops(inputs: Sequence[int], *shapes: object, **_: object) -> int:
+def recurrent_flops(inputs: Sequence[int], *shapes: Any, **_: object) -> int:
     """FLOPs of recurrent layers, from shapes: every matrix is applied once at every position of every sequence.
 
     Args:
@@ -36,7 +36,7 @@ def recurrent_flops(inputs: Sequence[int], *shapes: object, **_: object) -> int:
         *shapes: The matrices of inputs and of states, or a list of all weights with the biases among them.
         **_: What the counter passes besides.
     """
-    weights: Sequence = shapes[0] if isinstance(shapes[0], list) else shapes[:2]  # type: ignore[assignment]
+    weights: Any = shapes[0] if isinstance(shapes[0], list) else shapes[:2]
     return 2 * math.prod(inputs[:-1]) * sum(math.prod(weight) for weight in weights if len(weight) > 1)
 
 

@@ -8,13 +8,13 @@ A directory with two kinds of files, each written under a temporary name and ren
 
 The loop of a run uses three names::
 
-    with open_log(directory, fingerprint_run(options, model, batches)) as log:
-        for number in range(1, steps + 1):
-            if number <= log.finished:
-                facts, units, tensors = log.read(number)
-            else:
-                ...
-                log.write(number, facts, units, tensors)
+    log = open_log(directory, fingerprint_run(options, model, batches))
+    for number in range(1, steps + 1):
+        if number <= log.finished:
+            facts, units, tensors = log.read(number)
+        else:
+            ...
+            log.write(number, facts, units, tensors)
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from importlib.metadata import version
@@ -39,11 +38,6 @@ from jbrprune.data.batches import Batch
 from jbrprune.data.files import tensor_file, write_tensors
 from jbrprune.errors import CheckpointError
 from jbrprune.report.records import plain
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -169,33 +163,26 @@ def fingerprint_run(options: Mapping[str, object], model: nn.Module, batches: It
     }
 
 
-@contextmanager
-def open_log(directory: Path, fingerprint: Mapping[str, Any]) -> Iterator[ResumeLog]:
+def open_log(directory: Path, fingerprint: Mapping[str, Any]) -> ResumeLog:
     """The log of a run, with the steps that a run of the same fingerprint has finished.
 
-    No other process of this machine can open it meanwhile; a process that dies gives the directory back.
+    Two processes at the same run write the same files, each as a whole.
 
     Args:
         directory: From `check_directory`.
         fingerprint: From `fingerprint_run`.
 
     Raises:
-        CheckpointError: The steps there are of another run (says in what it differs), or damaged, or another process
-            is at work on them.
+        CheckpointError: The steps there are of another run (says in what it differs), or damaged.
     """
-    descriptor = os.open(directory, os.O_RDONLY) if fcntl is not None and distributed.rank() == 0 else None
-    try:
-        with distributed.fail_together():
-            finished = _count_finished(directory, fingerprint, descriptor)
-        if distributed.broadcast(finished) != finished:
-            raise CheckpointError(
-                f"resume={str(directory)!r} holds {finished} steps for rank {distributed.rank()}, and another number "
-                "for rank 0: the directory must be on a file system that all ranks see."
-            )
-        yield ResumeLog(directory, fingerprint, finished)
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+    with distributed.fail_together():
+        finished = _count_finished(directory, fingerprint)
+    if distributed.broadcast(finished) != finished:
+        raise CheckpointError(
+            f"resume={str(directory)!r} holds {finished} steps for rank {distributed.rank()}, and another number "
+            "for rank 0: the directory must be on a file system that all ranks see."
+        )
+    return ResumeLog(directory, fingerprint, finished)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -208,17 +195,8 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _count_finished(directory: Path, fingerprint: Mapping[str, Any], descriptor: int | None) -> int:
-    """Lock the directory, and count its steps, each of which must have the fingerprint."""
-    if fcntl is not None and descriptor is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"resume={str(directory)!r} is in use by another process. Wait for its end, or choose another one."
-            ) from error
-        except OSError:
-            logger.warning("%s is on a file system without locks: no other process may use it now.", directory)
+def _count_finished(directory: Path, fingerprint: Mapping[str, Any]) -> int:
+    """Count the steps in a directory, each of which must have the fingerprint."""
     log = ResumeLog(directory)
     finished = 0
     while (path := log._path("step", finished + 1)).exists():

@@ -115,7 +115,7 @@ class Relevance:
             model: Any module that maps ``[B, C, H, W]`` to what ``output`` reads. Left as it was.
             batches: Anything that yields images (`jbrprune.data.batches.iterate`). Read once, streaming;
                 ``mean_replaced`` reads it twice.
-            groups: The units (`jbrprune.structure.discovery.find_groups` or `layer_groups`).
+            groups: The units (`jbrprune.structure.discovery.find_groups`).
             batch_size: Images per pass where the data do not say.
             progress: Show a progress bar.
 

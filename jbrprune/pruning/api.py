@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +28,6 @@ from jbrprune.report.records import Report
 from jbrprune.sparsity.masks import make_permanent, put_masks, refuse_hidden_sharing, slots
 from jbrprune.sparsity.patterns import Pattern
 from jbrprune.structure.directions import replace_module
-from jbrprune.structure.discovery import layer_groups
 
 create = timm_models.create
 
@@ -257,7 +255,7 @@ def score(  # noqa: D417
     data: object,
     *,
     criterion: str | Relevance | None = None,
-    granularity: Literal["unit", "layer", "weight"] = "unit",
+    granularity: Literal["unit", "weight"] = "unit",
     parameters: Literal["weights", "all"] = "weights",
     ignore: Sequence[str] = (),
     width: bool = False,
@@ -301,11 +299,7 @@ def score(  # noqa: D417
         if weights:
             dense = problem.dense
             return weight_scores(dense, problem.data, relevance, ignore=ignore, parameters=parameters, **passed)
-        if granularity == "layer":
-            groups = layer_groups(problem.dense, ignore=ignore)
-            groups = tuple(group for group in groups if relevance.site != "consumer" or group.side("in"))
-        else:
-            groups = find_units(problem.dense, problem.example, ignore, width)[1].groups
+        groups = find_units(problem.dense, problem.example, ignore, width)[1].groups
         return relevance(problem.dense, problem.data, groups, **passed)
 
 
@@ -431,7 +425,7 @@ def carry_out(
     directory = None if options.resume is None else check_directory(options.resume)
     results, originals, log = [], {}, None
     drop = options.max_drop if isinstance(options, ChannelOptions) else None
-    with torch.inference_mode(False), contextlib.ExitStack() as stack:  # what inference mode makes cannot be trained
+    with torch.inference_mode(False):  # what inference mode makes cannot be trained
         asked: Any = options.output
         problem = open_problem(model, data, options.batch_size, asked, masked=isinstance(options, WeightOptions))
         if isinstance(options, ChannelOptions):
@@ -449,7 +443,7 @@ def carry_out(
             depends = {name: value for name, value in vars(options).items() if name not in unrelated}
             depends["stops"] = [str(stop) for stop in stops]
             batches = [*images.score, *images.gate, *images.heldout]
-            log = stack.enter_context(open_log(directory, fingerprint_run(depends, problem.given, batches)))
+            log = open_log(directory, fingerprint_run(depends, problem.given, batches))
         outcomes = run(structure, images, log=log)
         if drop is not None:
             from jbrprune.prediction import max_drop  # drives the same loop from above

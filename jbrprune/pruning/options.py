@@ -148,9 +148,7 @@ class ScoreOptions(Options):
     """Options of `jbrprune.score`."""
 
     criterion: str | object = option(None, RANK_BY, "Criterion", check_criterion)
-    granularity: Literal["unit", "layer", "weight"] = option(
-        "unit", "What has a score: removable units, channels layer by layer, or single weights.", "Criterion"
-    )
+    granularity: Literal["unit", "weight"] = option("unit", "What has a score: units or single weights.", "Criterion")
     parameters: Literal["weights", "all"] = option(
         "weights", "Single weights of convolutions and linear layers, or all parameters.", "Criterion"
     )

@@ -74,34 +74,6 @@ def find_groups(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (),
     return _make_groups(model, atoms, fixed, width)
 
 
-def layer_groups(model: nn.Module, *, ignore: Sequence[str] = ()) -> tuple[Group, ...]:
-    """One group per layer and side, uncoupled: each channel of each known layer is its own unit.
-
-    For scoring layer by layer, of any module whatever its graph; not for removal. Names are
-    ``<layer>:in`` and ``<layer>:out``.
-
-    Args:
-        model: The model.
-        ignore: Globs of module names that are left out (a name covers its submodules).
-
-    Raises:
-        ArgumentError: A glob in ``ignore`` matches no module.
-    """
-    ignored = match_names([name for name, _ in model.named_modules() if name], ignore, "module")
-    groups = []
-    for name, module in model.named_modules():
-        if name in ignored or layers.channel_dim(module) is None or not layers.has_parameters(module):
-            continue
-        widths = {"out": layers.width_of(module, "out")}
-        if layers.is_consumer(module):
-            widths["in"] = layers.width_of(module, "in")
-        for side, width in widths.items():
-            if width:
-                index = torch.arange(width)
-                groups.append(Group(f"{name}:{side}", "channel", width, (Member((name, side, 0), index, index),)))  # type: ignore[arg-type]
-    return tuple(groups)
-
-
 class _Atoms:
     """Channels of axes, numbered through, and the edges between them."""
 

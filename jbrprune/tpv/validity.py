@@ -94,10 +94,6 @@ class Validity:
         """Whether first order holds at the size of the direction itself, t = 1."""
         return self.largest_valid >= 1
 
-    def at(self, scale: float) -> float:
-        """The error at one of the scales."""
-        return self.errors[self.scales.index(scale)]
-
     def to_dict(self) -> dict[str, Any]:
         """Pure JSON types; an infinite error is None."""
         facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
@@ -115,7 +111,7 @@ class Validity:
             )
         warnings.warn(
             f"First order is not valid at this size of the perturbation: the real change of the outputs differs from "
-            f"the predicted one by {self.at(1.0):.0%} (tolerance {self.tolerance:.0%}). {cure}",
+            f"the predicted one by {self.errors[self.scales.index(1.0)]:.0%} (tolerance {self.tolerance:.0%}). {cure}",
             TPVWarning,
             stacklevel=4,
         )

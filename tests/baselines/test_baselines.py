@@ -13,6 +13,7 @@ import pytest
 import reference
 import timm
 import torch
+from reference import layer_groups
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -25,7 +26,7 @@ from jbrprune.budgets.budget import Floors
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, ModelError, UnsupportedModelError
-from jbrprune.structure.discovery import find_groups, layer_groups
+from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Member
 
 Values = dict[str, Tensor]

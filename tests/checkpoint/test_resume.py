@@ -243,21 +243,6 @@ def _fingerprint() -> str:
     return json.dumps(fingerprint_run(options, own(), [Batch(IMAGES, torch.arange(len(IMAGES)))]))
 
 
-def test_a_directory_that_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second run is refused at once; the first goes on, and gives the directory back."""
-    real = loop.repair_and_evaluate
-
-    def step(*arguments: Any) -> object:
-        with pytest.raises(CheckpointError, match="is in use by another process"):
-            prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "repair_and_evaluate", step)
-        first = prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
-    assert_same(prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path), first)
-
-
 def test_masks_of_the_given_model_count(tmp_path: Path) -> None:
     model = own()
     torch_prune.random_unstructured(model.get_submodule("a"), "weight", 0.2)
@@ -315,17 +300,17 @@ def test_damaged_files_are_refused(damage: str, file: str, tmp_path: Path) -> No
 def test_the_log_alone(tmp_path: Path) -> None:
     """What every step wrote is read again; the tensors of the last step, and of those that are kept."""
     units = {"a": torch.tensor([1, 2])}
-    with open_log(tmp_path, {"seed": 1}) as log:
-        assert log.finished == 0
-        for number in (1, 2, 3):
-            log.write(number, {"n": number}, units, {"w": number * torch.ones(2)}, keep=number == 1)
-    with open_log(tmp_path, {"seed": 1}) as log:
-        read = [log.read(number) for number in range(1, 1 + log.finished)]
+    log = open_log(tmp_path, {"seed": 1})
+    assert log.finished == 0
+    for number in (1, 2, 3):
+        log.write(number, {"n": number}, units, {"w": number * torch.ones(2)}, keep=number == 1)
+    log = open_log(tmp_path, {"seed": 1})
+    read = [log.read(number) for number in range(1, 1 + log.finished)]
     assert [facts["n"] for facts, _, _ in read] == [1, 2, 3]
     assert all(torch.equal(found["a"], units["a"]) for _, found, _ in read)
     assert [None if found is None else found["w"].tolist() for _, _, found in read] == [[1, 1], None, [3, 3]]
-    with pytest.raises(CheckpointError, match="seed was 1 there and is 2 now"), open_log(tmp_path, {"seed": 2}):
-        pass
+    with pytest.raises(CheckpointError, match="seed was 1 there and is 2 now"):
+        open_log(tmp_path, {"seed": 2})
 
 
 def test_what_a_dead_process_was_writing_is_passed_over(tmp_path: Path) -> None:

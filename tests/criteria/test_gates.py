@@ -7,6 +7,7 @@ import copy
 import cases
 import pytest
 import torch
+from reference import layer_groups
 from torch import Tensor, nn
 
 from jbrprune.criteria.gates import Key, differentiate, effects, gated_logits
@@ -14,7 +15,6 @@ from jbrprune.criteria.relevance import Relevance, relevances
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ModelError
 from jbrprune.models import layers, preserve
-from jbrprune.structure.discovery import layer_groups
 
 
 def inputs_of(model: nn.Module) -> list[Key]:

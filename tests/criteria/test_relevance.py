@@ -14,6 +14,7 @@ import pytest
 import reference
 import timm
 import torch
+from reference import layer_groups
 from timm.layers.std_conv import StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch, iterate
 from jbrprune.data.distributed import number_batches
 from jbrprune.errors import ArgumentError, DataError, MemoryLimitError, ModelError, NonFiniteError
-from jbrprune.structure.discovery import find_groups, layer_groups
+from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Member
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]

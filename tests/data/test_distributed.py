@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
+from reference import layer_groups
 from test_resume import QUICK, own
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
@@ -34,7 +35,6 @@ from jbrprune.evaluation.agreement import Agreement, agreement, compute_logits
 from jbrprune.prediction import max_drop as search
 from jbrprune.repair import least_squares, repair
 from jbrprune.repair.repair import record_targets, repair_model
-from jbrprune.structure.discovery import layer_groups
 
 IMAGES = cases.images(23, 16)
 

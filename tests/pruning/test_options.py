@@ -124,7 +124,7 @@ WRONG: list[tuple[type, dict[str, Any], type[Exception], str]] = [
     ),
     (ChannelOptions, {"macs": 0.5, "criterion": Relevance(statistic="signed")}, ArgumentError, "not defined for units"),
     (ScoreOptions, {"criterion": len}, ArgumentError, "must be a preset or a Relevance, got len"),
-    (ScoreOptions, {"granularity": "row"}, ArgumentError, "granularity must be one of unit, layer, weight, got 'row'"),
+    (ScoreOptions, {"granularity": "row"}, ArgumentError, "granularity must be one of unit, weight, got 'row'"),
     (ScoreOptions, {"parameters": "biases"}, ArgumentError, "parameters must be one of weights, all, got 'biases'"),
 ]
 

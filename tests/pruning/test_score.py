@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from jbrprune import Scores, prune, score
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError
-from jbrprune.structure.discovery import find_groups, layer_groups
+from jbrprune.structure.discovery import find_groups
 
 IMAGES = cases.images(12, 32)
 LABELS = torch.arange(12) % cases.CLASSES
@@ -83,7 +83,7 @@ def test_a_statistic_that_reads_twice_refuses_a_generator() -> None:
         score(vit(), iter(IMAGES.split(5)), criterion="jbr_mean_replaced", progress=False)
 
 
-@pytest.mark.parametrize("granularity", ["unit", "layer"])
+@pytest.mark.parametrize("granularity", ["unit", "weight"])
 @pytest.mark.parametrize("make", [vit, own])
 def test_the_model_is_left_as_it_was(
     make: Callable[[], nn.Module], granularity: str, fingerprint: Callable[[nn.Module], dict]
@@ -99,17 +99,6 @@ def test_it_works_where_gradients_are_off(context: Callable[[], Any]) -> None:
     expected, model = score(own(), cases.images(4), progress=False), own()
     with context():
         assert_equal(score(model, cases.images(4), progress=False), expected)
-
-
-@pytest.mark.parametrize("site", ["consumer", "all"])
-def test_layer_by_layer(site: Any) -> None:
-    """At the consumer site only inputs have a term."""
-    scores = score(own(), cases.images(4), granularity="layer", criterion=Relevance(site=site), progress=False)
-    names = {name for name in scores.values() if name.endswith(":out")}
-    assert bool(names) == (site == "all")
-    assert scores["fc:in"].shape == (80,)
-    expected = Relevance(site="all")(own(), cases.images(4), layer_groups(own()))
-    torch.testing.assert_close(scores["fc:in"], expected["fc:in"])
 
 
 def test_ignored_layers_are_left_out() -> None:
@@ -177,7 +166,7 @@ WRONG: dict[str, tuple[Callable[[], Any], object, dict[str, Any], type[Exception
         SMALL,
         {"granularity": "row"},
         ArgumentError,
-        "granularity must be one of unit, layer, weight, got",
+        "granularity must be one of unit, weight, got",
     ),
     "glob": (own, SMALL, {"ignore": ["nowhere"]}, ArgumentError, "nowhere"),
     "batch size": (own, SMALL, {"batch_size": 0}, ArgumentError, "batch_size must be"),

@@ -9,12 +9,13 @@ import nets
 import pytest
 import timm
 import torch
+from reference import layer_groups
 from timm.models.densenet import DenseNet
 from torch import Tensor, nn
 
 from jbrprune.errors import ArgumentError, ModelError, UnsupportedModelError
 from jbrprune.structure import tracing
-from jbrprune.structure.discovery import Found, find_groups, layer_groups
+from jbrprune.structure.discovery import Found, find_groups
 from jbrprune.structure.groups import Axis, Group
 from jbrprune.structure.verification import verify_groups
 
