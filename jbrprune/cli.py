@@ -22,7 +22,8 @@ from torch import nn
 
 from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
-from jbrprune.checkpoint.checkpoint import check_target, load, write_card
+from jbrprune.checkpoint.checkpoint import check_target, describe, load, write_card
+from jbrprune.checkpoint.export import export
 from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.data import distributed
@@ -40,6 +41,7 @@ from jbrprune.pruning.options import ChannelOptions, Options, ScoreOptions, Weig
 from jbrprune.pruning.prepare import check_runs
 from jbrprune.report.records import import_optional, plain
 from jbrprune.report.text import format_si, format_table, make_pairs, make_table
+from jbrprune.sparsity.masks import make_permanent
 
 app = typer.Typer(
     help="Make trained vision models smaller, without labels and without training.\n\n"
@@ -401,6 +403,28 @@ def info_command(model: Model, source: ModelSource, options: Listing, printing: 
     if found.uncounted:
         text += f"\n\nWhat is not counted\n\n{format_table(make_pairs(found.uncounted))}"
     _say(printing, {"model": model} | found.to_dict(), text)
+
+
+@dataclass(frozen=True)
+class Exporting(Printing):
+    """Where a model is exported to."""
+
+    out: Path = option(..., "File to write: .onnx, or .pt2 for torch.export.", "Output")
+
+
+@command
+def export_command(
+    directory: Annotated[Path, typer.Argument(help="Directory that was written by --out.")], options: Exporting
+) -> None:
+    """Export a saved model to ONNX or torch.export; the file is kept only if it gives the same outputs.
+
+    Example: `jbrprune export pruned/ --out pruned.onnx`
+    """
+    check_file(options.out)
+    example = describe(directory).example
+    export(make_permanent(load(directory)), options.out, size=example and example.size)
+    facts = {"model": str(directory), "out": str(options.out), "bytes": options.out.stat().st_size}
+    _say(options, facts, f"Wrote {options.out}: its outputs are those of the model.")
 
 
 @command

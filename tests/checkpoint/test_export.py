@@ -49,7 +49,7 @@ def test_onnx_gives_the_outputs_of_the_model(pruned: Path, tmp_path: Path) -> No
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     path, images = tmp_path / "net.onnx", torch.randn(5, 3, 64, 48)
-    call(pruned, "--out", path, "--size", "3x64x48")
+    jbrprune.export(jbrprune.load(pruned), path, size=(3, 64, 48))
     assert [entry.name for entry in tmp_path.iterdir()] == ["net.onnx"]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (found,) = session.run(["output"], {"images": images.numpy()})
@@ -138,10 +138,6 @@ def test_what_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
     torch_prune.l1_unstructured(net[1], "weight", 0.5)
     with pytest.raises(ModelError, match=r"1\.weight .* is masked by"):
         jbrprune.export(net, tmp_path / "a.pt2", size=(1, 2, 2))
-    for arguments, words in (
-        (["--out", "a.pt2", "--size", "224"], "3x224x224"),
-        (["--out", "no/a.pt2"], "cannot be written"),
-    ):
-        with pytest.raises((ArgumentError, CheckpointError), match=words):
-            call("nothing", *arguments)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        call("nothing", "--out", "no/a.pt2")
     assert list(tmp_path.iterdir()) == []

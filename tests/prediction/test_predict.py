@@ -201,7 +201,6 @@ def test_degradation_of_units_is_that_of_the_model_without_them() -> None:
     assert found.measured.tpv == pytest.approx(float(real.square().sum(1).mean()), rel=1e-4)
     assert found.measured_repaired is None
     assert found.images == 40
-    assert "without repair" in str(found)
 
 
 @pytest.mark.parametrize("repair", [None, "auto"])
