@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from jbrprune.errors import ArgumentError, CheckpointError, DataError
+from jbrprune.errors import CheckpointError, DataError
 from jbrprune.models.preserve import evaluating, same_randomness
 from jbrprune.models.timm_models import create
 from jbrprune.pruning.api import PruneResult, sweep
@@ -144,14 +144,8 @@ def crops(kind: Literal["calibration", "heldout"], *, size: int = 160, count: in
         ``[count, 3, size, size]``, float32, normalised.
 
     Raises:
-        ArgumentError: ``kind`` is neither, or ``size`` or ``count`` is below 1.
         DataError: A package is not installed, or came without one of its photographs.
     """
-    if kind not in ("calibration", "heldout") or size < 1 or count < 1:
-        raise ArgumentError(
-            f"crops needs the kind 'calibration' or 'heldout' and a size and a count of at least 1, got {kind!r}, "
-            f"{size} and {count}."
-        )
     paths = [find_packaged(path) for path in (CALIBRATION if kind == "calibration" else HELD_OUT)]
     images = [Image.open(path).convert("RGB") for path in paths]
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from torch import nn
 
 from jbrprune import demo
 from jbrprune.demo import CALIBRATION, HELD_OUT, crops, cut_crop, digits, find_packaged, lite0, train_digits
-from jbrprune.errors import ArgumentError, CheckpointError, DataError
+from jbrprune.errors import CheckpointError, DataError
 from jbrprune.models.preserve import evaluating
 from jbrprune.models.timm_models import data_config, recipe
 
@@ -151,19 +151,6 @@ def test_crops_stay_inside_cover_the_stated_area_and_are_mirrored() -> None:
     assert 0.2 < min(areas) < 0.32
     assert 0.8 < max(areas) <= 1.05
     assert 60 < mirrored < 140
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"kind": "test"}, r"'calibration' or 'heldout' .* got 'test', 160 and 256"),
-        ({"kind": "heldout", "size": 0}, r"at least 1, got 'heldout', 0 and 256"),
-        ({"kind": "heldout", "count": 0}, r"at least 1, got 'heldout', 160 and 0"),
-    ],
-)
-def test_crops_that_cannot_be(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ArgumentError, match=message):
-        crops(**arguments)  # type: ignore[arg-type]
 
 
 # --- digits --------------------------------------------------------------------------------------

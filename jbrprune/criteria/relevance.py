@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from numbers import Real
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -90,9 +90,6 @@ class Relevance:
         check_known("statistic", self.statistic, get_args(Statistic))
         if self.statistic == "mean_replaced" and self.site != "consumer":
             raise ArgumentError("statistic 'mean_replaced' is defined at site 'consumer' only.")
-        for name in ("batch", "seed"):
-            if not isinstance(getattr(self, name), Integral):
-                raise ArgumentError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
         if self.batch < 1:
             raise ArgumentError(f"batch must be at least 1, got {self.batch}.")
         if not isinstance(self.threshold, Real) or not 0 <= self.threshold < 1:

@@ -441,11 +441,6 @@ def test_retraining_of_frozen_models_and_where_gradients_are_off(context: Any) -
         (lambda: SGDNoise(0.0, 4, IMAGES), "lr"),
         (lambda: SGDNoise(0.1, 0, IMAGES), "batch_size"),
         (lambda: SGDNoise(0.1, 4, IMAGES, loss="hinge"), "loss"),  # type: ignore[arg-type]
-        (lambda: Trajectory(momentum=1.0), "momentum"),
-        (lambda: Trajectory(every=0), "every"),
-        (lambda: LabelNoise(-1.0, IMAGES), "sigma"),
-        (lambda: LabelNoise(1.0, IMAGES, proximity=-1), "proximity"),
-        (lambda: Retraining(0), "steps"),
     ],
 )
 def test_arguments_without_meaning(make: Any, match: str) -> None:
