@@ -29,7 +29,7 @@ import stability
 from jbrprune.errors import ArgumentError
 from jbrprune.tpv import LabelNoise, trace_form
 
-NAMES = ("label_noise", "stability", "first_order", "width")
+NAMES = ("label_noise", "stability", "first_order")
 
 
 @pytest.fixture(autouse=True)
