@@ -233,7 +233,8 @@ def simulate(confidence: float, allowed: float, power: int, together: str, seed:
     walk = search_module._Walk(state, judge, allowed, level, Foreseen(shares, None, True))  # type: ignore[arg-type]
     for share in walk.shares():
         state.at = share
-    return state.true_drop(state.at), walk.chosen()
+    assert walk.chosen().models == max(1, len(walk.trials))  # those that were too much count as well
+    return state.true_drop(state.at), walk
 
 
 @pytest.mark.parametrize("together", ["nested", "apart", "mixed"])
@@ -245,15 +246,18 @@ def test_the_true_drop_exceeds_what_is_allowed_no_more_often_than_promised(
     monkeypatch.setattr(search_module, "compute_logits", lambda state_model, *_: [state_model.logits()])
     monkeypatch.setattr(search_module, "measure_damage", lambda *_: SimpleNamespace(tpv=1.0))
     monkeypatch.setattr(Simulated, "model", property(lambda self: self), raising=False)
-    runs, exceeded, covered, removed = 40, {0.9: 0, 0.5: 0}, 0, 0
+    runs, exceeded, covered, removed, refused = 40, {0.9: 0, 0.5: 0}, 0, 0, 0
     for confidence in exceeded:
         for seed in range(runs):
-            true, drop = simulate(confidence, allowed, power, together, seed, images)
+            true, walk = simulate(confidence, allowed, power, together, seed, images)
+            drop = walk.chosen()
+            refused += not all(trial.accepted for trial in walk.trials)
             exceeded[confidence] += true > allowed
             covered += drop.low <= true <= drop.high
             removed += true > 0
             assert drop.upper <= allowed + 1e-12
     assert removed > 1.8 * runs
+    assert refused > runs
     assert covered >= 0.9 * 2 * runs
     slack = 3 * math.sqrt(0.1 * 0.9 / runs)
     assert exceeded[0.9] <= (0.1 + slack) * runs
