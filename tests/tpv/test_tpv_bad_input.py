@@ -219,20 +219,3 @@ def test_training_and_test_images_that_disagree() -> None:
     assert abs(ratio.value - 0.25) < 3 * ratio.standard_error < 0.25
     with pytest.raises(ArgumentError, match="Cannot compare"):
         train_test_ratio(train, measured(net, pixels(6), Isotropic(1.0)))
-
-
-def test_command(run: Run, pictures: Any) -> None:  # noqa: F811
-    net = ["test_vit", "--random", "--data", pictures, "--model-arg", "num_classes=4"]
-    net += ["--model-arg", "img_size=32", "--model-arg", "depth=2"]
-    code, out, _ = run("tpv", *net, "--sigma", 0.001, "--measure", "--draws", 3, "--json")
-    assert code == 0
-    facts = json.loads(out)
-    assert facts["trace_form"]["samples"] == facts["empirical"]["samples"] == 12
-    assert facts["empirical"]["value"] == pytest.approx(facts["trace_form"]["value"], rel=1)
-    code, out, _ = run("tpv", *net, "--bits", 8, "--rounding", "--ignore", "head")
-    assert code == 0
-    assert "jvp" in out
-    assert "first order" in out
-    for wrong in ([], ["--sigma", 1, "--bits", 8]):
-        code, _, err = run("tpv", *net, *wrong)
-        assert (code, "--sigma or --bits" in " ".join(err.split())) == (2, True)
