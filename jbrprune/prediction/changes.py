@@ -16,7 +16,7 @@ lost *output* that is left is tr(W_S . W_S^T) of it over tr(W_S C_SS W_S^T), W_S
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jbrprune.criteria.gates import Key, differentiate, effects, gated_logits
+from jbrprune.criteria.gates import differentiate, effects, gated_logits
 from jbrprune.criteria.relevance import scored_members
 from jbrprune.data.batches import Batch
-from jbrprune.errors import ArgumentError, NonFiniteError
+from jbrprune.errors import NonFiniteError
 from jbrprune.evaluation.agreement import explain_out_of_memory
 from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.models import layers, preserve
@@ -37,7 +37,7 @@ from jbrprune.structure.directions import Moments, measure_moments
 from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.verification import check_samples_apart
 
-ROWS = 10
+FOLLOWED = 10
 """Logits that are followed one by one, the largest of every sample; all others together through random signs."""
 
 
@@ -104,15 +104,15 @@ def predict_changes(
     output: Output = LOGITS,
     *,
     refits: bool = True,
-    saturate: bool = True,
-    rows: int = ROWS,
+    followed: int = FOLLOWED,
     seed: int = 0,
     progress: bool = False,
 ) -> Changes:
-    """Predict what cuts do to the logits of a model that stays whole.
+    """Predict what cuts do to the logits of a model that stays whole: -J(x) w_S for every sample and every cut S.
 
-    One forward pass for the moments of what is read, then one forward and ``min(K, rows)`` backward passes (one more
-    where K > ``rows``), whatever the number of cuts.
+    One forward pass for the moments of what is read, then one forward and ``min(K, followed)`` backward passes (one
+    more where K > ``followed``), whatever the number of cuts. Exact for all K logits where K <= ``followed``; otherwise
+    for the largest ones of every sample.
 
     Args:
         model: The dense model; left as it was.
@@ -121,65 +121,24 @@ def predict_changes(
         cuts: Group name -> units that go, one mapping per cut.
         output: What of the model's output counts.
         refits: Whether the repair refits weights by least squares, or only takes over means.
-        saturate: Let changes saturate; False: plain first order.
-        rows: Logits of every sample that are followed one by one.
+        followed: Logits of every sample that are followed one by one, at least two.
         seed: Seeds the signs, which are drawn sample by sample in the order of the data.
         progress: Show a progress bar.
 
     Raises:
-        ArgumentError: No cuts, or less than two rows.
         ModelError: Samples influence each other, or no unit takes part in the logits.
         NonFiniteError: NaN or Inf.
-    """
-    masks = cut_masks(model, groups, cuts)
-    moments = measure_moments(model, batches, masks, "in")
-    means, left = {}, {}
-    for name, found in moments.items():
-        means[name] = found.mean
-        if refits:
-            left[name] = unexplained(found, model.get_submodule(name), masks[name], RIDGE).sqrt()
-    changes = change_logits(
-        model, batches, groups, cuts, output, means=means, left=left, rows=rows, seed=seed, progress=progress
-    )
-    return replace(changes, saturate=saturate)
-
-
-def change_logits(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    groups: Sequence[Group],
-    cuts: Sequence[Selection],
-    output: Output = LOGITS,
-    *,
-    means: Mapping[str, Tensor],
-    left: Mapping[str, Tensor] | None = None,
-    rows: int = ROWS,
-    seed: int = 0,
-    progress: bool = False,
-) -> Changes:
-    r"""First-order changes of the logits of every sample, -J(x) w_S, for every cut S at once.
-
-    Exact for all K logits where K <= ``rows``; otherwise for the largest ``rows`` of every sample.
-
-    Args:
-        model: As for `predict_changes`, and so on.
-        batches: Images.
-        groups: The units.
-        cuts: What goes.
-        output: What counts.
-        means: Consumer -> ``[C_in]`` means of what it reads (`measure_moments`); zero where absent.
-        left: Consumer -> ``[cuts]`` share of an amplitude that a repair leaves beyond the mean; all where absent.
-        rows: Logits that are followed one by one.
-        seed: Seeds the signs.
-        progress: Show a progress bar.
 
     Source:
         Arpit, arXiv 2512.11089 (the linear response to dw = -w_S).
     """
-    if rows < 2 or not cuts:
-        raise ArgumentError(f"Changes need at least 2 rows and 1 cut, got rows={rows} and {len(cuts)} cuts.")
     device = preserve.device_of(model)
-    masks = {name: mask.to(device) for name, mask in cut_masks(model, groups, cuts).items()}
+    masks = cut_masks(model, groups, cuts)
+    moments = measure_moments(model, batches, masks, "in")
+    amplitudes = {name: torch.ones(len(cuts)) for name in masks}  # of what a repair leaves beyond the mean
+    if refits:
+        for name, mask in masks.items():
+            amplitudes[name] = find_unexplained(moments[name], model.get_submodule(name), mask, RIDGE).sqrt()
     generator = torch.Generator().manual_seed(seed)
     parts, copying = [], False
     shown = tqdm(batches, "predicting", unit="batch", disable=None if progress else True, leave=False)
@@ -192,23 +151,27 @@ def change_logits(
             def run(images: Tensor = images, drawn: Tensor = drawn) -> tuple[Tensor, ...]:
                 logits, gates = gated_logits(model, images, [(name, "in") for name in masks], output, constants=True)
                 generator.set_state(drawn)  # the same signs where the batch is run again
-                top, classes = output.follow(logits, rows, generator)
-                followed, answers = classes.shape[1], []
-                asked = followed + (followed < logits.shape[1])
+                top, classes = output.follow(logits, followed, generator)
+                single, answers = classes.shape[1], []
+                asked = single + (single < logits.shape[1])
                 for number in range(asked):
-                    if number < followed:
+                    if number < single:
                         direction = torch.zeros_like(logits).scatter(1, classes[:, number, None], 1)
                     else:
                         signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8).to(device)
                         direction = (2 * signs - 1).to(logits).scatter(1, classes, 0)
-                    found = effects(logits, direction, gates, again=number + 1 < asked)
-                    answers.append(lose(found, masks, means, left or {}))
+                    contributed = 0
+                    for (name, _), (z, y) in effects(logits, direction, gates, again=number + 1 < asked).items():
+                        mask, beyond = masks[name].to(z), z - y * moments[name].mean.to(z)
+                        remains = mask * amplitudes[name].to(z)
+                        contributed = contributed + torch.stack([(z @ mask).t(), (beyond @ remains).t()])
+                    answers.append(contributed)
                 changes = -torch.stack(answers, 3)  # [2, cuts, n, directions]
                 if not torch.isfinite(changes).all():
                     raise NonFiniteError("The predicted changes contain NaN or Inf: the gradient is not finite.")
-                rest = changes[..., -1] if asked > followed else torch.zeros_like(changes[..., 0])
+                rest = changes[..., -1] if asked > single else torch.zeros_like(changes[..., 0])
                 spread = output.centre(logits).detach().norm(dim=1)
-                return top, classes, *changes[..., :followed], rest, spread
+                return top, classes, *changes[..., :single], rest, spread
 
             found, copying = differentiate(run, copying)
             wide = torch.promote_types(found[0].dtype, torch.float32)
@@ -230,27 +193,7 @@ def cut_masks(model: nn.Module, groups: Sequence[Group], cuts: Sequence[Selectio
     return masks
 
 
-def lose(
-    found: Mapping[Key, Tensor], masks: Mapping[str, Tensor], means: Mapping[str, Tensor], left: Mapping[str, Tensor]
-) -> Tensor:
-    """``[2, cuts, n]`` what the channels of every cut contribute, and what is left of it after a repair.
-
-    Args:
-        found: From `jbrprune.criteria.gates.effects`, with constants.
-        masks: From `cut_masks`.
-        means: As for `change_logits`.
-        left: As for `change_logits`.
-    """
-    total = 0
-    for (name, _), (z, y) in found.items():
-        mask = masks[name].to(z)
-        beyond = z - y * means[name].to(z) if name in means else z
-        remains = mask * left[name].to(z) if name in left else mask
-        total = total + torch.stack([(z @ mask).t(), (beyond @ remains).t()])
-    return total  # type: ignore[return-value]
-
-
-def unexplained(moments: Moments, layer: nn.Module, masks: Tensor, ridge: float) -> Tensor:
+def find_unexplained(moments: Moments, layer: nn.Module, masks: Tensor, ridge: float) -> Tensor:
     """``[cuts]`` share of the variance of a layer's lost output that its kept inputs cannot reproduce, in [0, 1].
 
     Args:
@@ -270,8 +213,6 @@ def unexplained(moments: Moments, layer: nn.Module, masks: Tensor, ridge: float)
     rows = weight.detach().cpu().double().reshape(*weight.shape[:2], -1).transpose(1, 2).flatten(0, 1)
     energy, covariance = rows.t() @ rows, moments.covariance  # W^T W summed over kernel positions
     for number, gone in enumerate(masks.t().bool().cpu()):
-        if not bool(gone.any()) or bool(gone.all()):
-            continue
         lost, kept, across = covariance[gone][:, gone], covariance[~gone][:, ~gone], covariance[~gone][:, gone]
         penalty = ridge * float(kept.diagonal().mean()) + torch.finfo(kept.dtype).tiny
         factor, failed = torch.linalg.cholesky_ex(kept + penalty * torch.eye(len(kept), dtype=kept.dtype))

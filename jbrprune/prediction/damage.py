@@ -133,8 +133,8 @@ class Correction:
         return 1 / (1 + self.strength * x) if self.strength >= 0 else 1 - self.strength * x
 
 
-TOLERANCE = 0.3
-"""Relative error of a predicted change up to which a prediction is called valid."""
+LARGEST_ERROR = 0.3
+"""Relative error of a predicted change, and of its TPV, up to which a prediction is called valid."""
 FLIPS = 0.1
 """Distance from the real share of flips that a valid prediction is known not to exceed."""
 
@@ -151,8 +151,8 @@ class Check:
         masked: The real one.
         flips_apart: The end of the 95 % interval of predicted minus real flips that is farther from 0; NaN where there
             are no classes.
-        tolerance: What `valid` goes by.
-        constant: Whether the dense model tells no image from another: then there is nothing to be right about.
+        valid: Whether the change and its TPV are right up to `LARGEST_ERROR`, and the flips known to be up to `FLIPS`;
+            False where the dense model tells no image from another: then there is nothing to be right about.
     """
 
     taylor_error: float
@@ -160,29 +160,10 @@ class Check:
     predicted: Damage
     masked: Damage
     flips_apart: float
-    tolerance: float
-    constant: bool
-
-    @property
-    def valid(self) -> bool:
-        """Whether the change and its TPV are right up to the tolerance, and the flips known to be up to `FLIPS`."""
-        return (
-            not self.constant
-            and self.prediction_error <= self.tolerance
-            and tpvs_agree(self.predicted.tpv, self.masked.tpv, self.tolerance)
-            and not self.flips_apart > FLIPS
-        )
+    valid: bool
 
 
-def check(
-    predicted: Changes,
-    cut: int,
-    masked: Tensor,
-    reference: Tensor,
-    *,
-    scale: float = 1.0,
-    tolerance: float = TOLERANCE,
-) -> Check:
+def check(predicted: Changes, cut: int, masked: Tensor, reference: Tensor, *, scale: float = 1.0) -> Check:
     """Compare what is predicted for a cut with what it does.
 
     Args:
@@ -191,36 +172,28 @@ def check(
         masked: ``[n, K]`` logits with the units masked.
         reference: ``[N, K]`` those of the dense model.
         scale: What the prediction is multiplied with.
-        tolerance: See `Check`.
     """
     n = len(masked)
     reference, predicted = reference[:n], predicted.first(n)
     change, rest = predicted.change(cut, scale=scale)
-    top, classes = predicted.top, predicted.classes
+    top, classes, output = predicted.top, predicted.classes, predicted.output
     real = (masked - reference).gather(1, classes)
-    foretold, output = (top + change).argmax(1) != top.argmax(1), predicted.output
+    flips = (top + change).argmax(1) != top.argmax(1)
     now, before = (output.at(output.by_class(x), classes[:, :1] % output.positions) for x in (masked, reference))
     flipped = now.argmax(1) != before.argmax(1)
-    one, other = int((foretold & ~flipped).sum()), int((~foretold & flipped).sum())
-    return Check(
-        taylor_error=_relative(predicted.zeroed[cut], real),
-        prediction_error=_relative(change, real),
-        predicted=damage(top, change, rest, output),
-        masked=measure_damage(reference, masked, output),
-        flips_apart=max(map(abs, paired_interval(one, other, n))) if output.decides else math.nan,
-        tolerance=tolerance,
-        constant=n > 1 and is_constant(reference),
-    )
+    one, other = int((flips & ~flipped).sum()), int((~flips & flipped).sum())
+    apart = max(map(abs, paired_interval(one, other, n))) if output.decides else math.nan
+    error, foretold = _relative(change, real), damage(top, change, rest, output)
+    measured = measure_damage(reference, masked, output)
+    low, high = sorted((foretold.tpv, measured.tpv))
+    right = error <= LARGEST_ERROR and high <= (1 + LARGEST_ERROR) * low and not apart > FLIPS
+    valid = right and not (n > 1 and is_constant(reference))
+    return Check(_relative(predicted.zeroed[cut], real), error, foretold, measured, apart, valid)
 
 
 def is_constant(logits: Tensor) -> bool:
     """Whether ``[N, K]`` logits are the same for every sample, up to rounding."""
     return float((logits - logits[0]).abs().max()) <= 1e-5 * float(logits.abs().max())
-
-
-def tpvs_agree(one: float, other: float, tolerance: float) -> bool:
-    """Whether neither is more than 1 + tolerance times the other."""
-    return max(one, other) <= (1 + tolerance) * min(one, other)
 
 
 def _relative(change: Tensor, real: Tensor) -> float:

@@ -41,7 +41,7 @@ RESOLUTION = 0.0125
 """The walk ends when a model that is smaller by this share of the dense cost loses too much."""
 CHANCES = 1 + math.ceil(math.log2(FARTHEST)) + math.ceil(math.log2(STEP / RESOLUTION))
 """Models that may be taken for good by mistake."""
-ROWS = 4
+FOLLOWED = 4
 """Logits of every sample that the proposals look at."""
 
 
@@ -59,7 +59,7 @@ class Outlook:
         lost = [self._lost(number) for number in range(len(self.shares))]
         return float(np.interp(share, [*reversed(self.shares), 1.0], [*reversed(lost), 0.0]))
 
-    def proposed(self, allowed: float, below: float) -> float:
+    def propose(self, allowed: float, below: float) -> float:
         """The smallest planned share below a share up to which all are predicted to be allowed; inf if none is."""
         last = math.inf
         for number, share in enumerate(self.shares):
@@ -107,7 +107,7 @@ def search(state: Channels, images: Calibration) -> Stop:
         raise BudgetError("Nothing can go: every group is at its floor. Pass floors=Floors(channels=...) with fewer.")
     walk = _Walk(state, images.judge, allowed, level, _outlook(state, images, shares))
     stop = next(run(state, images, goals=walk.shares()))
-    found = Search(allowed, images.judged, tuple(walk.trials), walk.chosen(), walk.limit, confidence)
+    found = Search(allowed, images.judged, tuple(walk.trials), walk.measure_chosen(), walk.limit, confidence)
     return replace(stop, report=replace(stop.report, search=found, notes=(*stop.report.notes, *_notes(found))))
 
 
@@ -145,15 +145,14 @@ def _outlook(state: Channels, images: Calibration, shares: Sequence[float]) -> O
     options = state.options
     scores = state.score(images.score, 1)
     cuts = [state.plan(scores, share) for share in shares]
-    refits = "auto" in options.methods or "least_squares" in options.methods
     predicted = predict_changes(
         state.model,
         images.score,
         state.groups,
         [cut.units for cut in cuts],
         state.output,
-        refits=refits,
-        rows=ROWS,
+        refits=options.refits,
+        followed=FOLLOWED,
         seed=options.seed,
         progress=options.progress,
     )
@@ -178,7 +177,7 @@ class _Walk:
         self.labels = torch.cat(labels) if len(labels) == len(self.judge) else None
         self.logits = self.reference
 
-    def chosen(self) -> Drop:
+    def measure_chosen(self) -> Drop:
         """What the model at hand lost, knowing how many were measured to choose it."""
         how = {"models": max(1, len(self.trials)), "confidence": self.level}
         return measure_drop(self.logits, self.reference, self.labels, self.state.output, **how)
@@ -191,16 +190,16 @@ class _Walk:
             for share in ahead:
                 yield share
                 passed.append((share, self.state.copy()))
-            if self._allowed(ahead[-1]):
+            if self._accept(ahead[-1]):
                 at, good = passed[-1]
                 continue
-            best, failed = self._bisected(passed)
+            best, failed = self._bisect(passed)
             at, good = best or (at, good)
         while failed is not None and at - failed > RESOLUTION + 1e-9:
             self.state.restore(good)
             middle = (at + failed) / 2
             yield middle
-            if self._allowed(middle):
+            if self._accept(middle):
                 at, good = middle, self.state.copy()
             else:
                 failed = middle
@@ -209,23 +208,23 @@ class _Walk:
     def _ahead(self, at: float) -> list[float]:
         """The next steps, up to the one that is measured."""
         below = [share for share in self.outlook.shares if share < at - 1e-9][:FARTHEST]
-        wanted = distributed.broadcast(self.outlook.proposed(self.allowed, at))  # another processor predicts other bits
+        wanted = distributed.broadcast(self.outlook.propose(self.allowed, at))  # another processor predicts other bits
         return [share for share in below if share >= wanted - 1e-9] or below[:1]
 
-    def _bisected(self, passed: Sequence[tuple[float, Channels]]) -> tuple[tuple[float, Channels] | None, float]:
+    def _bisect(self, passed: Sequence[tuple[float, Channels]]) -> tuple[tuple[float, Channels] | None, float]:
         """The smallest model that is allowed of those on the way to one that is not, and the share that failed."""
         low, high = -1, len(passed) - 1
         while high - low > 1:
             middle = (low + high) // 2
             self.state.restore(passed[middle][1])
-            if self._allowed(passed[middle][0]):
+            if self._accept(passed[middle][0]):
                 low = middle
             else:
                 high = middle
         return passed[low] if low >= 0 else None, passed[high][0]
 
-    def _allowed(self, share: float) -> bool:
-        """Measure the model as it is."""
+    def _accept(self, share: float) -> bool:
+        """Measure the model as it is; return whether what it lost is allowed."""
         predicted = self.outlook.lost(share)
         with self.state.timed("judging"):
             logits = torch.cat(compute_logits(self.state.model, self.judge, self.state.output))

@@ -21,7 +21,7 @@ from jbrprune.errors import ArgumentError, BudgetError, check_known
 from jbrprune.models import preserve, timm_models
 from jbrprune.pruning.channels import find_channels, find_units
 from jbrprune.pruning.loop import run
-from jbrprune.pruning.options import BUDGETS, ChannelOptions, ScoreOptions, WeightOptions, describe
+from jbrprune.pruning.options import BUDGETS, ChannelOptions, ScoreOptions, WeightOptions, check_floors, describe
 from jbrprune.pruning.prepare import check_runs, create_model, open_problem, read_calibration
 from jbrprune.pruning.weights import find_weights
 from jbrprune.report.records import Report
@@ -383,6 +383,7 @@ def info(
         'channel'
     """
     check_known("structure", structure, ("channels", "directions"))
+    check_floors("floors", floors)
     dense = create_model(model)
     if images is None:
         size = timm_models.image_size(dense)

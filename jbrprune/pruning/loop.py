@@ -238,7 +238,7 @@ def hand_over(
         said.append(f"{name or problem.name}: the multiply-accumulates of {operator} are not counted.")
     fitted = targets.notes(options.methods) if targets else []
     facts["notes"] = (*said, *facts["notes"], *fitted, *images.notes(bool(options.methods)))
-    settings = options.described() | {"output": output.kind, "steps": len(structure.steps)}
+    settings = options.settings | {"output": output.kind, "steps": len(structure.steps)}
     timings = structure.timings or time_in_turns([problem.dense, model], problem.example[:1])
     report = Report(
         model=problem.name,

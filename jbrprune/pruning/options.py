@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -82,9 +82,15 @@ def check_criterion(name: str, value: Any) -> None:
 
 def check_repair(name: str, value: Any) -> None:
     """Accept ``"auto"``, one or several methods, or None."""
-    methods = (value,) if isinstance(value, str) else value or ()
-    if any(method not in (*METHODS, "auto") for method in methods) or ("auto" in methods and len(methods) > 1):
+    methods = (value,) if isinstance(value, str | bool) else value or ()
+    if not set(methods) <= set(METHODS) and tuple(methods) != ("auto",):
         raise ArgumentError(f"{name} must be 'auto', None, or some of {', '.join(METHODS)}; got {value!r}.")
+
+
+def check_floors(name: str, value: Any) -> None:
+    """Accept `Floors`."""
+    if not isinstance(value, Floors):
+        raise ArgumentError(f"{name} must be Floors(share=, channels=, round_to=, width=), got {value!r}.")
 
 
 def check_pattern(name: str, value: str) -> None:
@@ -184,7 +190,13 @@ class RunOptions(Options):
         """Methods of repair."""
         return (self.repair,) if isinstance(self.repair, str) else tuple(self.repair or ())
 
-    def described(self) -> dict[str, Any]:
+    @property
+    def refits(self) -> bool:
+        """Whether weights may be refitted by least squares."""
+        return not {"auto", "least_squares"}.isdisjoint(self.methods)
+
+    @property
+    def settings(self) -> dict[str, Any]:
         """The options that a report lists, without the budget and the data."""
         hidden = {"eval_data", "resume", "max_drop", "confidence", "sparsity", "pattern", "floors", *BUDGETS}
         names = [item.name for item in fields(self) if item.metadata["panel"] and item.name not in hidden]
@@ -219,7 +231,7 @@ class ChannelOptions(RunOptions):
         "Budget",
     )
     steps: int | None = option(None, "Number of steps; default: one for every 5 %.", "Budget", whole(1))
-    floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget")
+    floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget", check_floors)
     structure: Literal["channels", "directions", "mixed"] = option(
         "channels",
         "What goes: channels and heads, directions of linear layers (two layers for one), or both in turn.",
@@ -265,9 +277,10 @@ class ChannelOptions(RunOptions):
                 "a function as criterion=, or steps=1."
             )
 
-    def described(self) -> dict[str, Any]:
+    @property
+    def settings(self) -> dict[str, Any]:
         """The options that a report lists, without the budget and the data."""
-        return super().described() | asdict(self.floors)
+        return super().settings | {f"floors.{name}": value for name, value in vars(self.floors).items()}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Pattern:
         Raises:
             ArgumentError: Not of the form N:M with 0 < N < M.
         """
-        found = re.fullmatch(r"(\d+):(\d+)", text)
+        found = re.fullmatch(r"(\d+):(\d+)", str(text))
         if not found or not 0 < int(found[1]) < int(found[2]):
             raise ArgumentError(f"A pattern is written N:M with 0 < N < M such as '2:4', got {text!r}.")
         return Pattern(int(found[1]), int(found[2]))

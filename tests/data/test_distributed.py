@@ -248,7 +248,7 @@ def test_ranks_that_predict_otherwise_go_the_same_way() -> None:
 
     def work() -> tuple[list[float], str]:
         if distributed.rank() == 1:
-            search.Outlook.proposed = lambda *_: math.inf  # type: ignore[method-assign]
+            search.Outlook.propose = lambda *_: math.inf  # type: ignore[method-assign]
         result = prune(own(), data, max_drop=0.1, confidence=0.5, macs=0.7, batch_size=4, **QUICK)
         assert result.report.search is not None
         return [trial.share for trial in result.report.search.trials], hash_tensors(result.model.state_dict())

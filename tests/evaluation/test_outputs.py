@@ -20,7 +20,7 @@ from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.evaluation import outputs
 from jbrprune.evaluation.agreement import Agreement, agreement, compute_logits, measure_drop, wilson_interval
 from jbrprune.evaluation.outputs import Output, find_output
-from jbrprune.prediction.changes import change_logits
+from jbrprune.prediction.changes import predict_changes
 from jbrprune.prediction.damage import measure_damage
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.slicing import masked_units
@@ -370,7 +370,7 @@ def test_predicted_changes_are_first_order(kind: str) -> None:
     groups, output = find_groups(net, x).groups, output_of(net, x)
     group = next(group for group in groups if "two.0" in {member.axis[0] for member in group.side("in")})
     cut = {group.name: torch.tensor([1])}
-    found = change_logits(net, [Batch(x)], groups, [cut], output, means={}, rows=3)
+    found = predict_changes(net, [Batch(x)], groups, [cut], output, followed=3)
     (dense,) = compute_logits(net, [Batch(x)], output)
     with masked_units(net, groups, cut):
         (masked,) = compute_logits(net, [Batch(x)], output)

@@ -15,16 +15,16 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jbrprune.data.batches import Batch, rebatch
-from jbrprune.errors import ArgumentError, ModelError
+from jbrprune.errors import ModelError
 from jbrprune.models.preserve import copy_model
 from jbrprune.prediction.changes import (
     Changes,
-    change_logits,
     cut_masks,
+    find_unexplained,
     predict_changes,
-    unexplained,
 )
 from jbrprune.prediction.damage import Correction, damage, measure_damage, saturation
+from jbrprune.repair.repair import RIDGE
 from jbrprune.structure.directions import Moments, measure_moments
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Selection
@@ -65,18 +65,13 @@ def weights_of(model: nn.Module, masks: Mapping[str, Tensor], cut: int) -> dict[
     return change
 
 
-def means_of(model: nn.Module, groups: tuple[Group, ...], cuts: list[Selection]) -> dict[str, Tensor]:
-    moments = measure_moments(model, [Batch(IMAGES)], cut_masks(model, groups, cuts), "in")
-    return {name: found.mean for name, found in moments.items()}
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_changes_are_the_jacobian_times_the_weights_that_go(name: str) -> None:
     model = MODELS[name]()
     groups = groups_of(model)
     cuts = some_cuts(groups)
     masks = cut_masks(model, groups, cuts)
-    found = change_logits(model, rebatch([Batch(IMAGES)], 4), groups, cuts, means=means_of(model, groups, cuts))
+    found = predict_changes(model, rebatch([Batch(IMAGES)], 4), groups, cuts)
     for cut in range(len(cuts)):
         tangent = weights_of(model, masks, cut)
         primal = {key: model.get_parameter(key).detach() for key in tangent}
@@ -99,7 +94,7 @@ def test_a_linear_net_is_predicted_exactly() -> None:
     model = linear()
     groups = groups_of(model)
     cuts: list[Selection] = [{groups[0].name: torch.tensor([0, 3])}, {groups[1].name: torch.tensor([1, 2])}]
-    predicted = predict_changes(model, [Batch(IMAGES)], groups, cuts, saturate=False)
+    predicted = replace(predict_changes(model, [Batch(IMAGES)], groups, cuts), saturate=False)
     dense = model(IMAGES).detach()
     for number, cut in enumerate(cuts):
         with masked_units(model, groups, cut), torch.no_grad():
@@ -109,24 +104,30 @@ def test_a_linear_net_is_predicted_exactly() -> None:
         assert found.flips == real.flips
 
 
-def test_the_repaired_change_by_hand() -> None:
-    """f = V a, a = W x: what goes is replaced by its mean, and half of the amplitude of the rest is left."""
+@pytest.mark.parametrize("refits", [True, False])
+def test_the_repaired_change_by_hand(refits: bool) -> None:
+    """f = V a, a = W x: the mean of what goes stays; of the rest the share of the *amplitude* that a refit leaves.
+
+    The share of the squares comes from the ridge regression that `find_unexplained` stands for, here as one augmented
+    least squares over all samples; its square root scales the change.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 6), nn.Linear(6, 4)).double().eval()
-    images = torch.randn(7, 3, 4, 4, dtype=torch.float64)
+    images = torch.randn(40, 3, 4, 4, dtype=torch.float64)
     groups = find_groups(copy_model(model), images[:2]).groups
-    gone = torch.tensor([0, 4])
+    gone, stays = torch.tensor([0, 4]), torch.tensor([1, 2, 3, 5])
     hidden = model[1](images.flatten(1)).detach()
-    found = change_logits(
-        model,
-        [Batch(images)],
-        groups,
-        [{groups[0].name: gone}],
-        means={"2": hidden.mean(0)},
-        left={"2": torch.tensor([0.5])},
-    )
-    weight = model[2].weight.detach()
-    expected = -0.5 * (hidden - hidden.mean(0))[:, gone] @ weight[:, gone].t()
+    found = predict_changes(model, [Batch(images)], groups, [{groups[0].name: gone}], refits=refits)
+    weight, centred = model[2].weight.detach(), hidden - hidden.mean(0)
+    lost, kept = centred[:, gone] @ weight[:, gone].t(), centred[:, stays]
+    penalty = math.sqrt(RIDGE * float(kept.square().mean(0).mean()) * 40)
+    ridge = torch.linalg.lstsq(
+        torch.cat([kept, penalty * torch.eye(4, dtype=torch.float64)]),
+        torch.cat([lost, torch.zeros(4, 4, dtype=torch.float64)]),
+    ).solution
+    share = float((lost - kept @ ridge).square().sum() / lost.square().sum())
+    assert 0.05 < share < 0.95  # else the root could not be told from the share
+    expected = -lost * (math.sqrt(share) if refits else 1)
     torch.testing.assert_close(found.repaired[0], expected.gather(1, found.classes))
 
 
@@ -152,11 +153,9 @@ def test_other_logits_are_followed_through_signs_without_bias() -> None:
     images = torch.randn(400, 3, 4, 4, dtype=torch.float64)
     groups = find_groups(copy_model(model), images[:2]).groups
     cuts: list[Selection] = [{groups[0].name: torch.tensor([0, 4])}]
-    exact = predict_changes(model, [Batch(images)], groups, cuts, rows=40, saturate=False).damage(0)
-    some = [
-        predict_changes(model, [Batch(images)], groups, cuts, rows=3, saturate=False, seed=s).damage(0)
-        for s in range(8)
-    ]
+    exact = replace(predict_changes(model, [Batch(images)], groups, cuts, followed=40), saturate=False).damage(0)
+    found = (predict_changes(model, [Batch(images)], groups, cuts, followed=3, seed=seed) for seed in range(8))
+    some = [replace(each, saturate=False).damage(0) for each in found]
     mean = sum(each.tpv for each in some) / 8
     assert abs(mean - exact.tpv) < 3 * sum(each.tpv_se for each in some) / 8 / math.sqrt(8) + 1e-9
     assert mean == pytest.approx(exact.tpv, rel=0.1)
@@ -194,11 +193,6 @@ def test_samples_that_influence_each_other_are_refused() -> None:
         predict_changes(model, [Batch(IMAGES)], groups_of(model), [{"first": torch.tensor([0])}])
 
 
-def test_refuses_no_cuts() -> None:
-    with pytest.raises(ArgumentError, match="at least 2 rows and 1 cut"):
-        predict_changes(own64(), [Batch(IMAGES)], groups_of(own64()), [])
-
-
 @pytest.mark.parametrize("ridge", [1e-9, 0.5])
 def test_what_least_squares_leaves(ridge: float) -> None:
     """The ridge regression of every lost channel on the kept ones, solved by augmented least squares."""
@@ -220,7 +214,7 @@ def test_what_least_squares_leaves(ridge: float) -> None:
     weight = layer.weight.detach()[:, gone]
     left, whole = (lost - kept @ solution) @ weight.t(), lost @ weight.t()
     expected = float(left.square().sum() / whole.square().sum())
-    assert float(unexplained(moments, layer, mask, ridge)[0]) == pytest.approx(expected, rel=1e-6)
+    assert float(find_unexplained(moments, layer, mask, ridge)[0]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_copy_of_a_channel_leaves_nothing_and_independent_ones_all() -> None:
@@ -228,7 +222,7 @@ def test_a_copy_of_a_channel_leaves_nothing_and_independent_ones_all() -> None:
     covariance[0, 1] = covariance[1, 0] = 1.0
     moments = Moments(torch.zeros(3), covariance)
     masks = torch.tensor([[1.0, 0], [0, 0], [0, 1]])
-    assert unexplained(moments, nn.Linear(3, 2), masks, 1e-9).tolist() == pytest.approx([0, 1], abs=1e-6)
+    assert find_unexplained(moments, nn.Linear(3, 2), masks, 1e-9).tolist() == pytest.approx([0, 1], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -240,8 +234,8 @@ def test_of_layers_that_do_not_read_all_inputs_everything_is_left(layer: nn.Modu
     covariance = torch.ones(4, 4, dtype=torch.float64)  # every channel is a copy of the others
     masks = torch.tensor([[1.0, 0, 0, 0]]).T
     moments = Moments(torch.zeros(4), covariance)
-    assert unexplained(moments, layer, masks, 1e-9).tolist() == [1.0]
-    assert unexplained(moments, nn.Conv2d(4, 4, 1), masks, 1e-9).tolist() == pytest.approx([0.0], abs=1e-6)
+    assert find_unexplained(moments, layer, masks, 1e-9).tolist() == [1.0]
+    assert find_unexplained(moments, nn.Conv2d(4, 4, 1), masks, 1e-9).tolist() == pytest.approx([0.0], abs=1e-6)
 
 
 def test_moments_of_what_a_layer_reads() -> None:
@@ -300,10 +294,10 @@ def test_the_first_samples_alone() -> None:
     model = own64()
     groups = groups_of(model)
     cuts = some_cuts(groups)
-    means = means_of(model, groups, cuts)
-    whole = change_logits(model, [Batch(IMAGES)], groups, cuts, means=means)
-    part = change_logits(model, [Batch(IMAGES[:2])], groups, cuts, means=means)
+    whole = predict_changes(model, [Batch(IMAGES)], groups, cuts)
+    part = predict_changes(model, [Batch(IMAGES[:2])], groups, cuts)
     for name, tensor in vars(whole.first(2)).items():
-        if name != "saturate":
+        if name not in ("saturate", "repaired", "rest"):  # whose means are those of all samples
             torch.testing.assert_close(tensor, getattr(part, name))
+    assert torch.equal(whole.first(2).repaired, whole.repaired[:, :2])
     assert isinstance(part, Changes)

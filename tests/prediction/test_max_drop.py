@@ -21,6 +21,7 @@ from jbrprune.errors import ArgumentError, BudgetError, DataError
 from jbrprune.evaluation.agreement import compute_logits
 from jbrprune.evaluation.outputs import LOGITS
 from jbrprune.prediction import max_drop as search_module
+from jbrprune.prediction.changes import Changes
 from jbrprune.report.records import Search
 
 IMAGES = cases.images(60, 32).float()
@@ -181,6 +182,29 @@ def test_with_confidence_an_upper_bound_decides() -> None:
 # --- what is promised, simulated ------------------------------------------------------------------
 
 
+def test_a_measured_tpv_scales_the_predicted_changes_by_its_root() -> None:
+    """Changes twice as large are a TPV four times as large; what saturates is scaled after it has saturated."""
+    top, classes = torch.tensor([[3.0, 0.0]]).repeat(5, 1).double(), torch.tensor([[0, 1]]).repeat(5, 1)
+    amounts = torch.tensor([1.0, 1.4, 1.8, 2.2, 2.6]).double()
+    zeroed = torch.stack([-torch.stack([share * amounts, 0 * amounts], 1) for share in (1.0, 2.0)])  # two cuts
+    rest, spread = torch.zeros(2, 2, 5).double(), torch.full((5,), 4.0).double()
+    outlook = search_module.Outlook((0.9, 0.8), Changes(top, classes, zeroed, zeroed, rest, spread), repaired=False)
+    lengths = amounts * 1.0  # the cut at .9
+    predicted = lengths * (1 - (-lengths / 4).exp()) / (lengths / 4)
+    assert outlook.lost(0.9) == 0.0  # no change reaches 3
+    outlook.correct(0.9, 4 * float(predicted.square().mean()))
+    assert outlook.scale == pytest.approx(2.0)
+    assert outlook.lost(0.9) == float((2 * predicted > 3).double().mean()) == 0.4
+    deeper = 2 * amounts
+    deeper = deeper * (1 - (-deeper / 4).exp()) / (deeper / 4)
+    assert outlook.lost(0.8) == float((2 * deeper > 3).double().mean()) == 1.0
+    outlook.correct(0.9, 4 * float(predicted.square().mean()))
+    assert outlook.scale == pytest.approx(2.0)  # of the uncorrected prediction: corrections do not pile up
+    outlook.correct(0.85, 100.0)
+    outlook.correct(0.9, 0.0)
+    assert outlook.scale == pytest.approx(2.0)  # a share that was not planned, and no damage, say nothing
+
+
 class Simulated:
     """A state whose model errs on each image as simulated; the true drop of every share is known."""
 
@@ -222,7 +246,7 @@ def simulate(confidence: float, allowed: float, power: int, together: str, seed:
         def lost(self, share: float) -> float:
             return wrong * state.true_drop(share)
 
-        def proposed(self, allowed: float, below: float) -> float:
+        def propose(self, allowed: float, below: float) -> float:
             return min((s for s in shares if s < below - 1e-9 and self.lost(s) <= allowed), default=math.inf)
 
         def correct(self, share: float, tpv: float) -> None:
@@ -233,7 +257,7 @@ def simulate(confidence: float, allowed: float, power: int, together: str, seed:
     walk = search_module._Walk(state, judge, allowed, level, Foreseen(shares, None, True))  # type: ignore[arg-type]
     for share in walk.shares():
         state.at = share
-    assert walk.chosen().models == max(1, len(walk.trials))  # those that were too much count as well
+    assert walk.measure_chosen().models == max(1, len(walk.trials))  # those that were too much count as well
     return state.true_drop(state.at), walk
 
 
@@ -250,7 +274,7 @@ def test_the_true_drop_exceeds_what_is_allowed_no_more_often_than_promised(
     for confidence in exceeded:
         for seed in range(runs):
             true, walk = simulate(confidence, allowed, power, together, seed, images)
-            drop = walk.chosen()
+            drop = walk.measure_chosen()
             refused += not all(trial.accepted for trial in walk.trials)
             exceeded[confidence] += true > allowed
             covered += drop.low <= true <= drop.high

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jbrprune.prediction.changes import Changes
-from jbrprune.prediction.damage import Check, check, tpvs_agree
+from jbrprune.prediction.damage import Check, check
 
 LOGITS = torch.tensor([[3.0, 0.0], [4.0, 1.0], [9.0, 2.0]]).repeat(40, 1).double()
 """Two classes, the first one ahead by 3, 3 and 7; spread 3 / sqrt 2 and so on."""
@@ -61,7 +61,6 @@ def test_the_tpv_must_agree_within_a_factor_of_one_and_the_tolerance(predicted: 
     found = seen(by(predicted), by(1.0))
     assert found.prediction_error == pytest.approx(abs(predicted - 1))
     assert found.valid is valid
-    assert found.valid is tpvs_agree(found.predicted.tpv, 1.0, 0.3)
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2])
@@ -97,5 +96,4 @@ def test_no_change_is_right_where_the_model_tells_images_apart_and_nothing_where
     assert not seen(by(1e-3), by(0.0)).valid
     same = LOGITS[:1].expand(40, 2)
     found = check(foretold(by(0.0)), 0, same.clone(), same)
-    assert found.constant
     assert not found.valid

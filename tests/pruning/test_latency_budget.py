@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -18,6 +19,7 @@ from jbrprune.budgets.cost import count_macs
 from jbrprune.errors import BudgetError
 from jbrprune.evaluation import latency
 from jbrprune.pruning import loop
+from jbrprune.pruning.channels import Channels
 
 IMAGES = cases.images(40, 32).float()
 QUICK: dict[str, Any] = {"progress": False, "repair": None, "floors": Floors(channels=1)}
@@ -166,3 +168,23 @@ def test_a_run_that_goes_on_keeps_the_dense_time_of_its_beginning(
         )
         assert found.report.budget == pytest.approx(budget)
         assert found.report.notes == expected.report.notes
+
+
+@pytest.mark.parametrize(
+    ("rows", "stop", "least", "expected"),
+    [
+        ([], 0.5, 0.1, 0.95),  # time falls as MACs do: .5 away, but one step at most
+        ([], 0.97, 0.1, 0.97),
+        ([], 0.998, 0.1, 0.995),  # a tenth of a step at least: rounded widths must change
+        ([(0.8, 0.9)], 0.88, 0.1, 0.76),  # a line through (1, 1) and (.8, .9): .02 of time are .04 of MACs
+        ([(0.8, 0.9), (0.7, 0.89)], 0.885, 0.1, 0.65),  # .005 of time are .05 of MACs
+        ([(0.8, 0.9), (0.7, 0.95)], 0.94, 0.1, 0.69),  # slower than before: as if time fell as MACs do
+        ([(0.8, 0.9), (0.7, 0.81)], 0.809, 0.1, 0.695),
+        ([(0.8, 0.9)], 0.2, 0.78, 0.78),  # never below the floors
+        ([(0.8, 0.3)], 0.4, 0.1, 0.8),  # met
+    ],
+)
+def test_the_next_share_by_hand(rows: list[tuple[float, float]], stop: float, least: float, expected: float) -> None:
+    steps = [SimpleNamespace(macs=1000 * macs, relative_latency=ratio) for macs, ratio in rows]
+    state: Any = SimpleNamespace(whole=1000, steps=steps, stop=stop, least=least)
+    assert Channels.next_share(state) == pytest.approx(expected)

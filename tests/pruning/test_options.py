@@ -61,9 +61,10 @@ def test_every_argument_becomes_its_option(
 
 
 def test_what_a_report_lists() -> None:
-    shown = ChannelOptions(macs=0.5, criterion=Relevance("margin"), repair=None, seed=3).described()
+    shown = ChannelOptions(macs=0.5, criterion=Relevance("margin"), repair=None, seed=3).settings
     assert shown["criterion"] == "Relevance(objective='margin')"
-    assert (shown["repair"], shown["seed"], shown["channels"], shown["width"]) == ([], 3, 8, False)
+    assert (shown["repair"], shown["seed"]) == ([], 3)
+    assert (shown["floors.share"], shown["floors.channels"], shown["floors.width"]) == (0.0, 8, False)
     assert not {"macs", "floors", "eval_data", "progress"} & shown.keys()
     json.dumps(shown)
 
@@ -106,6 +107,9 @@ WRONG: list[tuple[type, dict[str, Any], type[Exception], str]] = [
     (ChannelOptions, {"macs": 0.5, "seed": "a"}, ArgumentError, "seed must be a whole number, got 'a'"),
     (ChannelOptions, {"macs": 0.5, "repair": "batchnorm"}, ArgumentError, "repair must be 'auto', None, or some of"),
     (ChannelOptions, {"macs": 0.5, "repair": ["auto", "batch_norm"]}, ArgumentError, "repair must be 'auto', None"),
+    (ChannelOptions, {"macs": 0.5, "repair": True}, ArgumentError, "repair must be 'auto', None.*got True"),
+    (ChannelOptions, {"macs": 0.5, "floors": None}, ArgumentError, r"floors must be Floors\(share=.*got None"),
+    (WeightOptions, {"pattern": (2, 4)}, ArgumentError, r"such as '2:4', got \(2, 4\)"),
     (WeightOptions, {}, BudgetError, "either sparsity= or pattern=, got neither"),
     (WeightOptions, {"sparsity": 0.5, "pattern": "2:4"}, BudgetError, "got both"),
     (WeightOptions, {"sparsity": 1.5}, BudgetError, "0 < sparsity < 1, got 1.5"),
