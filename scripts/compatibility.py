@@ -1,9 +1,10 @@
-"""Which timm models can be pruned: the smallest model of every module of timm, from `info` to an exported file.
+"""Which models can be pruned: the smallest model of every module of timm, and ten models of other libraries.
 
     python scripts/compatibility.py --out results/compatibility.jsonl --table docs/compatibility.md
 
-One line per module; modules that have a line are not run again. Every model runs in a process of its own with a limit
-of time and memory, so that nothing it does stops the others. torch-pruning's example recipe runs on the same list.
+A model of timm runs as an encoder (`num_classes=0`), as a backbone (`features_only=True`) and as a classifier. One line
+for each; what has a line is not run again. Every model runs in a process of its own with a limit of time and memory, so
+that nothing it does stops the others. torch-pruning's example recipe runs on the same classifiers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import math
 import multiprocessing
 import platform
 import re
@@ -19,7 +21,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,16 @@ from jbrprune.budgets.budget import Floors, select
 from jbrprune.budgets.cost import cost_model, count_macs
 from jbrprune.errors import JBRError
 from jbrprune.models import timm_models
-from jbrprune.models.preserve import copy_model, logits_of
+from jbrprune.models.preserve import copy_model, flatten_returned
 from jbrprune.pruning.api import Info
+from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.slicing import masked_units, remove_units
 from jbrprune.structure.verification import TOLERANCE
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 CLASSES = 10
+KINDS = {"encoder": {"num_classes": 0}, "features": {"features_only": True}, "classifier": {"num_classes": CLASSES}}
+"""What a model of timm is made as, with which arguments."""
 TARGET = 0.7
 RATIO = 0.3
 """Share that torch-pruning's recipe removes everywhere."""
@@ -75,14 +80,23 @@ def find_smallest(module: str) -> str:
     return min(timm.list_models(module=module), key=lambda name: (size(name), name))
 
 
-def make(name: str) -> tuple[nn.Module, int]:
+def make(name: str, kind: str = "classifier") -> tuple[nn.Module, int]:
     """A model in eval mode with perturbed parameters, for the smallest images that it accepts; their size."""
+    if kind == "foreign":
+        torch.manual_seed(0)
+        model = make_foreign()[name]().eval()
+        perturb(model)
+        return model, SIZES[0]
+    try:
+        timm.create_model(name, **KINDS[kind])
+    except Exception as error:  # whatever timm raises where a module has no such models
+        raise NotOfferedError(f"{type(error).__name__}: {error}") from error
     why = []
     for size in SIZES:
         for options in ({"img_size": size}, {}):
             try:
                 torch.manual_seed(0)
-                model = jbrprune.create(name, pretrained=False, num_classes=CLASSES, **options).eval()
+                model = jbrprune.create(name, pretrained=False, **KINDS[kind], **options).eval()
                 with torch.no_grad():
                     model(torch.zeros(2, 3, size, size))
             except Exception as error:  # whatever a foreign constructor or forward raises: not this size
@@ -90,11 +104,41 @@ def make(name: str) -> tuple[nn.Module, int]:
                 continue
             perturb(model)
             with torch.no_grad():
-                largest = float(logits_of(model(draw_images(size))).abs().max())
-                for parameter in model.get_classifier().parameters() if largest > SATURATED else ():
-                    parameter.div_(largest)  # huge logits of random weights saturate any softmax
+                largest = float(run(model, draw_images(size)).abs().max())
+                for parameter in model.get_classifier().parameters() if kind == "classifier" else ():
+                    parameter.div_(max(1, largest / SATURATED))  # huge logits saturate any softmax
             return model, size
     raise RuntimeError(f"{name} accepts no input: {'; '.join(why[-2:])}")
+
+
+def make_foreign() -> dict[str, Callable[[], nn.Module]]:
+    """Small models of other libraries, by distribution and name: segmenters, backbones, encoders, auxiliary heads."""
+    import open_clip
+    import transformers as hf
+    from torchvision import models
+
+    plain = {"weights": None, "weights_backbone": None}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "image_size": 64, "patch_size": 16}
+    swin = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 2, "image_size": 64}
+    tower = open_clip.CLIPVisionCfg(layers=2, width=64, head_width=16, patch_size=16, image_size=64)
+
+    def segment(name: str) -> Callable[[], nn.Module]:
+        return lambda: getattr(models.segmentation, name)(**plain, num_classes=CLASSES)
+
+    return {
+        "torchvision fcn_resnet50": segment("fcn_resnet50"),
+        "torchvision deeplabv3_mobilenet_v3_large": segment("deeplabv3_mobilenet_v3_large"),
+        "torchvision lraspp_mobilenet_v3_large": segment("lraspp_mobilenet_v3_large"),
+        "torchvision fasterrcnn_resnet50_fpn": lambda: models.detection.fasterrcnn_resnet50_fpn(**plain).backbone,
+        "torchvision googlenet": lambda: models.googlenet(num_classes=CLASSES, init_weights=False),
+        "transformers ViTForImageClassification": lambda: hf.ViTForImageClassification(hf.ViTConfig(**sizes)),
+        "transformers SwinForImageClassification": lambda: hf.SwinForImageClassification(hf.SwinConfig(**swin)),
+        "transformers Dinov2Model": lambda: hf.Dinov2Model(hf.Dinov2Config(**sizes)),
+        "transformers SegformerForSemanticSegmentation": lambda: hf.SegformerForSemanticSegmentation(
+            hf.SegformerConfig(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 48, 64], decoder_hidden_size=32)
+        ),
+        "open_clip_torch CLIP": lambda: open_clip.CLIP(32, tower, open_clip.CLIPTextCfg(layers=1)).visual,
+    }
 
 
 @torch.no_grad()
@@ -117,8 +161,17 @@ def perturb(model: nn.Module) -> None:
             buffer.add_(0.2 * noise(buffer))
 
 
-def draw_images(size: int, count: int = 8) -> Tensor:
+def draw_images(size: int, count: int = 12) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def run(model: nn.Module, images: Tensor) -> Tensor:
+    """``[B, V]`` all that a model returns."""
+    return flatten_returned(model(images), len(images))
+
+
+class NotOfferedError(Exception):
+    """What timm says where a module has no such models."""
 
 
 class Wrong(Exception):
@@ -158,6 +211,8 @@ class Walk:
             return steps()
         except Wrong as error:
             return self.outcome("wrong", str(error))
+        except NotOfferedError as error:
+            return self.outcome("not offered", str(error))
         except Exception as error:  # it is this that is looked for
             refused = isinstance(error, JBRError) and self.current == "info"
             return self.outcome("refused" if refused else failed, f"{self.current}: {type(error).__name__}: {error}")
@@ -166,15 +221,15 @@ class Walk:
 # --- jbrprune --------------------------------------------------------------------------------------
 
 
-def prune_and_check(name: str, stage: Stage) -> dict:
+def prune_and_check(name: str, stage: Stage, kind: str = "classifier") -> dict:
     """Everything a user does with a model, checked on the way."""
     walk = Walk(stage)
 
     def steps() -> dict:
         walk.to("make")
-        model, size = make(name)
+        model, size = make(name, kind)
         walk.known["pixels"] = size
-        return _walk_through(model, draw_images(size), walk)
+        return _walk_through(model, draw_images(size), walk, lean=kind in ("encoder", "features"))
 
     return walk.finish(steps)
 
@@ -185,45 +240,52 @@ def check(model: nn.Module, images: Tensor) -> dict:
     return walk.finish(lambda: _walk_through(model, images, walk))
 
 
-def _walk_through(model: nn.Module, images: Tensor, walk: Walk) -> dict:
+def _walk_through(model: nn.Module, images: Tensor, walk: Walk, *, lean: bool = False) -> dict:
     walk.to("info")
     listed = jbrprune.info(model, images[:2], floors=FLOORS)
     share = max(TARGET, listed.least_macs + 0.002)
     walk.known |= {"least": round(listed.least_macs, 4), "groups": len(listed.rows), "kept": _count_reasons(listed)}
+    walk.known["output"] = listed.output
     if share >= 1:
         return walk.outcome(
             "refused", f"what can be removed costs no more than 0.2 % of the MACs. {_summarise(listed)}"
         )
     walk.to("score")
-    scores = jbrprune.score(model, images, batch_size=4, progress=False)
+    scores = jbrprune.score(model, images[:8], batch_size=4, progress=False)
     _check(all(bool(values.isfinite().all()) for values in scores.values().values()), "scores are not finite")
     _check(any(float(values.max()) > 0 for values in scores.values().values()), "every score is zero")
     walk.to("prune")
     options: dict = {"macs": share, "floors": FLOORS, "batch_size": 4, "progress": False}
-    result = jbrprune.prune(model, images, criterion=scores, repair=None, **options)
+    result = jbrprune.prune(model, images, criterion=scores, **options)
     before, after = (count_all(m, images) for m in (model, result.model))
     walk.known["reached"] = round(after / before, 4)
     _check(after <= share * before * 1.0001, f"asked for {share:.4f} of the MACs, {after / before:.4f} are left")
+    agreement = result.report.final
+    walk.known["measured"] = agreement.of
+    _check(math.isfinite(agreement.distance), f"the report says {agreement}")
     walk.to("mask")
-    _check_mask(model, result.model, images[:2], scores, share)
-    walk.to("backward")
-    missing = [_find_missing_gradients(copy_model(m), images[:2]) for m in (model, result.model)]
-    _check(missing[0] == missing[1], f"no gradient reaches {sorted(missing[1] - missing[0])[:3]}")
+    cost = cost_model("macs", model, images[:2], scores.groups)  # the choice that `prune` makes is made again
+    chosen = select(scores.values(), scores.groups, cost, share * cost.total, floors=FLOORS)
+    _check_removal(model, result, images[:2], scores.groups, chosen)
     walk.to("load")
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         result.save(Path(folder) / "model")
         loaded = jbrprune.load(Path(folder) / "model", model=None if timm_models.recipe(model) else model)
         _check_same_tensors(loaded, result.model, "saved and loaded")
-        same = torch.equal(logits_of(loaded(images[:2])), logits_of(result.model(images[:2])))
+        same = torch.equal(run(loaded, images[:2]), run(result.model, images[:2]))
         _check(same, "the outputs of the loaded model differ")
-    walk.to("export")
-    walk.known["export"] = check_export(model, result.model, images[:2])
-    walk.to("defaults")
-    repaired = jbrprune.prune(model, images, steps=2, **options)
-    with torch.no_grad():
-        finite = bool(logits_of(repaired.model(images[:2])).isfinite().all())
-    _check(finite, "repaired: the logits are not finite")
-    _check(repaired.report.kept <= share * 1.0001, f"in steps: {repaired.report.kept:.4f} of the MACs are left")
+    if not lean:
+        walk.to("backward")
+        missing = [_find_missing_gradients(copy_model(m), images[:2]) for m in (model, result.model)]
+        _check(missing[0] == missing[1], f"no gradient reaches {sorted(missing[1] - missing[0])[:3]}")
+        walk.to("export")
+        walk.known["export"] = check_export(model, result.model, images[:2])
+        walk.to("steps")
+        result = jbrprune.prune(model, images, repair=None, steps=2, **options)
+        chosen = {group: torch.tensor(units) for group, units in result.report.removed.items()}
+        twin = _check_removal(model, result, images[:2], scores.groups, chosen)
+        _check_same_tensors(twin, result.model, "prune() and the removal of the same units")
+        _check(result.report.kept <= share * 1.0001, f"in steps: {result.report.kept:.4f} of the MACs are left")
     return walk.outcome("budget") if listed.least_macs <= TARGET else walk.outcome("deepest", _summarise(listed))
 
 
@@ -237,21 +299,24 @@ def count_all(model: nn.Module, images: Tensor) -> int:
     return sum(count_macs(model, images[:1]).values())
 
 
-def _check_mask(dense: nn.Module, smaller: nn.Module, images: Tensor, scores: jbrprune.Scores, share: float) -> None:
-    """What came out is the dense model without the chosen units, and computes what the masked dense model computes."""
-    groups = scores.groups
-    cost = cost_model("macs", dense, images, groups)  # the choice that `prune` makes in one step is made again
-    chosen = select(scores.values(), groups, cost, share * cost.total, floors=FLOORS)
-    twin = copy_model(dense)
-    remove_units(twin, groups, chosen)
-    _check_same_tensors(twin, smaller, "prune() and the removal of the same units")
-    dense, twin, images = copy_model(dense).double(), twin.double(), images.double()
+def _check_removal(
+    dense: nn.Module, result: jbrprune.PruneResult, images: Tensor, groups: Sequence[Group], chosen: Selection
+) -> nn.Module:
+    """These units are gone, and without them the dense model computes what it does with them masked; returns it."""
+    removed = {group: sorted(units.tolist()) for group, units in chosen.items() if len(units)}
+    _check(removed == result.report.removed, "other units are gone than those of the lowest scores")
+    smaller = copy_model(dense)
+    remove_units(smaller, groups, chosen)
+    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (smaller, result.model)]
+    _check(shapes[0] == shapes[1], "prune() leaves other shapes than the removal of the same units")
+    dense, twin, images = copy_model(dense).double(), copy_model(smaller).double(), images.double()
     with torch.no_grad():
-        removed = logits_of(twin(images))
+        got = run(twin, images)
         with masked_units(dense, groups, chosen):
-            masked = logits_of(dense(images))
-    apart = float((masked - removed).abs().max() / masked.abs().max())
+            masked = run(dense, images)
+    apart = float((masked - got).abs().max() / masked.abs().max())
     _check(apart <= TOLERANCE, f"mask and removal differ by {apart:.1e}")
+    return smaller
 
 
 def _check_same_tensors(one: nn.Module, other: nn.Module, what: str) -> None:
@@ -262,7 +327,7 @@ def _check_same_tensors(one: nn.Module, other: nn.Module, what: str) -> None:
 
 
 def _find_missing_gradients(model: nn.Module, images: Tensor) -> set[str]:
-    logits_of(model(images)).square().sum().backward()
+    run(model, images).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     _check(all(g is None or bool(g.isfinite().all()) for g in gradients.values()), "a gradient is not finite")
     return {name for name, gradient in gradients.items() if gradient is None}
@@ -279,7 +344,7 @@ def check_export(dense: nn.Module, smaller: nn.Module, images: Tensor) -> str:
         except Exception:
             return f"the dense model cannot be exported either: {type(error).__name__}"
         raise
-    expected, got = logits_of(smaller(images)), logits_of(program.module()(images))
+    expected, got = run(smaller, images), run(program.module(), images)
     apart = float((expected - got).abs().max() / expected.abs().max())
     _check(apart < 1e-4, f"the exported program differs by {apart:.1e}")
     return "equal"
@@ -320,7 +385,7 @@ def run_recipe(name: str, stage: Stage) -> dict:
             warnings.simplefilter("ignore")
             _prune_by_recipe(model, images)
         walk.to("forward")
-        logits = logits_of(model(images))
+        logits = run(model, images)
         walk.to("backward")
         logits.square().sum().backward()
         walk.to("count")
@@ -370,23 +435,28 @@ def find_permuted(dense: nn.Module, smaller: nn.Module) -> list[str]:
 # --- lines -----------------------------------------------------------------------------------------
 
 
-def run_module(module: str, args: argparse.Namespace) -> dict:
-    """Run one module, ours and the recipe, and say what happened."""
+def run_module(kind: str, module: str, args: argparse.Namespace) -> dict:
+    """Run one model, and torch-pruning's recipe if it is a classifier of timm, and say what happened."""
     began = time.perf_counter()
-    known = {r["module"]: r["model"] for r in lines(args.out) if r["versions"]["timm"] == version("timm")}
-    found = {"model": known.get(module)}
+    versions = {name: version(name) for name in ((module.split()[0], "torch") if kind == "foreign" else PACKAGES)}
+    known = {r["kind"]: r for r in lines(args.out) if (r["module"], r["versions"]) == (module, versions)}
+    found = {"model": module if kind == "foreign" else next((r["model"] for r in known.values()), "")}
     if not found["model"]:
         found = _run_apart(lambda stage: {"model": find_smallest(module)}, args)
     model = found.get("model", "")
-    ours = _run_apart(lambda stage: prune_and_check(model, stage), args) if model else found
-    recipe = _run_apart(lambda stage: run_recipe(model, stage), args, died="fails") if model else found
+    ours = _run_apart(lambda stage: prune_and_check(model, stage, kind), args) if model else found
+    recipe = {key: value for key, value in known.get(kind, {}).items() if key.startswith("recipe_")}
+    if kind == "classifier" and not recipe:
+        said = _run_apart(lambda stage: run_recipe(model, stage), args, died="fails") if model else found
+        recipe = {f"recipe_{key}": value for key, value in said.items()}
     return {
+        "kind": kind,
         "module": module,
         "model": model,
         **ours,
-        **{f"recipe_{key}": value for key, value in recipe.items()},
+        **recipe,
         "seconds": round(time.perf_counter() - began, 1),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions,
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -447,9 +517,9 @@ what ran out of them fails.
 """
 
 
-def latest(records: Iterable[dict]) -> list[dict]:
-    """The last line of every module, by name."""
-    return sorted({record["module"]: record for record in records}.values(), key=lambda record: record["module"])
+def latest(records: Iterable[dict]) -> dict[tuple[str, str], dict]:
+    """The last line of every kind and module."""
+    return {(record["kind"], record["module"]): record for record in records}
 
 
 def write_page(records: list[dict]) -> str:
@@ -487,21 +557,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/compatibility.jsonl"), help="file of JSON lines")
     parser.add_argument("--table", type=Path, help="write this page from the lines")
     parser.add_argument("--table-only", action="store_true", help="run nothing")
-    parser.add_argument("--modules", nargs="*", default=[], help="modules of timm; default: all")
-    parser.add_argument("--again", nargs="*", default=[], help="statuses whose modules are run again")
+    parser.add_argument("--kinds", nargs="*", default=["foreign", *KINDS], help="what is run, in this order")
+    parser.add_argument("--modules", nargs="*", default=[], help="modules of timm, or other models; default: all")
+    parser.add_argument("--again", nargs="*", default=[], help="statuses that are run again, on another commit")
     parser.add_argument("--seconds", type=float, default=300, help="processor time of each process")
     parser.add_argument("--memory", type=float, default=4, help="limit of each process in GiB")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # of foreign models
     torch.set_num_threads(1)  # before the first process is forked
-    known = timm.list_modules()
-    if unknown := sorted(set(args.modules) - set(known)):
+    modules = {kind: timm.list_modules() if kind in KINDS else list(make_foreign()) for kind in args.kinds}
+    if unknown := sorted(set(args.modules) - {module for known in modules.values() for module in known}):
         raise SystemExit(f"timm has no module {', '.join(unknown)}; see timm.list_modules().")
-    done = {r["module"] for r in latest(lines(args.out)) if r["status"] not in args.again}
-    for module in [] if args.table_only else [m for m in args.modules or known if m not in done]:
-        line = run_module(module, args)
-        append(args.out, [line])
-        print(f"{module}: {line['status']} ({line['seconds']:.0f} s) {line['reason'][:150]}", flush=True)
+    old = latest(lines(args.out))
+    done = {key for key, r in old.items() if r["status"] not in args.again or r["commit"] == commit()}
+    took = {module: r["seconds"] for (_, module), r in old.items()}
+    todo = [(kind, m) for kind, known in modules.items() for m in sorted(known, key=lambda m: took.get(m, 0))]
+    for kind, module in todo if not args.table_only else ():
+        if (kind, module) not in done and module in (args.modules or [module]):
+            line = run_module(kind, module, args)
+            append(args.out, [line])
+            print(f"{kind} {module}: {line['status']} ({line['seconds']:.0f} s) {line['reason'][:150]}", flush=True)
     if args.table:
         args.table.parent.mkdir(parents=True, exist_ok=True)
         args.table.write_text(write_page(latest(lines(args.out))))
