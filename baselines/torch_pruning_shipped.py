@@ -1,5 +1,7 @@
 """torch-pruning's own importances as shipped in 1.6.1, for parity: on our units, with the faults they have.
 
+And its example recipe for models of timm, on its own units.
+
 The only file here that imports torch_pruning.
 """
 
@@ -157,3 +159,43 @@ def tp_hessian(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Grou
                 importance.accumulate_grad(work)
 
     return _ask("tp_hessian", importance, model, batches, groups, prepare)
+
+
+def prune_by_recipe(model: nn.Module, images: Tensor, ratio: float = 0.3) -> None:
+    """Remove a share of all channels of a timm model in place, by torch-pruning's example for such models.
+
+    ``MagnitudeImportance``; the classifier is ignored; heads are counted, and ``num_heads``, ``head_dim`` and
+    ``attn_dim`` set afterwards, as its examples mean to.
+    """
+    heads = {}
+    for module in model.modules():
+        queries = getattr(module, "qkv", None) or getattr(module, "qkv_proj", None)
+        if hasattr(module, "num_heads") and isinstance(queries, nn.Module):
+            heads[queries] = module
+    classifier = model.get_classifier()
+    how = {
+        "importance": tp.importance.MagnitudeImportance(p=2),
+        "pruning_ratio": ratio,
+        "ignored_layers": list(classifier) if isinstance(classifier, tuple | list) else [classifier],
+        "num_heads": {queries: module.num_heads for queries, module in heads.items()},
+        "root_module_types": [nn.modules.conv._ConvNd, nn.Linear],
+    }
+    pruner = tp.pruner.MetaPruner(model, images, pruning_ratio_dict={}, customized_pruners={}, **how)
+    pruner.step()
+    for queries, module in heads.items():
+        count = int(pruner.num_heads.get(queries, module.num_heads))
+        width = getattr(queries, "out_features", None) or queries.out_channels
+        sizes = {"num_heads": count, "head_dim": width // (3 * count), "attn_dim": width // 3}
+        for attribute in sizes.keys() & set(dir(module)):
+            setattr(module, attribute, sizes[attribute])
+
+
+def find_permuted(dense: nn.Module, smaller: nn.Module) -> list[str]:
+    """Weights of norms that are not a part of the dense ones in the same order."""
+    found = []
+    for name, part in smaller.named_parameters():
+        whole = dense.get_parameter(name)
+        if part.dim() == 1 and len(part) < len(whole):
+            rest = iter(whole.tolist())
+            found += [] if all(value in rest for value in part.tolist()) else [name]
+    return found

@@ -12,27 +12,28 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import math
 import multiprocessing
 import platform
 import re
 import resource
 import tempfile
+import textwrap
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import torch_pruning as tp
 from common import append, commit, lines, make_parser, markdown
 from torch import Tensor, nn
 
 import jbrprune
+from baselines.torch_pruning_shipped import find_permuted, prune_by_recipe
 from jbrprune.budgets.budget import Floors, select
 from jbrprune.budgets.cost import cost_model, count_macs
 from jbrprune.errors import JBRError
@@ -48,8 +49,6 @@ CLASSES = 10
 KINDS = {"encoder": {"num_classes": 0}, "features": {"features_only": True}, "classifier": {"num_classes": CLASSES}}
 """What a model of timm is made as, with which arguments."""
 TARGET = 0.7
-RATIO = 0.3
-"""Share that torch-pruning's recipe removes everywhere."""
 FLOORS = Floors(channels=1)
 """Small nets have layers of few channels."""
 SATURATED = 1e4
@@ -90,7 +89,7 @@ def make(name: str, kind: str = "classifier") -> tuple[nn.Module, int]:
     try:
         timm.create_model(name, **KINDS[kind])
     except Exception as error:  # whatever timm raises where a module has no such models
-        raise NotOfferedError(f"{type(error).__name__}: {error}") from error
+        raise EndedError("not offered", f"{type(error).__name__}: {error}") from error
     why = []
     for size in SIZES:
         for options in ({"img_size": size}, {}):
@@ -119,24 +118,21 @@ def make_foreign() -> dict[str, Callable[[], nn.Module]]:
 
     plain = {"weights": None, "weights_backbone": None}
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "image_size": 64, "patch_size": 16}
-    swin = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 2, "image_size": 64}
+    swin = {"embed_dim": 16, "depths": [1] * 4, "num_heads": [1, 2, 4, 8], "window_size": 2, "image_size": 64}
     tower = open_clip.CLIPVisionCfg(layers=2, width=64, head_width=16, patch_size=16, image_size=64)
 
-    def segment(name: str) -> Callable[[], nn.Module]:
-        return lambda: getattr(models.segmentation, name)(**plain, num_classes=CLASSES)
-
+    segmenters = ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
+    configurations = {
+        "ViTForImageClassification": hf.ViTConfig(**sizes),
+        "SwinForImageClassification": hf.SwinConfig(**swin),
+        "Dinov2Model": hf.Dinov2Config(**sizes),
+        "SegformerForSemanticSegmentation": hf.SegformerConfig(depths=[1] * 4, hidden_sizes=[16, 32, 48, 64]),
+    }
     return {
-        "torchvision fcn_resnet50": segment("fcn_resnet50"),
-        "torchvision deeplabv3_mobilenet_v3_large": segment("deeplabv3_mobilenet_v3_large"),
-        "torchvision lraspp_mobilenet_v3_large": segment("lraspp_mobilenet_v3_large"),
+        **{f"torchvision {name}": partial(getattr(models.segmentation, name), **plain) for name in segmenters},
         "torchvision fasterrcnn_resnet50_fpn": lambda: models.detection.fasterrcnn_resnet50_fpn(**plain).backbone,
-        "torchvision googlenet": lambda: models.googlenet(num_classes=CLASSES, init_weights=False),
-        "transformers ViTForImageClassification": lambda: hf.ViTForImageClassification(hf.ViTConfig(**sizes)),
-        "transformers SwinForImageClassification": lambda: hf.SwinForImageClassification(hf.SwinConfig(**swin)),
-        "transformers Dinov2Model": lambda: hf.Dinov2Model(hf.Dinov2Config(**sizes)),
-        "transformers SegformerForSemanticSegmentation": lambda: hf.SegformerForSemanticSegmentation(
-            hf.SegformerConfig(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 48, 64], decoder_hidden_size=32)
-        ),
+        "torchvision googlenet": partial(models.googlenet, init_weights=False),
+        **{f"transformers {name}": partial(getattr(hf, name), c) for name, c in configurations.items()},
         "open_clip_torch CLIP": lambda: open_clip.CLIP(32, tower, open_clip.CLIPTextCfg(layers=1)).visual,
     }
 
@@ -170,12 +166,8 @@ def run(model: nn.Module, images: Tensor) -> Tensor:
     return flatten_returned(model(images), len(images))
 
 
-class NotOfferedError(Exception):
-    """What timm says where a module has no such models."""
-
-
-class Wrong(Exception):
-    """A result that is not what it should be."""
+class EndedError(Exception):
+    """Status and reason: a result that is not what it should be, or models that a module of timm does not offer."""
 
 
 class Walk:
@@ -209,10 +201,8 @@ class Walk:
         """The outcome of all steps, or of the error that ended them."""
         try:
             return steps()
-        except Wrong as error:
-            return self.outcome("wrong", str(error))
-        except NotOfferedError as error:
-            return self.outcome("not offered", str(error))
+        except EndedError as error:
+            return self.outcome(*error.args)
         except Exception as error:  # it is this that is looked for
             refused = isinstance(error, JBRError) and self.current == "info"
             return self.outcome("refused" if refused else failed, f"{self.current}: {type(error).__name__}: {error}")
@@ -245,11 +235,10 @@ def _walk_through(model: nn.Module, images: Tensor, walk: Walk, *, lean: bool = 
     listed = jbrprune.info(model, images[:2], floors=FLOORS)
     share = max(TARGET, listed.least_macs + 0.002)
     walk.known |= {"least": round(listed.least_macs, 4), "groups": len(listed.rows), "kept": _count_reasons(listed)}
-    walk.known["output"] = listed.output
+    walk.known["output"] = listed.output.partition(": ")[2]
     if share >= 1:
-        return walk.outcome(
-            "refused", f"what can be removed costs no more than 0.2 % of the MACs. {_summarise(listed)}"
-        )
+        why = "what can be removed costs no more than 0.2 % of the MACs"
+        return walk.outcome("refused", f"{why}. {_summarise(listed)}")
     walk.to("score")
     scores = jbrprune.score(model, images[:8], batch_size=4, progress=False)
     _check(all(bool(values.isfinite().all()) for values in scores.values().values()), "scores are not finite")
@@ -262,7 +251,7 @@ def _walk_through(model: nn.Module, images: Tensor, walk: Walk, *, lean: bool = 
     _check(after <= share * before * 1.0001, f"asked for {share:.4f} of the MACs, {after / before:.4f} are left")
     agreement = result.report.final
     walk.known["measured"] = agreement.of
-    _check(math.isfinite(agreement.distance), f"the report says {agreement}")
+    _check(agreement.distance < float("inf"), f"the report says {agreement}")
     walk.to("mask")
     cost = cost_model("macs", model, images[:2], scores.groups)  # the choice that `prune` makes is made again
     chosen = select(scores.values(), scores.groups, cost, share * cost.total, floors=FLOORS)
@@ -291,7 +280,7 @@ def _walk_through(model: nn.Module, images: Tensor, walk: Walk, *, lean: bool = 
 
 def _check(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise Wrong(otherwise)
+        raise EndedError("wrong", otherwise)
 
 
 def count_all(model: nn.Module, images: Tensor) -> int:
@@ -372,18 +361,14 @@ def run_recipe(name: str, stage: Stage) -> dict:
 
     def steps() -> dict:
         walk.to("make")
-        fused = bool(timm.layers.use_fused_attn())
-        timm.layers.set_fused_attn(False)  # as in the examples; timm's switch is global and is put back
-        try:
-            model, size = make(name)
-        finally:
-            timm.layers.set_fused_attn(fused)
+        timm.layers.set_fused_attn(False)  # as in the examples; the process has nothing else to do
+        model, size = make(name)
         images = draw_images(size, 2)
         before, dense = count_all(model, images), copy.deepcopy(model)
         walk.to("prune")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _prune_by_recipe(model, images)
+            prune_by_recipe(model, images)
         walk.to("forward")
         logits = run(model, images)
         walk.to("backward")
@@ -391,45 +376,10 @@ def run_recipe(name: str, stage: Stage) -> dict:
         walk.to("count")
         walk.known["reached"] = round(count_all(model, images) / before, 4)
         if permuted := find_permuted(dense, model):
-            raise Wrong(f"the weights of {permuted[0]} (and {len(permuted) - 1} more) are permuted")
+            raise EndedError("wrong", f"the weights of {permuted[0]} (and {len(permuted) - 1} more) are permuted")
         return walk.outcome("works" if walk.known["reached"] < 1 else "unchanged")
 
     return walk.finish(steps, failed="fails")
-
-
-def _prune_by_recipe(model: nn.Module, images: Tensor) -> None:
-    heads = {}
-    for module in model.modules():
-        queries = getattr(module, "qkv", None) or getattr(module, "qkv_proj", None)
-        if hasattr(module, "num_heads") and isinstance(queries, nn.Module):
-            heads[queries] = module
-    classifier = model.get_classifier()
-    how = {
-        "importance": tp.importance.MagnitudeImportance(p=2),
-        "pruning_ratio": RATIO,
-        "ignored_layers": list(classifier) if isinstance(classifier, tuple | list) else [classifier],
-        "num_heads": {queries: module.num_heads for queries, module in heads.items()},
-        "root_module_types": [nn.modules.conv._ConvNd, nn.Linear],
-    }
-    pruner = tp.pruner.MetaPruner(model, images, pruning_ratio_dict={}, customized_pruners={}, **how)
-    pruner.step()
-    for queries, module in heads.items():
-        count = int(pruner.num_heads.get(queries, module.num_heads))
-        width = getattr(queries, "out_features", None) or queries.out_channels
-        sizes = {"num_heads": count, "head_dim": width // (3 * count), "attn_dim": width // 3}
-        for attribute in sizes.keys() & set(dir(module)):
-            setattr(module, attribute, sizes[attribute])
-
-
-def find_permuted(dense: nn.Module, smaller: nn.Module) -> list[str]:
-    """Weights of norms that are not a part of the dense ones in the same order."""
-    found = []
-    for name, part in smaller.named_parameters():
-        whole = dense.get_parameter(name)
-        if part.dim() == 1 and len(part) < len(whole):
-            rest = iter(whole.tolist())
-            found += [] if all(value in rest for value in part.tolist()) else [name]
-    return found
 
 
 # --- lines -----------------------------------------------------------------------------------------
@@ -492,70 +442,70 @@ def _run_limited(task: Callable[[Stage], dict], said: Path, args: argparse.Names
 
 # --- the page --------------------------------------------------------------------------------------
 
-PAGE = """# Which timm models can be pruned
-
-Measured, not claimed: made by `python scripts/compatibility.py --out results/compatibility.jsonl --table
-docs/compatibility.md`, {dates}, with {versions}.
-
-The smallest model of every module of timm (`timm.list_modules()`: {modules}), random weights with perturbed norms and
-scales, ten classes, the smallest input from 64 px on that it accepts. For each: `info`, `score`, `prune` to 0.7 of the
-MACs (or, where that cannot be reached, to the deepest share that can; one channel of every group may be all that is
-left), forward, comparison with the masked dense model in float64, backward, save, load, bit-equal, `torch.export`, and
-once more with the default steps and repairs of `prune`.
-
-* **jbrprune: {works} of {modules} ({share:.1%}) pruned and passed every check**: {counts}. *budget*: 0.7 of the MACs;
-  *deepest*: as far as it goes, with the reason; *refused*: an error with the reason before anything was scored.
-* **torch-pruning's example recipe** (`MagnitudeImportance`, ratio 0.3 everywhere, the classifier ignored, heads counted
-  as its examples do and `num_heads`, `head_dim`, `attn_dim` set afterwards): {recipe_works} of {modules} run forward
-  and backward afterwards and keep the order of their norms' weights: {recipe_counts}. *unchanged*: no MAC less than
-  before; *wrong*: it runs, but the weights of a norm are not those of the channels that stayed.
-
-Every model runs within limits of processor time and memory (`--seconds`, `--memory`; results/README.md says which);
-what ran out of them fails.
-
-{rows}
-"""
-
 
 def latest(records: Iterable[dict]) -> dict[tuple[str, str], dict]:
     """The last line of every kind and module."""
     return {(record["kind"], record["module"]): record for record in records}
 
 
-def write_page(records: list[dict]) -> str:
-    """The page made from the lines."""
-    ours, theirs = (Counter(record[key] for record in records) for key in ("status", "recipe_status"))
-    works = sum(ours[status] for status in WORKS)
-    dates = sorted({record["date"] for record in records})
-    versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
-    counted = [", ".join(f"{n} {status}" for status, n in counts.most_common()) for counts in (ours, theirs)]
-    head = ["timm module", "model", "px", "jbrprune", "left", "why no deeper, or what happened"]
-    return PAGE.format(
-        **{"modules": len(records), "works": works, "share": works / max(1, len(records)), "counts": counted[0]},
-        **{"recipe_works": theirs["works"], "recipe_counts": counted[1], "versions": "; ".join(versions)},
-        dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "never",
-        rows=markdown([*head, "torch-pruning", "left"], map(_row, records)),
-    )
+def make_tables(found: dict[tuple[str, str], dict]) -> dict[str, str]:
+    """The tables of the page, by name."""
+    kinds = {kind: [r for (k, _), r in sorted(found.items()) if k == kind] for kind in ("foreign", *KINDS)}
+    statuses, counted = [*WORKS, "refused", "not offered", "failed", "wrong"], []
+    for kind, records in kinds.items():
+        counts = Counter(r["status"] for r in records)
+        runs = sorted({f"{r['date']} ({r['commit']})" for r in records})
+        versions = sorted({", ".join(map(" ".join, r["versions"].items())) for r in records})
+        counted.append(
+            [kind, len(records), *(counts[status] for status in statuses), ", ".join(runs), "; ".join(versions)]
+        )
+    others = [
+        [r["model"], r["status"], _left(r), _plain(r), _plain(r, "output").partition(". ")[0]] for r in kinds["foreign"]
+    ]
+    recipe = Counter(r["recipe_status"] for r in kinds["classifier"])
+    modules = sorted({module for kind, module in found if kind in KINDS})
+    rows = [_row(module, [found.get((kind, module), {}) for kind in KINDS]) for module in modules]
+    columns = [name for kind in (*KINDS, "recipe") for name in (kind, "left")]
+    return {
+        "summary": markdown(["what", "lines", *statuses, "run", "with"], counted),
+        "other libraries": markdown(["model", "status", "left", "why no deeper, or what happened", "output"], others),
+        "timm": markdown(["timm module", "model", "px", *columns, "why no deeper, or what happened"], rows),
+        "recipe": markdown(["status", "modules"], recipe.most_common()),
+    }
 
 
-def _row(record: dict) -> list[str]:
-    def left(value: float | None) -> str:
-        return "" if value is None else f"{value:.2f}"
+def fill_in(page: str, tables: dict[str, str]) -> str:
+    """A page with tables behind the comments that name them, in the place of what stood there."""
+    for name, table in tables.items():
+        page = re.sub(rf"(<!-- {name} -->\n)(\|.*\n)*", lambda found, table=table: f"{found[1]}{table}\n", page)
+    return page
 
-    def plain(text: str, length: int) -> str:
-        text = " ".join(text.replace("|", "/").replace("<", "(").replace(">", ")").split())
-        return text if len(text) <= length else text[: length - 1] + "…"
 
-    recipe = record["recipe_status"] + (f": {record['recipe_reason']}" if record["recipe_status"] == "fails" else "")
-    cells = [f"`{record['module']}`", f"`{record['model']}`", str(record.get("pixels") or ""), record["status"]]
-    cells += [left(record.get("reached")), plain(record["reason"], 240), plain(recipe, 110)]
-    return [*cells, left(record.get("recipe_reached"))]
+def _left(record: dict) -> str:
+    return f"{record['reached']:.2f}" if "reached" in record else ""
+
+
+def _plain(record: dict, field: str = "reason", length: int = 240) -> str:
+    text = record.get(field, "").replace("|", "/").replace("<", "(").replace(">", ")")
+    return textwrap.shorten(text, length, placeholder="…")
+
+
+def _row(module: str, records: Sequence[dict]) -> list[str]:
+    """One module as encoder, backbone and classifier, and after the recipe; one reason for several is said once."""
+    known = [r for r in records if r]
+    recipe = {key.removeprefix("recipe_"): value for key, value in records[-1].items() if key.startswith("recipe_")}
+    cells = [f"`{module}`", f"`{known[0]['model']}`", str(max(r.get("pixels", 0) for r in known) or "")]
+    for record in (*records, recipe):
+        cells += [record.get("status", "not run"), _left(record)]
+    why = {_plain(r): r["kind"] for r in known if r["reason"]}
+    why |= {_plain(recipe, length=110): "recipe"} if recipe.get("status") == "fails" else {}
+    return [*cells, "; ".join(f"{kind}: {text}" for text, kind in why.items())]
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/compatibility.jsonl"), help="file of JSON lines")
-    parser.add_argument("--table", type=Path, help="write this page from the lines")
+    parser.add_argument("--table", type=Path, help="fill the tables of this page from the lines")
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     parser.add_argument("--kinds", nargs="*", default=["foreign", *KINDS], help="what is run, in this order")
     parser.add_argument("--modules", nargs="*", default=[], help="modules of timm, or other models; default: all")
@@ -578,8 +528,7 @@ def main() -> None:
             append(args.out, [line])
             print(f"{kind} {module}: {line['status']} ({line['seconds']:.0f} s) {line['reason'][:150]}", flush=True)
     if args.table:
-        args.table.parent.mkdir(parents=True, exist_ok=True)
-        args.table.write_text(write_page(latest(lines(args.out))))
+        args.table.write_text(fill_in(args.table.read_text(), make_tables(latest(lines(args.out)))))
 
 
 if __name__ == "__main__":

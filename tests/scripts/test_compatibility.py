@@ -26,7 +26,37 @@ def test_a_small_model_of_timm_is_pruned_to_the_budget(name: str, monkeypatch: p
     outcome = compatibility.prune_and_check(name, said.append)
     assert outcome["status"] == "budget", outcome["reason"]
     assert 0 < outcome["reached"] <= compatibility.TARGET
-    assert said == ["make", "info", "score", "prune", "mask", "backward", "load", "export", "defaults"]
+    assert said == ["make", "info", "score", "prune", "mask", "load", "backward", "export", "steps"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "output"), [("encoder", "test_vit", "embedding: "), ("features", "test_resnet", "features: 0 ")]
+)
+def test_encoders_and_backbones_of_timm_are_pruned_to_the_budget(kind: str, name: str, output: str) -> None:
+    said: list[str] = []
+    outcome = compatibility.prune_and_check(name, said.append, kind)
+    assert outcome["status"] == "budget", outcome["reason"]
+    assert outcome["output"].startswith(output)
+    assert said == ["make", "info", "score", "prune", "mask", "load"]
+
+
+def test_what_timm_does_not_offer_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(name: str, **options: Any) -> nn.Module:
+        raise RuntimeError(f"{name} has no features_only")
+
+    monkeypatch.setattr(compatibility.timm, "create_model", create)
+    outcome = compatibility.prune_and_check("test_vit", lambda stage: None, "features")
+    assert (outcome["status"], outcome["stage"]) == ("not offered", "make")
+    assert outcome["reason"] == "RuntimeError: test_vit has no features_only"
+
+
+def test_a_model_of_another_library_is_made_by_name() -> None:
+    pytest.importorskip("open_clip", reason="open_clip is not installed: pip install jbrprune[dev]")
+    name = "transformers SegformerForSemanticSegmentation"
+    outcome = compatibility.prune_and_check(name, lambda stage: None, "foreign")
+    assert outcome["status"] == "budget", outcome["reason"]
+    assert outcome["output"].startswith("dense: logits ")
+    assert len(compatibility.make_foreign()) == 10
 
 
 @pytest.mark.slow
@@ -92,7 +122,7 @@ def test_a_model_that_cannot_be_smaller_is_refused_early(broken: str, status: st
     model = Plain().eval()
     model.broken = broken
     outcome = compatibility.check(model, compatibility.draw_images(16))
-    assert (outcome["status"], outcome["stage"]) == (status, "info" if broken else "defaults"), outcome["reason"]
+    assert (outcome["status"], outcome["stage"]) == (status, "info" if broken else "steps"), outcome["reason"]
 
 
 def test_a_result_that_is_not_the_chosen_one_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,13 +131,25 @@ def test_a_result_that_is_not_the_chosen_one_is_wrong(monkeypatch: pytest.Monkey
     def prune(*arguments: Any, **options: Any) -> Any:
         result = real(*arguments, **options)
         with torch.no_grad():
-            result.model.first.weight.add_(1e-6)
+            result.model.first.weight.add_(1e-6 if options.get("repair", 1) is None else 0)
         return result
 
     monkeypatch.setattr(compatibility.jbrprune, "prune", prune)
     outcome = compatibility.check(Plain().eval(), compatibility.draw_images(16))
-    assert (outcome["status"], outcome["stage"]) == ("wrong", "mask")
+    assert (outcome["status"], outcome["stage"]) == ("wrong", "steps")
     assert "first.weight" in outcome["reason"]
+
+
+def test_other_units_than_those_of_the_lowest_scores_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = compatibility.select
+
+    def select(scores: Any, *arguments: Any, **options: Any) -> Any:
+        return real({name: -values for name, values in scores.items()}, *arguments, **options)
+
+    monkeypatch.setattr(compatibility, "select", select)
+    outcome = compatibility.check(Plain().eval(), compatibility.draw_images(16))
+    assert (outcome["status"], outcome["stage"]) == ("wrong", "mask")
+    assert "other units" in outcome["reason"]
 
 
 def test_a_crash_after_scoring_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +164,8 @@ def test_a_crash_after_scoring_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> 
 # --- torch-pruning's recipe -----------------------------------------------------------------------
 
 
-def test_the_recipe_runs_and_is_counted() -> None:
+def test_the_recipe_runs_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility.timm.layers, "set_fused_attn", lambda enable: None)  # it is global
     outcome = compatibility.run_recipe("test_efficientnet", lambda stage: None)
     assert outcome["status"] == "works"
     assert 0.3 < outcome["reached"] < 0.7
@@ -145,7 +188,7 @@ def test_permuted_norms_are_seen() -> None:
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["compatibility.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["compatibility.py", "--kinds", "classifier", *arguments])
     compatibility.main()
 
 
@@ -154,12 +197,13 @@ def test_a_module_is_run_once_and_the_table_is_made_from_the_lines(
 ) -> None:
     monkeypatch.setattr(compatibility, "find_smallest", lambda module: "test_" + module)
     monkeypatch.setattr(
-        compatibility, "prune_and_check", lambda model, stage: {"status": "deepest", "reason": "a | b", "reached": 0.8}
+        compatibility, "prune_and_check", lambda *_: {"status": "deepest", "reason": "a | b", "reached": 0.8}
     )
     monkeypatch.setattr(
         compatibility, "run_recipe", lambda model, stage: {"status": "fails", "reason": "prune: IndexError: 3"}
     )
-    out, page = tmp_path / "lines.jsonl", tmp_path / "docs" / "page.md"
+    out, page = tmp_path / "lines.jsonl", tmp_path / "page.md"
+    page.write_text("a\n\n<!-- timm -->\n| old |\n| --- |\n\n<!-- recipe -->\n\nb\n")
     arguments = ["--out", str(out), "--table", str(page), "--modules", "resnet", "--memory", "64"]
     _run(monkeypatch, *arguments)
     assert "resnet: deepest" in capsys.readouterr().out
@@ -168,8 +212,31 @@ def test_a_module_is_run_once_and_the_table_is_made_from_the_lines(
     assert (line["model"], line["recipe_status"]) == ("test_resnet", "fails")
     assert line["versions"]["torch-pruning"]
     text = page.read_text()
-    assert "| `resnet` | `test_resnet` |  | deepest | 0.80 | a / b | fails: prune: IndexError: 3 |  |" in text
-    assert "1 of 1 (100.0%) pruned" in text
+    row = "| `resnet` | `test_resnet` |  | not run |  | not run |  | deepest | 0.80 | fails |  | classifier: a / b;"
+    assert f"{row} recipe: prune: IndexError: 3 |\n\n" in text
+    assert "| status | modules |\n| --- | --- |\n| fails | 1 |\n\nb\n" in text
+    assert text.startswith("a\n\n<!-- timm -->\n| timm module ")
+    assert "old" not in text
+
+
+def test_a_line_is_run_again_on_another_commit_and_takes_the_recipe_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = iter(["failed", "budget"])
+    monkeypatch.setattr(compatibility, "find_smallest", lambda module: "test_" + module)
+    monkeypatch.setattr(compatibility, "run_recipe", lambda model, stage: {"status": "works", "reason": "once"})
+    monkeypatch.setattr(compatibility, "_run_apart", lambda task, args, died="": task(lambda stage: None))
+    monkeypatch.setattr(compatibility, "prune_and_check", lambda *_: {"status": next(outcomes), "reason": ""})
+    arguments = ["--out", str(tmp_path / "lines.jsonl"), "--modules", "resnet", "--again", "failed"]
+    _run(monkeypatch, *arguments)
+    monkeypatch.setattr(compatibility, "run_recipe", None)
+    _run(monkeypatch, *arguments)
+    assert len(compatibility.lines(tmp_path / "lines.jsonl")) == 1
+    monkeypatch.setattr(compatibility, "commit", lambda: "another")
+    _run(monkeypatch, *arguments)
+    first, second = compatibility.lines(tmp_path / "lines.jsonl")
+    assert (first["status"], second["status"], second["model"]) == ("failed", "budget", "test_resnet")
+    assert (second["recipe_status"], second["recipe_reason"]) == ("works", "once")
 
 
 def _held() -> float:
@@ -181,7 +248,7 @@ def _held() -> float:
 
 
 def test_a_process_that_takes_too_much_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def greedy(model: str, stage: compatibility.Stage) -> dict:
+    def greedy(model: str, stage: compatibility.Stage, kind: str) -> dict:
         stage("score")
         torch.ones(2**31)
         return {"status": "budget", "reason": ""}
@@ -211,17 +278,17 @@ def test_a_module_whose_models_cannot_be_made_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def smallest(module: str) -> str:
-        if module == "vgg":
+        if module == "densenet":
             os._exit(3)
         return "test_" + module
 
     outcome = {"status": "budget", "reason": ""}
     monkeypatch.setattr(compatibility, "find_smallest", smallest)
-    monkeypatch.setattr(compatibility, "prune_and_check", lambda model, stage: outcome)
+    monkeypatch.setattr(compatibility, "prune_and_check", lambda *_: outcome)
     monkeypatch.setattr(compatibility, "run_recipe", lambda model, stage: outcome)
     out = tmp_path / "lines.jsonl"
-    _run(monkeypatch, "--out", str(out), "--modules", "vgg", "resnet", "--memory", "64")
+    _run(monkeypatch, "--out", str(out), "--modules", "densenet", "vgg", "--memory", "64")
     first, second = [json.loads(text) for text in out.read_text().splitlines()]
-    assert (first["module"], first["status"], first["recipe_status"]) == ("vgg", "failed", "failed")
+    assert (first["module"], first["status"], first["recipe_status"]) == ("densenet", "failed", "failed")
     assert "ended with code 3" in first["reason"]
-    assert (second["model"], second["status"]) == ("test_resnet", "budget")
+    assert (second["model"], second["status"]) == ("test_vgg", "budget")
