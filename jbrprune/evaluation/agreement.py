@@ -389,14 +389,15 @@ def explain_out_of_memory(images: int) -> Iterator[None]:
 def check_weights(model: nn.Module) -> None:
     """Refuse a model with NaN or Inf in its weights.
 
-    -Inf in a buffer is let through: that is how attention masks are stored.
+    Inf in a buffer that is no statistic of a norm is let through: that is how masks and bounds are stored.
 
     Raises:
         NonFiniteError: Names the first such parameter or buffer.
     """
     for kind, tensors in (("Parameter", model.named_parameters()), ("Buffer", model.named_buffers())):
         for name, tensor in tensors:
-            if not _finite(tensor.masked_fill(tensor == -math.inf, 0) if kind == "Buffer" else tensor):
+            bounds = kind == "Buffer" and not name.endswith(("running_mean", "running_var"))
+            if not _finite(tensor.masked_fill(tensor.isinf(), 0) if bounds else tensor):
                 raise NonFiniteError(
                     f"{kind} {name!r} contains NaN or Inf. Load the weights again, or go back to an earlier checkpoint."
                 )

@@ -348,12 +348,17 @@ def has_running_statistics(module: nn.Module) -> bool:
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:
     """Qualified names of the layers whose outputs are the logits, as far as the model tells."""
-    if not hasattr(model, "get_classifier"):
-        return ()
-    heads = model.get_classifier()  # type: ignore[operator]
-    heads = heads if isinstance(heads, tuple | list) else (heads,)
     names = {module: name for name, module in model.named_modules()}
-    return tuple(names[head] for head in heads if head in names)
+    return tuple(names[head] for head in get_heads(model) if head in names)
+
+
+def get_heads(model: nn.Module) -> tuple[nn.Module, ...]:
+    """What a model calls its classifier, in one or several parts; none where it has none to show."""
+    try:
+        heads = model.get_classifier()  # type: ignore[operator]
+    except AttributeError:  # also of one that looks for a layer in what took the place of its head
+        return ()
+    return tuple(heads) if isinstance(heads, tuple | list) else (heads,)
 
 
 def repeated_widths(

@@ -28,6 +28,7 @@ from timm.models import clean_state_dict, get_pretrained_cfg
 from torch import Tensor, nn
 
 from jbrprune.errors import ArgumentError, CheckpointError, ModelError
+from jbrprune.models import layers
 
 logger = logging.getLogger(__name__)
 
@@ -185,8 +186,7 @@ def recipe(model: nn.Module) -> Recipe | None:
 
 def count_classes(model: nn.Module) -> int | None:
     """Outputs of a model's classifier as it is now; where it has none to look at, what the model says."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
-    classifier = classifier[0] if isinstance(classifier, tuple | list) and classifier else classifier
+    classifier = next(iter(layers.get_heads(model)), None)
     classes = getattr(classifier, "out_features", getattr(classifier, "out_channels", None))
     return classes if isinstance(classes, int) else getattr(model, "num_classes", None)
 

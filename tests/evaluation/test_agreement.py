@@ -198,12 +198,16 @@ def test_raise_nonfinite_when_nothing_is_found_the_second_time():
 
 def test_check_weights():
     model = net()
-    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf, math.inf]))
     model.register_buffer("index", torch.arange(3))
     model.register_buffer("flags", torch.tensor([True, False]))
     measure.check_weights(model)
     model[1].running_var[2] = math.inf
     with pytest.raises(NonFiniteError, match=r"Buffer '1\.running_var'"):
+        measure.check_weights(model)
+    model[1].running_var[2] = 1.0
+    model.mask[0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"Buffer 'mask'"):
         measure.check_weights(model)
     model[0].bias.data[1] = -math.inf
     with pytest.raises(NonFiniteError, match=r"Parameter '0\.bias'"):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from jbrprune.errors import ArgumentError, CheckpointError, ModelError
-from jbrprune.models import timm_models
+from jbrprune.models import layers, timm_models
 
 TINY = "test_resnet"
 
@@ -374,3 +374,12 @@ def test_data_config_averages_over_channels() -> None:
     assert config["input_size"] == (1, 176, 176)
     assert config["mean"] == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
     assert config["std"] == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))
+
+
+def test_a_model_that_looks_for_its_classifier_in_what_took_its_place_has_none() -> None:
+    model = timm_models.create("shvit_s1", pretrained=False, num_classes=0)
+    with pytest.raises(AttributeError):  # head.l, but the head is an Identity
+        model.get_classifier()
+    assert layers.classifiers(model) == ()
+    assert timm_models.count_classes(model) == 0
+    assert layers.classifiers(timm_models.create("test_vit", pretrained=False)) == ("head",)
