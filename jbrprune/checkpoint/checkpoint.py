@@ -78,8 +78,8 @@ def save(
         model: The pruned model, with or without masks; what `torch.compile` or `DistributedDataParallel` has wrapped
             counts, not the wrapper.
         path: The directory; missing parents are created.
-        size: Channels, height and width of the images that the outputs are compared on; default: what timm says. For
-            another model nothing is compared without it.
+        size: Channels, height and width of the images that the outputs are compared on; default: what timm says. Of
+            another model nothing is compared without it, which a warning says.
         report: What is known of the pruning, as by ``Report.to_dict``: anything that JSON can hold. That of a saved
             model is ``jbrprune.checkpoint.checkpoint.describe(path).report``.
         card: Write a model card as well, ``README.md``, for the Hugging Face Hub.

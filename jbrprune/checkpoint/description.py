@@ -444,6 +444,8 @@ def take_apart(
         ModelError: Its masks cannot be put back, see `jbrprune.sparsity.masks.masks_of`.
     """
     masks_of(model)
+    if size is None:
+        logger.warning("load() will not compare outputs: pass size= of the images, (channels, height, width).")
     fits = size is not None and math.prod(size) <= _LARGEST_IMAGE
     example = Example(tuple(size), compute_outputs(model, size)) if size is not None and fits else None
     kept = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}

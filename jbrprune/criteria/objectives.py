@@ -99,7 +99,7 @@ class Directions:
         output: What made the logits, or other rows.
 
     Raises:
-        ArgumentError: The objective, or the threshold, needs classes, and there are none.
+        ArgumentError: The objective, or the threshold, needs classes, or one decision per image, and there are none.
     """
 
     def __init__(
@@ -107,12 +107,13 @@ class Directions:
     ) -> None:
         name = output.objective if objective is None else objective
         self.objective = OBJECTIVES[name] if isinstance(name, str) else name
-        if (threshold > 0 and output.positions > 1) or (
+        if (output.positions > 1 and (threshold > 0 or name == "label")) or (
             not output.decides and (threshold > 0 or name in OBJECTIVES.keys() - {"projection"})
         ):
             raise ArgumentError(
-                f"objective {name!r} with threshold={threshold:g} needs one decision among classes, but what counts is "
-                f"{output.note}. Leave both out, or choose 'projection'; output='logits' says that it is logits."
+                f"objective {name!r} with threshold={threshold:g} needs one decision among classes for an image, but "
+                f"what counts is {output.note}. Leave both out, or choose 'projection'; output='logits' says that it is "
+                "logits."
             )
         self.threshold, self.seed, self.output = threshold, seed, output
         self._generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ Of a tensor with more than `MOST_VALUES` values per image every s-th one counts 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -133,12 +133,12 @@ class Output:
             return logits
         return logits.gather(2, position[:, None].expand(-1, logits.shape[1], 1))[..., 0]
 
-    def scaled_by(self, rows: Tensor) -> Output:
-        """The same with the scales of rows ``[N, V]`` that were made without."""
+    def scaled_by(self, batches: Iterable[Tensor]) -> Output:
+        """The same with the scales of rows ``[N, V]``, batch by batch, that were made without."""
         if self.decides:
             return self
-        norms = [part.double().square().sum(1).mean().sqrt() for part in rows.split(self.sizes, 1)]
-        return replace(self, scales=tuple(float(norm) or 1.0 for norm in norms))
+        squares = [torch.stack([p.double().square().sum(1) for p in rows.split(self.sizes, 1)]) for rows in batches]
+        return replace(self, scales=tuple(float(norm) or 1.0 for norm in torch.cat(squares, 1).mean(1).sqrt()))
 
 
 LOGITS = Output()

@@ -14,6 +14,7 @@ from jbrprune.budgets.budget import Floors, reduce_to_floors
 from jbrprune.budgets.cost import cost_model, find_uncounted
 from jbrprune.checkpoint.checkpoint import save
 from jbrprune.checkpoint.resume import check_directory, fingerprint_run, open_log
+from jbrprune.criteria.objectives import Directions
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores, weight_scores
@@ -266,8 +267,8 @@ def score(  # noqa: D417
     r"""Score what could be removed from a model: s_u = E_x[v_u(x)^2], v_u(x) = m(x)^T J_u(x) w_u.
 
     A unit u is a channel, a head or a single weight, w_u its parameters, J_u the Jacobian of the outputs by them.
-    All data are read, once, streaming: memory does not grow with their number. Of several outputs that are not logits
-    the first batch says how large each is.
+    All data are read, streaming: memory does not grow with their number. Where the output needs scales (see
+    `jbrprune.evaluation.outputs`) they are read twice, and an iterator is kept in memory.
 
     Args:
         model: As for `prune`; with ``granularity="weight"`` it may be masked by `torch.nn.utils.prune`.
@@ -429,6 +430,8 @@ def carry_out(
     with torch.inference_mode(False):  # what inference mode makes cannot be trained
         asked: Any = options.output
         problem = open_problem(model, data, options.batch_size, asked, masked=isinstance(options, WeightOptions))
+        if isinstance(options.ranking, Relevance):  # one that has no meaning for this output is refused here
+            Directions(options.ranking.objective, options.ranking.threshold, output=problem.output)
         if isinstance(options, ChannelOptions):
             structure = find_channels(problem, options, stops)
         else:

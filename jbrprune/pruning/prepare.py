@@ -109,8 +109,8 @@ def open_problem(
         batch_size: Images per pass.
         asked: What of the model's output counts; None: find it.
         masked: Whether masks of `torch.nn.utils.prune` are welcome.
-        as_given: Whether the images are used as they are: they must have the model's precision already, and the first
-            batch gives the scales of the output. Otherwise they are converted.
+        as_given: Whether the images are used as they are: they must have the model's precision already, and all of
+            them are read once more where the output needs scales. Otherwise they are converted.
 
     Raises:
         ArgumentError: Neither a name nor a module.
@@ -137,6 +137,7 @@ def open_problem(
     with preserve.same_randomness(torch.device("cpu")):  # a loader draws when it is iterated
         batches = iterate(opened, batch_size=batch_size)
         batch = next(batches)
+    whole = itertools.chain([batch], batches) if isinstance(opened, Iterator) else opened
     first, parameter = batch.images, preserve.first_tensor(model)
     converted = first if parameter is None else first.to(parameter.dtype)
     recipe = timm_models.recipe(model)
@@ -144,12 +145,15 @@ def open_problem(
     if output.guessed:
         logger.info("%s", output.said)
     if as_given and not output.decides:
-        output = output.scaled_by(torch.cat(compute_logits(model, [batch], output)))
+        whole = list(whole) if isinstance(whole, Iterator) else whole
+        with preserve.same_randomness(torch.device("cpu")):
+            rows = (compute_logits(model, [each], output)[0] for each in iterate(whole, batch_size=batch_size))
+            output = output.scaled_by(rows)
     return Problem(
         given=given,
         dense=model,
         example=(converted if len(first) > 1 else converted.repeat(2, 1, 1, 1))[:2].to(preserve.device_of(model)),
-        data=itertools.chain([batch], batches) if isinstance(opened, Iterator) else opened,
+        data=whole,
         output=output,
         name=recipe.name if recipe else type(model).__name__,
         wrapper="" if isinstance(passed, str) or passed is given else type(passed).__name__,
@@ -218,7 +222,7 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
     most = options.images if options.images is None or not own else options.images + MOST_JUDGES
     whole, ways = _read(problem, problem.data, most, options)
     assert whole.reference is not None
-    output = problem.output.scaled_by(whole.reference)
+    output = problem.output.scaled_by([whole.reference])
     whole = replace(whole, reference=output.scale(whole.reference))
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(options.seed))
     whole = whole.map(lambda tensor: tensor[order])

@@ -771,9 +771,12 @@ class _Twice(nn.Module):
         return {"features": [features, features.mean((2, 3))], "scaled": features[:, :1] * self.factor, "n": 3}
 
 
-def test_a_model_of_ones_own_is_compared_where_the_size_is_known(tmp_path: Path) -> None:
+def test_a_model_of_ones_own_is_compared_where_the_size_is_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = _Twice(1.0)
     save(model, tmp_path / "unknown")
+    assert "load() will not compare outputs: pass size=" in caplog.text
     load(tmp_path / "unknown", model=_Twice(1.1))
     save(model, tmp_path / "known", size=(3, 8, 8))
     load(tmp_path / "known", model=_Twice(1.0))

@@ -77,7 +77,7 @@ def images(n: int = 6, size: int = 16, seed: int = 3) -> Tensor:
 def output_of(model: nn.Module, x: Tensor, asked: Any = None) -> Output:
     with torch.no_grad():
         found = find_output(model, model(x), len(x), asked)
-    return found.scaled_by(torch.cat(compute_logits(model, [Batch(x)], found)))
+    return found.scaled_by(compute_logits(model, [Batch(x)], found))
 
 
 def flat_rows(kind: str, returned: Any) -> list[Tensor]:
@@ -187,7 +187,7 @@ def test_rows_of_every_kind() -> None:
 def test_scales_make_every_tensor_as_large_as_the_others() -> None:
     returned = {"small": 1e-3 * torch.randn(5, 3), "large": 1e3 * torch.randn(5, 4, 6, 6)}
     found = find_output(nn.Identity(), returned, 5)
-    scaled = found.scaled_by(found(returned))
+    scaled = found.scaled_by([found(returned)])
     norms = [math.sqrt(sum(float(x.square().sum()) for x in t.double()) / 5) for t in returned.values()]
     assert scaled.scales == pytest.approx(norms, rel=1e-6)
     for part in scaled(returned).split(scaled.sizes, 1):
@@ -256,9 +256,17 @@ def test_relevance_of_single_weights_is_that_of_a_slow_twin(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "criterion"),
-    [("embedding", Relevance("pseudo_label")), ("features", "jbr_published"), ("dense", Relevance(threshold=0.5))],
+    [
+        ("embedding", Relevance("pseudo_label")),
+        ("features", "jbr_published"),
+        ("dense", Relevance(threshold=0.5)),
+        ("dense", "jbr_label"),
+    ],
 )
-def test_what_needs_classes_is_refused_where_there_are_none(kind: str, criterion: Any) -> None:
+def test_what_needs_classes_is_refused_where_there_are_none(
+    kind: str, criterion: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jbrprune.pruning.api.read_calibration", lambda *_, **__: pytest.fail("a pass was made"))
     with pytest.raises(ArgumentError, match=r"needs one decision among classes.*output='logits'"):
         jbrprune.prune(pyramid(kind, width=24), images(20), macs=0.7, criterion=criterion, **QUIET)
 
@@ -496,9 +504,12 @@ def test_what_is_not_looked_at_is_said_and_can_be_asked_for() -> None:
     assert "boxes" in jbrprune.info(net, x[:2]).output
 
 
-def test_score_says_and_takes_what_counts() -> None:
-    net, x = pyramid("features"), images(8)
-    scores = jbrprune.score(net, x, batch_size=8, **QUIET)
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: (image for image in x)], ids=["tensor", "iterator"])
+def test_score_says_and_takes_what_counts(batch_size: int, form: Any) -> None:
+    """Scales are those of all images, however many there are in a batch."""
+    net, x = pyramid("features"), images(8) * torch.linspace(0.1, 4, 8)[:, None, None, None]
+    scores = jbrprune.score(net, form(x), batch_size=batch_size, **QUIET)
     assert scores.settings.objective == "projection"
     output = output_of(net, x)
     expected = Relevance(output=output)(net, [Batch(x)], find_groups(net, x).groups)
