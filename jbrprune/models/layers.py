@@ -117,6 +117,9 @@ FEATURE_WIDTHS = ("num_features", "head_hidden_size")
 STREAM_WIDTHS = ("embed_dim",)
 """Attributes in which a timm model keeps the width of its residual stream."""
 
+BLOCK_WIDTHS = {"in_chs": "in", "out_chs": "out", "dim": "in", "groups": "in"}
+"""Attributes from which a timm block whose branches merge makes the one layer; the side of a layer inside."""
+
 SIZE_ATTRIBUTES = frozenset(
     (
         *(attribute for row in LAYERS.values() for attribute in (row.widths or {}).values()),
@@ -124,6 +127,7 @@ SIZE_ATTRIBUTES = frozenset(
         *(name for row in HEADS.values() for name in (row.count, row.size, *row.widths)),
         *FEATURE_WIDTHS,
         *STREAM_WIDTHS,
+        *BLOCK_WIDTHS,
     )
 )
 """Attributes that say how wide a module is: integers, or tuples of integers."""
@@ -382,12 +386,15 @@ def repeated_widths(
         if module in widths or head_layout(module):
             continue
         for attribute in sorted(SIZE_ATTRIBUTES & vars(module).keys()):
-            same = [(layer, attribute) for layer in module.modules() if layer in widths]
+            inside, value = [layer for layer in module.modules() if layer in widths], getattr(module, attribute)
+            same = [(layer, attribute) for layer in inside]
+            if attribute in BLOCK_WIDTHS and hasattr(module, "reparameterize"):
+                side = BLOCK_WIDTHS[attribute]
+                same += [(layer, widths[layer].get(side, widths[layer]["out"])) for layer in inside]
             if attribute in STREAM_WIDTHS:
                 same = [(modules[name], widths[modules[name]]["out"]) for name in streams]
             elif attribute in FEATURE_WIDTHS and reading and reading[0][0] in set(module.modules()):
                 same = reading
-            value = getattr(module, attribute)
             pair = next((pair for pair in same if is_size(value) and getattr(*pair, None) == value), None)
             if pair is not None:
                 found.append((partial(setattr, module, attribute), *pair))

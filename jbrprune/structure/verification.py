@@ -180,7 +180,7 @@ def _perturb_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
     with torch.no_grad():
         for parameter in trial.parameters():
             fan_in = max(1, parameter[:1].numel()) if parameter.dim() > 1 else 1
-            if parameter.dim() <= 1 or parameter.abs().max() < 0.01 / math.sqrt(fan_in):
+            if parameter.dim() <= 1 or bool((parameter.abs() < 0.01 / math.sqrt(fan_in)).all()):
                 parameter.add_((0.6 * noise(parameter) - 0.3) / math.sqrt(fan_in))
         for name, buffer in trial.named_buffers():
             if name.endswith("running_var"):

@@ -77,11 +77,13 @@ def test_a_pruned_model_takes_a_new_classifier(name: str) -> None:
     assert model(images).shape == (2, 7)
 
 
-def test_the_branches_of_a_pruned_block_still_merge() -> None:
-    model, _, images = pruned("mobileone_s0")
+@pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m0_9", "repghostnet_050"])
+def test_the_branches_of_a_pruned_block_still_merge(name: str) -> None:
+    model, _, images = pruned(name)
     with torch.no_grad():
         expected = model(images)
         merged = timm.utils.model.reparameterize_model(model)
+        assert len(list(merged.modules())) < len(list(model.modules()))
         torch.testing.assert_close(merged(images), expected, rtol=1e-3, atol=1e-4)
 
 

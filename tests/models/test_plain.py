@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -59,6 +60,23 @@ def test_what_is_inside_of_a_wrapper_is_pruned_and_said(
     assert not [note for note in plain.report.notes if "wrapped" in note]
     assert score(wrapped, IMAGES, progress=False).groups[0].name == "0"
     assert info(wrapped, IMAGES).rows[0].group == "0"
+
+
+def test_inside_of_ddp(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With one process, which is not its business: the run asks torch.distributed nothing."""
+    caplog.set_level(logging.INFO)
+    plain = run(net())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net())
+        result = run(wrapped)
+        assert run(wrapped, inplace=True).model is wrapped.module
+    finally:
+        torch.distributed.destroy_process_group()
+    assert type(result.model) is nn.Sequential
+    assert result.report.removed == plain.report.removed
+    assert "DistributedDataParallel is a wrapper: the Sequential inside is worked on." in caplog.text
+    assert [note for note in result.report.notes if "was wrapped in DistributedDataParallel" in note]
 
 
 def test_inside_of_a_wrapper_in_place() -> None:
