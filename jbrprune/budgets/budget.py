@@ -26,64 +26,52 @@ STEP = 0.05
 """Default size of a step: this share of the dense cost goes between two scorings."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Keep at most ``share`` of the dense model's ``kind``.
+def schedule(share: float, steps: int | None = None, *, start: float = 1.0) -> list[float]:
+    """Shares of the dense cost to reach, step by step, at equal distances from ``start``; the last one is ``share``.
 
-    Attributes:
-        kind: ``macs``, ``params``, ``channels``, ``latency`` or ``latency_ms``.
-        share: The share; of ``latency_ms`` the milliseconds for one image.
+    Args:
+        share: What is to be left in the end.
+        steps: Number of steps; None: as many as leave no distance greater than `STEP`.
+        start: Share where the first step begins.
+
+    Example:
+        >>> schedule(0.5, 2)
+        [0.75, 0.5]
     """
-
-    kind: str
-    share: float
-
-    def as_share(self, dense_ms: float) -> Budget:
-        """A budget of ``latency_ms`` as the share that it is of the dense model's latency.
-
-        Args:
-            dense_ms: Milliseconds that the dense model takes for one image.
-
-        Raises:
-            BudgetError: The dense model is within the budget.
-        """
-        if self.share >= dense_ms:
-            raise BudgetError(
-                f"latency_ms={self.share:g} is met by the dense model, which takes {dense_ms:.3g} ms here for one "
-                "image. Ask for less, or prune to another budget."
-            )
-        return Budget("latency", self.share / dense_ms)
-
-    def schedule(self, steps: int | None = None, *, start: float = 1.0) -> list[float]:
-        """Shares to reach, step by step, at equal distances from ``start``; the last one is the budget's.
-
-        Args:
-            steps: Number of steps; None: as many as leave no distance greater than `STEP`.
-            start: Share where the first step begins.
-
-        Example:
-            >>> Budget("macs", 0.5).schedule(2)
-            [0.75, 0.5]
-        """
-        count = steps or math.ceil((start - self.share) / STEP - 1e-9)
-        return [start - (start - self.share) * (i + 1) / count for i in range(count - 1)] + [self.share]
+    count = steps or math.ceil((start - share) / STEP - 1e-9)
+    return [start - (start - share) * (i + 1) / count for i in range(count - 1)] + [share]
 
 
-def check_reachable(budget: Budget, least: float, holds: str = "") -> None:
+def as_share(milliseconds: Sequence[float], dense_ms: float) -> tuple[float, ...]:
+    """Budgets of ``latency_ms`` as shares of the milliseconds that the dense model takes for one image.
+
+    Raises:
+        BudgetError: The dense model is within one of them.
+    """
+    if max(milliseconds) >= dense_ms:
+        raise BudgetError(
+            f"latency_ms={max(milliseconds):g} is met by the dense model, which takes {dense_ms:.3g} ms here for one "
+            "image. Ask for less, or prune to another budget."
+        )
+    return tuple(budget / dense_ms for budget in milliseconds)
+
+
+def check_least(kind: str, share: float, least: float, holds: str = "") -> None:
     """Refuse a budget below what the floors allow.
 
     Args:
-        budget: A budget of what is counted.
+        kind: ``macs``, ``params`` or ``channels``.
+        share: Share of the dense cost to keep.
         least: Share of the dense cost with every group at its floor.
         holds: Which layers cost most then, and why.
 
     Raises:
         BudgetError: Says how far it can go.
     """
-    if least > budget.share:
+    if least > share:
         raise BudgetError(
-            f"{budget.kind}={budget.share:g} cannot be reached: with every group at its floor {least:.3f} of the dense "
-            f"model's {budget.kind} are left. Ask for at least {least + 0.001:.3f}, lower the floors, or ignore less."
+            f"{kind}={share:g} cannot be reached: with every group at its floor {least:.3f} of the dense "
+            f"model's {kind} are left. Ask for at least {least + 0.001:.3f}, lower the floors, or ignore less."
             + (f" Most of it stays in {holds}." if holds else "")
         )
 

@@ -61,13 +61,10 @@ def label(logits: Tensor, target: Target) -> Tensor:
             "tuples, or choose a label-free objective such as 'pseudo_label'."
         )
     _need_classes("label", logits)
-    labels, classes = target.labels, logits.shape[1]
-    if logits.dim() != 2 or labels.dim() != 1 or int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise DataError(
-            f"Labels must be [B] class indices with 0 <= label < {classes} (the model's classes), got shape "
-            f"{list(labels.shape)} with values from {int(labels.min())} to {int(labels.max())}."
-        )
-    return _cross_entropy(logits, labels.long())
+    most, classes = int(target.labels.max()), logits.shape[1]
+    if most >= classes:
+        raise DataError(f"Labels must be below {classes}, the number of the model's classes; got {most}.")
+    return _cross_entropy(logits, target.labels)
 
 
 def projection(logits: Tensor, target: Target) -> Tensor:
@@ -111,9 +108,8 @@ class Directions:
             not output.decides and (threshold > 0 or name in OBJECTIVES.keys() - {"projection"})
         ):
             raise ArgumentError(
-                f"objective {name!r} with threshold={threshold:g} needs one decision among classes for an image, but "
-                f"what counts is {output.note}. Leave both out, or choose 'projection'; output='logits' says that it is "
-                "logits."
+                f"objective {name!r} with threshold={threshold:g} needs one decision among classes, but what counts is "
+                f"{output.note}. Leave both out, or choose 'projection'; output='logits' says that it is logits."
             )
         self.threshold, self.seed, self.output = threshold, seed, output
         self._generator = torch.Generator().manual_seed(seed)

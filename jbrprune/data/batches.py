@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from jbrprune.errors import DataError, NonFiniteError
+from jbrprune.models.preserve import describe_returned
 
 logger = logging.getLogger(__name__)
 
@@ -172,14 +173,9 @@ def _as_batch(item: object) -> Batch:
     """Images apart from any graph, and class indices where there is one for every image."""
     images, labels = (item.images, item.labels) if isinstance(item, Batch) else split_item(item)
     if not isinstance(images, Tensor):
-        kind = type(item).__name__
-        if isinstance(item, Mapping):
-            kind += f" with keys {sorted(map(str, item))}"
-        elif isinstance(item, list | tuple):
-            kind += f" that begins with {type(images).__name__}"
         raise DataError(
-            f"The data yielded a {kind}; expected a tensor, an (image, label) tuple or a dict with a tensor under one "
-            f"of the keys {', '.join(IMAGE_KEYS)}. {CONVERSIONS}"
+            f"The data yielded {describe_returned(item)}; expected a tensor, an (image, label) tuple or a dict with a "
+            f"tensor under one of the keys {', '.join(IMAGE_KEYS)}. {CONVERSIONS}"
         )
     labels = class_indices(labels, images.shape[:-3])
     return (

@@ -56,9 +56,6 @@ LAYERS: dict[str, Layer] = {
     ),
     "_ConvTransposeNd": Layer(None, {"out": {"weight": 1, "bias": 0}, "in": {"weight": 0}}),
     "Linear": Layer(-1, _WEIGHT_AND_BIAS | {"in": {"weight": 1}}, {"out": "out_features", "in": "in_features"}),
-    "Embedding": Layer(
-        None, {"out": {"weight": 1}, "in": {"weight": 0}}, {"out": "embedding_dim", "in": "num_embeddings"}
-    ),
     "PReLU": Layer(None, {"out": {"weight": 0}}, {"out": "num_parameters"}),
     "_NormBase": Layer(1, _STATISTICS, {"out": "num_features"}),  # BatchNorm, SyncBatchNorm, InstanceNorm
     "GroupNorm": Layer(1, _WEIGHT_AND_BIAS, {"out": "num_channels"}, groups="num_groups", mixes_channels=True),

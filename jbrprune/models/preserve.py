@@ -226,31 +226,28 @@ def logits_of(output: object) -> Tensor:
         >>> logits_of({"logits": torch.zeros(2, 10)}).shape
         torch.Size([2, 10])
     """
-    alone = isinstance(output, tuple | list) and len(output) == 1
-    value = output[0] if alone else output  # type: ignore[index]
-    if isinstance(value, Mapping):
-        value = value.get("logits")
-    elif not isinstance(value, Tensor):
-        value = getattr(value, "logits", None)
-    if not isinstance(value, Tensor):
+    found = tensors_of(output)
+    value = found.get("logits", found.get(""))
+    if value is None:
         raise ModelError(
             f"The model returned {describe_returned(output)}, of which none is known to be the logits. Wrap it in a "
             "module whose forward returns the logits [B, K] alone."
         )
-    if value.dim() != 2 or not value.is_floating_point():
+    if value.dim() != 2:
         raise ModelError(
-            f"Logits must be floating point [B, K], the model returned {describe_returned(value)}. Give the model a "
+            f"Logits must be [B, K], the model returned {describe_returned(value)}. Give the model a "
             "classifier that pools over positions, or wrap it in a module that returns one row of logits per image."
         )
     return value
 
 
 def describe_returned(value: object) -> str:
-    """What a model returned, in words, for messages."""
+    """What a model returned, or data yielded, in words, for messages."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, tuple | list):
-        return f"{len(value)} outputs ({', '.join(map(describe_returned, value))})"
+        shown = [*map(describe_returned, value[:4]), *["..."][: len(value) > 4]]
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(shown)})"
     return f"a {type(value).__name__}" + (f" with the keys {list(value)}" if isinstance(value, Mapping) else "")
 
 

@@ -298,8 +298,8 @@ def score(  # noqa: D417
         relevance = replace(relevance, output=problem.output)
         passed: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         if weights:
-            dense = problem.dense
-            return weight_scores(dense, problem.data, relevance, ignore=ignore, parameters=parameters, **passed)
+            passed |= {"ignore": ignore, "parameters": parameters}
+            return weight_scores(problem.dense, problem.data, relevance, **passed)
         groups = find_units(problem.dense, problem.example, ignore, width)[1].groups
         return relevance(problem.dense, problem.data, groups, **passed)
 

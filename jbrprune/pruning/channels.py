@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jbrprune.budgets.budget import STEP, TIMED, Budget, check_reachable, reduce_to_floors, select, select_ranks
+from jbrprune.budgets.budget import STEP, TIMED, as_share, check_least, reduce_to_floors, schedule, select, select_ranks
 from jbrprune.budgets.cost import CostModel, Term, axis_widths, cost_model, count_macs, mac_terms
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
@@ -112,7 +112,7 @@ class Channels(Structure):
         if self.kind not in TIMED:
             once = isinstance(self.options.criterion, Scores) or self.whole_layers is not None
             steps = self.options.steps or (1 if once else None)
-            yield from Budget(self.kind, stop).schedule(steps, start=start)
+            yield from schedule(stop, steps, start=start)
             return
         while share is None or not self.has_reached(share):
             share = self.next_share()
@@ -342,11 +342,11 @@ def find_channels(
     if channels.kind == "latency_ms":
         timings = distributed.broadcast(time_in_turns([problem.dense], example[:1]))
         channels.unit = timings.latencies[0].median_ms
-        channels.stops = tuple(Budget("latency_ms", stop).as_share(channels.unit).share for stop in stops)
+        channels.stops = as_share(stops, channels.unit)
     elif stops and channels.kind != "latency" and options.structure != "mixed":
         most = [(name, share) for name, share in cost.shares().items() if name][:3]
         holds = "; ".join(f"{name} ({share:.0%} of it): {found.reason(name)}" for name, share in most)
-        check_reachable(Budget(channels.kind, stops[-1]), channels.least, holds)
+        check_least(channels.kind, stops[-1], channels.least, holds)
     return channels
 
 

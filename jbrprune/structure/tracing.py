@@ -250,8 +250,8 @@ def _map_channels(dependency: Dependency, channel: np.ndarray, source: np.ndarra
         kind = type(rule)
         if rule is None:
             continue
-        if kind is index_mapping._FlattenIndexMapping and not rule.reverse:
-            each = rule._stride
+        each = getattr(rule, "_stride", 0)  # negative where torch-pruning is wrong about a width
+        if kind is index_mapping._FlattenIndexMapping and not rule.reverse and each > 0:
             channel, source = (channel[:, None] * each + np.arange(each)).flatten(), np.repeat(source, each)
             continue
         if kind in (index_mapping._SplitIndexMapping, index_mapping._ConcatIndexMapping):

@@ -602,7 +602,7 @@ def test_data_are_refused() -> None:
         Relevance(statistic="mean_replaced")(model, iter([HAND_IMAGES]), groups)
     with pytest.raises(DataError, match="objective 'label' needs labels"):
         Relevance(objective="label")(model, HAND_IMAGES, groups)
-    with pytest.raises(DataError, match=r"Labels must be .*0 <= label < 2.* from 0 to 2"):
+    with pytest.raises(DataError, match=r"Labels must be below 2.*got 2"):
         Relevance(objective="label")(model, [Batch(HAND_IMAGES, torch.tensor([0, 2]))], groups)
     with pytest.raises(DataError, match=r"Image 0 .*: the reference logits are \[2, 3\], the model's are \[2, 2\]"):
         Relevance()(model, [Batch(HAND_IMAGES, None, torch.zeros(2, 3))], groups)

@@ -180,14 +180,13 @@ def test_logits_of_accepts_what_models_return(wrap):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ((torch.zeros(2, 5), torch.zeros(2, 7)), r"2 outputs \(float32 \[2, 5\], float32 \[2, 7\]\).*Wrap it"),
-        ((), "0 outputs"),
+        ((torch.zeros(2, 5), torch.zeros(2, 7)), r"a tuple of 2 \(float32 \[2, 5\], float32 \[2, 7\]\).*Wrap it"),
+        ((), "a tuple of 0"),
         ({"out": torch.zeros(2, 5)}, r"dict with the keys \['out'\]"),
         (None, "returned a NoneType, of which none"),
         (WithLogits(None), "returned a WithLogits, of which"),
         (torch.zeros(2, 5, 7), r"\[B, K\].*float32 \[2, 5, 7\]"),
-        (torch.zeros(5), r"float32 \[5\]"),
-        (torch.zeros(2, 5, dtype=torch.int64), r"int64 \[2, 5\]"),
+        (torch.zeros(2, 5, dtype=torch.int64), r"int64 \[2, 5\], of which none"),
     ],
 )
 def test_logits_of_says_what_came(output, message):

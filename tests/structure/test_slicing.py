@@ -288,7 +288,6 @@ ATTRIBUTES: dict[str, tuple[nn.Module, Gone, dict[str, object]]] = {
         {("", "out", 0): torch.tensor([0, 7]), ("", "in", 0): torch.tensor([1])},
         {"in_features": 5, "out_features": 6},
     ),
-    "embedding": (nn.Embedding(9, 6), {("", "out", 0): torch.tensor([1])}, {"num_embeddings": 9, "embedding_dim": 5}),
     "batchnorm": (nn.BatchNorm2d(6), {("", "out", 0): torch.tensor([1])}, {"num_features": 5}),
     "batchnorm_bare": (
         nn.BatchNorm2d(6, affine=False, track_running_stats=False),

@@ -34,8 +34,10 @@ def test_rules_on_arrays_say_what_the_rules_on_lists_say(kind: type, reverse: bo
     assert list(zip(*(side.tolist() for side in got), strict=True)) == as_listed(rule, channel, source)
 
 
-def test_flattening_on_arrays_says_what_the_rule_on_lists_says() -> None:
-    rule, channel, source = index_mapping._FlattenIndexMapping(stride=3), [1, 4, 4], [5, 0, 2]
+@pytest.mark.parametrize("stride", [3, 0, -2])
+def test_flattening_on_arrays_says_what_the_rule_on_lists_says(stride: int) -> None:
+    """A stride that is not positive comes from a wrong width, as in the ResNets of CLIP: no channel is followed."""
+    rule, channel, source = index_mapping._FlattenIndexMapping(stride=stride), [1, 4, 4], [5, 0, 2]
     got = tracing._map_channels(SimpleNamespace(index_mapping=[rule]), np.array(channel), np.array(source))
     assert list(zip(*(side.tolist() for side in got), strict=True)) == as_listed(rule, channel, source)
 
