@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,20 +60,31 @@ class Moments:
         y: ``[C]`` mean of y.
         products: ``[d, C]`` sum of the outer products of (a - mean a) and (y - mean y); ``[d]`` where a is y and only
             the squares are kept.
+        factored: Whether a is y and ``products`` is F, ``[m, d]`` with m < d, of which F^T F is that sum: a convolution
+            of 2048 channels reads 18432 inputs, on a few hundred rows.
     """
 
     count: int
     a: Tensor
     y: Tensor
     products: Tensor
+    factored: bool = False
+
+    @property
+    def whole(self) -> Tensor:
+        """The sum of the outer products itself."""
+        return self.products.t() @ self.products if self.factored else self.products
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of the rows of both (Chan, Golub and LeVeque, 1983)."""
         a, y, count = other.a - self.a, other.y - self.y, self.count + other.count
-        between = a * y if self.products.dim() == 1 else torch.outer(a, y)
         share = other.count / count
-        products = self.products + other.products + between * (self.count * share)
-        return Moments(count, self.a + a * share, self.y + y * share, products)
+        means = self.a + a * share, self.y + y * share
+        if self.factored and other.factored and len(self.products) + len(other.products) + 1 < len(a):
+            rows = self.products, other.products, a[None] * math.sqrt(self.count * share)
+            return Moments(count, *means, torch.cat(rows), factored=True)
+        between = a * y if self.products.dim() == 1 else torch.outer(a, y)
+        return Moments(count, *means, self.whole + other.whole + between * (self.count * share))
 
 
 def sum_products(inputs: Tensor, outputs: Tensor, *, means: bool = False) -> tuple[Moments, Moments]:
@@ -87,10 +99,10 @@ def sum_products(inputs: Tensor, outputs: Tensor, *, means: bool = False) -> tup
     if means:
         a, y, n = a.cpu().double(), y.cpu().double(), len(inputs)
         return Moments(n, a, a, torch.zeros_like(a)), Moments(n, y, y, torch.zeros_like(y))
-    inputs = inputs - a
-    gram, cross = inputs.t() @ inputs, inputs.t() @ (outputs - y)
+    inputs, factored = inputs - a, len(inputs) < inputs.shape[1]
+    gram, cross = inputs if factored else inputs.t() @ inputs, inputs.t() @ (outputs - y)
     a, y, gram, cross = (tensor.cpu().double() for tensor in (a, y, gram, cross))
-    return Moments(len(inputs), a, a, gram), Moments(len(inputs), a, y, cross)
+    return Moments(len(inputs), a, a, gram, factored), Moments(len(inputs), a, y, cross)
 
 
 def refit(
@@ -118,12 +130,15 @@ def refit(
     """
     fitted = weight.flatten(1).cpu().double()
     if ridge is not None:
-        residual = cross.products - gram.products @ fitted.t()
-        penalty = ridge * float(gram.products.diagonal().mean()) + torch.finfo(torch.float64).tiny
+        rows = gram.products
+        explained = rows.t() @ (rows @ fitted.t()) if gram.factored else rows @ fitted.t()
+        squares = rows.square().sum(0) if gram.factored else rows.diagonal()
+        residual = cross.products - explained
+        penalty = ridge * float(squares.mean()) + torch.finfo(torch.float64).tiny
         if mask is None:
-            fitted = fitted + solve_ridge(gram.products, residual, penalty).t()
+            fitted = fitted + solve_ridge(gram, residual, penalty).t()
         else:
-            given = (gram.products, residual.t(), mask.flatten(1))
+            given = (gram.whole, residual.t(), mask.flatten(1))
             products, wanted, support = (tensor.to(weight) for tensor in given)
             fitted = fitted + solve_masked_ridge(products, wanted, penalty, support).cpu().double()
         module.weight.copy_(fitted.view_as(module.weight))  # type: ignore[union-attr, operator, arg-type]
@@ -132,10 +147,18 @@ def refit(
         module.bias.copy_(bias if bias_mask is None else bias * bias_mask.to(bias))  # type: ignore[union-attr, operator]
 
 
-def solve_ridge(gram: Tensor, products: Tensor, penalty: float) -> Tensor:
-    """(A^T A + penalty)^-1 A^T R: ``[d, d]`` and ``[d, outputs]``, both float64, give ``[d, outputs]``."""
-    regular = gram + penalty * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.cholesky_solve(products, torch.linalg.cholesky(regular))
+def solve_ridge(gram: Moments, products: Tensor, penalty: float) -> Tensor:
+    """(A^T A + penalty)^-1 A^T R: moments of A and ``[d, outputs]``, both float64, give ``[d, outputs]``.
+
+    Of a factor F with fewer rows it is (1 - F^T (F F^T + penalty)^-1 F) A^T R / penalty (Woodbury's identity).
+    """
+    rows = gram.products
+    regular = rows @ rows.t() if gram.factored else rows.clone()
+    regular.diagonal().add_(penalty)
+    root = torch.linalg.cholesky(regular)
+    if gram.factored:
+        return (products - rows.t() @ torch.cholesky_solve(rows @ products, root)) / penalty
+    return torch.cholesky_solve(products, root)
 
 
 def solve_masked_ridge(gram: Tensor, products: Tensor, penalty: float, mask: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from jbrprune.models import layers
 from jbrprune.models.preserve import copy_model
-from jbrprune.structure.groups import Axis, Group, Kind, Member, match_names
+from jbrprune.structure.groups import Axis, Group, Kind, Member, match_names, module_of
 from jbrprune.structure.tracing import trace_model
 
 
@@ -70,7 +70,7 @@ def find_groups(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = (),
     fixed = _couple_layers(atoms, model, images)
     _couple_parts(atoms, model)
     fixed |= {(name, "out", 0): "the classifier" for name in layers.classifiers(model)}
-    fixed |= {axis: "ignored on request" for axis in atoms.first if _module_name(axis) in ignored}
+    fixed |= {axis: "ignored on request" for axis in atoms.first if module_of(axis) in ignored}
     return _make_groups(model, atoms, fixed, width)
 
 
@@ -179,7 +179,7 @@ def _make_groups(model: nn.Module, atoms: _Atoms, fixed: dict[Axis, str], width:
     kept_with: dict[str, str] = {}
     for units in alike.values():
         first = min(units[0], key=lambda axis: (_SIDES.index(axis[1]), place(axis[0]), axis))
-        others = sorted(units[0].keys() - {first}, key=lambda axis: (place(_module_name(axis)), axis))
+        others = sorted(units[0].keys() - {first}, key=lambda axis: (place(module_of(axis)), axis))
         name, axes = first[0], [first, *others]
         modules = [(side, model.get_submodule(name)) for name, side, _ in axes if side != "param"]
         norms = [module for side, module in modules if side == "out" and hasattr(module, "normalized_shape")]
@@ -223,8 +223,3 @@ def _reason_to_keep(modules: Sequence[tuple[str, nn.Module]], units: int) -> str
     if any(map(layers.standardises_inputs, readers)):
         return "a convolution that reads it standardises its weights over the inputs: with fewer, all would change"
     return "its channels can only go all together" if units < 2 else None
-
-
-def _module_name(axis: Axis) -> str:
-    name, side, _ = axis
-    return name.rpartition(".")[0] if side == "param" else name

@@ -25,6 +25,12 @@ bare parameter (``param``), or the heads of an attention module (``heads``, whic
 A depthwise convolution and a norm have ``out`` only."""
 
 
+def module_of(axis: Axis) -> str:
+    """Qualified name of the module that owns an axis."""
+    name, side, _ = axis
+    return name.rpartition(".")[0] if side == "param" else name
+
+
 @dataclass(frozen=True, eq=False)
 class Member:
     """The channels that a group owns on one axis.
@@ -68,9 +74,7 @@ class Group:
 
     def layers(self) -> set[str]:
         """Qualified names of the modules that own its axes."""
-        return {
-            name.rpartition(".")[0] if side == "param" else name for name, side, _ in (m.axis for m in self.members)
-        }
+        return {module_of(member.axis) for member in self.members}
 
     def side(self, side: Side) -> tuple[Member, ...]:
         """Members on one side."""

@@ -30,7 +30,7 @@ def remove_channels(model: nn.Module, gone: Mapping[Axis, Tensor]) -> None:
             takes whole groups together with their inputs; an ``in`` axis named as well must agree.
 
     Raises:
-        ModelError: A name does not exist, a module has no such side, indices are out of range or all there are,
+        ModelError: A module has no such side, indices are out of range or all there are,
             part of a group would go, or two places that share a tensor disagree. The model is unchanged.
 
     Example:
@@ -179,19 +179,10 @@ def plan_cuts(model: nn.Module, gone: Mapping[Axis, Tensor]) -> Cuts:
         if indices.numel() == 0:
             continue
         owner, _, own = name.rpartition(".") if side == "param" else (name, "", "")
-        try:
-            module = model.get_submodule(owner)
-        except AttributeError:
-            raise ModelError(
-                f"{name}: the model has no module {owner!r}. Names are those of named_modules()."
-            ) from None
+        module = model.get_submodule(owner)
         tensors = layers.own_tensors(module)
         if side == "param":
-            tensor = tensors.get(own)
-            if tensor is None:
-                raise ModelError(f"{name}: the model has no parameter or buffer of this name.")
-            if not -tensor.dim() <= dim < tensor.dim():
-                raise ModelError(f"{name}: there is no dimension {dim}, the shape is {tuple(tensor.shape)}.")
+            tensor = tensors[own]
             indices = _sort_indices(indices, tensor.shape[dim], f"{name}, dimension {dim}")
             cuts.add(tensor, dim % tensor.dim(), indices, name)
             continue

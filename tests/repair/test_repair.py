@@ -472,7 +472,7 @@ def test_what_was_recorded_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -
 # --- the parts -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(40, 7), (7, 40), (9, 9)])
+@pytest.mark.parametrize(("rows", "columns"), [(40, 7), (7, 40), (9, 9), (20, 9)])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_sums_over_parts_agree_with_plain_least_squares(rows: int, columns: int, parts: int) -> None:
     a = 5 + torch.randn(rows, columns, dtype=torch.float64)
@@ -484,9 +484,10 @@ def test_sums_over_parts_agree_with_plain_least_squares(rows: int, columns: int,
     torch.testing.assert_close((gram.a, cross.y), (a.mean(0), y.mean(0)))
     a, y = a - a.mean(0), y - y.mean(0)
     penalty = RIDGE * float(a.square().sum()) / columns
-    torch.testing.assert_close(gram.products.diagonal().mean() * RIDGE, torch.tensor(penalty).double())
+    torch.testing.assert_close(gram.whole.diagonal().mean() * RIDGE, torch.tensor(penalty).double())
     expected = augmented_lstsq(a.numpy(), y.numpy(), penalty)
-    solved = least_squares.solve_ridge(gram.products, cross.products, penalty)
+    assert gram.factored == (columns == 40)
+    solved = least_squares.solve_ridge(gram, cross.products, penalty)
     np.testing.assert_allclose(solved.numpy(), expected, rtol=1e-9, atol=1e-12)
 
 

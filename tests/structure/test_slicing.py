@@ -402,10 +402,6 @@ def _axes(name: str, side: str, *indices: int, dim: int = 0) -> dict[Axis, Tenso
 
 
 BAD: dict[str, tuple[Gone, str]] = {
-    "module": (_axes("nowhere", "out", 0), "no module 'nowhere'"),
-    "parameter": (_axes("conv.nothing", "param", 0), r"conv\.nothing: the model has no parameter"),
-    "parameter_module": (_axes("x.weight", "param", 0), r"x\.weight: the model has no module 'x'"),
-    "dimension": (_axes("conv.bias", "param", 0, dim=1), "no dimension 1"),
     "side": (_axes("norm", "in", 0), r"norm \(GroupNorm\), side 'in': .*no channels of its own"),
     "no_channels": (_axes("act", "out", 0), r"act \(ReLU\), side 'out'"),
     "range": (_axes("conv", "out", 8), r"there are 8 channels, indices \[8\] are out of range"),
