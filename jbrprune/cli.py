@@ -22,7 +22,7 @@ from torch import nn
 
 from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
-from jbrprune.checkpoint.checkpoint import check_target, describe, load, write_card
+from jbrprune.checkpoint.checkpoint import check_target, describe, load
 from jbrprune.checkpoint.export import export
 from jbrprune.criteria.objectives import OBJECTIVES
 from jbrprune.criteria.relevance import PRESETS, Relevance
@@ -207,6 +207,7 @@ class Output(Writing):
     """What is written beside a model."""
 
     overwrite: bool = option(False, "Replace a model that was saved there.", "Output")
+    card: bool = option(False, "Write a model card (README.md) beside the model, for the Hugging Face Hub.", "Output")
     report: Path | None = option(None, "Write the report as a self-contained page here (.html).", "Output")
 
 
@@ -259,7 +260,7 @@ def _carry_out(call: Callable[..., PruneResult], name: str, source: Source, opti
     report = result.report
     if distributed.rank() == 0:
         if output.out is not None:
-            result.save(output.out, overwrite=output.overwrite)
+            result.save(output.out, card=output.card, overwrite=output.overwrite)
         if output.report is not None:
             report.to_html(output.report)
     facts = report.to_dict() | {"out": output.out and str(output.out)}
@@ -425,15 +426,6 @@ def export_command(
     export(make_permanent(load(directory)), options.out, size=example and example.size)
     facts = {"model": str(directory), "out": str(options.out), "bytes": options.out.stat().st_size}
     _say(options, facts, f"Wrote {options.out}: its outputs are those of the model.")
-
-
-@command
-def card_command(directory: Annotated[Path, typer.Argument(help="Directory that was written by --out.")]) -> None:
-    """Write a model card (README.md) into the directory of a saved model, for the Hugging Face Hub.
-
-    Example: `jbrprune card pruned/`
-    """
-    typer.echo(f"Wrote {write_card(directory)}")
 
 
 @command

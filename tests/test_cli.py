@@ -31,7 +31,7 @@ from jbrprune.errors import ArgumentError, JBRError
 from jbrprune.pruning.options import ChannelOptions, ScoreOptions, WeightOptions
 from jbrprune.report.records import Report
 
-COMMANDS = ("prune", "sparsify", "predict", "score", "eval", "info", "card", "demo")
+COMMANDS = ("prune", "sparsify", "predict", "score", "eval", "info", "export", "demo")
 ARGUMENTS = {"num_classes": 4, "img_size": 32, "depth": 2}
 NET = ["test_vit", *(word for key, value in ARGUMENTS.items() for word in ("--model-arg", f"{key}={value}"))]
 RANDOM = [*NET, "--random"]
@@ -371,7 +371,7 @@ def test_the_demo_is_called(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_a_command_in_a_process_of_its_own(pictures: Path, tmp_path: Path) -> None:
-    """Standard output holds the JSON and nothing else; the model is there, and a card is written."""
+    """Standard output holds the JSON and nothing else; the model is there."""
     command = [sys.executable, "-m", "jbrprune", "prune", *RANDOM]
     options = ["--data", str(pictures), "--params", "0.9", "--steps", "1", "--json", "--out", str(tmp_path / "out")]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=500, env=environment())
@@ -389,9 +389,9 @@ def environment() -> dict[str, str]:
 
 
 def test_a_card_is_written(run: Run, pictures: Path, tmp_path: Path) -> None:
-    saved = ["--params", 0.9, "--steps", 1, "--repair", "none", "--quiet", "--out", tmp_path / "out"]
+    saved = ["--params", 0.9, "--steps", 1, "--repair", "none", "--quiet", "--card", "--out", tmp_path / "out"]
     assert run("prune", *RANDOM, "--data", pictures, *saved) == (0, "", "")
-    assert run("card", tmp_path / "out") == (0, f"Wrote {tmp_path / 'out' / 'README.md'}\n", "")
+    assert "## Report" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_interrupt_ends_with_130(run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

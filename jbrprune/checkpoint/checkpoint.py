@@ -22,22 +22,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from jbrprune.checkpoint.description import (
-    CLOSE,
-    Description,
-    check_fits,
-    check_outputs,
-    create_on_meta,
-    fill,
-    from_bytes,
-    refuse_damage,
-    split_pairs,
-    take_apart,
-    to_text,
-)
+from jbrprune.checkpoint.description import Description, from_bytes, refuse_damage, to_text
+from jbrprune.checkpoint.rebuild import CLOSE, check_fits, check_outputs, create_on_meta, fill, split_pairs, take_apart
 from jbrprune.data.files import flush
 from jbrprune.errors import CheckpointError
-from jbrprune.models import timm_models
 from jbrprune.models.preserve import copy_model, first_tensor, unwrap
 from jbrprune.report.text import CARD, is_card, make_card
 from jbrprune.sparsity.masks import masks_of
@@ -93,7 +81,8 @@ def save(
 
     Example:
         >>> import tempfile
-        >>> model = timm_models.create("resnet10t", pretrained=False, num_classes=3)
+        >>> from jbrprune.models.timm_models import create
+        >>> model = create("resnet10t", pretrained=False, num_classes=3)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(model, f"{folder}/small", size=(3, 32, 32))
         ...     load(f"{folder}/small").num_classes
@@ -101,11 +90,7 @@ def save(
     """
     target = Path(os.path.realpath(path))
     check_target(target, overwrite=overwrite)
-    model = unwrap(model)
-    recipe, known = timm_models.recipe(model), dict(report or {})
-    facts = {"provenance": known.get("provenance", {}), "report": known}
-    facts["data_config"] = None if recipe is None else timm_models.data_config(model)
-    body, state = take_apart(model, recipe, size or timm_models.image_size(model), facts)
+    body, state = take_apart(unwrap(model), size, dict(report or {}))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -114,10 +99,11 @@ def save(
         sums = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
         (temporary / DESCRIPTION).write_text(to_text({**body, "weights": sums}), encoding="utf-8")
         weights.chmod(stat.S_IMODE((temporary / DESCRIPTION).stat().st_mode))  # safetensors ignores the umask
-        for file in (weights, temporary / DESCRIPTION):
-            flush(file)
         if card:
-            write_card(temporary)
+            text = make_card(body["report"], body["recipe"] and body["recipe"]["name"])
+            (temporary / CARD).write_text(text, encoding="utf-8")
+        for file in temporary.iterdir():
+            flush(file)
         _publish(temporary, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -181,7 +167,8 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
             raise CheckpointError(
                 f"{target} exists already. Choose another path, or pass overwrite=True to replace it."
             )
-        others = sorted(names - {WEIGHTS, DESCRIPTION} - ({CARD} if _is_own_card(there / CARD) else set()))
+        own_card = CARD in names and is_card((there / CARD).read_text(encoding="utf-8", errors="replace"))
+        others = sorted(names - {WEIGHTS, DESCRIPTION} - ({CARD} if own_card else set()))
         if others:
             raise CheckpointError(
                 f"{target} holds other files, such as {others[0]!r}, and would be replaced as a whole. "
@@ -202,20 +189,6 @@ def describe(path: str | os.PathLike[str]) -> Description:
     return from_bytes(_read(directory / DESCRIPTION, _LARGEST_DESCRIPTION), directory / DESCRIPTION)
 
 
-def write_card(path: str | os.PathLike[str]) -> Path:
-    """Write a model card with the report into the directory of a saved model; returns its path.
-
-    Raises:
-        CheckpointError: As for `load`; there is a ``README.md`` that was not made here.
-    """
-    description, target = describe(path), _find(path) / CARD
-    if target.exists() and not _is_own_card(target):
-        raise CheckpointError(f"{target} was not written by jbrprune: move it away, or add to it by hand.")
-    text = make_card(description.report, None if description.recipe is None else description.recipe.name)
-    target.write_text(text, encoding="utf-8")
-    return target
-
-
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file."""
     digest = hashlib.sha256()
@@ -226,10 +199,6 @@ def sha256_of(path: Path) -> str:
 
 
 # --- directories ----------------------------------------------------------------------------------
-
-
-def _is_own_card(path: Path) -> bool:
-    return path.is_file() and is_card(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _aside(target: Path) -> Path:

@@ -233,14 +233,6 @@ def test_values_under_a_mask_are_not_kept(tmp_path: Path) -> None:
     assert torch.equal(loaded["a.weight_orig"] != 0, loaded["a.weight_mask"] != 0)
 
 
-def test_version_1_is_read(tmp_path: Path) -> None:
-    net = _Net()
-    save(net, tmp_path / "m")
-    assert json.loads((tmp_path / "m" / DESCRIPTION).read_text())["format_version"] == 3
-    _rewritten(tmp_path / "m", lambda body: body.__setitem__("format_version", 1))
-    assert _same(load(tmp_path / "m", model=_Net()), net)
-
-
 # --- refusals of save -----------------------------------------------------------------------------
 
 
@@ -330,7 +322,8 @@ def _alias(body: dict[str, Any]) -> None:
 
 
 def _bitmap_entry(body: dict[str, Any]) -> None:
-    body["tensors"]["a.weight.bitmap"] = {"shape": [5], "dtype": "uint8", "persistent": True, "channels_last": False}
+    entry = {"shape": [5], "dtype": "uint8", "persistent": True, "channels_last": False, "values": None}
+    body["tensors"]["a.weight.bitmap"] = entry | {"masked": False}
 
 
 def _masked_table(body: dict[str, Any]) -> None:

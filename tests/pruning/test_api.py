@@ -637,7 +637,7 @@ def test_what_is_saved_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
     }
     described = checkpoint.describe(tmp_path / "out")
     assert described.report["budget"] == {"macs": 0.6}
-    assert described.provenance["seed"] == 0
+    assert described.report["provenance"]["seed"] == 0
     assert described.report["settings"]["criterion"] == "jbr"
 
 

@@ -473,7 +473,7 @@ def edited(path: Path) -> None:
 
 def newer(path: Path) -> None:
     description = path / checkpoint.DESCRIPTION
-    description.write_text(json.dumps(json.loads(description.read_text()) | {"format_version": 99}))
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"format": "jbrprune 99"}))
 
 
 def without_weights(path: Path) -> None:
@@ -484,7 +484,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncated, "model.safetensors"),
     "one bit flipped": (flipped, "model.safetensors"),
     "edited": (edited, "jbrprune.json"),
-    "a newer format": (newer, r"format_version is 99, this version of jbrprune knows"),
+    "a newer format": (newer, r"is not of the format 'jbrprune 1'"),
     "half of it missing": (without_weights, "model.safetensors"),
 }
 
