@@ -45,8 +45,6 @@ CHUNK = 64 * 3 * 224 * 224
 """Images go through the models in chunks of at most this many values; between stops, the first chunk is enough."""
 MOST_VALUES = 2**16
 """Inputs, or outputs, of a consumer that are looked at in one image: of larger ones a sample of the positions."""
-MOST_INPUTS = 1 << 13
-"""A consumer that reads more numbers for one output keeps its weights: their moments alone would take gigabytes."""
 LARGEST_RATIO = 16.0
 """A stored variance changes by at most this factor: a channel that is constant on few images says little."""
 
@@ -260,16 +258,13 @@ def apply_methods(
         return hook
 
     def refit_consumer(name: str, positions: Tensor | None, outputs: Tensor, fit: bool) -> preserve.Hook:
-        weight = weights[name][1]
-        own_ridge = ridge if weight[0].numel() <= MOST_INPUTS else None
-
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             left = kept.get((name, "out", 0))
             inputs = gather_inputs(module, preserve.input_of(args, kwargs), positions)
             wanted = outputs if left is None else outputs[:, left.to(outputs.device)]
-            found = add(name, sum_products(inputs, wanted, means=own_ridge is None))
+            found = add(name, sum_products(inputs, wanted, means=ridge is None))
             if fit:
-                refit(module, weight, *found, own_ridge, masks.get(f"{name}.weight"), masks.get(f"{name}.bias"))
+                refit(module, weights[name][1], *found, ridge, masks.get(f"{name}.weight"), masks.get(f"{name}.bias"))
 
         return hook
 
