@@ -27,7 +27,7 @@ from jbrprune.checkpoint.description import (
 )
 from jbrprune.errors import CheckpointError
 from jbrprune.models import layers, preserve, timm_models
-from jbrprune.sparsity.masks import KINDS, fresh, masks_of, put_masks
+from jbrprune.sparsity.masks import PRUNABLE, fresh, masks_of, put_masks
 from jbrprune.structure.directions import make_pair, replace_module
 
 logger = logging.getLogger(__name__)
@@ -261,7 +261,7 @@ def check_fits(description: Description, dense: nn.Module) -> None:
             # A forward may have made it anew, such as positions for this size of images, from a placeholder.
             limit = tuple(max(n, most) if most == 1 else most for n, most in zip(info.shape, limit))
         alike = (dtype.is_floating_point, dtype.is_complex) == (tensor.is_floating_point(), tensor.is_complex())
-        maskable = isinstance(tensor, nn.Parameter) and place.name in KINDS
+        maskable = isinstance(tensor, nn.Parameter) and place.name in PRUNABLE
         alike = alike and place.persistent == info.persistent and (maskable or not info.masked)
         if not alike or len(limit) != tensor.dim() or not _at_most(info.shape, limit):
             _refuse_misfit(name, info, f"a {type(tensor).__name__} of {tensor.dtype} and shape {tuple(tensor.shape)}")

@@ -25,7 +25,7 @@ from jbrprune.errors import ArgumentError, ModelError, check_known
 from jbrprune.evaluation.agreement import check_weights, explain_out_of_memory
 from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import copy_model
-from jbrprune.sparsity.masks import fresh, ignored, make_permanent, refuse_computed_weights, slots, weights_of
+from jbrprune.sparsity.masks import find_ignored, fresh, make_permanent, refuse_computed_weights, slots, weights_of
 from jbrprune.structure.verification import check_samples_apart
 
 log = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ def _scored_weights(model: nn.Module, parameters: Parameters, ignore: Sequence[s
     refuse_computed_weights(model, ignore)
     found = list(weights_of(model, ignore).values())
     if parameters == "all":
-        left_out = ignored(model, ignore)
+        left_out = find_ignored(model, ignore)
         attention = nn.MultiheadAttention
         known = (s for s in slots(model) if layers.channel_dim(s.module) is not None or isinstance(s.module, attention))
         found = [slot for slot in known if not {slot.name, slot.name.rpartition(".")[0]} & left_out]

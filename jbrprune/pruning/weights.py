@@ -25,7 +25,7 @@ from jbrprune.pruning.options import WeightOptions
 from jbrprune.pruning.prepare import Problem
 from jbrprune.report.records import LayerRow, Size
 from jbrprune.sparsity.dead_channels import shrink
-from jbrprune.sparsity.masks import ignored, masks_of, refuse_computed_weights, slots, weights_of
+from jbrprune.sparsity.masks import find_ignored, masks_of, refuse_computed_weights, slots, weights_of
 from jbrprune.sparsity.patterns import Pattern, at_floor, keep_most_important, keep_pattern, schedule
 
 logger = logging.getLogger(__name__)
@@ -125,13 +125,13 @@ class Weights(Structure):
         model = preserve.copy_model(self.model) if len(self.stops) > 1 else self.model
         if options.shrink:
             parameters = {slot.name for slot in slots(model)}  # removing channels knows nothing smaller than modules
-            left_out = {n.rpartition(".")[0] if n in parameters else n for n in ignored(model, options.ignore)} - {""}
+            named = find_ignored(model, options.ignore)
+            left_out = {name.rpartition(".")[0] if name in parameters else name for name in named} - {""}
             with self.timed("shrinking"):
                 shrunk = shrink(model, self.problem.example, masks=masks, ignore=sorted(left_out), seed=options.seed)
             removed = (
                 f"{sum(shrunk.removed.values())} channels that contributed nothing were removed from "
-                f"{len(shrunk.removed)} groups; {sum(shrunk.constant.values())} that are constant but not zero stay. "
-                "The layers are listed as they were before that."
+                f"{len(shrunk.removed)} groups. The layers are listed as they were before that."
             )
             masks, notes = shrunk.masks, [removed, *shrunk.notes, *notes]
         macs = sum(count_macs(model, self.problem.example).values()) if options.shrink else self.macs

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from jbrprune.errors import ArgumentError, UnsupportedModelError
+from jbrprune.errors import UnsupportedModelError
 from jbrprune.models import layers, preserve
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Side, removed_channels
@@ -23,37 +23,18 @@ class Shrunk:
 
     Attributes:
         removed: Name of a group -> units that went; only groups that lost some.
-        constant: Name of a group -> units that send the same for every image, but not zero, and so stayed.
-        widths: Name of a convolution or linear layer -> output channels before and after; only where they changed.
-        skipped: Name of a layer -> why its channels were not looked at.
         masks: The masks that were passed, in the new shapes.
         notes: What else there is to say.
     """
 
-    removed: dict[str, int] = field(default_factory=dict)
-    constant: dict[str, int] = field(default_factory=dict)
-    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class _Observed:
-    """What arrives at the consumers: name -> ``[in]``, one value per input channel.
-
-    Attributes:
-        zero: Exactly zero everywhere, whatever the image shows.
-        constant: The same for every image of this size.
-    """
-
-    zero: Mapping[str, Tensor] = field(default_factory=dict)
-    constant: Mapping[str, Tensor] = field(default_factory=dict)
+    removed: dict[str, int]
+    masks: dict[str, Tensor]
+    notes: tuple[str, ...]
 
 
 def shrink(
     model: nn.Module,
-    example: Tensor,
+    images: Tensor,
     *,
     ignore: Sequence[str] = (),
     masks: Mapping[str, Tensor] | None = None,
@@ -74,7 +55,7 @@ def shrink(
     Args:
         model: A plain model; `jbrprune.make_permanent` makes one of a masked model. If nothing is dead,
             it keeps its very tensors.
-        example: ``[B, C, H, W]`` an example input; the first two images are used.
+        images: ``[2, C, H, W]`` two example images.
         ignore: Globs of module names that stay as wide as they are (a name covers its submodules).
         masks: Name of a parameter -> boolean mask of its shape, to be cut as the parameter is. They do not decide
             what is dead: a weight of 0.0 is one, masked or not.
@@ -84,7 +65,7 @@ def shrink(
         `Shrunk`. Where nothing can be removed safely (the graph cannot be traced, say), its notes tell why.
 
     Raises:
-        ArgumentError: A glob that matches nothing, or a mask that fits no parameter.
+        ArgumentError: A glob that matches nothing.
         ModelError: The model is masked by `torch.nn.utils.prune`, or cannot be copied.
 
     Example:
@@ -98,37 +79,29 @@ def shrink(
     """
     preserve.refuse_masked(model)
     left = dict(masks or {})
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, mask in left.items():
-        if name not in parameters or mask.shape != parameters[name].shape:
-            raise ArgumentError(
-                f"masks: the model has no parameter {name!r} of shape {tuple(mask.shape)}. Pass masks by the names of "
-                "named_parameters(), of the model as it is before it shrinks."
-            )
-    tensor = preserve.first_tensor(model)
-    images = example[:2] if tensor is None else example[:2].to(tensor)
-    images = images if len(images) > 1 else images.repeat(2, 1, 1, 1)
     try:
         found = verify_groups(model, images, find_groups(model, images, ignore=ignore), seed=seed)
     except UnsupportedModelError as error:
-        return Shrunk(masks=left, notes=(str(error),))
+        return Shrunk({}, left, (str(error),))
     # Global response normalisation compares each channel with the mean over all, also with those nobody reads.
-    outputs = ((group.name, member.axis[0]) for group in found.groups for member in group.side("out"))
-    mixed = {group: name for group, name in outputs if hasattr(model.get_submodule(name), "channel_dim")}
-    groups = tuple(group for group in found.groups if group.name not in mixed)
+    groups = tuple(
+        group
+        for group in found.groups
+        if not any(hasattr(model.get_submodule(member.axis[0]), "channel_dim") for member in group.side("out"))
+    )
     weighted = {
         name: module
         for name, module in model.named_modules()
         if layers.is_consumer(module) or layers.is_depthwise(module)
     }
-    before = {name: layers.width_of(module, "out") for name, module in weighted.items()}
     sizes = {group.name: group.size for group in groups}
     while True:
-        observed = _Observed()  # what nobody reads is known from the weights alone
-        idle = {group.name: _find_units(model, group, observed.zero) for group in groups}
+        idle = {
+            group.name: _find_units(model, group, {}) for group in groups
+        }  # nobody reads them, by the weights alone
         if not any(_leave_one(units).any() for units in idle.values()):
-            observed = _observe(model, weighted, images, seed)
-            idle = {group.name: _find_units(model, group, observed.zero) for group in groups}
+            zero = _find_zero_inputs(model, weighted, images, seed)
+            idle = {group.name: _find_units(model, group, zero) for group in groups}
         selection = {name: _leave_one(units).nonzero().flatten() for name, units in idle.items()}
         selection = {name: units for name, units in selection.items() if len(units)}
         if not selection:
@@ -137,19 +110,11 @@ def shrink(
         cuts, parameters = plan_cuts(model, gone).gone, dict(model.named_parameters(remove_duplicate=False))
         left = {name: shrink_tensor(mask, cuts.get(id(parameters[name]), {})) for name, mask in left.items()}
         groups = remove_units(model, groups, selection)
-    constant = {g.name: int((_find_units(model, g, observed.constant) & ~idle[g.name]).sum()) for g in groups}
-    after = {name: layers.width_of(module, "out") for name, module in weighted.items()}
+    alone = (name for name, units in idle.items() if units.all())
     return Shrunk(
         removed={g.name: sizes[g.name] - g.size for g in groups if g.size < sizes[g.name]},
-        constant={name: count for name, count in constant.items() if count},
-        widths={name: (before[name], width) for name, width in after.items() if width != before[name]},  # type: ignore[misc]
-        skipped=found.skipped | {group: f"{name} divides by a mean over all channels" for group, name in mixed.items()},
         masks=left,
-        notes=tuple(
-            f"{name}: the unit that is left contributes nothing; a layer keeps one."
-            for name, units in idle.items()
-            if units.all()
-        ),
+        notes=tuple(f"{name}: the unit that is left contributes nothing; a layer keeps one." for name in alone),
     )
 
 
@@ -158,15 +123,15 @@ def _leave_one(units: Tensor) -> Tensor:
     return units & (torch.arange(len(units)) > 0) if units.all() else units
 
 
-def _find_units(model: nn.Module, group: Group, inputs: Mapping[str, Tensor]) -> Tensor:
-    """``[size]`` units whose every channel is not read, or in a state, wherever it is consumed.
+def _find_units(model: nn.Module, group: Group, zero: Mapping[str, Tensor]) -> Tensor:
+    """``[size]`` units whose every channel is not read, or zero, wherever it is consumed.
 
     The inputs of a grouped convolution do not count: its outputs belong to the same unit and have their own readers.
 
     Args:
         model: The model.
         group: The units.
-        inputs: Name of a consumer -> ``[in]`` which of its input channels are in the state.
+        zero: Name of a consumer -> ``[in]`` which of its input channels are zero.
     """
     units = torch.ones(group.size, dtype=torch.bool)
     for member in group.side("in"):
@@ -174,7 +139,7 @@ def _find_units(model: nn.Module, group: Group, inputs: Mapping[str, Tensor]) ->
         module = model.get_submodule(name)
         if not layers.is_grouped(module):
             read = _nonzero(module, "in")
-            counts = read & ~inputs[name] if name in inputs else read
+            counts = read & ~zero[name] if name in zero else read
             units[member.unit[counts[member.channel]]] = False
     return units
 
@@ -189,12 +154,15 @@ def _nonzero(module: nn.Module, side: Side) -> Tensor:
     return table.unflatten(0, (layers.group_count(module), -1)).any(1).flatten()
 
 
-def _observe(model: nn.Module, weighted: Mapping[str, nn.Module], images: Tensor, seed: int) -> _Observed:
-    """What arrives at each consumer on the example, and when all that depends on the image is NaN, or noise.
+def _find_zero_inputs(
+    model: nn.Module, weighted: Mapping[str, nn.Module], images: Tensor, seed: int
+) -> dict[str, Tensor]:
+    """Consumer -> ``[in]`` which of its inputs are exactly zero everywhere, whatever the image shows.
 
-    NaN is passed on by whatever computes with it, also by what adds one channel to all; but a function may decide
-    (``torch.where(x > 0, x, 0)``) that it is zero, which noise of both signs is not. Behind a depthwise convolution
-    of a constant the noise stands for the values that other image sizes would show.
+    They are so on the example, and when all that depends on the image is NaN, or noise. NaN is passed on by whatever
+    computes with it, also by what adds one channel to all; but a function may decide (``torch.where(x > 0, x, 0)``)
+    that it is zero, which noise of both signs is not. Behind a depthwise convolution of a constant the noise stands for
+    the values that other image sizes would show.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -204,10 +172,7 @@ def _observe(model: nn.Module, weighted: Mapping[str, nn.Module], images: Tensor
     seen = _find_largest(model, weighted, images, None)
     unknown = _find_largest(model, weighted, torch.full_like(images, torch.nan), lambda out: out)
     noisy = _find_largest(model, weighted, draw(images), draw)
-    return _Observed(
-        zero={name: (seen[name] == 0) & (unknown[name] == 0) & (noisy[name] == 0) for name in seen},
-        constant={name: ~unknown[name].isnan() for name in unknown},
-    )
+    return {name: (seen[name] == 0) & (unknown[name] == 0) & (noisy[name] == 0) for name in seen}
 
 
 def _find_largest(

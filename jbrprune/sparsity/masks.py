@@ -7,7 +7,7 @@ and, as a plain attribute, their product, made anew by a hook in every forward p
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,8 @@ from jbrprune.structure.groups import match_names
 
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 """Weights of `nn.MultiheadAttention`, whose last projection is a linear layer of its own."""
-KINDS = ("weight", "bias", *PROJECTIONS, "in_proj_bias")
+PRUNABLE = ("weight", "bias", *PROJECTIONS, "in_proj_bias")
+"""Names of the parameters of a module whose entries can be masked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ class Slot:
     Attributes:
         name: Qualified name, such as ``layer1.0.conv1.weight``, also where the module is masked.
         module: The module that owns it.
-        kind: One of `KINDS`.
+        kind: One of `PRUNABLE`.
     """
 
     name: str
@@ -77,14 +78,14 @@ class Slot:
 
 
 def slots(model: nn.Module) -> list[Slot]:
-    """Every plain or masked parameter of one of `KINDS`."""
+    """Every plain or masked parameter of one of `PRUNABLE`."""
     return [slot for slot in _places(model) if slot.module._parameters.get(slot.kind) is not None or slot.masked]
 
 
 def _places(model: nn.Module) -> Iterator[Slot]:
     """Where a parameter may be."""
     for name, module in model.named_modules():
-        yield from (Slot(f"{name}.{kind}".removeprefix("."), module, kind) for kind in KINDS)
+        yield from (Slot(f"{name}.{kind}".removeprefix("."), module, kind) for kind in PRUNABLE)
 
 
 def weights_of(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Slot]:
@@ -99,7 +100,7 @@ def weights_of(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, Slot]:
     Raises:
         ArgumentError: A glob matches nothing.
     """
-    left_out = ignored(model, ignore)
+    left_out = find_ignored(model, ignore)
     every = slots(model)
     stays = {id(slot.stored) for slot in every if {slot.name, slot.name.rpartition(".")[0]} & left_out}
     found: dict[int, Slot] = {}
@@ -119,7 +120,7 @@ def refuse_computed_weights(model: nn.Module, ignore: Sequence[str]) -> None:
     Raises:
         ModelError: Names the first that is not ignored.
     """
-    left_out = ignored(model, ignore)
+    left_out = find_ignored(model, ignore)
     for slot in _places(model):
         own = slot.module._parameters.get(slot.kind)
         computed = own is None and isinstance(getattr(slot.module, slot.kind, None), Tensor)
@@ -131,7 +132,7 @@ def refuse_computed_weights(model: nn.Module, ignore: Sequence[str]) -> None:
             )
 
 
-def ignored(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+def find_ignored(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Names of modules and parameters that a glob matches, with everything inside of them.
 
     Raises:
@@ -148,18 +149,12 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ModelError: Modules that share a parameter mask it differently, so that no single tensor stands for both. Or a
-            mask of something else than `KINDS`, or of other values than 0 and 1.
+            mask of something else than `PRUNABLE`.
     """
     _refuse_foreign(model)
-    refuse_hidden_sharing(model, [slot.name for slot in slots(model) if slot.masked])
     first: dict[int, Slot] = {}
     for slot in slots(model):
         other = first.setdefault(id(slot.stored), slot)
-        if slot.mask is not None and not ((slot.mask == 0) | (slot.mask == 1)).all():
-            raise ModelError(
-                f"{slot.name}: its mask must hold nothing but 0 and 1. Make it permanent: "
-                "torch.nn.utils.prune.remove(module, name)."
-            )
         one, two = other.mask, slot.mask
         if (one is None) != (two is None) or (one is not None and not torch.equal(one.bool(), two.bool())):  # type: ignore[union-attr]
             raise ModelError(
@@ -168,29 +163,6 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
                 "torch.nn.utils.prune.remove(module, name)."
             )
     return {slot.name: slot.mask.bool() for slot in first.values() if slot.mask is not None}
-
-
-def refuse_hidden_sharing(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse to mask a parameter that is also used under a name that is none of `KINDS`: it would not see it.
-
-    Raises:
-        ModelError: Names both places.
-    """
-    found = {slot.name: slot for slot in slots(model)}
-    seen = {id(slot.stored) for slot in found.values()}
-    hidden = {
-        id(parameter): f"{prefix}.{kind}".removeprefix(".")
-        for prefix, module in model.named_modules()
-        for kind, parameter in module._parameters.items()
-        if id(parameter) in seen and kind.removesuffix("_orig") not in KINDS
-    }
-    for name in names:
-        other = hidden.get(id(found[name].stored))
-        if other is not None:
-            raise ModelError(
-                f"{name} and {other} are one shared parameter, and a mask on the first is unknown to the second. Put "
-                "it into `ignore`, or prune with permanent=True."
-            )
 
 
 def put_masks(model: nn.Module, masks: Mapping[str, Tensor], originals: Mapping[str, Tensor] | None = None) -> None:
@@ -244,7 +216,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ModelError: A mask of something else than `KINDS`.
+        ModelError: A mask of something else than `PRUNABLE`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 2))
@@ -283,11 +255,11 @@ def fresh(model: nn.Module) -> Iterator[None]:
 
 
 def _refuse_foreign(model: nn.Module) -> None:
-    """Only `KINDS` are looked at: any other mask would be overlooked."""
+    """Only `PRUNABLE` are looked at: any other mask would be overlooked."""
     masked = [name.removesuffix("_mask") for name, _ in model.named_buffers() if name.endswith("_mask")]
     parameters = dict(model.named_parameters())
     for name in masked:
-        if f"{name}_orig" in parameters and name.rpartition(".")[2] not in KINDS:
+        if f"{name}_orig" in parameters and name.rpartition(".")[2] not in PRUNABLE:
             raise ModelError(
                 f"{name} is masked by torch.nn.utils.prune and is neither a weight nor a bias: call "
                 "torch.nn.utils.prune.remove(module, name) for it."

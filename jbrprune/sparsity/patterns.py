@@ -83,9 +83,29 @@ def keep_most_important(
         tensor([[ True, False, False,  True]])
     """
     if scope == "layer":
-        parts = (_least_gone({name: scores[name]}, {name: masks[name]}, sparsity, floor, passed) for name in scores)
+        alone = ({name: tensor} for name, tensor in scores.items())
+        parts = (keep_most_important(one, masks, sparsity, floor=floor, passed=passed) for one in alone)
         return {name: mask for part in parts for name, mask in part.items()}
-    return _least_gone(scores, masks, sparsity, floor, passed)
+    total = sum(score.numel() for score in scores.values())
+    count = round(sparsity * total)
+    keys = torch.cat([_make_keys(score, masks[name], floor).flatten() for name, score in scores.items()])
+    free = int((keys < math.inf).sum())
+    gone = int((keys < 0).sum())
+    where = next(iter(scores)) if len(scores) == 1 else f"{len(scores)} parameters"
+    if count > free:
+        raise BudgetError(
+            f"sparsity={sparsity:g} cannot be reached: with floor={floor:g} (at least one weight) {total - free:,} of "
+            f"{total:,} weights of {where} stay, {free / total:.4f} can go. Ask for less, or lower floor=."
+        )
+    if count < gone and passed:
+        return {name: masks[name] for name in scores}
+    if count < gone:
+        raise BudgetError(
+            f"sparsity={sparsity:g} is reached already: {gone:,} of {total:,} weights of {where} are masked "
+            f"({gone / total:.4f}). Ask for more."
+        )
+    parts = smallest(keys, count).split([score.numel() for score in scores.values()])
+    return {name: ~part.view(score.shape) for (name, score), part in zip(scores.items(), parts)}
 
 
 def keep_pattern(score: Tensor, mask: Tensor, pattern: Pattern, dim: int) -> Tensor | None:
@@ -112,7 +132,7 @@ def keep_pattern(score: Tensor, mask: Tensor, pattern: Pattern, dim: int) -> Ten
 
 def at_floor(masks: Mapping[str, Tensor], floor: float) -> list[str]:
     """Parameters of which only the floor is left."""
-    return [name for name, mask in masks.items() if int(mask.sum()) <= _floor(mask.numel(), floor)]
+    return [name for name, mask in masks.items() if int(mask.sum()) <= _count_kept(mask.numel(), floor)]
 
 
 def schedule(sparsity: float, steps: int, start: float = 0.0) -> list[float]:
@@ -121,40 +141,15 @@ def schedule(sparsity: float, steps: int, start: float = 0.0) -> list[float]:
     return [*(1 - (1 - start) * ratio ** (step / steps) for step in range(1, steps)), sparsity]
 
 
-def _floor(size: int, floor: float) -> int:
+def _count_kept(size: int, floor: float) -> int:
+    """How many of so many weights the floor keeps."""
     return max(1, math.ceil(floor * size - 1e-9))
 
 
-def _least_gone(
-    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: float, floor: float, passed: bool
-) -> dict[str, Tensor]:
-    total = sum(mask.numel() for mask in masks.values())
-    count = round(sparsity * total)
-    keys = torch.cat([_keys(scores[name], masks[name], floor).flatten() for name in scores])
-    free = int((keys < math.inf).sum())
-    gone = int((keys < 0).sum())
-    where = next(iter(scores)) if len(scores) == 1 else f"{len(scores)} parameters"
-    if count > free:
-        raise BudgetError(
-            f"sparsity={sparsity:g} cannot be reached: with floor={floor:g} (at least one weight) {total - free:,} of "
-            f"{total:,} weights of {where} stay, {free / total:.4f} can go. Ask for less, or lower floor=."
-        )
-    if count < gone and passed:
-        return {name: masks[name] for name in scores}
-    if count < gone:
-        raise BudgetError(
-            f"sparsity={sparsity:g} is reached already: {gone:,} of {total:,} weights of {where} are masked "
-            f"({gone / total:.4f}). Ask for more."
-        )
-    pruned = smallest(keys, count)
-    parts = pruned.split([scores[name].numel() for name in scores])
-    return {name: ~part.view(scores[name].shape) for name, part in zip(scores, parts)}
-
-
-def _keys(score: Tensor, mask: Tensor, floor: float) -> Tensor:
+def _make_keys(score: Tensor, mask: Tensor, floor: float) -> Tensor:
     """Scores; below all of them what is gone, above all of them what the floor keeps."""
     keys = torch.where(mask, score.double(), -1.0).flatten()
-    stays = min(_floor(keys.numel(), floor), int(mask.sum()))
+    stays = min(_count_kept(keys.numel(), floor), int(mask.sum()))
     if stays:
         protected = ~smallest(keys, keys.numel() - stays)
         keys[protected] = math.inf

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jbrprune.errors import ArgumentError, ModelError
+from jbrprune.errors import ModelError
 from jbrprune.sparsity.dead_channels import Shrunk, shrink
 
 Fingerprint = Callable[[nn.Module], dict[str, Any]]
@@ -66,10 +66,9 @@ def test_channels_that_nobody_reads_go() -> None:
     kept = model.one.conv1.weight[[0, 2, 3, 5]].clone()
     result = shrunk_alike(model, cases.images(2))
     assert result.removed == {"one.conv1": 2, "two.conv1": 1}
-    assert result.widths == {"one.conv1": (6, 4), "two.conv1": (10, 9)}
+    assert (model.one.conv1.out_channels, model.two.conv1.out_channels) == (4, 9)
     assert torch.equal(model.one.conv1.weight, kept)
     assert model.one.bn1.num_features == 4
-    assert not result.constant
 
 
 def test_a_residual_channel_goes_if_all_its_readers_ignore_it() -> None:
@@ -102,7 +101,7 @@ def test_nothing_dead_nothing_removed(fingerprint: Fingerprint) -> None:
     before = fingerprint(model)
     result = shrink(model, cases.images(2))
     assert fingerprint(model) == before
-    assert (result.removed, result.constant, result.widths, result.notes) == ({}, {}, {}, ())
+    assert (result.removed, result.notes) == ({}, ())
 
 
 def test_a_layer_keeps_one_unit() -> None:
@@ -111,7 +110,6 @@ def test_a_layer_keeps_one_unit() -> None:
     result = shrunk_alike(model, cases.images(2))
     assert result.removed == {"one.conv1": 5}
     assert any(note.startswith("one.conv1: ") for note in result.notes)
-    assert result.constant == {}
 
 
 def test_ignored_layers_stay() -> None:
@@ -119,7 +117,6 @@ def test_ignored_layers_stay() -> None:
     zeroed(model.one.conv2.weight[:, 1], model.two.conv2.weight[:, 1])
     result = shrunk_alike(model, cases.images(2), ignore=["one"])
     assert result.removed == {"two.conv1": 1}
-    assert result.skipped["one.conv1"] == "ignored on request"
 
 
 # --- it sends nothing -----------------------------------------------------------------------------
@@ -132,13 +129,12 @@ def silent(model: nn.Module, channel: int, shift: float) -> None:
         model.one.bn1.bias[channel] = shift
 
 
-@pytest.mark.parametrize(("shift", "removed", "constant"), [(0.0, 1, 0), (-0.3, 1, 0), (0.3, 0, 1)])
-def test_a_constant_goes_only_if_it_is_zero(shift: float, removed: int, constant: int) -> None:
+@pytest.mark.parametrize(("shift", "removed"), [(0.0, 1), (-0.3, 1), (0.3, 0)])
+def test_a_constant_goes_only_if_it_is_zero(shift: float, removed: int) -> None:
     model = basic()
     silent(model, 3, shift)
     result = shrunk_alike(model, cases.images(2))
     assert result.removed.get("one.conv1", 0) == removed
-    assert result.constant.get("one.conv1", 0) == constant
 
 
 def test_a_channel_that_is_dark_on_the_example_only_stays() -> None:
@@ -149,7 +145,6 @@ def test_a_channel_that_is_dark_on_the_example_only_stays() -> None:
     assert model.one.act1(model.one.bn1(model.one.conv1(F.relu(model.bn(model.stem(images))))))[:, 3].max() == 0
     result = shrunk_alike(model, images)
     assert result.removed == {}
-    assert result.constant == {}
 
 
 @pytest.mark.parametrize("relu", [F.relu, lambda x: torch.where(x > 0, x, 0)], ids=["relu", "where"])
@@ -247,17 +242,16 @@ def test_a_constant_through_a_live_depthwise_filter_depends_on_the_size() -> Non
     expected = model(large)
     result = shrunk_alike(model, small)
     assert result.removed == {}
-    assert result.constant == {"a": 1}
     assert torch.equal(model(large), expected)
 
 
-def test_a_constant_behind_a_depthwise_filter_stays_and_is_counted() -> None:
+def test_a_constant_behind_a_depthwise_filter_stays() -> None:
     model = depthwise()
     zeroed(model.d.weight[6])
     with torch.no_grad():
         model.m.bias[6] = 0.5
     result = shrunk_alike(model, nets.example().double())
-    assert (result.removed, result.constant) == ({}, {"a": 1})
+    assert result.removed == {}
 
 
 def test_whole_groups_of_a_grouped_convolution_go() -> None:
@@ -325,7 +319,6 @@ def test_heads_and_hidden_units_of_a_transformer() -> None:
     result = shrunk_alike(model, cases.images(2, 32))
     expected = {"blocks.0.attn": 1, "blocks.0.mlp.fc1": 3, "blocks.1.attn": 1, "blocks.1.mlp.fc1": 1}
     assert result.removed == expected
-    assert result.constant == {"blocks.1.mlp.fc1": 1}
     assert (one.attn.num_heads, two.attn.num_heads) == (2, 2)
 
 
@@ -336,7 +329,6 @@ def test_a_head_of_constant_values_stays() -> None:
     attention.qkv.weight.data[rows] = 0
     result = shrunk_alike(model, cases.images(2, 32))
     assert result.removed == {}
-    assert result.constant == {"blocks.1.attn": 1}
 
 
 def test_the_stream_under_layer_norms_stays() -> None:
@@ -346,16 +338,13 @@ def test_the_stream_under_layer_norms_stays() -> None:
     zeroed(model.head.weight[:, 3])
     result = shrunk_alike(model, cases.images(2, 32))
     assert result.removed == {}
-    assert "LayerNorm" in result.skipped["patch_embed.proj"]
 
 
 def test_response_normalisation_compares_with_channels_that_nobody_reads() -> None:
     model = model_of("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
-    name = "stages.0.blocks.0.mlp.fc1"
     zeroed(model.get_submodule("stages.0.blocks.0.mlp.fc2").weight[:, 3])
     result = shrunk_alike(model, cases.images(2, 64))
     assert result.removed == {}
-    assert result.skipped[name].endswith("mlp.grn divides by a mean over all channels")
 
 
 # --- the outputs never change ---------------------------------------------------------------------
@@ -429,14 +418,6 @@ def test_masks_of_heads() -> None:
     assert torch.equal(result.masks["blocks.0.attn.qkv.weight"], expected)
 
 
-def test_masks_that_fit_nothing() -> None:
-    model = basic()
-    with pytest.raises(ArgumentError, match=r"no parameter 'one\.weight'"):
-        shrink(model, cases.images(2), masks={"one.weight": torch.ones(1).bool()})
-    with pytest.raises(ArgumentError, match=r"no parameter 'fc\.weight' of shape \(4,\)"):
-        shrink(model, cases.images(2), masks={"fc.weight": torch.ones(4).bool()})
-
-
 def test_a_masked_model_is_refused() -> None:
     model = basic()
     torch.nn.utils.prune.l1_unstructured(model.fc, "weight", amount=0.5)
@@ -447,7 +428,7 @@ def test_a_masked_model_is_refused() -> None:
 def test_a_net_in_which_nothing_can_go_is_left_alone(fingerprint: Fingerprint) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double().eval()
     zeroed(model[1].weight)
-    masks, images = {"1.weight": torch.zeros(2, 12).bool()}, cases.images(1, 2)
+    masks, images = {"1.weight": torch.zeros(2, 12).bool()}, cases.images(2, 2)
     before = fingerprint(model)
     result = shrink(model, images, masks=masks)
     assert fingerprint(model) == before
@@ -461,7 +442,7 @@ def test_the_mode_and_the_random_state_stay(fingerprint: Fingerprint) -> None:
     model.train()
     zeroed(model.one.conv2.weight[:, 1])
     state = torch.get_rng_state()
-    assert shrink(model, cases.images(1)).removed == {"one.conv1": 1}
+    assert shrink(model, cases.images(2)).removed == {"one.conv1": 1}
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
     assert not any(any(hooks) for hooks in fingerprint(model)["hooks"].values())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from jbrprune.errors import ArgumentError, ModelError
-from jbrprune.sparsity.masks import fresh, ignored, make_permanent, masks_of, put_masks, slots, weights_of
+from jbrprune.sparsity.masks import find_ignored, fresh, make_permanent, masks_of, put_masks, slots, weights_of
 from jbrprune.structure.groups import match_names
 
 
@@ -110,7 +110,7 @@ def test_weights_that_are_not_ignored(ignore: list[str], left: list[str]) -> Non
 
 def test_ignored_covers_what_is_inside() -> None:
     names = {"body", "body.0", "body.1", "body.0.weight", "body.0.bias", "body.1.weight"}
-    assert ignored(net(), ["body"]) == names
+    assert find_ignored(net(), ["body"]) == names
 
 
 def test_globs_that_match_nothing_are_refused() -> None:
