@@ -181,12 +181,14 @@ def repair_model(
         methods: Some of `METHODS` to apply together, or ``("auto",)`` to choose among combinations; none: only measure.
         output: What of the model's output counts.
         masks: Name of a weight or bias -> boolean mask, False where the model's value is zero and stays so.
-        quick: Look at the first chunk of the images only, and take the first combination that helps.
+        quick: Look at the first chunk of the images and at the first batch of ``gate`` only, and take the first
+            combination that helps.
 
     Returns:
         What was kept, and the agreement on ``gate`` before and after. The divergence KL(dense || repaired) decides (of
         what is not logits, the relative error): on a hundred images it resolves differences that top-1 cannot.
     """
+    gate = gate[:1] if quick else gate
     before = agreement_on(model, gate, output)
     if not methods:
         return Outcome("none", before, before)
