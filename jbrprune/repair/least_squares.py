@@ -42,12 +42,12 @@ def gather_inputs(module: nn.Module, x: Tensor, positions: Tensor | None = None)
     Returns:
         ``[n * p, fan_in]``, in the order of the flattened weight's columns.
     """
+    some = slice(None) if positions is None else positions
     if isinstance(module, nn.Linear):
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    else:
-        how = module.kernel_size, module.dilation, module.padding, module.stride
-        rows = F.unfold(x, *how).transpose(1, 2)  # type: ignore[arg-type]
-    return (rows if positions is None else rows[:, positions]).flatten(0, 1)
+        return x.reshape(x.shape[0], -1, x.shape[-1])[:, some].flatten(0, 1)
+    how = module.kernel_size, module.dilation, module.padding, module.stride
+    # image by image: what is laid out is larger than the input, by the size of the kernel
+    return torch.cat([F.unfold(image, *how).transpose(1, 2)[:, some] for image in x.split(1)]).flatten(0, 1)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
