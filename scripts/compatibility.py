@@ -508,7 +508,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/compatibility.jsonl"), help="file of JSON lines")
     parser.add_argument("--table", type=Path, help="fill the tables of this page from the lines")
     parser.add_argument("--table-only", action="store_true", help="run nothing")
-    parser.add_argument("--kinds", nargs="*", default=["foreign", *KINDS], help="what is run, in this order")
+    parser.add_argument("--kinds", nargs="*", default=["foreign", *KINDS], help="what is run; what took least first")
     parser.add_argument("--modules", nargs="*", default=[], help="modules of timm, or other models; default: all")
     parser.add_argument("--again", nargs="*", default=[], help="statuses that are run again, on another commit")
     parser.add_argument("--seconds", type=float, default=300, help="processor time of each process")
@@ -522,8 +522,8 @@ def main() -> None:
     old = latest(lines(args.out))
     done = {key for key, r in old.items() if r["status"] not in args.again or r["commit"] == commit()}
     took = {module: r["seconds"] for (_, module), r in old.items()}
-    todo = [(kind, m) for kind, known in modules.items() for m in sorted(known, key=lambda m: took.get(m, 0))]
-    for kind, module in todo if not args.table_only else ():
+    todo = [(kind, module) for kind, known in modules.items() for module in known]
+    for kind, module in sorted(todo, key=lambda pair: took.get(pair[1], 0)) if not args.table_only else ():
         if (kind, module) not in done and module in (args.modules or [module]):
             line = run_module(kind, module, args)
             append(args.out, [line])
