@@ -521,7 +521,7 @@ def main() -> None:
         raise SystemExit(f"timm has no module {', '.join(unknown)}; see timm.list_modules().")
     old = latest(lines(args.out))
     done = {key for key, r in old.items() if r["status"] not in args.again or r["commit"] == commit()}
-    took = {module: r["seconds"] for (_, module), r in old.items()}
+    took = {module: sum(r.get("stages", {}).values()) for (_, module), r in old.items()}
     todo = [(kind, module) for kind, known in modules.items() for module in known]
     for kind, module in sorted(todo, key=lambda pair: took.get(pair[1], 0)) if not args.table_only else ():
         if (kind, module) not in done and module in (args.modules or [module]):
