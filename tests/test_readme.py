@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.utils import prune
+from typer.testing import CliRunner
 
 import jbrprune
+from jbrprune import cli
+from jbrprune.models import timm_models
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -51,3 +56,47 @@ def test_single_weights_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     exec(snippet("sparsity=0.9"), names)
     assert names["result"].report.sparsity == pytest.approx(0.9, abs=0.01)
     assert names["pattern"].report.sparsity == pytest.approx(0.5 * 40 / (40 + 216), abs=1e-9)  # 3 inputs: not the conv
+
+
+@pytest.fixture
+def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folders that the page speaks of, and a small net in the place of ResNet-50."""
+    generator = torch.Generator().manual_seed(0)
+    for folder in (tmp_path / "path/to/images", tmp_path / "path/to/validation"):
+        folder.mkdir(parents=True)
+        for number in range(12):
+            pixels = torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8, generator=generator)
+            Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    create = timm_models.create
+
+    def create_small(name: str, **arguments: Any) -> nn.Module:
+        torch.manual_seed(0)
+        small = ("test_resnet", {"pretrained": False, "num_classes": 4})
+        name, arguments = small if name == "resnet50" else (name, arguments)
+        return create(name, **arguments)
+
+    monkeypatch.setattr(timm_models, "create", create_small)
+    monkeypatch.setattr(cli, "create", create_small)
+
+
+@pytest.mark.usefixtures("photographs")
+def test_the_one_call() -> None:
+    names: dict[str, Any] = {}
+    exec(snippet('result.save("pruned/")'), names)
+    report = names["result"].report
+    assert report.kept <= 0.5
+    assert sum(parameter.numel() for parameter in names["model"].parameters()) == report.pruned.params
+
+
+@pytest.mark.usefixtures("photographs")
+def test_the_same_from_a_shell() -> None:
+    commands = re.findall(r"^    jbrprune (.*?)(?: +#.*)?$", README.read_text(), re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["info", "predict", "prune", "prune", "eval"]
+    for command in commands:
+        done = CliRunner().invoke(cli.app, shlex.split(command))
+        if "--max-drop" in command:  # takes more than 12 images, and says how many
+            assert "cannot be seen on" in str(done.exception)
+        else:
+            assert done.exit_code == 0, (command, done.output, done.exception)
+            assert done.output.strip(), command

@@ -43,7 +43,9 @@ class Gate(torch.autograd.Function):
     """The identity; its backward gives dL/dz, and dL/dy if asked for, in the gradient of ``gate``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, line: tuple[Tensor, Tensor] | None, gate: Tensor, dim: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, line: tuple[Tensor, Tensor] | None, gate: Tensor, dim: int, name: str
+    ) -> Tensor:
         """Pass ``x`` on.
 
         Args:
@@ -53,28 +55,32 @@ class Gate(torch.autograd.Function):
             line: what x is made from, with ``[C]`` slope and intercept: x = slope * a + intercept.
             gate: ``[1, n, C]`` zeros (z) or ``[2, n, C]`` (z and y).
             dim: 1 or -1.
+            name: Of the layer, for messages.
         """
         ctx.save_for_backward(a)
         ctx.version = a.data_ptr(), a._version
-        ctx.line, ctx.shape, ctx.dtype, ctx.dim = line, gate.shape, gate.dtype, dim
+        ctx.line, ctx.shape, ctx.dtype, ctx.dim, ctx.name = line, gate.shape, gate.dtype, dim, name
         return x.detach()  # the same memory, but no view for autograd: an in-place operation may follow
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, None]:  # type: ignore
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, None, None]:  # type: ignore
         """Sum over positions, in pieces of a few samples."""
         (a,), (kinds, samples, _) = ctx.saved_tensors, ctx.shape
         if a.data_ptr() == ctx.version[0] and a._version != ctx.version[1]:  # neither as it was, nor a copy
-            raise ModelError("The model overwrites a part of an activation in place: no relevance can be read from it.")
+            raise ModelError(
+                f"{ctx.name}: the model overwrites a part of its activation in place, so that no relevance can be read "
+                "from it. Write the forward without that, or put the layer into `ignore`."
+            )
         a, g = (by_sample(tensor, samples, ctx.dim) for tensor in (a, gradient))
         rows = max(1, CACHE_ELEMENTS // max(1, a[0].numel()))
         pairs = list(zip(a.split(rows), g.split(rows), strict=True))
         z = torch.cat([(x.to(ctx.dtype) * y.to(ctx.dtype)).sum((1, 3)) for x, y in pairs])
         if kinds == 1 and ctx.line is None:
-            return gradient, None, None, z[None], None
+            return gradient, None, None, z[None], None, None
         y = torch.cat([part.sum((1, 3), dtype=ctx.dtype) for _, part in pairs])
         if ctx.line is not None:
             z = ctx.line[0] * z + ctx.line[1] * y
-        return gradient, None, None, torch.stack([z, y][:kinds]), None
+        return gradient, None, None, torch.stack([z, y][:kinds]), None, None
 
 
 def by_sample(x: Tensor, samples: int, dim: int) -> Tensor:
@@ -130,7 +136,7 @@ def gated_logits(
                 a = x.detach() - a
             else:
                 line = _line_of(layer, dtype)
-        return Gate.apply(x, a, line, gates[name, side], dim)
+        return Gate.apply(x, a, line, gates[name, side], dim, name)
 
     def on_input(name: str, side: str, layer: nn.Module) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

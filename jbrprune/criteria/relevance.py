@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from jbrprune.criteria.scores import Accumulator, Scores, Settings
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError, check_known
-from jbrprune.evaluation.agreement import check_weights, explain_out_of_memory, raise_nonfinite
+from jbrprune.evaluation.agreement import check_rows, check_weights, explain_out_of_memory
 from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.models import layers, preserve
 from jbrprune.structure.groups import Group, Member
@@ -90,6 +91,8 @@ class Relevance:
         check_known("statistic", self.statistic, get_args(Statistic))
         if self.statistic == "mean_replaced" and self.site != "consumer":
             raise ArgumentError("statistic 'mean_replaced' is defined at site 'consumer' only.")
+        if self.statistic == "mean_replaced" and self.threshold:
+            raise ArgumentError("threshold= has no meaning for 'mean_replaced', whose means are those of all images.")
         if self.batch < 1:
             raise ArgumentError(f"batch must be at least 1, got {self.batch}.")
         if not isinstance(self.threshold, Real) or not 0 <= self.threshold < 1:
@@ -239,7 +242,7 @@ def relevances(
                 logits, gates = gated_logits(
                     model, batch.images, members, how.output, constants=means is not None, autocast=how.autocast
                 )
-                check_logits(model, batch, number, logits, how.autocast)
+                check_rows(logits, model, batch.images, number, how.autocast)
                 m, stays = directions(logits, batch, start)
                 return effects(logits, m, gates), stays
 
@@ -338,14 +341,6 @@ def channel_means(
     return {name: total[:-1] / total[-1] for name, total in distributed.all_sum(totals).items()}
 
 
-def check_logits(model: nn.Module, batch: Batch, number: int, logits: Tensor, autocast: torch.dtype | None) -> None:
-    """Refuse logits that do not belong to the images, or are not finite."""
-    if len(logits) != len(batch):
-        raise ModelError(f"Batch {number}: {len(batch)} images went in, {len(logits)} rows of logits came out.")
-    if not torch.isfinite(logits).all():
-        raise_nonfinite(model, batch.images, f"Batch {number}: the logits", autocast_dtype=autocast)
-
-
 @contextmanager
 def share_pass(batches: object, how: Relevance, batch_size: int, progress: bool) -> Iterator[Numbered]:
     """Context of one pass over this rank's share of the data."""
@@ -361,8 +356,8 @@ def count_samples(kept: Iterable[Tensor], threshold: float) -> tuple[int, int]:
     Raises:
         DataError: None was scored.
     """
-    numbers = [(int(stays.sum()), len(stays)) for stays in kept]
-    samples, seen = distributed.total(*map(sum, zip(*numbers or [(0, 0)], strict=True)))
+    own = [(int(stays.sum()), len(stays)) for stays in kept]
+    samples, seen = map(sum, zip((0, 0), *itertools.chain(*distributed.gather(own))))
     if samples == 0:
         raise DataError(
             f"No sample was left: the dense model's largest probability exceeds threshold={threshold} on none of "

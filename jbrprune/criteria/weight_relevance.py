@@ -18,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jbrprune.criteria.gates import differentiate
 from jbrprune.criteria.objectives import Directions
-from jbrprune.criteria.relevance import Relevance, check_finite, check_logits, count_samples, share_pass
+from jbrprune.criteria.relevance import Relevance, check_finite, count_samples, share_pass
 from jbrprune.criteria.scores import Accumulator, Settings, SummedScores
 from jbrprune.data import distributed
 from jbrprune.errors import ArgumentError, ModelError, check_known
-from jbrprune.evaluation.agreement import check_weights, explain_out_of_memory
+from jbrprune.evaluation.agreement import check_rows, check_weights, explain_out_of_memory
 from jbrprune.models import layers, preserve
 from jbrprune.models.preserve import copy_model
 from jbrprune.sparsity.masks import find_ignored, fresh, make_permanent, refuse_computed_weights, slots, weights_of
@@ -161,7 +161,7 @@ def weight_scores(
                 if number == 0 and squared:
                     check_samples_apart(work, batch.images, ())
                 logits = logits_with({}, batch.images)
-                check_logits(work, batch, number, logits, relevance.autocast)
+                check_rows(logits, work, batch.images, number, relevance.autocast)
                 m, stays = directions(logits, batch, start)
                 x, m = batch.images[stays], m[stays]
 

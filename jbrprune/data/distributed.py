@@ -241,13 +241,6 @@ def all_sum(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def total(*numbers: int) -> tuple[int, ...]:
-    """Add up whole numbers over all ranks."""
-    if size() == 1:
-        return numbers
-    return tuple(all_sum({"numbers": torch.tensor(numbers, dtype=torch.int64)})["numbers"].tolist())
-
-
 def own_share(tensor: Tensor) -> Tensor:
     """This rank's rows of a tensor that all ranks have, in the order of the ranks; all of them if too few."""
     shared = size() > 1 and len(tensor) >= size()

@@ -137,13 +137,25 @@ def compute_logits(
             images = batch.images.to(preserve.device_of(model), non_blocking=True)
             with explain_out_of_memory(len(images)):
                 out = output(model(images))
-            if len(out) != len(images):
-                raise ModelError(f"Batch {number}: {len(images)} images gave {len(out)} rows of logits.")
-            if not _finite(out):
-                raise_nonfinite(model, images, f"Batch {number}: the logits")
+            check_rows(out, model, images, number)
             own[number] = out.to("cpu", torch.promote_types(out.dtype, torch.float32))
     found = {number: logits for share in distributed.gather(own) for number, logits in share.items()}
     return [found[number] for number in range(len(found))]
+
+
+def check_rows(
+    rows: Tensor, model: nn.Module, images: Tensor, number: int, autocast: torch.dtype | None = None
+) -> None:
+    """Refuse rows, such as logits, that do not belong to the images of batch ``number``, or are not finite.
+
+    Raises:
+        ModelError: Another number of rows than of images.
+        NonFiniteError: See `raise_nonfinite`.
+    """
+    if len(rows) != len(images):
+        raise ModelError(f"Batch {number}: {len(images)} images gave {len(rows)} rows of logits.")
+    if not _finite(rows):
+        raise_nonfinite(model, images, f"Batch {number}: the logits", autocast_dtype=autocast)
 
 
 def agreement(logits: Tensor, reference: Tensor, labels: Tensor | None = None, output: Output = LOGITS) -> Agreement:
@@ -161,8 +173,7 @@ def agreement(logits: Tensor, reference: Tensor, labels: Tensor | None = None, o
         Shares in [0, 1] and the mean divergence in nats, or errors, accumulated in float64.
 
     Raises:
-        DataError: No samples, shapes that do not fit, a label outside of ``[0, K)``.
-        NonFiniteError: NaN or Inf in either logits.
+        DataError: No samples, or shapes that do not fit.
 
     Example:
         >>> agreement(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])).top1
@@ -173,20 +184,10 @@ def agreement(logits: Tensor, reference: Tensor, labels: Tensor | None = None, o
             f"Logits and reference must both be [N, K] of the same images, with N and K at least 1; got "
             f"{list(logits.shape)} and {list(reference.shape)}."
         )
-    for name, values in (("logits", logits), ("reference", reference)):
-        if not _finite(values):
-            raise NonFiniteError(f"The {name} contain NaN or Inf in {int((~values.isfinite()).any(1).sum())} samples.")
     if not output.decides:
         return _agreement_of_values(logits, reference, output)
     pruned, dense = output.by_class(logits), output.by_class(reference)
     labels = labels if output.positions == 1 else None
-    if labels is not None and labels.shape != logits.shape[:1]:
-        raise DataError(f"Labels must be [{len(logits)}] class indices, got shape {list(labels.shape)}.")
-    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < pruned.shape[1]:
-        raise DataError(
-            f"Labels must lie in [0, {pruned.shape[1]}), the classes of the model; got {int(labels.min())} to "
-            f"{int(labels.max())}. Map the labels of the data to the model's classes, or leave them out."
-        )
 
     def share(hits: Tensor) -> float:
         return int(hits.sum()) / hits.numel()
@@ -252,19 +253,10 @@ def _agreement_of_values(values: Tensor, reference: Tensor, output: Output) -> A
 
 
 def agreement_on(model: nn.Module, batches: Iterable[Batch], output: Output = LOGITS) -> Agreement:
-    """`compute_logits`, then `agreement` with the references (and labels, if every batch has them) of the batches.
-
-    Raises:
-        DataError: A batch without reference, or no batch.
-    """
+    """`compute_logits`, then `agreement` with the references (and labels, if every batch has them) of the batches."""
     batches = list(batches)
     references = [batch.reference for batch in batches if batch.reference is not None]
     labels = [batch.labels for batch in batches if batch.labels is not None]
-    if not batches or len(references) < len(batches):
-        raise DataError(
-            f"Agreement needs the dense model's logits: {len(batches) - len(references)} of {len(batches)} batches "
-            "have no reference. Attach it with jbrprune.data.batches.attach_reference."
-        )
     known = torch.cat(labels) if len(labels) == len(batches) else None
     return agreement(torch.cat(compute_logits(model, batches, output)), torch.cat(references).cpu(), known, output)
 

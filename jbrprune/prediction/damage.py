@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
-from jbrprune.evaluation.agreement import paired_interval
+from jbrprune.evaluation.agreement import paired_interval, wilson_interval
 from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.tpv.validity import TPVWarning
 
@@ -78,8 +77,7 @@ def _summarise(squares: Tensor, flipped: Tensor | None) -> Damage:
     if flipped is None:
         return Damage(tpv, error, nan, nan, nan)
     share = int(flipped.sum()) / flipped.numel()
-    interval = binomtest(round(share * n), n).proportion_ci(0.95, method="wilson")
-    return Damage(tpv, error, share, float(interval.low), float(interval.high))
+    return Damage(tpv, error, share, *wilson_interval(share, n))
 
 
 def saturation(change: Tensor, rest: Tensor, spread: Tensor) -> Tensor:

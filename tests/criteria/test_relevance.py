@@ -557,6 +557,7 @@ def test_attention_of_torch_is_refused_where_it_reads_weights_directly() -> None
         ({"site": "producer"}, "site must be one of consumer, all, layers, got 'producer'"),
         ({"statistic": "mean"}, "statistic must be one of second_moment, .* got 'mean'"),
         ({"statistic": "mean_replaced", "site": "all"}, "'mean_replaced' is defined at site 'consumer' only"),
+        ({"statistic": "mean_replaced", "threshold": 0.5}, "threshold= has no meaning for 'mean_replaced'"),
         ({"statistic": "batched", "batch": 0}, "batch must be at least 1, got 0"),
         ({"statistic": "signed"}, "'signed' is not defined for units"),
         ({"autocast": "bfloat16"}, "autocast must be a torch.dtype such as torch.bfloat16, got 'bfloat16'"),
