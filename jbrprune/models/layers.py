@@ -376,7 +376,8 @@ def repeated_widths(
     """
     modules = dict(model.named_modules())
     widths = {module: facts for module in modules.values() if (facts := _fact(module, "widths", {}))}
-    readers = [modules[name] for name in (*classifiers(model)[:1], "conv_head") if name in modules]
+    heads = [modules[name] for name in (*classifiers(model)[:1], "conv_head") if name in modules]
+    readers = [layer for head in heads for layer in head.modules()]
     reading = [(layer, widths[layer]["in"]) for layer in readers if "in" in widths.get(layer, {})]
     found = []
     for module in modules.values():

@@ -70,11 +70,24 @@ def test_every_width_that_pruning_changes_is_restored(name: str, tmp_path: Path)
         assert torch.equal(loaded(images), model(images))
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv3_small_050", "convnextv2_atto", "vit_tiny_patch16_224"])
-def test_a_pruned_model_takes_a_new_classifier(name: str) -> None:
-    model, _, images = pruned(name, **NETS[name])
-    model.reset_classifier(7)  # type: ignore[operator]
-    assert model(images).shape == (2, 7)
+HEADS = ("test_resnet", "mobilenetv3_small_050", "mobilenetv4_conv_small_035", "dla46x_c", "repvit_m0_9", "hgnetv2_b0")
+HEADS += ("ghostnet_050", "convnextv2_atto", "vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_pruned_model_takes_a_new_classifier(name: str, tmp_path: Path) -> None:
+    """Larger, smaller or none; it trains, and is saved and loaded."""
+    model, _, images = pruned(name, **NETS.get(name, {}))
+    for classes in (9, 2, 0):
+        model.reset_classifier(classes)  # type: ignore[operator]
+        model.train()(images).square().sum().backward()
+        with torch.no_grad():
+            expected = model.eval()(images)
+            assert expected.shape == (2, classes or model.head_hidden_size)
+            save(model, tmp_path / str(classes), size=images.shape[1:])
+            loaded = load(tmp_path / str(classes))
+            assert loaded.num_classes == classes
+            assert torch.equal(loaded(images), expected)
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m0_9", "repghostnet_050"])
