@@ -160,6 +160,11 @@ def mac_terms(model: nn.Module, images: Tensor, groups: Iterable[Group] = ()) ->
             axes: tuple[Axis, ...] = ((name, "out", 0),)
         elif layers.is_consumer(module):
             axes = ((name, "out", 0), (name, "in", 0))
+            if isinstance(module, nn.RNNBase):  # what the states cost stays
+                sizes = {own: w.numel() for own, w in module.named_parameters() if "weight" in own}
+                inputs = sum(sizes[own] for own in sizes.keys() & layers.channel_tensors(module, "in").keys())
+                terms.append(Term(macs * (1 - inputs / sum(sizes.values())), (), name=name))
+                macs *= inputs / sum(sizes.values())
         else:
             axes = ((name, "heads", 0),) if layers.head_layout(module) else ()
         terms.append(Term(macs, axes, name=name))
@@ -177,8 +182,9 @@ def parameter_terms(model: nn.Module, groups: Iterable[Group] = ()) -> list[Term
             axes: tuple[Axis, ...] = ((name, "out", 0),)
             if layers.channel_dim(module) is None:
                 axes = tuple((own, "param", dim) for dim in range(parameter.dim()))
-            elif own.rpartition(".")[2] == "weight" and layers.is_consumer(module) and not layers.is_grouped(module):
-                axes = (*axes, (name, "in", 0))
+            elif layers.is_consumer(module) and not layers.is_grouped(module):
+                reads = own.rpartition(".")[2] in layers.channel_tensors(module, "in")
+                axes = (*axes, (name, "in", 0)) if reads else axes
             terms.append(Term(parameter.numel(), axes, name=name))
     return join_pairs(terms, model, groups)
 

@@ -56,6 +56,9 @@ LAYERS: dict[str, Layer] = {
     ),
     "_ConvTransposeNd": Layer(None, {"out": {"weight": 1, "bias": 0}, "in": {"weight": 0}}),
     "Linear": Layer(-1, _WEIGHT_AND_BIAS | {"in": {"weight": 1}}, {"out": "out_features", "in": "in_features"}),
+    "RNNBase": Layer(
+        -1, {"in": {"weight_ih_l0": 1, "weight_ih_l0_reverse": 1}}, {"in": "input_size"}
+    ),  # not its states
     "PReLU": Layer(None, {"out": {"weight": 0}}, {"out": "num_parameters"}),
     "_NormBase": Layer(1, _STATISTICS, {"out": "num_features"}),  # BatchNorm, SyncBatchNorm, InstanceNorm
     "GroupNorm": Layer(1, _WEIGHT_AND_BIAS, {"out": "num_channels"}, groups="num_groups", mixes_channels=True),
@@ -285,12 +288,12 @@ def standardises_inputs(module: nn.Module) -> bool:
 
 def has_parameters(module: nn.Module) -> bool:
     """Whether a layer has parameters of its own: a norm may be without."""
-    return any(isinstance(getattr(module, name, None), Tensor) for name in ("weight", "bias", "gamma"))
+    return any(isinstance(getattr(module, name, None), Tensor) for name in ("weight", "bias", "gamma", "weight_ih_l0"))
 
 
 def is_consumer(module: nn.Module) -> bool:
-    """Whether the layer mixes input channels: Linear, or a convolution that is not depthwise."""
-    return isinstance(module, nn.Linear | _ConvNd) and not is_depthwise(module)
+    """Whether the layer mixes input channels: Linear, recurrent, or a convolution that is not depthwise."""
+    return isinstance(module, nn.Linear | nn.RNNBase | _ConvNd) and not is_depthwise(module)
 
 
 def is_depthwise(module: nn.Module) -> TypeGuard[_ConvNd]:

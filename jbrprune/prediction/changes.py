@@ -206,8 +206,8 @@ def find_unexplained(moments: Moments, layer: nn.Module, masks: Tensor, ridge: f
         1 where nothing goes, or nothing stays.
     """
     shares = torch.ones(masks.shape[1], dtype=torch.float64)
-    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-    if transposed or not layers.is_consumer(layer) or layers.is_grouped(layer):
+    other = isinstance(layer, nn.modules.conv._ConvTransposeNd | nn.RNNBase)
+    if other or not layers.is_consumer(layer) or layers.is_grouped(layer):
         return shares
     weight: Tensor = layer.weight  # type: ignore[assignment]
     rows = weight.detach().cpu().double().reshape(*weight.shape[:2], -1).transpose(1, 2).flatten(0, 1)

@@ -470,12 +470,13 @@ def transplant(source: nn.Module, target: nn.Module) -> nn.Module:
     Everything is prepared first, so that nothing can fail between the first change and the last.
     """
     pruned, changes, split = dict(source.named_modules()), [], {}
+    beside = ("feature_info", "_flat_weights")  # of recurrent layers
     for name, module in target.named_modules():
         if type(pruned[name]) is not type(module):
             split[name] = pruned[name].train(module.training)
             continue
         new = vars(pruned[name])
-        sizes = {key: value for key, value in new.items() if isinstance(value, int | tuple) or key == "feature_info"}
+        sizes = {key: value for key, value in new.items() if isinstance(value, int | tuple) or key in beside}
         sizes.pop("training")
         changes.append((module, sizes | {key: new[key] for key in ("_parameters", "_buffers")}))
     make_permanent(target)

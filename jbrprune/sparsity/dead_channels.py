@@ -92,7 +92,7 @@ def shrink(
     weighted = {
         name: module
         for name, module in model.named_modules()
-        if layers.is_consumer(module) or layers.is_depthwise(module)
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     }
     sizes = {group.name: group.size for group in groups}
     while True:
@@ -145,10 +145,11 @@ def _find_units(model: nn.Module, group: Group, zero: Mapping[str, Tensor]) -> T
 
 
 def _nonzero(module: nn.Module, side: Side) -> Tensor:
-    """``[in]`` or ``[out]`` channels of a convolution or linear layer with a weight that is not zero."""
-    table = module.weight.detach().cpu() != 0  # type: ignore[union-attr,operator]
+    """``[in]`` or ``[out]`` channels of a layer with a weight that is not zero."""
+    weights = [getattr(module, name) for name in layers.channel_tensors(module, "in") if hasattr(module, name)]
+    table = torch.cat(weights).detach().cpu() != 0
     table = table.flatten(2).any(2) if table.dim() > 2 else table  # [out, in / groups], or the other way round
-    if layers.channel_tensors(module, side)["weight"] == 0:
+    if layers.channel_tensors(module, side).get("weight") == 0:
         return table.any(1)
     # channels of one group stand in its rows only
     return table.unflatten(0, (layers.group_count(module), -1)).any(1).flatten()

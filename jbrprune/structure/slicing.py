@@ -48,11 +48,12 @@ def remove_channels(model: nn.Module, gone: Mapping[Axis, Tensor]) -> None:
     widths: dict[nn.Module, int | None] = {}
     for name, sides in cuts.sides.items():
         module = model.get_submodule(name)
-        widths[module] = layers.width_of(module, "out") - len(sides.get("out", ()))  # type: ignore[operator]
+        whole = layers.width_of(module, "out")
+        widths[module] = whole and whole - len(sides.get("out", ()))
     for module in model.modules():
         for owned in (module._parameters, module._buffers):
             for name in [name for name, tensor in owned.items() if id(tensor) in smaller]:
-                owned[name] = smaller[id(owned[name])]  # type: ignore[assignment]
+                setattr(module, name, smaller[id(owned[name])])  # recurrent layers keep a list of their weights
                 widths.setdefault(module, None)
     for module, width in widths.items():
         layers.refresh(module, width=width)
@@ -86,7 +87,8 @@ def masked(model: nn.Module, gone: Mapping[Axis, Tensor]) -> Iterator[None]:
     for name, sides in plan_cuts(model, gone).sides.items():
         module = model.get_submodule(name)
         if "in" in sides:
-            before[name] = partial(_zero_input, gone=sides["in"], dim=1 - module.weight.dim())  # type: ignore[union-attr,operator]
+            dim = -1 if layers.channel_dim(module) == -1 else 1 - module.weight.dim()  # type: ignore[union-attr,operator]
+            before[name] = partial(_zero_input, gone=sides["in"], dim=dim)
         if "out" in sides and layers.mixes_channels(module):
             smaller = copy.copy(module)  # the original keeps its own tensors
             smaller.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -27,6 +28,7 @@ MOST_STEPS = 2
 """So many steps per node of the graph (and a hundred) may a walk take; those that find their way take less than one."""
 
 UNSHRINKABLE = (nn.MultiheadAttention, nn.RNNBase, nn.Embedding)
+"""Classes whose outputs keep their width; recurrent layers may lose inputs."""
 
 _UNKNOWN: Any = object()
 """Stands for the rule of an operation of which it is not known which channels belong together."""
@@ -77,10 +79,10 @@ class CouplingGraph:
         couplings, reason = [], None
         try:
             for dependency, channel, source in self._walk(root, width):
-                module = dependency.target.module
+                module, out = dependency.target.module, self._graph.is_out_channel_pruning_fn(dependency.handler)
                 if isinstance(module, _OutputOp):
                     reason = "reaches the model's output"
-                elif isinstance(module, UNSHRINKABLE):
+                elif isinstance(module, UNSHRINKABLE) and (out or not isinstance(module, nn.RNNBase)):
                     shown = f"{self.names[module]} ({type(module).__name__})"
                     reason = reason or f"{shown} is of a class that cannot be shrunk"
                 place = self._place(dependency)
@@ -90,8 +92,7 @@ class CouplingGraph:
                 if channel.max() * times >= full:
                     channel, source = (side[channel * times < full] for side in (channel, source))
                     reason = reason or f"the dependency graph does not follow its channels to {axis[0]}"
-                out = times == 1 and self._graph.is_out_channel_pruning_fn(dependency.handler)
-                whole = out and len(channel) == full and np.array_equal(channel, source)
+                whole = out and times == 1 and len(channel) == full and np.array_equal(channel, source)
                 couplings.append(Coupling(axis, full, channel * times, source, whole))
         except _Lost:
             reason = reason or "the dependency graph does not follow its channels"
@@ -170,6 +171,19 @@ class _PerChannel(tp.function.BasePruningFunc):
     get_in_channels = get_out_channels
 
 
+class _OneNode(torch.autograd.Function):
+    """One node of the graph in the place of all that a recurrent layer does, step by step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output: Tensor) -> Tensor:
+        """The output."""
+        return output.clone()
+
+
+def _as_one_node(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
+    return (_OneNode.apply(preserve.input_of(args, kwargs), output[0].detach()), *output[1:])
+
+
 def trace_model(model: nn.Module, images: Tensor) -> CouplingGraph:
     """Trace a model.
 
@@ -196,7 +210,9 @@ def trace_model(model: nn.Module, images: Tensor) -> CouplingGraph:
         for module in model.modules()
         if not module._parameters and module._buffers and layers.channel_tensors(module, "out")
     }
-    with preserve.inference_state(model, gradients=True):
+    fixed |= {kind: tp.function.LSTMPruner() for kind in (nn.GRU, nn.RNN)}
+    recurrent = {name: _as_one_node for name, module in model.named_modules() if isinstance(module, nn.RNNBase)}
+    with preserve.inference_state(model, gradients=True), preserve.hooked(model, recurrent):
         try:
             inputs = (images.detach().clone(),)
             graph.build_dependency(model, inputs, cast(Any, forward), customized_pruners=fixed, verbose=False)
