@@ -162,9 +162,8 @@ def mac_terms(model: nn.Module, images: Tensor, groups: Iterable[Group] = ()) ->
             axes = ((name, "out", 0), (name, "in", 0))
             if isinstance(module, nn.RNNBase):  # what the states cost stays
                 sizes = {own: w.numel() for own, w in module.named_parameters() if "weight" in own}
-                inputs = sum(sizes[own] for own in sizes.keys() & layers.channel_tensors(module, "in").keys())
-                terms.append(Term(macs * (1 - inputs / sum(sizes.values())), (), name=name))
-                macs *= inputs / sum(sizes.values())
+                share = sum(sizes.get(own, 0) for own in layers.channel_tensors(module, "in")) / sum(sizes.values())
+                terms, macs = [*terms, Term(macs * (1 - share), (), name=name)], macs * share
         else:
             axes = ((name, "heads", 0),) if layers.head_layout(module) else ()
         terms.append(Term(macs, axes, name=name))

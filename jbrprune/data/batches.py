@@ -178,11 +178,7 @@ def _as_batch(item: object) -> Batch:
             f"tensor under one of the keys {', '.join(IMAGE_KEYS)}. {CONVERSIONS}"
         )
     labels = class_indices(labels, images.shape[:-3])
-    return (
-        replace(item, images=images.detach(), labels=labels)
-        if isinstance(item, Batch)
-        else Batch(images.detach(), labels)
-    )
+    return Batch(images.detach(), labels, item.reference if isinstance(item, Batch) else None)
 
 
 def split_item(item: object) -> tuple[object, object]:
