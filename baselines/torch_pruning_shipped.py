@@ -8,7 +8,7 @@ The only file here that imports torch_pruning.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -161,11 +161,17 @@ def tp_hessian(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Grou
     return _ask("tp_hessian", importance, model, batches, groups, prepare)
 
 
-def prune_by_recipe(model: nn.Module, images: Tensor, ratio: float = 0.3) -> None:
+def prune_by_recipe(
+    model: nn.Module,
+    images: Tensor,
+    ratio: float = 0.3,
+    importance: Importance = tp.importance.MagnitudeImportance(p=2),  # noqa: B008
+    steps: int = 1,
+) -> Iterator[None]:
     """Remove a share of all channels of a timm model in place, by torch-pruning's example for such models.
 
-    ``MagnitudeImportance``; the classifier is ignored; heads are counted, and ``num_heads``, ``head_dim`` and
-    ``attn_dim`` set afterwards, as its examples mean to.
+    The same share of every layer; the classifier is ignored; heads are counted, and ``num_heads``, ``head_dim`` and
+    ``attn_dim`` set after every step, as its examples mean to. Yields after every step.
     """
     heads = {}
     for module in model.modules():
@@ -174,20 +180,48 @@ def prune_by_recipe(model: nn.Module, images: Tensor, ratio: float = 0.3) -> Non
             heads[queries] = module
     classifier = model.get_classifier()
     how = {
-        "importance": tp.importance.MagnitudeImportance(p=2),
+        "importance": importance,
         "pruning_ratio": ratio,
+        "iterative_steps": steps,
         "ignored_layers": list(classifier) if isinstance(classifier, tuple | list) else [classifier],
         "num_heads": {queries: module.num_heads for queries, module in heads.items()},
         "root_module_types": [nn.modules.conv._ConvNd, nn.Linear],
     }
     pruner = tp.pruner.MetaPruner(model, images, pruning_ratio_dict={}, customized_pruners={}, **how)
-    pruner.step()
-    for queries, module in heads.items():
-        count = int(pruner.num_heads.get(queries, module.num_heads))
-        width = getattr(queries, "out_features", None) or queries.out_channels
-        sizes = {"num_heads": count, "head_dim": width // (3 * count), "attn_dim": width // 3}
-        for attribute in sizes.keys() & set(dir(module)):
-            setattr(module, attribute, sizes[attribute])
+    for _ in range(steps):
+        pruner.step()
+        for queries, module in heads.items():
+            count = int(pruner.num_heads.get(queries, module.num_heads))
+            width = getattr(queries, "out_features", None) or queries.out_channels
+            sizes = {"num_heads": count, "head_dim": width // (3 * count), "attn_dim": width // 3}
+            for attribute in sizes.keys() & set(dir(module)):
+                setattr(module, attribute, sizes[attribute])
+        yield
+
+
+def prune_by_taylor(model: nn.Module, batches: Sequence[Batch], ratio: float, steps: int) -> nn.Module:
+    """A copy without a share of its channels by `prune_by_recipe` and ``GroupTaylorImportance``.
+
+    Before every step its gradients are summed over all images, after it the batch norms are recalibrated on them.
+    """
+    work, count = copy_model(model), sum(map(len, batches))
+    batches = [batch.to(preserve.device_of(work)) for batch in batches]
+    norms = [module for module in work.modules() if layers.has_running_statistics(module)]
+    with preserve.inference_state(work, gradients=True):
+        pruner = prune_by_recipe(work, batches[0].images[:2], ratio, tp.importance.GroupTaylorImportance(), steps)
+        for _ in range(steps):
+            for batch in batches:
+                (label_losses(work, batch).sum() / count).backward()
+            next(pruner)
+            work.zero_grad()
+            for norm in norms:
+                norm.reset_running_stats()  # type: ignore[operator]
+                norm.train().momentum = None  # type: ignore[assignment]
+            for batch in batches if norms else ():
+                with torch.no_grad():
+                    work(batch.images)
+            work.eval()
+    return work
 
 
 def find_permuted(dense: nn.Module, smaller: nn.Module) -> list[str]:

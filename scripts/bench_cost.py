@@ -8,15 +8,17 @@ What is measured: a criterion of `baselines.CRITERIA`; one of single weights (``
 method of the published code (arXiv 2512.11089: gradient of the mean cross-entropy over a batch, then (sum of w g)^2 for
 every input and output channel); ``tpv`` and ``tpv_published``, one draw per image of sigma^2 E_x |J(x)|^2 by
 `jbrprune.tpv.trace_form` and by the published code, which makes the gradient of one image and one vector of random
-signs per backward (draws of both have the same deviation); ``prune``, a whole `jbrprune.prune` to half of the MACs with
-its repairs, with the shares of its parts and the ratio of all to its scoring passes. ``--all`` measures all of `ALL` on
-each of `MODELS`: ``--device cuda --all --data imagenet --root FOLDER --images 256``. The yardstick is one pass in eval
-mode, forward and a backward that makes the gradient of every parameter.
+signs per backward (draws of both have the same deviation); ``prune``, a whole `jbrprune.prune` to ``--macs`` with its
+repairs, with the shares of its parts and the ratio of all to its scoring passes; ``tp_prune``, torch-pruning's own
+pruner by its Taylor importance (with labels) in as many steps, batch norms recalibrated after each, to that share by
+removing 1 - sqrt(macs) of the channels of every layer. ``--all`` measures all of `ALL` on each of `MODELS`:
+``--device cuda --all --data imagenet --root FOLDER --images 256``. The yardstick is one pass in eval mode, forward and
+a backward that makes the gradient of every parameter. Images without labels all get the first one.
 
 Time: in a round the yardstick is timed first and last, and everything else in between, in one process, so that what
 disturbs the machine disturbs all; a round's ratio is to the mean of its two yardsticks. Given are median and quartiles
-over the rounds; one untimed round goes before. The clock is processor time; with ``--device cuda`` wall time, until the
-GPU has done the work. Units are found beforehand: all criteria need them.
+over the rounds; an untimed round, but of whole prunes, goes before. The clock is processor time; with ``--device cuda``
+wall time, until the GPU has done the work. Units are found beforehand: all criteria need them.
 
 Memory (``--memory``): each in a process of its own, the highest memory in use above what was in use before (model and
 images loaded, one image gone forward and backward), as a ratio to that of the yardstick. Called with several numbers of
@@ -39,18 +41,23 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from benchmark import load, load_calibration, load_dense, show_labels
+from benchmark import load, load_calibration, show_labels
 from common import append, describe_call, done, exit_on_error, key_of, lines, make_parser, markdown, mend
 from protocols import PROTOCOLS, Setup, add_setup_arguments, read_setup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines import CRITERIA, LABELS, WEIGHT_CRITERIA
-from jbrprune import PruneResult, prune
+from baselines.published import draw_as_published, square_channels
+from baselines.torch_pruning_shipped import prune_by_taylor
+from jbrprune import prune
+from jbrprune.budgets.budget import schedule
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch
@@ -64,25 +71,30 @@ from jbrprune.structure.groups import Group
 from jbrprune.tpv import Isotropic, trace_form
 
 TPV = ("tpv", "tpv_published")
-KNOWN = (*CRITERIA, *(f"weights/{name}" for name in WEIGHT_CRITERIA), "published", "prune", *TPV)
+WHOLE = ("prune", "tp_prune")
+KNOWN = (*CRITERIA, *(f"weights/{name}" for name in WEIGHT_CRITERIA), "published", *WHOLE, *TPV)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 YARDSTICK = "training"
 MODELS = ("resnet50", "vit_small_patch16_224", "vit_base_patch16_224", "convnext_tiny")
-ALL = ("jbr", "taylor", "weights/jbr_projection", "published", "prune")
+ALL = ("jbr", "taylor", "weights/jbr_projection", "published", *WHOLE)
 Step = Callable[[], object]
 
 
 # --- what is measured ------------------------------------------------------------------------------
 
 
-def make_step(name: str, model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Step:
-    """One of `KNOWN`, or the yardstick, over all images."""
+def make_step(
+    name: str, model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], macs: float = 0.5
+) -> Step:
+    """One of `KNOWN`, or the yardstick, over all images; whole prunes to a share of the MACs."""
     if name == YARDSTICK:
         return lambda: train_once(model, batches)
     if name == "published":
         return lambda: train_once(model, batches, square_channels)
     if name == "prune":
-        return lambda: prune(model, show_labels("jbr", batches), macs=0.5, images=None, progress=False)
+        return lambda: prune(model, show_labels("jbr", batches), macs=macs, images=None, progress=False)
+    if name == "tp_prune":
+        return lambda: prune_by_taylor(model, batches, 1 - macs**0.5, len(schedule(macs)))
     if name in TPV:
         images = torch.cat([batch.images for batch in batches])
         how = {"method": "projection", "rtol": 0.0, "validity": False, "progress": False}
@@ -109,27 +121,6 @@ def train_once(
                 use(model, dict(zip(leaves, gradients)))
 
 
-@torch.no_grad()
-def square_channels(model: nn.Module, gradients: Mapping[Tensor, Tensor]) -> None:
-    """The published score of every input and output channel of one batch."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            products = (module.weight * gradients[module.weight]).reshape(*module.weight.shape[:2], -1).sum(-1)
-            products.sum(1).square(), products.sum(0).square()
-
-
-def draw_as_published(model: nn.Module, images: Tensor) -> float:
-    """One image and one vector of signs per backward; all gradients are made, squared and added up."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    total, generator = 0.0, torch.Generator().manual_seed(0)
-    for image in images.to(preserve.device_of(model)):
-        outputs = model(image[None])[0]
-        signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
-        gradients = torch.autograd.grad((signs * outputs).sum(), parameters, allow_unused=True)
-        total += sum(gradient.pow(2).sum().item() for gradient in gradients if gradient is not None)
-    return total / len(images)
-
-
 # --- time ------------------------------------------------------------------------------------------
 
 
@@ -139,13 +130,14 @@ def clock() -> str:
 
 
 def time_step(step: Step) -> float:
-    """Seconds by the `clock`; of a GPU, until it has done the work."""
+    """Seconds by the `clock`, by which reports go meanwhile; of a GPU, until it has done the work."""
     now, wait = time.process_time, lambda: None
     if clock() == "wall":
         now, wait = time.perf_counter, torch.cuda.synchronize
     wait()
     start = now()
-    step()
+    with mock.patch("time.perf_counter", now):
+        step()
     wait()
     return now() - start
 
@@ -181,8 +173,8 @@ def measure_apart(name: str, setup: Setup, images: int) -> float:
 def measure_peak(name: str, setup: Setup, images: int, threads: int) -> float:
     """The highest memory during a step above what was in use before, in MiB."""
     torch.set_num_threads(threads)
-    model, batches = load(setup)[0], load_calibration(setup, images, 0)
-    step = make_step(name, model, batches, find_groups(copy_model(model), _example(model, batches)).groups)
+    model, batches, groups = load_all(setup, images)
+    step = make_step(name, model, batches, groups)
     train_once(model, [batches[0].map(lambda tensor: tensor[:1])])  # loads kernels
     gc.collect()  # the dependency graph of find_groups leaves cycles behind
     if torch.cuda.is_initialized():
@@ -201,8 +193,12 @@ def _resident(key: str) -> float:
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def _example(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    return batches[0].images[:2].to(preserve.device_of(model))
+def load_all(setup: Setup, images: int) -> tuple[nn.Module, list[Batch], Sequence[Group]]:
+    """The dense model, images with labels, and the units."""
+    model, batches = load(setup)[0], load_calibration(setup, images, 0)
+    batches = [replace(b, labels=torch.zeros(len(b)).long()) if b.labels is None else b for b in batches]
+    example = batches[0].images[:2].to(preserve.device_of(model))
+    return model, batches, find_groups(copy_model(model), example).groups
 
 
 # --- lines -----------------------------------------------------------------------------------------
@@ -210,25 +206,24 @@ def _example(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
 
 def make_records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]:
     """One line each; what fails has a reason instead of numbers."""
-    load(setup)[1].check_labels("the yardstick")
-    model, batches = load_dense(setup).model, load_calibration(setup, args.images, 0)
-    groups = find_groups(copy_model(model), _example(model, batches)).groups
+    model, batches, groups = load_all(setup, args.images)
     steps, failed, parts = {}, {}, {}
     for name in args.what:
-        step = make_step(name, model, batches, groups)
+        steps[name] = make_step(name, model, batches, groups, args.macs)
+        if name == "prune":
+            steps[name] = lambda step=steps[name]: parts.update(prune=step().report.seconds)
         try:
-            found = step()
-            steps[name] = step
-            if isinstance(found, PruneResult):
-                parts[name] = found.report.seconds
+            if name not in WHOLE:
+                steps[name]()
         except JBRError as error:
             failed[name] = f"{type(error).__name__}: {error}"
+            del steps[name]
     yardstick = make_step(YARDSTICK, model, batches, groups)
     yardstick()
     found, training = time_in_rounds(steps, yardstick, args.rounds)
     peaks = {name: measure_apart(name, setup, args.images) for name in (YARDSTICK, *steps)} if args.memory else {}
     shared = {
-        **setup.described(),
+        **{"macs": args.macs, **setup.described()},
         **{"images": args.images, "batch_size": len(batches[0]), "rounds": args.rounds, "clock": clock()},
         **{"training_seconds": training, "training_peak_mib": peaks.get(YARDSTICK), **describe_call()},
         **{name: value for name, value in provenance(0, torch.device(setup.device)).items() if name != "seed"},
@@ -250,7 +245,7 @@ def make_records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]
 def list_keys(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
     """What is measured -> what its line is recognised by."""
     own = [setup.described(), args.images, args.rounds, torch.get_num_threads(), *(["memory"] if args.memory else [])]
-    return {name: key_of([own, name]) for name in args.what}
+    return {name: key_of([own, name, *([args.macs] if name in WHOLE else [])]) for name in args.what}
 
 
 def show(path: Path) -> str:
@@ -278,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_setup_arguments(parser, weights="random")
     parser.add_argument("--what", nargs="+", default=list(PROTOCOLS["budget"].criteria), help="see above")
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--macs", type=float, default=0.5, help="share that whole prunes keep")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="measure peaks of memory as well")
     parser.add_argument("--all", action="store_true", help="everything on several models; see above")

@@ -369,7 +369,7 @@ def run_recipe(name: str, stage: Stage) -> dict:
         walk.to("prune")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            prune_by_recipe(model, images)
+            next(prune_by_recipe(model, images))
         walk.to("forward")
         logits = run(model, images)
         walk.to("backward")

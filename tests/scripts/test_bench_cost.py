@@ -49,7 +49,7 @@ def test_ratios_are_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["published", "weights/magnitude", "weights/jbr_projection", "prune", "tpv", "tpv_published"]
+    "name", ["published", "weights/magnitude", "weights/jbr_projection", "prune", "tp_prune", "tpv", "tpv_published"]
 )
 def test_what_is_no_criterion_of_channels_runs_and_leaves_the_model(name: str, fingerprint) -> None:
     model = timm.create_model("test_resnet", num_classes=4, in_chans=1, zero_init_last=False).eval()
