@@ -82,7 +82,7 @@ def search(args: argparse.Namespace, dense: Dense, batches: list[Batch], seed: i
     """One line per drop that is allowed."""
     data = batches if args.labels else show_labels("jbr", batches)
     for drop in args.drops:
-        how = {"max_drop": drop, "confidence": args.confidence, "seed": seed, "images": None, "batch_size": 64}
+        how = {"max_drop": drop, "confidence": args.confidence, "seed": seed, "images": args.images, "batch_size": 64}
         result = prune(dense.model, data, progress=False, **how)
         report = result.report
         yield {
@@ -164,7 +164,7 @@ def plot(found: Sequence[dict[str, Any]], out: Path) -> None:
 
 WHAT = {
     "cuts": (predict_cuts, show_cuts, ("criteria", "ratios")),
-    "max_drop": (search, show_search, ("drops", "labels", "confidence")),
+    "max_drop": (search, show_search, ("drops", "labels", "confidence", "deciding")),
 }
 """Name -> what makes lines, what shows them, and the arguments that tell its runs apart."""
 
@@ -177,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], help="cuts")
     parser.add_argument("--drops", type=float, nargs="+", default=[0.01, 0.03], help="max_drop")
     parser.add_argument("--confidence", type=float, default=0.9, help="max_drop: with which it holds")
+    parser.add_argument("--deciding", type=int, default=0, help="max_drop: images that decide; 0: two fifths")
     parser.add_argument("--labels", action="store_true", help="max_drop: let the accuracy decide, not the agreement")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=512, help="calibration images")
@@ -198,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if run in {line.get("run") for line in lines(args.out)}:
                 continue
             began = time.process_time()
-            made = list(make(args, load_dense(setup), load_calibration(setup, args.images, seed), seed))
+            made = list(make(args, load_dense(setup), load_calibration(setup, args.images + args.deciding, seed), seed))
             facts = {"run": run, "cpu_seconds": round(time.process_time() - began, 1), **describe_call()}
             append(args.out, [plain(shared | line | facts | {"threads": torch.get_num_threads()}) for line in made])
             print(f"{args.model} {args.what} seed {seed}: {facts['cpu_seconds']} s", flush=True)

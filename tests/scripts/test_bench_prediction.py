@@ -11,7 +11,7 @@ import pytest
 TINY = ["--model", "test_resnet", "--model-arg", "zero_init_last=false", "--data", "digits", "--weights", "trained"]
 KINDS = {
     "cuts": (["--criteria", "jbr", "taylor", "--ratios", "0.05", "0.2", "0.999"], 4),
-    "max_drop": (["--drops", "0.3"], 1),
+    "max_drop": (["--drops", "0.3", "--deciding", "45"], 1),
 }
 
 
@@ -56,3 +56,4 @@ def test_of_a_search_the_drop_is_what_was_allowed(lines: dict[str, Path]) -> Non
     assert line["kept"] < 1
     assert line["search"]["drop"]["lost"] <= 0.3
     assert line["test"]["images"] == 50
+    assert line["search"]["drop"]["images"] == 45
