@@ -9,11 +9,7 @@ from jbrprune.criteria.relevance import PRESETS, Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.criteria.weight_relevance import WeightScores
 from jbrprune.data import distributed
-from jbrprune.integrations import (
-    JBRImportance,
-    JBRUnstructured,
-    to_semi_structured,
-)
+from jbrprune.integrations import JBRImportance, to_semi_structured
 from jbrprune.prediction.predict import Degradation, degradation, predict
 from jbrprune.pruning.api import PruneResult, create, info, prune, score, sparsify, sweep
 from jbrprune.report.records import Report
@@ -46,7 +42,6 @@ __all__ = [
     "Degradation",
     # single weights
     "WeightScores",
-    "JBRUnstructured",
     "make_permanent",
     "to_semi_structured",
     # many processes

@@ -1,100 +1,20 @@
-"""The seams to other tools: relevance inside of torch.nn.utils.prune and of torch-pruning, and 2:4 layers for hardware.
+"""The seams to other tools: relevance inside of torch-pruning, and 2:4 layers for hardware.
 
-Neither is needed by `jbrprune.prune`, which removes explicit units itself.
+`jbrprune.WeightScores.importance_scores` is the seam to ``torch.nn.utils.prune``. `jbrprune.prune` needs none of these:
+it removes explicit units itself.
 """
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from jbrprune.criteria.scores import Scores
-from jbrprune.errors import ArgumentError, ModelError, NonFiniteError
+from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.models import preserve
-from jbrprune.sparsity.masks import Slot, masks_of, slots
-from jbrprune.sparsity.patterns import smallest
+from jbrprune.sparsity.masks import masks_of
 from jbrprune.structure.groups import Axis
-
-
-class JBRUnstructured(prune.BasePruningMethod):
-    """Prune the weights with the smallest scores, exactly as many as asked for, ties included.
-
-    For ``torch.nn.utils.prune.global_unstructured``, beside ``importance_scores=scores.importance_scores(model)``.
-    The scores are taken as they are; where none are given torch hands over the weights themselves, which are refused
-    if one of them is negative.
-
-    Args:
-        amount: Share in [0, 1), or an absolute number below the number of weights.
-
-    Example:
-        >>> from jbrprune.criteria.weight_relevance import weight_scores
-        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-        >>> scores = weight_scores(net, torch.randn(8, 3, 2, 2))
-        >>> prune.global_unstructured([(net[1], "weight")], JBRUnstructured, scores.importance_scores(net), amount=0.5)
-        >>> int((net[1].weight == 0).sum())
-        24
-    """
-
-    PRUNING_TYPE = "unstructured"
-
-    def __init__(self, amount: float | int) -> None:
-        self.amount = amount
-
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The mask of `BasePruningMethod`: zeros at the smallest of the scores ``t``, and where it was zero before."""
-        _check_scores(t, "importance_scores")
-        count = _count(self.amount, t.numel(), "importance_scores")
-        gone = smallest(t.detach().double().flatten(), count).view(t.shape)
-        return default_mask.clone(memory_format=torch.contiguous_format).masked_fill_(gone, 0)
-
-    @classmethod
-    def apply(  # type: ignore[override]
-        cls, module: nn.Module, name: str, amount: float | int, importance_scores: Tensor | None = None
-    ) -> prune.BasePruningMethod:
-        """Add the mask and the hook to a module, as all methods of ``torch.nn.utils.prune`` do."""
-        own = {slot.kind: slot for slot in slots(module) if slot.module is module}
-        if name not in own:
-            raise ArgumentError(
-                f"{type(module).__name__} has no parameter {name!r} of its own to prune; it has {sorted(own)}."
-            )
-        slot = own[name]  # torch takes the hook of an earlier mask away before it asks for the new one
-        _check_scores(slot.effective if importance_scores is None else importance_scores, name, slot)
-        _count(amount, slot.stored.numel() if slot.mask is None else int(slot.mask.sum()), name)
-        return super().apply(module, name, amount=amount, importance_scores=importance_scores)
-
-
-def _count(amount: float | int, left: int, where: str) -> int:
-    """How many weights a share or a number are, of so many that are left."""
-    whole = isinstance(amount, Integral) and not isinstance(amount, bool)
-    if not (whole and amount >= 0) and not (isinstance(amount, float) and 0 <= amount < 1):
-        raise ArgumentError(f"amount must be a share in [0, 1) or a number of weights >= 0, got {amount!r}.")
-    if left == 0:
-        raise ModelError(f"{where}: fully pruned already, nothing is left.")
-    if whole and amount > left:
-        raise ArgumentError(f"amount={amount} is more than the {left} weights of {where} that are left.")
-    return int(amount) if whole else round(amount * left)
-
-
-def _check_scores(values: Tensor, where: str, slot: Slot | None = None) -> None:
-    if slot is not None and values.shape != slot.stored.shape:
-        raise ArgumentError(
-            f"The scores of {where} have shape {tuple(values.shape)}, but it has {tuple(slot.stored.shape)}: they are "
-            "of another parameter."
-        )
-    if not torch.isfinite(values).all():
-        raise NonFiniteError(f"The scores of {where} contain NaN or Inf: nothing can be ranked by them. Score again.")
-    if (values < 0).any():
-        raise ArgumentError(
-            f"The scores of {where} are negative in places: relevances are not. Pass "
-            "importance_scores=scores.importance_scores(model); without it torch hands over the weights themselves."
-        )
-
-
-# --- 2:4 sparse linear layers ---------------------------------------------------------------------
 
 
 def to_semi_structured(model: nn.Module) -> dict[str, str]:

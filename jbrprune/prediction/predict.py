@@ -28,6 +28,7 @@ from jbrprune.pruning.prepare import open_problem, read_calibration
 from jbrprune.report.records import Report, import_optional
 from jbrprune.structure.groups import Group
 from jbrprune.structure.slicing import masked_units
+from jbrprune.tpv.covariances import check_units
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -286,7 +287,9 @@ def degradation(
     options = RunOptions(images=images, batch_size=batch_size, seed=seed, progress=progress, repair=repair)
     problem = open_problem(model, data, batch_size, output)
     _, found = find_units(problem.dense, problem.example, (), width=True)  # whatever the run left out
-    cut = check_cut(units, found.groups)
+    cut = check_units(units, found.groups)
+    if not cut:
+        raise ArgumentError("Nothing was removed: there is nothing to predict. (Single weights: see jbrprune.tpv.)")
     read = read_calibration(problem, options)
     batches = [*read.heldout, *read.score]  # in one order for all passes
     reference = _references(batches)
@@ -313,32 +316,3 @@ def degradation(
         prediction_error=seen.prediction_error,
         valid=seen.valid,
     )
-
-
-def check_cut(units: Mapping[str, Sequence[int] | Tensor], groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Group -> units, ascending, that exist in these groups.
-
-    Raises:
-        ArgumentError: None, an unknown group, or a unit that a group does not have.
-    """
-    sizes = {group.name: group.size for group in groups}
-    checked = {}
-    for name, given in units.items():
-        chosen = torch.as_tensor(given, dtype=torch.long).flatten().unique()
-        if name not in sizes:
-            raise ArgumentError(
-                f"The model has no removable group {name!r} (it has {', '.join(list(sizes)[:5])}, ...). Were the units "
-                "found on another model?"
-            )
-        if len(chosen) and not 0 <= int(chosen[0]) <= int(chosen[-1]) < sizes[name]:
-            raise ArgumentError(
-                f"{name} has units 0 to {sizes[name] - 1}, got {int(chosen[0])} to {int(chosen[-1])}. Units are "
-                "counted in the dense model."
-            )
-        if len(chosen) == sizes[name]:
-            raise ArgumentError(f"All {sizes[name]} units of {name} would go: one must stay.")
-        if len(chosen):
-            checked[name] = chosen
-    if not checked:
-        raise ArgumentError("Nothing was removed: there is nothing to predict. (Single weights: see jbrprune.tpv.)")
-    return checked

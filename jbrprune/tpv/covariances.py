@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ Change = Mapping[str, Tensor]
 """Parameter name -> dw of the parameter's shape; parameters without a name stay as they are."""
 Gradients = Mapping[str, Tensor]
 """Parameter name -> ``[B, *shape]`` gradients g_n = J(x_n)^T m_n of a batch."""
-GRANULARITIES = ("tensor", "channel", "global")
+Granularity = Literal["tensor", "channel", "global"]
+"""Which weights share a range of quantization; see `Quantization`."""
 
 
 @runtime_checkable
@@ -241,11 +242,11 @@ class Quantization:
     """
 
     bits: int
-    granularity: Literal["tensor", "channel", "global"] = "tensor"
+    granularity: Granularity = "tensor"
     rounding: bool = False
 
     def __post_init__(self) -> None:
-        check_known("granularity", self.granularity, GRANULARITIES)
+        check_known("granularity", self.granularity, get_args(Granularity))
         if not 1 <= self.bits <= 24 or self.bits != int(self.bits):
             raise ArgumentError(f"bits must be a whole number from 1 to 24, got {self.bits}.")
 
@@ -298,7 +299,7 @@ class Removal:
     groups: Sequence[Group] | None = None
 
     def __post_init__(self) -> None:
-        removed = self._removed()
+        removed = self.removed
         named = isinstance(removed, Mapping) and len(removed) > 0
         if not named or (self.groups is None and not all(map(torch.is_tensor, removed.values()))):
             raise ArgumentError(
@@ -308,20 +309,15 @@ class Removal:
 
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> FiniteRank:
         """The covariance of these weights."""
-        removed = self._removed()
+        removed = self.removed
         if self.groups is None:
             check_change(removed, weights)
             masked = {name: -(weights[name] * (mask == 0).to(weights[name])) for name, mask in removed.items()}
             return FiniteRank([masked], fixed=True)
-        groups = {group.name: group for group in self.groups}
-        selection = {name: torch.as_tensor(u, dtype=torch.long).flatten().unique() for name, u in removed.items()}
-        for name, units in selection.items():
-            if name not in groups:
-                raise unknown("group", name, groups)
-            if units.numel() and not 0 <= int(units[0]) <= int(units[-1]) < groups[name].size:
-                raise ArgumentError(f"{name} has units 0 to {groups[name].size - 1}, got {units.tolist()}.")
-            if not groups[name].side("in"):
-                raise ArgumentError(f"No layer reads the units of {name}: their removal is not a change of weights.")
+        selection = check_units(removed, self.groups)
+        for group in self.groups:
+            if group.name in selection and not group.side("in"):
+                raise ArgumentError(f"No layer reads {group.name}: its removal is not a change of weights.")
         names = {id(p): name for name, p in model.named_parameters()}
         masks: dict[str, Tensor] = {}  # several layers may share a weight
         for (layer, side, _), channels in removed_channels(self.groups, selection).items():
@@ -344,6 +340,27 @@ class Removal:
         change = {name: -(gone.to(weights[name]) * weights[name]) for name, gone in masks.items()}
         return FiniteRank([change], True, partial(masked_units, groups=self.groups, selection=selection))
 
-    def _removed(self) -> Any:
+    @property
+    def removed(self) -> Any:
+        """What is removed, also where a result or a report of a run was given."""
         report = getattr(self.what, "report", self.what)
         return getattr(report, "removed", report)
+
+
+def check_units(units: Mapping[str, Sequence[int] | Tensor], groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Group -> units, ascending, which must be units of these groups; groups without any are left out.
+
+    Raises:
+        ArgumentError: An unknown group, or a unit that a group does not have.
+    """
+    sizes, checked = {group.name: group.size for group in groups}, {}
+    for name, given in units.items():
+        if name not in sizes:
+            raise unknown("group", name, sizes)
+        chosen = torch.as_tensor(given, dtype=torch.long).flatten().unique()
+        if len(chosen) and not 0 <= int(chosen[0]) <= int(chosen[-1]) < sizes[name]:
+            raise ArgumentError(
+                f"{name} has units 0 to {sizes[name] - 1}, got {chosen.tolist()}. Units are counted in the dense model."
+            )
+        checked |= {name: chosen} if len(chosen) else {}
+    return checked

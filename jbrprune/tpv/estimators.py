@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,10 @@ from jbrprune.structure.groups import match_names
 from jbrprune.structure.verification import check_samples_apart
 from jbrprune.tpv.covariances import Change, Covariance, Perturbation, check_change
 from jbrprune.tpv.estimate import Estimate
-from jbrprune.tpv.validity import Output, change_outputs, linear_outputs, outputs_of, taylor_error
+from jbrprune.tpv.validity import ReadRows, change_outputs, linear_outputs, outputs_of, taylor_error
 
-METHODS = ("auto", "exact", "projection", "jvp")
+Method = Literal["auto", "exact", "projection", "jvp"]
+"""How the trace form is computed; see `trace_form`."""
 EXACT_OUTPUTS = 4
 """Up to here ``auto`` takes one backward per output, and has no variance from signs."""
 MOST_EXACT = 4096
@@ -50,15 +51,13 @@ def trace_form(
     data: object,
     covariance: Covariance | Perturbation,
     *,
-    method: Literal["auto", "exact", "projection", "jvp"] = "auto",
+    method: Method = "auto",
     rtol: float = 0.02,
     samples: int | None = None,
-    signs: int = 1,
     draws: int = 8,
     batch_size: int = 32,
     ignore: Sequence[str] = (),
-    output: Output = logits_of,
-    autocast: torch.dtype | None = None,
+    output: ReadRows = logits_of,
     validity: bool = True,
     seed: int = 0,
     progress: bool = True,
@@ -70,7 +69,7 @@ def trace_form(
     * ``jvp``: sum_r \|J(x) d_r\|^2 by forward-mode differentiation, where C = sum_r d_r d_r^T has finite rank, as for
       removal. Named explicitly, it works for every covariance: then d is drawn ``draws`` times.
     * ``exact``: one backward per output, g = J_k^T; where there are at most `EXACT_OUTPUTS`.
-    * ``projection``: one backward per vector of random signs s, E_s g^T C g with g = J^T s.
+    * ``projection``: one backward, for a vector of random signs s of every sample: E_s g^T C g with g = J^T s.
 
     Args:
         model: Any module that maps images to logits ``[B, K]``; left as it was. All its parameters are perturbed,
@@ -83,12 +82,10 @@ def trace_form(
         rtol: Stop when standard error / value is at most this, from `LEAST_SAMPLES` samples (and `LEAST_DRAWS` draws,
             two in a row) on; 0: read everything.
         samples: Images to read, at most; default: all.
-        signs: Sign vectors per sample.
         draws: Draws of the perturbation for ``jvp`` where C has no finite rank.
         batch_size: Images per pass where the data do not say.
         ignore: Globs of modules or parameters that are not perturbed.
         output: What the model returns -> ``[B, K]``; default: the logits.
-        autocast: Low-precision dtype of the forward pass of ``exact`` and ``projection``.
         validity: Also compare first order with the real change along one draw, on the first batch (`taylor_error`).
         seed: Seeds signs and draws.
         progress: Show a progress bar.
@@ -113,16 +110,16 @@ def trace_form(
         >>> trace_form(net, images, Isotropic(0.5), progress=False).value  # 0.25 * 4 outputs * 12 inputs
         12.0
     """
-    check_known("method", method, METHODS)
+    check_known("method", method, get_args(Method))
     common = (model, data, covariance, ignore, output, draws, rtol, samples, batch_size, validity, seed, progress)
-    task = _Task(*common, method, signs, autocast)
+    task = _Task(*common, method)
     directions = getattr(task.covariance, "directions", None)
     if task.method == "auto" and (directions or getattr(task.covariance, "by_draws", False)):
         task.method = "jvp"
     if task.method != "jvp":
         return task.estimate(task.quadratic, once=True)
 
-    def squared(change: Change, number: int, start: int, images: Tensor) -> Tensor:
+    def square_product(change: Change, number: int, start: int, images: Tensor) -> Tensor:
         total = torch.zeros(len(images), dtype=torch.float64)
         for d in directions or (change,):
             outputs, product = linear_outputs(model, images, d, output)
@@ -130,7 +127,7 @@ def trace_form(
             total += product.double().square().sum(1).cpu()
         return total
 
-    return task.estimate(squared, once=bool(directions))
+    return task.estimate(square_product, once=bool(directions))
 
 
 def empirical(
@@ -143,7 +140,7 @@ def empirical(
     samples: int | None = None,
     batch_size: int = 32,
     ignore: Sequence[str] = (),
-    output: Output = logits_of,
+    output: ReadRows = logits_of,
     validity: bool = True,
     seed: int = 0,
     progress: bool = True,
@@ -183,7 +180,7 @@ def empirical(
     applied = getattr(task.covariance, "applied", None)
     unchanged: dict[int, Tensor] = {}
 
-    def squared(change: Change, number: int, start: int, images: Tensor) -> Tensor:
+    def square_change(change: Change, number: int, start: int, images: Tensor) -> Tensor:
         if number not in unchanged:
             unchanged[number] = outputs_of(model, images, output).cpu()
             task.check_finite(number, images, unchanged[number])
@@ -194,15 +191,15 @@ def empirical(
                 outputs = outputs_of(model, images, output)
         return (outputs.double().cpu() - unchanged[number].double()).square().sum(1)
 
-    return task.estimate(squared)
+    return task.estimate(square_change)
 
 
-def random_signs(seed: int, first: int, samples: int, *shape: int) -> Tensor:
-    """``[samples, *shape]`` int8 independent random signs; those of a sample depend on the seed and its number only."""
+def draw_signs(seed: int, first: int, samples: int, outputs: int) -> Tensor:
+    """``[samples, outputs]`` int8 random signs; those of a sample depend on the seed and its number only."""
     generator, rows = torch.Generator(), []
     for number in range(first, first + samples):
         generator.manual_seed(seed * 1_000_003 + number)
-        rows.append(2 * torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) - 1)
+        rows.append(2 * torch.randint(0, 2, (outputs,), generator=generator, dtype=torch.int8) - 1)
     return torch.stack(rows)
 
 
@@ -217,7 +214,7 @@ class _Task:
     data: object
     covariance: Any
     ignore: Sequence[str]
-    output: Output
+    output: ReadRows
     draws: int
     rtol: float
     samples: int | None
@@ -226,17 +223,14 @@ class _Task:
     seed: int
     progress: bool
     method: str
-    signs: int = 1
-    autocast: torch.dtype | None = None
     outputs: int = 0
     seen: int | None = None
     head: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("draws", 1), ("signs", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ArgumentError(f"{name} must be at least {least}, got {value}.")
+        for name, value in (("samples", self.samples), ("draws", self.draws)):
+            if value is not None and value < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {value}.")
         if not 0 <= self.rtol < 1:
             raise ArgumentError(f"rtol must satisfy 0 <= rtol < 1, got {self.rtol}.")
         check_weights(self.model)
@@ -270,16 +264,16 @@ class _Task:
             parts: list[Tensor] = []
             for values in self.visit(f"Draw {draw}", partial(work, change)):
                 parts.append(values)
-                if once and self.reached(make(torch.cat(parts)[:, None], draws=1)):
+                if once and self.has_converged(make(torch.cat(parts)[:, None], draws=1)):
                     break
             columns.append(torch.cat(parts))
             found = make(torch.stack(columns, 1), draws=draw)
-            close = close + 1 if self.reached(found) else 0
+            close = close + 1 if self.has_converged(found) else 0
             if draw >= LEAST_DRAWS and close >= 2:
                 break
         method = distributed.broadcast(self.method)  # a rank without images has not chosen it
-        draws, stopped = self.signs if method == "projection" else len(columns), "rtol" if close else "budget"
-        found = replace(found, method=method, draws=draws, seconds=time.perf_counter() - began, stopped=stopped)  # type: ignore
+        stopped = "rtol" if close else "budget"
+        found = replace(found, method=method, seconds=time.perf_counter() - began, stopped=stopped)
         head = distributed.broadcast(self.head) if self.validity else None
         if head is not None:
             direction = first or self.covariance.sample(torch.Generator().manual_seed(self.seed))
@@ -303,7 +297,7 @@ class _Task:
             DataError: These are not the images of the first pass, or there are none.
         """
         parts = distributed.Parts(self.data, batch_size=self.batch_size)
-        mine, position = self._read(parts, what), 0
+        mine, position = self._read_images(parts, what), 0
         waiting: dict[int, Tensor] = {}
         while True:
             own: dict[int, Tensor] = {}
@@ -326,7 +320,7 @@ class _Task:
         if position == 0:
             raise DataError(f"The data ({type(self.data).__name__}) hold no image for any rank.")
 
-    def _read(self, parts: distributed.Parts, what: str) -> Iterator[tuple[int, int, Tensor]]:
+    def _read_images(self, parts: distributed.Parts, what: str) -> Iterator[tuple[int, int, Tensor]]:
         """One pass over the own part: the number of each batch, that of its first image, and the images."""
         number = seen = 0
         for start, batch in tqdm(parts, what, unit="batch", disable=not self.progress, leave=False):
@@ -345,7 +339,7 @@ class _Task:
             )
         self.seen = seen
 
-    def reached(self, found: Estimate) -> bool:
+    def has_converged(self, found: Estimate) -> bool:
         """Whether the relative standard error is small enough to stop."""
         return self.rtol > 0 and found.samples >= LEAST_SAMPLES and found.relative_error <= self.rtol
 
@@ -368,14 +362,13 @@ class _Task:
                 raise ArgumentError(f"'exact' takes a backward for each of {self.outputs:,} outputs. Use 'projection'.")
 
         def run(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
-            with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-                outputs = outputs_of(self.model, images, self.output, weights)
+            outputs = outputs_of(self.model, images, self.output, weights)
             return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
         if self.method == "exact":
             directions = torch.eye(self.outputs).expand(len(images), -1, -1)
         else:
-            directions = random_signs(self.seed, start, len(images), self.signs, self.outputs)
+            directions = draw_signs(self.seed, start, len(images), self.outputs)[:, None]
         total = torch.zeros(len(images), dtype=torch.float64)
         for m in directions.to(images.device).unbind(1):
             parts = []
@@ -392,4 +385,4 @@ class _Task:
                     )
                 parts.append(value.cpu().double())
             total += torch.cat(parts)
-        return total if self.method == "exact" else total / self.signs
+        return total

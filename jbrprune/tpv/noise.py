@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from jbrprune.models.preserve import copy_model, device_of, inference_state, log
 from jbrprune.tpv.covariances import Change, Gradients
 from jbrprune.tpv.validity import TPVWarning, linear_outputs, outputs_of
 
-LOSSES = ("cross_entropy", "mse")
+Loss = Literal["cross_entropy", "mse"]
 MOST_ENTRIES = 1 << 27
 """Entries of the Jacobian of all samples, outputs and weights beyond which the closed form is refused."""
 
@@ -84,12 +84,12 @@ class SGDNoise:
     lr: float
     batch_size: int
     data: object
-    loss: Literal["cross_entropy", "mse"] = "cross_entropy"
+    loss: Loss = "cross_entropy"
     trajectory: Trajectory | None = None
     samples: int | None = 512
 
     def __post_init__(self) -> None:
-        check_known("loss", self.loss, LOSSES)
+        check_known("loss", self.loss, get_args(Loss))
         if not 0 < self.lr < math.inf or self.batch_size < 1:
             raise ArgumentError(f"lr and batch_size must be positive, got {self.lr} and {self.batch_size}.")
 
@@ -294,14 +294,14 @@ class Relabelled:
 
     def quadratic(self, gradients: Gradients) -> Tensor:
         r"""``[B]`` sigma^2 \|(J J^T + N proximity I)^+ J g\|^2."""
-        jacobian, inverse = self._solved
+        jacobian, inverse = self._pseudo_inverse
         return self.noise.sigma**2 * (inverse @ (jacobian @ self._flat(gradients).T)).square().sum(0)
 
     def sample(self, generator: torch.Generator) -> Change:
         """M e, or the difference of the retrained copy from w*."""
         if self.noise.retrain is not None:
             return self._retrain(self.noise.retrain, generator)
-        jacobian, inverse = self._solved
+        jacobian, inverse = self._pseudo_inverse
         flat = jacobian.T @ (inverse @ self._draw(torch.Size([len(inverse)]), generator).to(inverse))
         parts = flat.split([w.numel() for w in self.weights.values()])
         return {name: part.view_as(w).to(w) for (name, w), part in zip(self.weights.items(), parts)}
@@ -314,7 +314,7 @@ class Relabelled:
         return self.noise.sigma * torch.randn(shape, generator=generator, dtype=torch.float64)
 
     @cached_property
-    def _solved(self) -> tuple[Tensor, Tensor]:
+    def _pseudo_inverse(self) -> tuple[Tensor, Tensor]:
         """J ``[N K, P]`` and (J J^T + N proximity I)^+, in float64."""
         samples, size = len(self.images), sum(w.numel() for w in self.weights.values())
         with inference_state(self.model):

@@ -20,7 +20,7 @@ from jbrprune.evaluation.agreement import check_weights
 from jbrprune.models.preserve import device_of, inference_state, logits_of
 from jbrprune.tpv.covariances import Change, check_change
 
-Output = Callable[[object], Tensor]
+ReadRows = Callable[[object], Tensor]
 """What a model returns -> ``[B, K]``."""
 
 
@@ -29,7 +29,7 @@ class TPVWarning(UserWarning):
 
 
 def outputs_of(
-    model: nn.Module, images: Tensor, output: Output = logits_of, weights: Mapping[str, Tensor] | None = None
+    model: nn.Module, images: Tensor, output: ReadRows = logits_of, weights: Mapping[str, Tensor] | None = None
 ) -> Tensor:
     """``[B, K]`` outputs; ``weights`` stand in for the model's parameters of the same names.
 
@@ -44,14 +44,14 @@ def outputs_of(
     return outputs
 
 
-def change_outputs(model: nn.Module, images: Tensor, change: Change, output: Output) -> Tensor:
+def change_outputs(model: nn.Module, images: Tensor, change: Change, output: ReadRows) -> Tensor:
     """``[B, K]`` f(w + dw), in the model's dtype. The model keeps its weights."""
     weights = dict(model.named_parameters())
     moved = {name: weights[name].detach() + d.to(weights[name]) for name, d in change.items()}
     return outputs_of(model, images, output, moved)
 
 
-def linear_outputs(model: nn.Module, images: Tensor, change: Change, output: Output) -> tuple[Tensor, Tensor]:
+def linear_outputs(model: nn.Module, images: Tensor, change: Change, output: ReadRows) -> tuple[Tensor, Tensor]:
     """``[B, K]`` f(w) and the first-order change J(x) dw, by forward-mode differentiation.
 
     Raises:
@@ -126,7 +126,7 @@ def taylor_error(
     tolerance: float = 0.1,
     samples: int | None = None,
     batch_size: int = 32,
-    output: Output = logits_of,
+    output: ReadRows = logits_of,
     progress: bool = True,
 ) -> Validity:
     r"""Relative error of the first-order change of the outputs against the real one, for every scale of a direction.

@@ -160,11 +160,10 @@ def test_data_that_are_shuffled_between_passes() -> None:
 def test_several_outputs_and_regressions() -> None:
     both = Output(lambda y: (y, y.square()))
     for run_ in (estimated, measured):
-        with pytest.raises(ModelError, match=r"2 outputs "):
+        with pytest.raises(ModelError, match="a tuple of 2"):
             run_(both, IMAGES, Isotropic(1.0))
-        for function in (lambda y: {"a": y, "b": y}, lambda y: y[:, 0]):
-            with pytest.raises(ModelError, match="logits"):
-                run_(Output(function), IMAGES, Isotropic(1.0))
+        with pytest.raises(ModelError, match="logits"):
+            run_(Output(lambda y: {"a": y, "b": y}), IMAGES, Isotropic(1.0))
     first = estimated(both, IMAGES, Isotropic(1.0), output=lambda out: out[0])
     assert first.value == pytest.approx(3 * float(IMAGES.flatten(1).square().sum(1).mean() + 1), rel=1e-9)
     number = Output(lambda y: y[:, 0])
@@ -192,7 +191,6 @@ def test_samples_that_influence_each_other() -> None:
         ({"rtol": -0.1}, "rtol"),
         ({"rtol": 1.0}, "rtol"),
         ({"samples": 0}, "samples"),
-        ({"signs": 0}, "signs"),
         ({"draws": 0}, "draws"),
         ({"method": "guess"}, "method"),
     ],

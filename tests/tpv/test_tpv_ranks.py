@@ -21,7 +21,7 @@ NOISE = Isotropic(1e-3)
 SHARED: dict[str, Any] = {"batch_size": 4, "rtol": 0, "validity": True}
 CASES: dict[str, Callable[[object], Estimate]] = {
     "exact": lambda data: estimated(mlp(), data, NOISE, method="exact", **SHARED),
-    "projection": lambda data: estimated(mlp(), data, NOISE, method="projection", signs=2, seed=3, **SHARED),
+    "projection": lambda data: estimated(mlp(), data, NOISE, method="projection", seed=3, **SHARED),
     "draws": lambda data: estimated(mlp(), data, NOISE, method="jvp", draws=3, **SHARED),
     "finite rank": lambda data: estimated(mlp(), data, Removal(MASK), **SHARED),
     "gradient noise": lambda data: estimated(mlp(), data, SGDNoise(1e-3, 4, pixels(8)), draws=2, **SHARED),
