@@ -131,14 +131,13 @@ def refit(
     fitted = weight.flatten(1).cpu().double()
     if ridge is not None:
         rows = gram.products
-        explained = rows.t() @ (rows @ fitted.t()) if gram.factored else rows @ fitted.t()
         squares = rows.square().sum(0) if gram.factored else rows.diagonal()
-        residual = cross.products - explained
         penalty = ridge * float(squares.mean()) + torch.finfo(torch.float64).tiny
         if mask is None:
-            fitted = fitted + solve_ridge(gram, residual, penalty).t()
+            fitted = solve_ridge(gram, cross.products + penalty * fitted.t(), penalty).t()
         else:
-            given = (gram.whole, residual.t(), mask.flatten(1))
+            products = gram.whole
+            given = (products, cross.products.t() - fitted @ products, mask.flatten(1))
             products, wanted, support = (tensor.to(weight) for tensor in given)
             fitted = fitted + solve_masked_ridge(products, wanted, penalty, support).cpu().double()
         module.weight.copy_(fitted.view_as(module.weight))  # type: ignore[union-attr, operator, arg-type]
