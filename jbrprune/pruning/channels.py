@@ -336,17 +336,23 @@ def find_channels(
     channels.whole = channels.cost(channels.kind).total
     if options.structure == "directions":
         channels.split()
-    elif options.structure == "mixed":  # see that there will be directions
-        find_units(model, example, options.ignore, False, options.seed, structure="directions")
-    cost = channels.find_least()
+    cost, last = channels.find_least(), channels
+    if options.structure == "mixed":  # with both as narrow as they get: also, whether there are directions
+        last = channels.copy()
+        lowest = {group.name: torch.zeros(group.size) for group in last.groups}
+        units = last.select(lowest, last.least + 1e-3)
+        last.foreseen = None
+        last.apply(units)
+        last.split()
+        cost = last.find_least()
     if channels.kind == "latency_ms":
         timings = distributed.broadcast(time_in_turns([problem.dense], example[:1]))
         channels.unit = timings.latencies[0].median_ms
         channels.stops = as_share(stops, channels.unit)
-    elif stops and channels.kind != "latency" and options.structure != "mixed":
+    elif stops and channels.kind != "latency":
         most = [(name, share) for name, share in cost.shares().items() if name][:3]
-        holds = "; ".join(f"{name} ({share:.0%} of it): {found.reason(name)}" for name, share in most)
-        check_least(channels.kind, stops[-1], channels.least, holds)
+        holds = "; ".join(f"{name} ({share:.0%} of it): {last.found.reason(name)}" for name, share in most)
+        check_least(channels.kind, stops[-1], last.least, holds)
     return channels
 
 

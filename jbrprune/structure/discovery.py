@@ -42,7 +42,7 @@ class Found:
         other = self.kept_with.get(layer, layer)
         if other in self.skipped:
             return self.skipped[other] if other == layer else f"as wide as {other}: {self.skipped[other]}"
-        known = any(layer in group.layers() for group in self.groups)
+        known = any(layer in (group.name, *group.layers()) for group in self.groups)
         return "at its floor" if known else "nothing of it can go"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jbrprune import create, info, load, predict, prune, sweep
 from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
 from jbrprune.cli import app
-from jbrprune.errors import ArgumentError, UnsupportedModelError
+from jbrprune.errors import ArgumentError, BudgetError, UnsupportedModelError
 from jbrprune.evaluation.agreement import parameters_of
 
 IMAGES = cases.images(24, 32, seed=3).float()
@@ -224,6 +225,16 @@ def test_a_net_without_linear_layers_is_refused_before_anything_else() -> None:
     for structure in ("directions", "mixed"):
         with pytest.raises(UnsupportedModelError, match="nothing can be removed"):
             prune(net, IMAGES, macs=0.5, structure=structure, criterion=lambda *_: 1 / 0, progress=False)
+
+
+@pytest.mark.parametrize("structure", ["directions", "mixed"])
+def test_a_budget_out_of_reach_is_refused_before_anything_is_scored(structure: str) -> None:
+    with pytest.raises(BudgetError, match=r"Ask for at least 0\.\d+") as caught:
+        prune(vit(), IMAGES, macs=0.001, structure=structure, criterion=lambda *_: 1 / 0, progress=False)
+    least = float(re.search(r"at least (0\.\d+)", str(caught.value))[1])
+    assert "mlp.fc1 (" not in str(caught.value) or "at its floor" in str(caught.value)
+    result = prune(vit(), IMAGES, macs=1.1 * least, batch_size=4, **QUIET | {"structure": structure})
+    assert result.report.kept <= 1.1 * least
 
 
 def test_command_line(tmp_path: Path) -> None:
