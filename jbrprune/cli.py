@@ -298,8 +298,9 @@ def predict_command(model: Model, source: Source, shares: Shares, options: Predi
         frame.to_csv(output.out, index=False)
     rows = plain(frame.to_dict("records"))
     content = make_table([{name.replace("_", "\n"): row[name] for name in SHOWN} for row in rows], left=0)
-    note = "flips: share of images whose top-1 changes. masked flips are measured, uncut."
-    _say(output, {"model": model, "rows": rows}, f"{model}\n\n{format_table(content)}\n\n{note}")
+    note = "\n\nflips: share of images whose top-1 changes. masked flips are measured, uncut."
+    decided = note * any(row["predicted_flips"] is not None for row in rows)
+    _say(output, {"model": model, "rows": rows}, f"{model}\n\n{format_table(content)}{decided}")
 
 
 @command

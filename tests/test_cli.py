@@ -342,7 +342,11 @@ def test_predict(run: Run, pictures: Path, tmp_path: Path) -> None:
     code, text, _ = run("predict", *RANDOM, *options, "--out", path)
     assert code == 0
     assert max(map(len, text.splitlines())) <= 80
+    assert "flips: share of images" in text
     assert len(path.read_text().splitlines()) == 3
+    code, text, _ = run("predict", *RANDOM, "--output", "embedding", *options)
+    assert code == 0
+    assert "flips" not in text
     code, text, _ = run("predict", *RANDOM, *options, "--json")
     assert code == 0
     assert [row["target"] for row in json.loads(text)["rows"]] == [0.95, 0.9]

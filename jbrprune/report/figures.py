@@ -26,7 +26,7 @@ STAGES = {"unrepaired": "before repair", "repaired": "after repair"}
 PREDICTIONS = {"predicted_flips": "predicted, without repair", "predicted_flips_repaired": "predicted, with repair"}
 LABELS = {
     "agreement": "top-1 agreement with the dense model (%)",
-    "nearest-neighbour agreement": "nearest-neighbour agreement with the dense model (%)",
+    "nearest-neighbour agreement": "nearest-neighbour agreement (%)",
     "relative error": "1 - relative error (%)",
 }
 
@@ -49,7 +49,7 @@ def plot_report(report: Report, path: str | os.PathLike[str] | None = None, pred
         points = _points(report.dense, [(step, getattr(step, stage)) for step in report.steps])
         _draw_line(curve, points, colour, f"{label}, gate images", dashed=stage == "unrepaired")
     for colour, (column, label) in zip(COLOURS[2:], PREDICTIONS.items()):
-        if predicted is not None and column in predicted:
+        if predicted is not None and column in predicted and predicted[column].notna().any():
             points = [(share, *(1 - flips,) * 3) for share, flips in predicted[["macs", column]].to_numpy()]
             _draw_line(curve, points, colour, label, dashed=True)
     final = _points(report.dense, [(report.pruned, report.final)])[1:]

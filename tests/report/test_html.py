@@ -155,3 +155,7 @@ def test_a_prediction_is_drawn_beside_what_was_measured() -> None:
     assert [label for label in lines if "predicted" in label] == ["predicted, without repair", "predicted, with repair"]
     assert lines["predicted, without repair"].lines[0].get_xydata().tolist() == [[90, 90], [50, 60]]
     assert len(report().to_html(predicted=table)) > len(report().to_html())
+    table["predicted_flips_repaired"] = math.nan  # an embedding flips nothing
+    lines = {line.get_label() for line in report().plot(predicted=table).axes[1].containers}
+    assert "predicted, without repair" in lines
+    assert "predicted, with repair" not in lines

@@ -567,3 +567,10 @@ def test_what_halving_does_not_find_is_refused(seed: int) -> None:
     model, images = FailsTogether().eval(), torch.randn(2, 3, 12, 12)
     with pytest.raises(UnsupportedModelError, match="one by one fails together: the outputs differ"):
         verify_groups(model, images, find_groups(model, images), seed=seed)
+
+
+def test_a_parameter_without_entries_is_no_obstacle() -> None:
+    """As DINOv3 of transformers has one."""
+    model = nets.TwoBlocks().eval()
+    model.register_parameter("none", nn.Parameter(torch.zeros(1, 0, 4)))
+    assert verify_groups(model, nets.example(), find_groups(model, nets.example())).groups
