@@ -42,7 +42,10 @@ CRITERIA: dict[str, Relevance | Callable[..., Any]] = {
     "variance": activations.variance,
     "hrank": activations.hrank,
     # labels
-    "taylor": labels.taylor,
+    # Molchanov et al., CVPR 2019, arXiv 1906.10771, eq. 9: squares of means over minibatches, of 128 images unless
+    # `batch` says otherwise; but that the parameters of producers, norms and consumers count together (theirs: one
+    # gate behind the batch norm), and that nothing is trained and no score kept between two removals
+    "taylor": Relevance("label", "all", "batched"),
     "taylor_abs": labels.taylor_abs,
     "taylor_per_sample": labels.taylor_per_sample,
     "fisher": labels.fisher,

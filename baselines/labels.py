@@ -1,6 +1,6 @@
 """Criteria that see labels: how the loss with labels changes when a unit goes.
 
-Group Fisher and the Jacobian criterion are forms of relevance, and stand in `baselines.CRITERIA`.
+Taylor, Group Fisher and the Jacobian criterion are forms of relevance, and stand in `baselines.CRITERIA`.
 """
 
 from __future__ import annotations
@@ -21,24 +21,11 @@ from jbrprune.models import layers, preserve
 from jbrprune.structure.groups import Group
 
 
-def taylor(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
-    """s_u = (E_x[sum of g w])^2 over all parameters of u (Molchanov et al., CVPR 2019, arXiv 1906.10771, eq. 9).
-
-    Departs from it in that all images are one batch, where the paper squares in each minibatch and averages the
-    squares, and that the parameters of a unit are those of its producers, norms and consumers together.
-
-    Raises:
-        DataError: The batches have no labels.
-    """
-    means = _mean("taylor", model, batches, groups, lambda v: v)
-    return {name: mean.square() for name, mean in means.items()}
-
-
 def taylor_abs(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
-    r"""s_u = \|E_x[sum of g w]\|, the root of `taylor` (the degree of Molchanov et al., ICLR 2017, arXiv 1611.06440).
+    r"""s_u = \|E_x[sum of g w]\|, over all images (the degree of Molchanov et al., ICLR 2017, arXiv 1611.06440).
 
-    Score alone ranks as `taylor` does, score per cost does not. Departs from the paper as `taylor_per_sample` does, and
-    in that all images are one batch, where the paper takes the absolute value for each image.
+    Departs from the paper as `taylor_per_sample` does, and in that all images are one batch, where the paper takes the
+    absolute value for each image. torch-pruning's `tp_taylor` sees one batch as well.
 
     Raises:
         DataError: The batches have no labels.
