@@ -48,4 +48,4 @@ class RandomWeights:
 def _weights(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Name -> weight as the layer applies it, masked weights zero; on the CPU, float64."""
     slots = weights_of(model)
-    return {name: slots[name].effective.double().cpu() for name in names}
+    return {name: slots[name].used.detach().double().cpu() for name in names}

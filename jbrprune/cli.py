@@ -37,7 +37,7 @@ from jbrprune.evaluation.outputs import LOGITS
 from jbrprune.models.timm_models import create
 from jbrprune.prediction.predict import predict
 from jbrprune.pruning.api import PruneResult, info, prune, score, sparsify
-from jbrprune.pruning.options import ChannelOptions, Options, ScoreOptions, WeightOptions, option
+from jbrprune.pruning.options import ChannelOptions, Options, ScoreOptions, Table, WeightOptions, option, whole
 from jbrprune.pruning.prepare import check_runs
 from jbrprune.report.records import import_optional, plain
 from jbrprune.report.text import format_si, format_table, make_pairs, make_table
@@ -325,13 +325,13 @@ def score_command(model: Model, source: Source, options: ScoreOptions, output: W
 
 
 @dataclass(frozen=True)
-class Comparing:
+class Comparing(Table):
     """What a model is measured on and compared with."""
 
     reference: str | None = option(None, "Timm name or directory of the dense model.", "Model")
     output: str | None = option(None, "What of the model's output counts, as for prune.", "Model")
-    images: int | None = option(None, "Images to read; by default all.", "Data")
-    batch_size: int = option(32, "Images per pass.", "Data")
+    images: int | None = option(None, "Images to read; by default all.", "Data", whole(1))
+    batch_size: int = option(32, "Images per pass.", "Data", whole(1))
 
 
 @command

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from jbrprune.criteria.scores import Scores
 from jbrprune.errors import ArgumentError, ModelError
 from jbrprune.models import preserve
-from jbrprune.sparsity.masks import masks_of
 from jbrprune.structure.groups import Axis
 
 
@@ -36,9 +35,7 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
     Source:
         Mishra et al., arXiv 2104.08378.
     """
-    masked = masks_of(model)
-    if masked:
-        raise ModelError(f"{min(masked)} is masked by torch.nn.utils.prune: call jbrprune.make_permanent(model) first.")
+    preserve.refuse_masked(model)
     device = preserve.device_of(model)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if capability < (8, 0):  # Ampere: the first whose tensor cores know 2:4 sparsity

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from jbrprune.pruning.options import RunOptions
 from jbrprune.pruning.prepare import Calibration, open_problem, read_calibration
+from jbrprune.sparsity.masks import Slot
 
 CLASSES = 4
 
@@ -341,3 +342,9 @@ def calibration(model: nn.Module, data: object, *, judged: bool = False, **optio
     """All of the images as a run splits them."""
     how = RunOptions(**{"images": None, "progress": False} | options)
     return read_calibration(open_problem(model, data, how.batch_size), how, judged=judged)
+
+
+def effective(slot: Slot) -> Tensor:
+    """Values of a parameter that count: zero where it is masked."""
+    weight = slot.stored.detach()
+    return weight if slot.mask is None else torch.where(slot.mask.bool(), weight, 0)

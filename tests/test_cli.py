@@ -398,6 +398,13 @@ def test_a_card_is_written(run: Run, pictures: Path, tmp_path: Path) -> None:
     assert "## Report" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("option", ["--images", "--batch-size"])
+def test_eval_needs_images(option: str, run: Run, pictures: Path) -> None:
+    code, _, message = run("eval", *RANDOM, "--data", pictures, option, 0)
+    assert code == 2
+    assert "must be a whole number of at least 1, got 0" in " ".join(message.split())
+
+
 def test_an_interrupt_ends_with_130(run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -15,11 +15,11 @@ from jbrprune.budgets.cost import CostModel
 from jbrprune.errors import ArgumentError, BudgetError
 from jbrprune.structure.groups import Group, Selection
 
-KINDS = ("macs", "params", "channels")
+COUNTED = ("macs", "params", "channels")
 """What is counted."""
 TIMED = ("latency", "latency_ms")
 """What is timed on the whole model; units are ranked and priced by MACs."""
-BUDGETS = KINDS + TIMED
+BUDGETS = COUNTED + TIMED
 Ranking = Literal["global", "raw", "layer"]
 """How units are ranked; see `select`."""
 STEP = 0.05

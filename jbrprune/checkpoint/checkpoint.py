@@ -12,7 +12,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,18 +93,17 @@ def save(
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        weights = temporary / WEIGHTS
-        safetensors.torch.save_file(state, weights)
-        sums = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
-        (temporary / DESCRIPTION).write_text(to_text({**body, "weights": sums}), encoding="utf-8")
-        weights.chmod(stat.S_IMODE((temporary / DESCRIPTION).stat().st_mode))  # safetensors ignores the umask
+        data = safetensors.torch.save(state)
+        (temporary / WEIGHTS).write_bytes(data)
+        text = to_text(body | {"weights": describe_bytes(data)})
+        (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
         if card:
             text = make_card(body["report"], body["recipe"] and body["recipe"]["name"])
             (temporary / CARD).write_text(text, encoding="utf-8")
         for file in temporary.iterdir():
             flush(file)
         _publish(temporary, target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"{target}: could not be written: {error}. Free some space, or choose another path."
         ) from error
@@ -152,7 +150,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """See that `save` could write there, before anything expensive.
+    """Check that `save` can write there, before anything expensive.
 
     Raises:
         CheckpointError: The target exists, is a file, or its parent cannot be written.
@@ -186,23 +184,19 @@ def describe(path: str | os.PathLike[str]) -> Description:
         CheckpointError: As for `load`.
     """
     directory = _find(path)
-    return from_bytes(_read(directory / DESCRIPTION, _LARGEST_DESCRIPTION), directory / DESCRIPTION)
+    return from_bytes(_read_file(directory / DESCRIPTION, _LARGEST_DESCRIPTION), directory / DESCRIPTION)
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def describe_bytes(data: bytes) -> dict[str, Any]:
+    """Size and SHA-256 of the weights' file, as the description stores them."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 # --- directories ----------------------------------------------------------------------------------
 
 
 def _aside(target: Path) -> Path:
-    """Where the model that is replaced stands between the two renames of `_publish`."""
+    """Path of the replaced model between the two renames of `_publish`."""
     return target.with_name(f".{target.name}.jbrprune-previous")
 
 
@@ -226,7 +220,7 @@ def _publish(directory: Path, target: Path) -> None:
 
 
 def _find(path: str | os.PathLike[str]) -> Path:
-    """The directory to read: the one of that name, a snapshot from the hub, or what a save that died left aside."""
+    """Find the directory to read: by its name, on the hub, or the model that an interrupted save set aside."""
     name = str(path)
     if name.startswith(HUB):
         from huggingface_hub import snapshot_download  # takes longer to import than the rest
@@ -249,7 +243,7 @@ def _find(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def _read(path: Path, largest: int) -> bytes:
+def _read_file(path: Path, largest: int) -> bytes:
     if not path.is_file():
         raise CheckpointError(
             f"{path}: missing, or not a regular file. A saved model is a directory with {WEIGHTS} and {DESCRIPTION}."
@@ -263,10 +257,10 @@ def _read(path: Path, largest: int) -> bytes:
 
 
 def _read_weights(directory: Path, description: Description) -> dict[str, Tensor]:
-    """The stored tensors: the bytes that are parsed are those whose SHA-256 was compared."""
+    """Read the stored tensors; the bytes that are parsed are those whose SHA-256 was compared."""
     path = directory / WEIGHTS
-    data = _read(path, description.weights["bytes"])
-    if {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} != description.weights:
+    data = _read_file(path, description.weights["bytes"])
+    if describe_bytes(data) != description.weights:
         refuse_damage(path, f"its size or its SHA-256 is not the one in {DESCRIPTION}")
     try:
         state = safetensors.torch.load(data)

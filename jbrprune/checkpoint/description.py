@@ -38,7 +38,7 @@ LARGEST_IMAGE = 2**22
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of one tensor without reading it.
+    """Properties of one stored tensor.
 
     Attributes:
         shape: Its shape in the pruned model.
@@ -59,7 +59,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Example:
-    """What a saved model computes for two images of noise, see `jbrprune.checkpoint.rebuild.compute_outputs`.
+    """Outputs of a saved model for two images of noise, see `jbrprune.checkpoint.rebuild.compute_outputs`.
 
     Attributes:
         size: Channels, height and width of the images.
@@ -126,13 +126,13 @@ def checksum(body: Mapping[str, Any]) -> str:
 
 
 def to_text(body: Mapping[str, Any]) -> str:
-    """What is written into the file: the body with its format and its checksum."""
+    """The text of the file: the body with its format and its checksum."""
     whole = {"format": FORMAT, **body}
     return json.dumps({**whole, "sha256": checksum(whole)}, indent=1, sort_keys=True) + "\n"
 
 
 def from_bytes(data: bytes, path: Path) -> Description:
-    """Verify the contents of the file.
+    """Verify and parse the contents of the file.
 
     Args:
         data: Contents of the file.
@@ -160,7 +160,7 @@ def from_bytes(data: bytes, path: Path) -> Description:
 
 
 def refuse_damage(path: Path, what: str) -> NoReturn:
-    """Say that a file is not what was written.
+    """Raise the error for a file that differs from what was written.
 
     Raises:
         CheckpointError: Always.
@@ -230,7 +230,7 @@ def _are_counts(value: object) -> bool:
 
 
 def _is_bounded(value: object) -> bool:
-    """Whether it holds no number by which creating a model would exhaust the machine."""
+    """Whether no number in it is so large that creating the model would exhaust the machine."""
     if isinstance(value, dict | list):
         return all(map(_is_bounded, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, int | float) or abs(value) <= _LARGEST_NUMBER
@@ -291,7 +291,7 @@ def bitmap_name(name: str) -> str:
 
 
 def pack(tensor: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The values that are kept, and where they are.
+    """Pack a tensor into the values that are kept and a bitmap of their positions.
 
     Args:
         tensor: Any tensor on the CPU.
@@ -311,7 +311,7 @@ def pack(tensor: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(values: Tensor, bitmap: Tensor, shape: Sequence[int], name: str = "") -> tuple[Tensor, Tensor]:
-    """The tensor that `pack` got, zero where no value was kept, and where values were kept.
+    """Undo `pack`: the tensor, zero where no value was kept, and the mask of the kept entries.
 
     Args:
         values: ``[kept]``.
@@ -345,7 +345,7 @@ def set_bits(tensor: Tensor) -> Tensor:
 
 
 def packed_bytes(tensor: Tensor, kept: int) -> int:
-    """Bytes of a tensor of which so many entries are kept: packed, or dense where that is not larger.
+    """Stored bytes of a tensor with this many kept entries: the smaller of packed and dense.
 
     Formula: min(entries * itemsize, kept * itemsize + ceil(entries / 8)). A saved mask costs its bit per entry in
     any case.
@@ -360,7 +360,7 @@ def packed_bytes(tensor: Tensor, kept: int) -> int:
 def store_tensor(
     name: str, tensor: Tensor, mask: Tensor | None, persistent: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the description says of a tensor, and what the file of the weights holds for it: packed if that is smaller.
+    """Describe a tensor, and make the entries of the weights' file for it: packed if that is smaller.
 
     Args:
         name: Qualified name.
@@ -389,7 +389,7 @@ def store_tensor(
 
 
 def read_tensor(name: str, info: TensorInfo, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The tensor that `store_tensor` got, and where it is packed, which entries it keeps.
+    """Undo `store_tensor`: the tensor and, if it is packed, the mask of its kept entries.
 
     Raises:
         CheckpointError: The bitmap does not fit the values.

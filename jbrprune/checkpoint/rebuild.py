@@ -72,7 +72,7 @@ def _places(model: nn.Module) -> dict[str, _Place]:
 def take_apart(
     model: nn.Module, size: Sequence[int] | None, report: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The body of the description, without size and sum of the weights, and the tensors to write.
+    """Make the body of the description (size and checksum of the weights are still missing) and the tensors to write.
 
     The dense model is built by its recipe, filled, and compared with the model on an example. Where it does not fit or
     computes something else, the body is without a recipe and says why.
@@ -142,7 +142,7 @@ def take_apart(
 
 
 def compute_outputs(model: nn.Module, size: Sequence[int]) -> tuple[float, ...]:
-    """Some values of what a model returns for two images of noise that are the same everywhere; NaN and Inf count as 0.
+    """Compute some output values for two fixed images of noise, the same on every machine; NaN and Inf count as 0.
 
     The second image has four times the contrast: what saturates or is clipped shows there.
 
@@ -173,7 +173,7 @@ def compute_outputs(model: nn.Module, size: Sequence[int]) -> tuple[float, ...]:
 
 
 def check_outputs(description: Description, model: nn.Module, tolerance: float) -> None:
-    """See that a model computes what the saved one does: ||f(x) - f_saved(x)|| / ||f_saved(x)|| <= tolerance.
+    """Check that a model computes the same as the saved one: ||f(x) - f_saved(x)|| / ||f_saved(x)|| <= tolerance.
 
     Raises:
         CheckpointError: It computes something else, or does not run.
@@ -192,7 +192,7 @@ def check_outputs(description: Description, model: nn.Module, tolerance: float) 
 
 
 def create_on_meta(description: Description) -> nn.Module:
-    """The dense model of a recipe on the meta device, where a tensor of any size takes no memory.
+    """Create the dense model of a recipe on the meta device, where a tensor of any size takes no memory.
 
     It may have so many modules as a model with that many tensors can have: a recipe with a depth of a million would
     fill the memory with modules.
@@ -225,7 +225,7 @@ def create_on_meta(description: Description) -> nn.Module:
 
 
 def split_pairs(dense: nn.Module, description: Description) -> nn.Module:
-    """Put two layers in the place of each that was saved as two, in place; return the model.
+    """Replace each layer that was saved as two linear layers by such a pair, in place; return the model.
 
     Raises:
         CheckpointError: There is no such layer, or the two were no smaller.
@@ -240,7 +240,7 @@ def split_pairs(dense: nn.Module, description: Description) -> nn.Module:
 
 
 def check_fits(description: Description, dense: nn.Module) -> None:
-    """See that every stored tensor and size has its place in the dense model, and none is larger than there.
+    """Check that every stored tensor and size has a place in the dense model and is no larger than there.
 
     Raises:
         CheckpointError: This is not the architecture that was saved.

@@ -1,4 +1,4 @@
-"""The log of a run: what each finished step left, so that a run that was interrupted goes on behind the last of them.
+"""The log of a run: the result of every finished step, so that an interrupted run continues after the last one.
 
 A directory with two kinds of files, each written under a temporary name and renamed, never a pickle:
 
@@ -61,7 +61,7 @@ class ResumeLog:
     finished: int = 0
 
     def read(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor] | None]:
-        """What a finished step left.
+        """Read a finished step.
 
         Args:
             number: From 1 to `finished`.
@@ -73,9 +73,9 @@ class ResumeLog:
         Raises:
             CheckpointError: A file is missing or damaged.
         """
-        facts, units = self._read("step", number)
+        facts, units = self._read_file("step", number)
         wanted = number == self.finished or self._path("model", number).exists()
-        return facts, units, self._read("model", number)[1] if wanted else None
+        return facts, units, self._read_file("model", number)[1] if wanted else None
 
     def write(
         self,
@@ -86,7 +86,7 @@ class ResumeLog:
         *,
         keep: bool = False,
     ) -> None:
-        """Note a finished step; rank 0 does so for all ranks.
+        """Write a finished step; rank 0 does so for all ranks.
 
         Args:
             number: From 1, one after the other.
@@ -109,7 +109,7 @@ class ResumeLog:
                 if not header["keep"]:
                     self._path("model", number - 1).unlink(missing_ok=True)
 
-    def _read(self, kind: str, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _read_file(self, kind: str, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with tensor_file(self._path(kind, number), kind) as (header, tensors):
             if header["sha256"] != hash_tensors(tensors):
                 raise ValueError("its tensors do not match their own SHA-256")
@@ -120,7 +120,7 @@ class ResumeLog:
 
 
 def check_directory(directory: str | os.PathLike[str]) -> Path:
-    """See that a log can be kept there, before anything expensive; make the directory.
+    """Check that a log can be kept there, before anything expensive; make the directory.
 
     Raises:
         CheckpointError: A file, a directory that cannot be written, or one that holds something else.
@@ -141,7 +141,7 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
 
 
 def fingerprint_run(options: Mapping[str, object], model: nn.Module, batches: Iterable[Batch]) -> dict[str, Any]:
-    """What a run depends on, as JSON: its options, the versions of the libraries, and hashes of model and images.
+    """Collect what a run depends on, as JSON: options, versions of the libraries, hashes of model and images.
 
     Args:
         options: Name -> value of whatever changes the result. A dataclass counts by its fields, scores by their
@@ -164,7 +164,7 @@ def fingerprint_run(options: Mapping[str, object], model: nn.Module, batches: It
 
 
 def open_log(directory: Path, fingerprint: Mapping[str, Any]) -> ResumeLog:
-    """The log of a run, with the steps that a run of the same fingerprint has finished.
+    """Open the log of a run, with the steps that a run of the same fingerprint has finished.
 
     Two processes at the same run write the same files, each as a whole.
 

@@ -47,7 +47,7 @@ class Batch:
         return Batch(*(None if t is None else function(t) for t in self._tensors()))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Batch:
-        """On a device, and apart from any graph of the user's. Tensors of inference mode are copied."""
+        """Move to a device and detach. Tensors of inference mode are copied."""
 
         def move(tensor: Tensor) -> Tensor:
             return (tensor.clone() if tensor.is_inference() else tensor.detach()).to(device, non_blocking=True)
@@ -110,7 +110,7 @@ def materialise(data: object, *, images: int | None, batch_size: int = 32) -> li
 
 
 def rebatch(batches: Iterable[Batch], batch_size: int) -> list[Batch]:
-    """Cut batches anew: the same images in the same order, ``batch_size`` at a time."""
+    """Regroup batches: the same images in the same order, ``batch_size`` at a time."""
     whole = concatenate(list(batches))
     return [
         whole.map(lambda tensor, start=start: tensor[start : start + batch_size])
@@ -170,7 +170,7 @@ def _gather(items: Iterator[object], batch_size: int) -> Iterator[Batch]:
 
 
 def _as_batch(item: object) -> Batch:
-    """Images apart from any graph, and class indices where there is one for every image."""
+    """Detached images, and class indices where there is one for every image."""
     images, labels = (item.images, item.labels) if isinstance(item, Batch) else split_item(item)
     if not isinstance(images, Tensor):
         raise DataError(
@@ -182,7 +182,7 @@ def _as_batch(item: object) -> Batch:
 
 
 def split_item(item: object) -> tuple[object, object]:
-    """What an item of data holds as its images and as its labels, whatever that is; None where there is nothing."""
+    """Images and labels of an item of data, of any type; None where it has none."""
     if isinstance(item, Mapping):
         images, labels = (next((item[key] for key in keys if key in item), None) for keys in (IMAGE_KEYS, LABEL_KEYS))
     else:
@@ -198,7 +198,7 @@ CONVERSIONS = (
 
 
 def class_indices(labels: object, shape: Sequence[int], classes: int | None = None) -> Tensor | None:
-    """Labels as class indices; None, which is said once, where they are none: nothing but a report may need them.
+    """Labels as class indices; None, with one warning, where they are something else: only a report may need them.
 
     Masks, captions, boxes, one-hot or soft labels are none, nor is -1, which stands for an image without a label.
 

@@ -73,7 +73,7 @@ def joined(*, timeout: float = TIMEOUT) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Let the block run as if there was one rank only."""
+    """Run the block as if there were one rank only."""
     token = _joined.set(False)
     try:
         yield
@@ -304,7 +304,7 @@ def _accelerated() -> bool:
 
 
 def _place() -> torch.device:
-    """Where the backend wants tensors."""
+    """The device on which the backend needs tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 
 

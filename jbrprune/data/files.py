@@ -18,7 +18,7 @@ from torch import Tensor
 from jbrprune.errors import CheckpointError
 
 FORMAT = 1
-KINDS = {
+CONTENTS = {
     "units": ("scores of units", "Score again."),
     "weights": ("scores of weights", "Score again."),
     "step": ("a step of a run", "Begin the run again in another directory."),
@@ -83,7 +83,7 @@ def write_tensors(path: str | Path, kind: str, header: Mapping[str, object], ten
 
     Args:
         path: The file to write or replace.
-        kind: One of `KINDS`.
+        kind: One of `CONTENTS`.
         header: Stored as JSON, beside the kind and the format.
         tensors: Name -> tensor.
 
@@ -104,23 +104,23 @@ def write_tensors(path: str | Path, kind: str, header: Mapping[str, object], ten
 
 @contextmanager
 def tensor_file(path: str | Path, kind: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Header and tensors that `write_tensors` wrote; an error of their reader in the block counts as damage, too.
+    """Read what `write_tensors` wrote; an error in the block counts as damage of the file as well.
 
     Args:
         path: The file.
-        kind: One of `KINDS`.
+        kind: One of `CONTENTS`.
 
     Raises:
         CheckpointError: The file is missing, damaged, of another kind or of an unknown format.
     """
-    what, advice = KINDS[kind]
+    what, advice = CONTENTS[kind]
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["jbrprune"])
             found = header.get("kind", "units")  # the first files of units did not say so
             if header["format"] != FORMAT or found != kind:
                 raise CheckpointError(
-                    f"{path} holds {KINDS.get(found, (found,))[0]} in format {header['format']}; expected {what} in "
+                    f"{path} holds {CONTENTS.get(found, (found,))[0]} in format {header['format']}; expected {what} in "
                     f"format {FORMAT}. Use the class that wrote it, or upgrade jbrprune."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

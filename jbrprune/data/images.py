@@ -47,7 +47,7 @@ def open_data(
     split: str = "validation",
     skip_corrupt: bool = False,
 ) -> object:
-    """Turn what a user calls data into something that `jbrprune.data.batches.iterate` reads.
+    """Turn a user's data into something that `jbrprune.data.batches.iterate` reads.
 
     - A folder: every image below it, in an order that is random and always the same, so that the first few hundred
       are a fair sample; prepared by timm's evaluation transform for this model. Its first-level folders are the
@@ -305,5 +305,5 @@ def _labels_fit(stored: object, model: nn.Module) -> bool:
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """Order of class folders in timm (2 before 10), made total."""
+    """Sort key: the order of class folders in timm (2 before 10), with the name to break ties."""
     return natural_key(name), name

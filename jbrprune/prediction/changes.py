@@ -1,16 +1,16 @@
-"""How the logits of every sample change when units go, to first order: any number of cuts from one pass.
+"""First-order changes of the logits of every sample when units are removed: any number of cuts from one pass.
 
 Every consumer reads its input a through a gate (`jbrprune.criteria.gates`). For a logit f_k, df_k/dz = sum over
-positions of a * df_k/da is what the channel contributes through this layer, df_k/dy = sum of df_k/da what a constant in
-its place would. A cut S then changes the logit by
+positions of a * df_k/da is the contribution of the channel through this layer, df_k/dy = sum of df_k/da that of a
+constant 1 in its place. A cut S changes the logit by
 
-* ``zeroed``:   -sum of df_k/dz over the channels of S: the units are gone, = -J_k w_S;
-* ``repaired``: -sum of (df_k/dz - mean(a) df_k/dy): their mean stays, times the share of the amplitude of the rest that
-  a least-squares repair of this layer leaves.
+* ``zeroed``:   -sum of df_k/dz over the channels of S: the units are removed, = -J_k w_S;
+* ``repaired``: -r sum of (df_k/dz - mean(a) df_k/dy): the repair keeps the mean of the removed channels, and a least
+  squares refit of this layer reproduces their variation except for the share r of its amplitude.
 
-With C the covariance of the channels that a consumer reads (over samples and positions), S those that go and K those
-that stay, no linear combination of the kept ones reproduces C_SS - C_SK (C_KK + lambda I)^-1 C_KS. The share of the
-lost *output* that is left is tr(W_S . W_S^T) of it over tr(W_S C_SS W_S^T), W_S being the weights that read S.
+Let C be the covariance of the channels that a consumer reads (over samples and positions), S the removed and K the kept
+ones, and W_S the weights that read S. The ridge regression B = (C_KK + lambda I)^-1 C_KS of S on K has the residual
+covariance E = C_SS - C_SK B - B^T C_KS + B^T C_KK B, and r^2 = tr(W_S E W_S^T) / tr(W_S C_SS W_S^T).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Changes:
     Attributes:
         top: ``[N, R]`` the R largest logits of the dense model, falling.
         classes: ``[N, R]`` which classes they are of.
-        zeroed: ``[B, N, R]`` their changes when the units are gone.
-        repaired: ``[B, N, R]`` when the rest of the model makes up for them.
+        zeroed: ``[B, N, R]`` their changes when the units are removed.
+        repaired: ``[B, N, R]`` their changes when the units are removed and the model is repaired.
         rest: ``[2, B, N]`` the change (zeroed, repaired) of the other logits under random signs: its square is an
             unbiased estimate of the sum of their squares. Zero where there are no others.
         spread: ``[N]`` Euclidean norm of all K logits about their mean; of other rows about zero.
@@ -67,7 +67,7 @@ class Changes:
     output: Output = LOGITS
 
     def first(self, number: int) -> Changes:
-        """Of the first samples alone."""
+        """The changes of the first samples only."""
         return replace(
             self,
             top=self.top[:number],
@@ -108,7 +108,7 @@ def predict_changes(
     seed: int = 0,
     progress: bool = False,
 ) -> Changes:
-    """Predict what cuts do to the logits of a model that stays whole: -J(x) w_S for every sample and every cut S.
+    """Predict how cuts change the logits, without cutting: -J(x) w_S for every sample and every cut S.
 
     One forward pass for the moments of what is read, then one forward and ``min(K, followed)`` backward passes (one
     more where K > ``followed``), whatever the number of cuts. Exact for all K logits where K <= ``followed``; otherwise

@@ -1,4 +1,4 @@
-"""Predicted damage, and whether it is what happens: test prediction variance (TPV) and flips from first-order changes.
+"""Predicted damage and its check by measurement: test prediction variance (TPV) and flips from first-order changes.
 
 TPV = E_x sum_k (change of f_k)^2, a flip is a sample whose top-1 is another one after the change. A first-order change
 knows no end: twice the channels, twice the change, until it is larger than the logits themselves. In a deep net what is
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Damage:
-    """What a cut does, over N samples.
+    """The damage of a cut over N samples.
 
     Attributes:
         tpv: Mean over samples of the summed squares of the logits' changes; of what is not logits, the sum over tensors
@@ -126,7 +126,7 @@ class Correction:
         return Correction(x, (x / y - 1) / x if y <= x else (1 - y / x) / x)
 
     def scale(self, tpv: float) -> float:
-        """What to multiply a change with whose predicted TPV this is."""
+        """Factor for a change with this predicted TPV."""
         x = min(math.sqrt(tpv), self.amplitude)
         return 1 / (1 + self.strength * x) if self.strength >= 0 else 1 - self.strength * x
 
@@ -139,7 +139,7 @@ FLIPS = 0.1
 
 @dataclass(frozen=True)
 class Check:
-    r"""A prediction beside what the masked units do, on n images.
+    r"""A prediction compared with the effect of masking the units, on n images.
 
     Attributes:
         taylor_error: sqrt(sum \|real - d\|^2 / sum \|real\|^2) of the plain first-order change d, over images and the
@@ -162,7 +162,7 @@ class Check:
 
 
 def check(predicted: Changes, cut: int, masked: Tensor, reference: Tensor, *, scale: float = 1.0) -> Check:
-    """Compare what is predicted for a cut with what it does.
+    """Compare the predicted with the measured effect of a cut.
 
     Args:
         predicted: Changes of at least as many samples.
@@ -201,7 +201,7 @@ def _relative(change: Tensor, real: Tensor) -> float:
 
 
 def warn_if_constant(logits: Tensor) -> None:
-    """Warn where the dense model tells no image from another: whatever is removed, that is no damage to go by."""
+    """Warn if the dense model gives all images the same logits: then nothing can be learnt about damage."""
     if len(logits) > 1 and is_constant(logits):
         warnings.warn(
             "All images have the same logits: nothing can be learnt from them about what removal does, and nothing is "

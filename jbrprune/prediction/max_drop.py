@@ -55,7 +55,7 @@ class Outlook:
     scale: float = 1.0
 
     def lost(self, share: float) -> float:
-        """What is predicted to be lost; between planned shares, and up to the dense model, linear."""
+        """Predicted loss at a share, interpolated linearly between planned shares and the dense model."""
         lost = [self._lost(number) for number in range(len(self.shares))]
         return float(np.interp(share, [*reversed(self.shares), 1.0], [*reversed(lost), 0.0]))
 
@@ -98,21 +98,22 @@ def search(state: Channels, images: Calibration) -> Stop:
     """
     allowed, confidence = float(state.options.max_drop), state.options.confidence
     state.output = images.output
-    if not images.judge:
+    if not images.heldout:
         raise DataError(f"max_drop needs images that decide, but there are only {count(images.score)}: pass more.")
     level = 0.5 if confidence == 0.5 else 1 - (1 - confidence) / CHANCES
     if images.output.decides or images.output.kind == "embedding":  # which are counted
-        check_resolution(count(images.judge), allowed, level)
+        check_resolution(count(images.heldout), allowed, level)
     if not (shares := _grid(state)):
         raise BudgetError("Nothing can go: every group is at its floor. Pass floors=Floors(channels=...) with fewer.")
-    walk = _Walk(state, images.judge, allowed, level, _outlook(state, images, shares))
+    walk = _Walk(state, images.heldout, allowed, level, _outlook(state, images, shares))
     stop = next(run(state, images, goals=walk.shares()))
-    found = Search(allowed, images.judged, tuple(walk.trials), walk.measure_chosen(), walk.limit, confidence)
+    decided = f"{count(images.heldout)} images that neither score, repair nor gate"
+    found = Search(allowed, decided, tuple(walk.trials), walk.measure_chosen(), walk.limit, confidence)
     return replace(stop, report=replace(stop.report, search=found, notes=(*stop.report.notes, *_notes(found))))
 
 
 def check_resolution(deciding: int, allowed: float, level: float) -> None:
-    """Refuse a drop that so many images cannot show, or not with such a level even where nothing is lost on them.
+    """Refuse a drop that is too small to be shown on this many images, at this level, even if nothing is lost on them.
 
     Raises:
         DataError: Says how many it takes. A drop of 0 can always be seen.
@@ -127,7 +128,7 @@ def check_resolution(deciding: int, allowed: float, level: float) -> None:
 
 
 def count_needed(lost: float, allowed: float, level: float) -> int:
-    """Images with which a share that is lost has an upper bound at what is allowed."""
+    """Number of images at which the upper bound of a lost share falls to the allowed one."""
     if level == 0.5:
         return math.ceil(1 / allowed - 1e-9)
     none = math.ceil(math.log(1 - level) / math.log1p(-allowed))
@@ -161,7 +162,7 @@ def _outlook(state: Channels, images: Calibration, shares: Sequence[float]) -> O
 
 @dataclass(eq=False)
 class _Walk:
-    """Where to go next, and what was found on the way."""
+    """The state of the search: models to go back to, trials, and the next share."""
 
     state: Channels
     judge: Sequence[Batch]
@@ -178,12 +179,12 @@ class _Walk:
         self.logits = self.reference
 
     def measure_chosen(self) -> Drop:
-        """What the model at hand lost, knowing how many were measured to choose it."""
+        """Measure the drop of the chosen model, with an interval for the choice among all measured ones."""
         how = {"models": max(1, len(self.trials)), "confidence": self.level}
         return measure_drop(self.logits, self.reference, self.labels, self.state.output, **how)
 
     def shares(self) -> Iterator[float]:
-        """Shares for the loop, which has carried out each when the next is asked for."""
+        """Yield shares to the loop, which has carried out each one when the next is asked for."""
         at, good, failed = 1.0, self.state.copy(), None
         while failed is None and (ahead := self._ahead(at)):
             passed: list[tuple[float, Channels]] = []

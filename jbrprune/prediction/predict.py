@@ -1,4 +1,4 @@
-"""predict() and degradation(): what a pruning would cost before anything is cut, and whether that is what happens."""
+"""predict() and degradation(): the effect of a pruning before anything is cut, compared with measurements."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def compute_masked_logits(
     units: Mapping[str, Tensor],
     output: Output = LOGITS,
 ) -> Tensor:
-    """``[N, V]`` what the whole model computes without some units; nothing is cut."""
+    """``[N, V]`` outputs of the whole model with some units masked; nothing is cut."""
     with masked_units(model, groups, units):
         return torch.cat(compute_logits(model, batches, output))
 
@@ -212,7 +212,7 @@ def _references(batches: Sequence[Batch]) -> Tensor:
 
 @dataclass(frozen=True)
 class Degradation:
-    """What removing units was predicted to do to the outputs, and what it does.
+    """Predicted and measured effect of removing units.
 
     Attributes:
         images: Number of samples.
@@ -248,7 +248,7 @@ def degradation(
     seed: int = 0,
     progress: bool = True,
 ) -> Degradation:
-    r"""Predict what removing given units does to the outputs, and measure it on the same images.
+    r"""Predict how the removal of given units changes the outputs, and measure it on the same images.
 
     TPV = E_x \|\|f'(x) - f(x)\|\|^2, and the share of samples whose top-1 flips; predicted as by `jbrprune.predict`.
 

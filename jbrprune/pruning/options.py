@@ -111,7 +111,22 @@ def criterion_name(criterion: object) -> str:
 
 
 @dataclass(frozen=True)
-class Options:
+class Table:
+    """A table of options, which are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        """Check every option; one of several words by its type."""
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            check, value = item.metadata["check"], getattr(self, item.name)
+            if get_origin(hints[item.name]) is Literal:
+                check_known(item.name, value, get_args(hints[item.name]))
+            elif check is not None and not (value is None and item.default is None):
+                check(item.name, value)
+
+
+@dataclass(frozen=True)
+class Options(Table):
     """Options of scoring and pruning alike."""
 
     criterion: str | object = option("jbr", RANK_BY, "Criterion", check_criterion)
@@ -125,16 +140,6 @@ class Options:
     )
     batch_size: int = option(32, "Images per pass.", "Data", whole(1))
     progress: bool = option(True, "Show progress bars.", None)
-
-    def __post_init__(self) -> None:
-        """Check every option; one of several words by its type."""
-        hints = get_type_hints(type(self))
-        for item in fields(self):
-            check, value = item.metadata["check"], getattr(self, item.name)
-            if get_origin(hints[item.name]) is Literal:
-                check_known(item.name, value, get_args(hints[item.name]))
-            elif check is not None and not (value is None and item.default is None):
-                check(item.name, value)
 
     @property
     def ranking(self) -> Any:

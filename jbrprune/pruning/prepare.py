@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import cast
@@ -66,10 +66,9 @@ class Calibration:
         score: Units are scored on these (``repair`` and ``gate`` together).
         repair: The repair is fitted on these.
         gate: A repair is kept only if it helps on these.
-        heldout: Agreement is reported on these, which are used for nothing else.
+        heldout: Agreement is reported on these, which are used for nothing else; with ``max_drop`` they also
+            decide how far to prune.
         described: Which images the held-out ones are.
-        judge: How far to prune is decided on these; none unless asked for.
-        judged: Which images these are.
         output: What of the model's output counts, with the scales that these images give.
         ways: Images of one batch for every way through the modules of the model, where there are several.
     """
@@ -79,8 +78,6 @@ class Calibration:
     gate: list[Batch]
     heldout: list[Batch]
     described: str
-    judge: list[Batch] = field(default_factory=list)
-    judged: str = ""
     output: Output = LOGITS
     ways: tuple[Tensor, ...] = ()
 
@@ -220,7 +217,7 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
     """
     own = judged and options.eval_data is None
     most = options.images if options.images is None or not own else options.images + MOST_JUDGES
-    whole, ways = _read(problem, problem.data, most, options)
+    whole, ways = _read_images(problem, problem.data, most, options)
     assert whole.reference is not None
     output = problem.output.scaled_by([whole.reference])
     whole = replace(whole, reference=output.scale(whole.reference))
@@ -239,7 +236,7 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
         heldout, described = part(0, apart), f"{apart} calibration images that {purpose}"
     else:
         opened = open_data(options.eval_data, problem.dense, batch_size=options.batch_size)
-        others, more = _read(problem, opened, None, options)
+        others, more = _read_images(problem, opened, None, options)
         ways |= more
         others = replace(others, reference=output.scale(cast(Tensor, others.reference)))
         heldout, described = (
@@ -253,14 +250,12 @@ def read_calibration(problem: Problem, options: RunOptions, *, judged: bool = Fa
         gate=part(cut, len(whole)),
         heldout=heldout,
         described=described,
-        judge=heldout if judged else [],
-        judged=f"{sum(map(len, heldout))} images that neither score, repair nor gate" if judged else "",
         output=output,
         ways=tuple(ways.values())[:MOST_WAYS] if len(ways) > 1 else (),
     )
 
 
-def _read(
+def _read_images(
     problem: Problem, data: object, images: int | None, options: RunOptions
 ) -> tuple[Batch, dict[frozenset[str], Tensor]]:
     """Images in the model's precision, with the dense model's logits, or other rows without scales.

@@ -44,7 +44,7 @@ def plot_report(report: Report, path: str | os.PathLike[str] | None = None, pred
     if len(places) <= MAX_NAMES:
         widths.set_xticks(places, names, rotation=90, fontsize=6)
     what = "width" if report.sparsity is None else "weights"
-    widths.set(xlabel="layers in order of execution", ylabel=f"{what} kept (% of the dense layer)", ylim=(0, 100))
+    widths.set(xlabel="layers in the order of the model", ylabel=f"{what} kept (% of the dense layer)", ylim=(0, 100))
     for colour, (stage, label) in zip(COLOURS, STAGES.items()):
         points = _points(report.dense, [(step, getattr(step, stage)) for step in report.steps])
         _draw_line(curve, points, colour, f"{label}, gate images", dashed=stage == "unrepaired")
@@ -87,7 +87,7 @@ def plot_sweep(reports: Sequence[Report], path: str | os.PathLike[str] | None = 
 
 
 def _label(report: Report) -> str:
-    """What the models are compared by."""
+    """Name of the number by which the models are compared."""
     return LABELS[report.final.of if report.final else "agreement"]
 
 
@@ -117,7 +117,7 @@ def _make_figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _points(dense: Size, rows: Sequence[tuple[Size | StepRow, Agreement | None]], value: str = "share") -> list[Point]:
-    """What was measured, after a point for the dense model; empty where nothing was."""
+    """Measured points, after one for the dense model; empty if nothing was measured."""
     found = [(size, row) for size, row in rows if row and row.images and getattr(row, value) is not None]
     if not found:
         return []

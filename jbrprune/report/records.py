@@ -1,4 +1,4 @@
-"""What one pruning run did: a record that prints, plots and survives JSON."""
+"""The record of one pruning run, which prints, plots and converts to and from JSON."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class StepRow:
 
     Attributes:
         step: Number of the step, from 1.
-        target: Cost the step was to reach, in the unit of the budget.
+        target: Share of the dense cost, or of the single weights, that the step was to leave.
         macs: Multiply-accumulates after the step.
         params: Parameters after the step.
         seconds: Duration of the step.
@@ -96,7 +96,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class Trial:
-    """One model that was measured on the way to the smallest one that loses no more than allowed.
+    """One model that the search for ``max_drop`` measured.
 
     Attributes:
         share: Share of the dense model's cost that it was to keep.
@@ -115,7 +115,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """How the smallest model that loses no more than allowed was found.
+    """The search for the smallest model that loses no more than ``max_drop``.
 
     Attributes:
         allowed: Largest share that may be lost on the images that decide.
@@ -137,7 +137,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything one pruning run has to say.
+    """The results of one pruning run.
 
     Attributes:
         model: Name of the model.
@@ -145,11 +145,12 @@ class Report:
         settings: How it was done.
         dense: Cost before.
         pruned: Cost after.
-        layers: Width of every layer, in order of execution.
-        steps: Trajectory of the run.
+        layers: Width of every layer that could lose some, in the order of ``named_modules()``.
+        steps: The steps of the run, in order.
         unrepaired: Held-out agreement of the final model before the last repair.
         repaired: Held-out agreement of the final model after the last repair.
-        heldout: Which images the held-out agreement was measured on, such as ``last 500 images of the folder``.
+        heldout: Which images the held-out agreement was measured on, such as ``102 calibration images that were
+            used for nothing else``.
         seconds: Part of the run -> seconds.
         provenance: Versions, seed, hardware.
         notes: What a reader ought to know.
@@ -300,13 +301,13 @@ def record(kind: type[Record], data: object, where: str = "report") -> Record:
     hints, values = get_type_hints(kind), {}
     for item in fields(kind):  # type: ignore[arg-type]
         if item.name in data:
-            values[item.name] = _read(hints[item.name], data[item.name], f"{where}.{item.name}")
+            values[item.name] = read_field(hints[item.name], data[item.name], f"{where}.{item.name}")
         elif item.default is MISSING and item.default_factory is MISSING:
             raise ArgumentError(f"{where} lacks {item.name!r}; it holds {sorted(data)}. Was it made by Report.to_dict?")
     return kind(**values)
 
 
-def _read(hint: Any, value: Any, where: str) -> Any:
+def read_field(hint: Any, value: Any, where: str) -> Any:
     """One field of a record: a record, a tuple of records, or a value that JSON has."""
     kind = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
     if get_origin(hint) is tuple:

@@ -117,7 +117,7 @@ def format_sweep(reports: Sequence[Report], title: str) -> str:
 
 
 def _sweep_row(report: Report, dense: bool = False) -> dict[str, Any]:
-    """The line of a report, or that of its dense model."""
+    """One row of the table: a report, or its dense model."""
     size, final, timings = report.dense if dense else report.pruned, report.final, report.timings
     sparse = size.nonzero is not None
     tops = [format_percent(row.share, "") or "-" for row in (report.unrepaired, report.repaired) if row is not None]
@@ -179,7 +179,7 @@ def make_tables(report: Report) -> dict[str, Table]:
 
 
 def _facts(report: Report) -> dict[str, Any]:
-    """What the run changed and how, by name; empty where there is nothing to say."""
+    """Cost, latency, search and settings of the run by name; an empty text where a value does not apply."""
     dense, pruned, search, timings = report.dense, report.pruned, report.search, report.timings
     latency = dropped = ""
     if timings is not None:
@@ -271,14 +271,6 @@ def make_card(report: Mapping[str, Any], base: str | None) -> str:
     if base:
         name = base.rpartition(":")[2]  # without hf-hub:
         facts["base_model"] = name if "/" in name else f"timm/{name}"
-    if run is not None and run.final is not None and run.final.of != "relative error":
-        final = run.final
-        found = {"top-1 agreement with the dense model": final.top1, "accuracy": final.accuracy}
-        found |= {"nearest-neighbour agreement with the dense model": final.neighbours}
-        metrics = [{"type": "accuracy", "name": k, "value": round(v, 6)} for k, v in found.items() if v is not None]
-        data = {"type": "held-out", "name": run.heldout or "held-out images"}
-        result = {"task": {"type": task}, "dataset": data, "metrics": metrics}
-        facts |= {"metrics": ["accuracy"], "model-index": [{"name": f"{run.model}, pruned", "results": [result]}]}
     dense, argument = (f"`{base}`", "") if base else ("a model of your own", ", model=dense")
     parts = [
         "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in facts.items()), "---"]),

@@ -119,7 +119,7 @@ def shrink(
 
 
 def _leave_one(units: Tensor) -> Tensor:
-    """The same units, but not all of them: the first one stays."""
+    """The same units; if these are all units of the group, without the first."""
     return units & (torch.arange(len(units)) > 0) if units.all() else units
 
 
@@ -158,7 +158,7 @@ def _nonzero(module: nn.Module, side: Side) -> Tensor:
 def _find_zero_inputs(
     model: nn.Module, weighted: Mapping[str, nn.Module], images: Tensor, seed: int
 ) -> dict[str, Tensor]:
-    """Consumer -> ``[in]`` which of its inputs are exactly zero everywhere, whatever the image shows.
+    """Consumer -> ``[in]`` mask of its inputs that are exactly zero at every position, for every image.
 
     They are so on the example, and when all that depends on the image is NaN, or noise. NaN is passed on by whatever
     computes with it, also by what adds one channel to all; but a function may decide (``torch.where(x > 0, x, 0)``)
@@ -182,7 +182,7 @@ def _find_largest(
     images: Tensor,
     mark: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, Tensor]:
-    """One forward pass; name of a layer -> ``[in]`` largest absolute value of each input channel, over all calls.
+    """Run the model once: name of a layer -> ``[in]`` largest absolute value of each input channel, over all calls.
 
     Args:
         model: The model.

@@ -57,7 +57,7 @@ class Slot:
 
     @property
     def used(self) -> Tensor:
-        """The very tensor that the module's function gets."""
+        """The tensor that the module's forward reads."""
         return getattr(self.module, self.kind)
 
     @property
@@ -67,14 +67,8 @@ class Slot:
         return attention or (self.kind == "weight" and isinstance(self.module, nn.modules.conv._ConvNd | nn.Linear))
 
     def renew(self) -> None:
-        """Make the effective values of a masked parameter anew, as its hook does when the module is called."""
+        """Recompute the effective values of a masked parameter, as its hook does when the module is called."""
         setattr(self.module, self.kind, self.stored * self.mask.to(self.stored))  # type: ignore[union-attr]
-
-    @property
-    def effective(self) -> Tensor:
-        """Values that count, without a graph: the parameter, zero where it is masked."""
-        weight = self.stored.detach()
-        return weight if self.mask is None else torch.where(self.mask.bool(), weight, 0)
 
 
 def slots(model: nn.Module) -> list[Slot]:
@@ -83,7 +77,7 @@ def slots(model: nn.Module) -> list[Slot]:
 
 
 def _places(model: nn.Module) -> Iterator[Slot]:
-    """Where a parameter may be."""
+    """All places where a prunable parameter may be."""
     for name, module in model.named_modules():
         yield from (Slot(f"{name}.{kind}".removeprefix("."), module, kind) for kind in PRUNABLE)
 
@@ -192,7 +186,7 @@ def put_masks(model: nn.Module, masks: Mapping[str, Tensor], originals: Mapping[
 
 
 def renew_children(module: nn.Module, args: object) -> None:
-    """Make the masked weights of a module's linear layers anew before its forward.
+    """Recompute the masked weights of a module's linear layers before its forward.
 
     `nn.MultiheadAttention` reads the weight of its last projection, and timm's BEiT, EVA and Swin-v2 that of ``qkv``,
     without calling the layer: the hook that masks it never runs.
@@ -238,7 +232,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def fresh(model: nn.Module) -> Iterator[None]:
-    """Make effective weights anew, as torch.nn.utils.prune does when it is the module that is called.
+    """Recompute effective weights, as the hooks of torch.nn.utils.prune do when a module is called.
 
     A weight that another function reads is as old as its mask, with the graph of that time. Afterwards the user's
     tensors are back.
@@ -255,7 +249,7 @@ def fresh(model: nn.Module) -> Iterator[None]:
 
 
 def _refuse_foreign(model: nn.Module) -> None:
-    """Only `PRUNABLE` are looked at: any other mask would be overlooked."""
+    """Refuse a mask of a parameter outside of `PRUNABLE`, which the other functions would not see."""
     masked = [name.removesuffix("_mask") for name, _ in model.named_buffers() if name.endswith("_mask")]
     parameters = dict(model.named_parameters())
     for name in masked:

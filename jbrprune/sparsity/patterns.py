@@ -131,7 +131,7 @@ def keep_pattern(score: Tensor, mask: Tensor, pattern: Pattern, dim: int) -> Ten
 
 
 def at_floor(masks: Mapping[str, Tensor], floor: float) -> list[str]:
-    """Parameters of which only the floor is left."""
+    """Names of the parameters that are pruned down to the floor."""
     return [name for name, mask in masks.items() if int(mask.sum()) <= _count_kept(mask.numel(), floor)]
 
 
@@ -142,12 +142,12 @@ def schedule(sparsity: float, steps: int, start: float = 0.0) -> list[float]:
 
 
 def _count_kept(size: int, floor: float) -> int:
-    """How many of so many weights the floor keeps."""
+    """Number of weights that the floor keeps."""
     return max(1, math.ceil(floor * size - 1e-9))
 
 
 def _make_keys(score: Tensor, mask: Tensor, floor: float) -> Tensor:
-    """Scores; below all of them what is gone, above all of them what the floor keeps."""
+    """Scores as keys to sort by: pruned weights below all others, weights that the floor keeps above."""
     keys = torch.where(mask, score.double(), -1.0).flatten()
     stays = min(_count_kept(keys.numel(), floor), int(mask.sum()))
     if stays:

@@ -55,7 +55,7 @@ class Covariance(Protocol):
 
 
 class Perturbation(Protocol):
-    """A covariance that does not know its model yet."""
+    """A covariance that has not been given its model yet."""
 
     def of(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Covariance:
         """The covariance of the weights that are perturbed, given by name and without a graph."""
@@ -342,7 +342,7 @@ class Removal:
 
     @property
     def removed(self) -> Any:
-        """What is removed, also where a result or a report of a run was given."""
+        """Masks or units; those of the report, if a report or a result was given."""
         report = getattr(self.what, "report", self.what)
         return getattr(report, "removed", report)
 

@@ -26,8 +26,7 @@ from jbrprune.criteria.weight_relevance import sample_gradients
 from jbrprune.data import distributed
 from jbrprune.errors import ArgumentError, DataError, ModelError, NonFiniteError, check_known
 from jbrprune.evaluation.agreement import check_weights, raise_nonfinite
-from jbrprune.models.preserve import device_of, inference_state, logits_of
-from jbrprune.sparsity.masks import masks_of
+from jbrprune.models.preserve import device_of, inference_state, logits_of, refuse_masked
 from jbrprune.structure.groups import match_names
 from jbrprune.structure.verification import check_samples_apart
 from jbrprune.tpv.covariances import Change, Covariance, Perturbation, check_change
@@ -234,8 +233,7 @@ class _Task:
         if not 0 <= self.rtol < 1:
             raise ArgumentError(f"rtol must satisfy 0 <= rtol < 1, got {self.rtol}.")
         check_weights(self.model)
-        for name in masks_of(self.model):
-            raise ModelError(f"{name} is masked by torch.nn.utils.prune. Call jbrprune.make_permanent(model) first.")
+        refuse_masked(self.model)
         self.weights = {name: p.detach() for name, p in self.model.named_parameters() if p.is_floating_point()}
         modules = [name for name, _ in self.model.named_modules() if name]
         for name in match_names([*modules, *self.weights], self.ignore, "module and no parameter"):

@@ -1,4 +1,4 @@
-"""How the outputs change with the weights, really and to first order, and where the two agree."""
+"""The change of the outputs with the weights, exact and to first order, and the range in which the two agree."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from jbrprune.budgets.budget import KINDS, STEP, as_share, check_least, schedule
+from jbrprune.budgets.budget import COUNTED, STEP, as_share, check_least, schedule
 from jbrprune.budgets.cost import cost_model, count_macs
 from jbrprune.errors import BudgetError
 from jbrprune.evaluation.agreement import parameters_of
@@ -52,7 +52,7 @@ def test_a_share_on_a_multiple_of_the_step_needs_no_step_more() -> None:
     assert len(schedule(0.99)) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COUNTED)
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
 def test_the_price_of_a_plan_is_what_is_measured_once_it_is_carried_out(name: str, kind: str) -> None:
     model = timm.create_model(name, num_classes=5, **({"img_size": 32, "depth": 2} if name == "test_vit" else {}))

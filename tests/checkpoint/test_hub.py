@@ -40,14 +40,6 @@ def test_a_card_says_what_the_hub_and_a_reader_want(result: jbrprune.PruneResult
     facts = front_matter(text)
     assert (facts["library_name"], facts["pipeline_tag"]) == ("jbrprune", "image-classification")
     assert facts["base_model"].startswith("timm/test_resnet")
-    (entry,) = facts["model-index"]
-    values = {metric["name"]: metric["value"] for metric in entry["results"][0]["metrics"]}
-    final = result.report.final
-    assert final is not None
-    assert values == {
-        "top-1 agreement with the dense model": pytest.approx(final.top1, rel=1e-5),
-        "accuracy": pytest.approx(final.accuracy, rel=1e-5),
-    }
     assert str(result.report) in text
     stored = jbrprune.Report.from_dict(checkpoint.describe(tmp_path / "m").report)
     assert stored.to_dict() == result.report.to_dict()

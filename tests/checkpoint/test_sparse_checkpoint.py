@@ -293,8 +293,7 @@ def _repacked(directory: Path, change: Callable[[dict[str, Tensor]], object]) ->
     state = {name: tensor.clone() for name, tensor in state.items()}
     change(state)
     safetensors.torch.save_file(state, directory / WEIGHTS)
-    weights = directory / WEIGHTS
-    sums = {"bytes": weights.stat().st_size, "sha256": checkpoint.sha256_of(weights)}
+    sums = checkpoint.describe_bytes((directory / WEIGHTS).read_bytes())
     _rewritten(directory, lambda body: body.__setitem__("weights", sums))
 
 

@@ -31,7 +31,7 @@ QUICK: dict[str, Any] = {"progress": False, "floors": Floors(channels=1), "confi
 def judges(model: nn.Module, labels: Tensor | None = None, seed: int = 0) -> Batch:
     """The images that decide, found by an own reading of the same split."""
     data = IMAGES if labels is None else [(IMAGES, labels)]
-    return concatenate(cases.calibration(model.eval(), data, seed=seed, judged=True).judge)
+    return concatenate(cases.calibration(model.eval(), data, seed=seed, judged=True).heldout)
 
 
 def lost(pruned: nn.Module, images: Batch) -> int:
@@ -103,18 +103,18 @@ def test_with_labels_the_accuracy_decides() -> None:
 
 def test_images_that_decide_are_used_for_nothing_else() -> None:
     parts = cases.calibration(own(), IMAGES, judged=True)
-    sizes = [sum(map(len, part)) for part in (parts.score, parts.repair, parts.gate, parts.judge, parts.heldout)]
-    assert sizes == [36, 24, 12, 24, 24]
+    sizes = [sum(map(len, part)) for part in (parts.score, parts.repair, parts.gate, parts.heldout)]
+    assert sizes == [36, 24, 12, 24]
     scored = {image.sum().item() for batch in parts.score for image in batch.images}
-    assert not scored & {image.sum().item() for batch in parts.judge for image in batch.images}
+    assert not scored & {image.sum().item() for batch in parts.heldout for image in batch.images}
     assert parts.described == "24 calibration images that also decided how far to prune"
     other = cases.calibration(own(), IMAGES, eval_data=IMAGES[:7] + 1, judged=True)
-    parts = other.score, other.repair, other.gate, other.judge, other.heldout
-    assert [sum(map(len, part)) for part in parts] == [60, 48, 12, 7, 7]
+    parts = other.score, other.repair, other.gate, other.heldout
+    assert [sum(map(len, part)) for part in parts] == [60, 48, 12, 7]
     more = cases.calibration(own(), IMAGES, images=20, judged=True)
-    assert [sum(map(len, part)) for part in (more.score, more.gate, more.judge)] == [20, 4, 40]
+    assert [sum(map(len, part)) for part in (more.score, more.gate, more.heldout)] == [20, 4, 40]
     same = cases.calibration(own(), IMAGES, images=50, judged=True)  # ten are beyond, two fifths are more
-    assert [sum(map(len, part)) for part in (same.score, same.gate, same.judge)] == [36, 10, 24]
+    assert [sum(map(len, part)) for part in (same.score, same.gate, same.heldout)] == [36, 10, 24]
 
 
 def test_the_report_survives_json_and_the_model_is_a_guest() -> None:

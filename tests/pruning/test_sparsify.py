@@ -66,7 +66,7 @@ def thin(model: nn.Module, **options: Any) -> PruneResult:
 
 
 def zeros(model: nn.Module) -> dict[str, int]:
-    return {name: int((slot.effective == 0).sum()) for name, slot in weights_of(model).items()}
+    return {name: int((cases.effective(slot) == 0).sum()) for name, slot in weights_of(model).items()}
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -157,7 +157,7 @@ def test_the_least_relevant_weights_go() -> None:
     scores = score(model, IMAGES[:32], granularity="weight", progress=False)
     result = thin(model, sparsity=0.7, criterion=scores, repair=None, floor=0)
     flat = torch.cat([scores[name].flatten() for name in scores.sums])
-    gone = torch.cat([(weights_of(result.model)[name].effective == 0).flatten() for name in scores.sums])
+    gone = torch.cat([(cases.effective(weights_of(result.model)[name]) == 0).flatten() for name in scores.sums])
     assert flat[gone].max() <= flat[~gone].min()
     assert torch.equal(
         result.model.fc.weight[result.model.fc.weight != 0], model.fc.weight[result.model.fc.weight != 0]
@@ -230,7 +230,7 @@ def test_masks_in_place_hold_the_values_from_before() -> None:
     assert torch_prune.is_pruned(masked.model)
     assert torch.equal(logits(masked.model), logits(permanent.model))
     for name, slot in weights_of(masked.model).items():
-        original = weights_of(model)[name].effective
+        original = cases.effective(weights_of(model)[name])
         assert slot.mask is not None
         assert torch.equal(slot.stored[slot.mask == 0], original[slot.mask == 0])
         assert not (original[slot.mask == 0] == 0).any()
@@ -377,7 +377,7 @@ def test_a_sweep_is_nested() -> None:
     results = sweep(own(), IMAGES, [0.9, 0.5], budget="sparsity", **QUICK)
     assert [sum(zeros(r.model).values()) for r in results] == [2344, round(0.9 * 4688)]
     for one, other in zip(*(weights_of(r.model).values() for r in results), strict=True):
-        assert not ((one.effective == 0) & (other.effective != 0)).any()
+        assert not ((cases.effective(one) == 0) & (cases.effective(other) != 0)).any()
     assert [r.report.budget for r in results] == [{"sparsity": 0.5}, {"sparsity": 0.9}]
 
 

@@ -78,7 +78,7 @@ def test_nothing_that_can_be_perturbed() -> None:
 def test_a_masked_model() -> None:
     net = mlp()
     prune.random_unstructured(net[1], "weight", 0.5)
-    with pytest.raises(ModelError, match=r"1\.weight is masked.*make_permanent"):
+    with pytest.raises(ModelError, match=r"1\.weight .* is masked by torch"):
         estimated(net, IMAGES, Isotropic(1.0))
 
 
