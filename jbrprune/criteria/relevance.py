@@ -55,7 +55,8 @@ class Relevance:
             weights only).
         batch: Number of samples whose mean is squared by ``batched``, whatever the data's batch size.
         threshold: Leave out samples whose largest dense probability is not above this (published code: 0.9).
-        autocast: Low-precision dtype of the forward pass, e.g. ``torch.bfloat16``.
+        autocast: Low-precision dtype of the forward pass, e.g. ``torch.bfloat16``; never set by itself. A CPU without
+            instructions for bfloat16 (AVX-512 BF16, AMX) is slower with it than with float32.
         seed: Seeds the signs of ``projection``; give every shard of the data another one.
         output: What of the model's output counts (`jbrprune.evaluation.outputs.find_output`).
 
