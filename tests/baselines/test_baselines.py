@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import jbrprune
-from baselines import CRITERIA, LABELS, activations
+from baselines import CRITERIA, LABELS, activations, weights_only
 from baselines.common import parts
 from baselines.torch_pruning_shipped import KNOWN_FAULTS
 from jbrprune.budgets.budget import Floors
@@ -250,6 +250,19 @@ def test_equal_units_share_their_lamp_score() -> None:
     assert scored("lamp", model)["fc"].tolist() == pytest.approx([1 / 5] * 5)
 
 
+@about("l2_isomorphic")
+def test_isomorphic_groups_are_ranked_together() -> None:
+    model = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(4)], nn.Flatten(), nn.Linear(12, 2)).double()
+    groups = find_groups(model, torch.randn(2, 3, 2, 2).double()).groups
+    normalised = weights_only.l2_normalised(model, (), groups)
+    found = weights_only.l2_isomorphic(model, (), groups)
+    for names in (("0", "1", "2"), ("3",)):  # the last is read by a linear layer
+        everything = [float(x) for name in names for x in normalised[name]]
+        for name in names:
+            expected = [sum(y <= float(x) for y in everything) / len(everything) for x in normalised[name]]
+            assert found[name].tolist() == pytest.approx(expected)
+
+
 @about("random")
 def test_random_comes_from_its_seed() -> None:
     model = tiny()
@@ -384,7 +397,20 @@ def test_hrank_folds_tokens_and_reads_few_images() -> None:
     [
         (2, ("l2_grouped", "whc")),
         (1, ("l1", "l2", "l1_grouped", "bn_scale", "fpgm")),
-        (0, ("random", "lamp", "l2_normalised", "tp_magnitude", "tp_bn_scale", "tp_lamp", "tp_fpgm", "tp_random")),
+        (
+            0,
+            (
+                "random",
+                "lamp",
+                "l2_normalised",
+                "l2_isomorphic",
+                "tp_magnitude",
+                "tp_bn_scale",
+                "tp_lamp",
+                "tp_fpgm",
+                "tp_random",
+            ),
+        ),
     ],
 )
 def test_degrees_in_the_weights(degree: int, names: tuple[str, ...]) -> None:

@@ -175,6 +175,14 @@ def test_area_is_a_mean_over_the_common_range(tmp_path: Path) -> None:
     assert list(made.index) == ["a", "b"]
 
 
+def test_the_best_way_of_each_criterion(tmp_path: Path) -> None:
+    rows = [("a, raw", 0, 0.5, 0.3), ("a, layer", 0, 0.5, 0.4), ("b", 0, 0.5, 0.2)]
+    frame = synthetic(tmp_path / "l", rows)
+    for metric, kept in (("accuracy", ["a, layer", "b"]), ("kl", ["a, raw", "b"])):
+        (made,) = tables.tables(frame.assign(kl=frame["accuracy"]), None, metric, None, best=True)
+        assert made.cells["criterion"].unique().tolist() == kept
+
+
 def test_a_table_with_areas(tmp_path: Path) -> None:
     frame = synthetic(tmp_path / "l", [("worse", 0, 0.5, 0.5), ("better", 0, 0.5, 0.8), ("better", 1, 0.5, 0.6)])
     (only,) = tables.tables(frame, "macs", "accuracy", None, area=True)
