@@ -1,6 +1,6 @@
 """Channels, directions or both, from lines of benchmark.py --structure: tables at equal MACs and equal time, a figure.
 
-python scripts/structures.py results/directions.jsonl --figure docs/figures/directions.png
+python scripts/structures.py results/directions.jsonl --model vit_tiny_patch16_224 --images 512 --figure FILE.png
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("paths", type=Path, nargs="+")
     parser.add_argument("--criterion", default="jbr")
+    parser.add_argument("--model", help="lines of this one; default: of all")
+    parser.add_argument("--images", type=int, help="lines of so many for calibration; default: of any")
     parser.add_argument("--figure", type=Path, help="write it here")
     args = parser.parse_args(argv)
     found: dict[tuple[str, str], dict[float, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for line in (line for path in args.paths for line in lines(path)):
-        if "failed" not in line and line["criterion"] == args.criterion:
+        own = (args.model or line["model"], args.criterion, args.images or line["images"])
+        if "failed" not in line and (line["model"], line["criterion"], line["images"]) == own:
             found[line["model"], line["options"].get("structure", "channels")][line["budget"]].append(line)
     rows = []
     for (model, structure), budgets in found.items():
