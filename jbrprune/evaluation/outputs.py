@@ -197,7 +197,8 @@ def find_output(model: nn.Module, returned: object, images: int, asked: Asked = 
     kind = "dense" if kind == "logits" and alone is not None and alone.dim() == 4 else kind or "features"
     wanted = DIMENSIONS[kind]
     if not names or (wanted and (alone is None or alone.dim() != wanted)):
-        what = f"{kind!r} is one tensor of {wanted} dimensions" if names else f"{asked!r} is none of them"
+        none = "no floating-point tensor has a row for each image" if asked is None else f"{asked!r} is none of them"
+        what = f"{kind!r} is one tensor of {wanted} dimensions" if names else none
         raise ModelError(f"The model returned {describe_returned(returned)}; {what}. {OTHERWISE}.")
     chosen, left = [tensors[name] for name in names], [name for name in found if name not in names]
     shown = ", ".join(f"{name} [B, {', '.join(map(str, t.shape[1:]))}]".strip() for name, t in zip(names, chosen))

@@ -255,7 +255,7 @@ def describe_returned(value: object) -> str:
 
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile
-    **dict.fromkeys(["DataParallel", "DistributedDataParallel", "AveragedModel"], "module"),
+    **dict.fromkeys(["DataParallel", "DistributedDataParallel", "AveragedModel", "ModelEmaV2", "ModelEmaV3"], "module"),
 }
 """Class -> where it keeps the module that it wraps."""
 
@@ -264,7 +264,7 @@ OBSERVERS = ("torch.ao.quantization.observer", "torch.ao.quantization.fake_quant
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside of `torch.compile`, `DataParallel`, `DistributedDataParallel` or `AveragedModel`; it is logged.
+    """The module inside of `torch.compile`, `DataParallel`, `DistributedDataParallel` and the like; it is logged.
 
     Example:
         >>> unwrap(nn.DataParallel(nn.Linear(2, 2)))

@@ -124,7 +124,7 @@ def find_called(model: nn.Module, images: Tensor) -> list[str]:
 
 
 def _leave_pixels_out(trial: nn.Module, images: Tensor) -> tuple[Tensor, list[str]]:
-    """Images of half the size, or of a quarter, on which the same modules run, and these modules."""
+    """Images of half the size, or of a quarter, on which the same modules run and training works as before."""
     try:
         called = find_called(trial, images)
     except Exception as error:  # whatever a foreign forward raises
@@ -135,7 +135,8 @@ def _leave_pixels_out(trial: nn.Module, images: Tensor) -> tuple[Tensor, list[st
     while min(images.shape[-2:]) >= 2 * FEWEST_PIXELS:
         smaller = images[..., ::2, ::2].contiguous()
         try:
-            if find_called(trial, smaller) != called:
+            fails = _train(trial, smaller) and not _train(trial, images)  # as where an auxiliary head wants more pixels
+            if fails or find_called(trial, smaller) != called:
                 break
         except Exception:  # whatever a foreign forward raises: it does not take this size
             break
@@ -222,7 +223,7 @@ def _find_failure(
 def _train(model: nn.Module, images: Tensor) -> Exception | None:
     """What a pass in training mode raises; a whole model may want more images, or targets."""
     try:
-        with preserve.same_randomness(preserve.device_of(model)):
+        with preserve.same_randomness(preserve.device_of(model)), torch.no_grad():
             model.train()(images)
     except Exception as error:  # whatever a foreign forward raises
         return error

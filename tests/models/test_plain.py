@@ -13,6 +13,7 @@ import cases
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -44,7 +45,7 @@ def _compile(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "wrap", [_compile, nn.DataParallel, AveragedModel, lambda model: nn.DataParallel(_compile(model))]
+    "wrap", [_compile, nn.DataParallel, AveragedModel, ModelEmaV3, lambda model: nn.DataParallel(_compile(model))]
 )
 def test_what_is_inside_of_a_wrapper_is_pruned_and_said(
     wrap: Callable[[nn.Module], nn.Module], caplog: pytest.LogCaptureFixture

@@ -574,3 +574,24 @@ def test_a_parameter_without_entries_is_no_obstacle() -> None:
     model = nets.TwoBlocks().eval()
     model.register_parameter("none", nn.Parameter(torch.zeros(1, 0, 4)))
     assert verify_groups(model, nets.example(), find_groups(model, nets.example())).groups
+
+
+class WideAuxiliary(nn.Module):
+    """The auxiliary head, in training mode, reads more pixels than there are in a smaller image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, 8, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.head, self.aux = nn.Linear(8, 4), nn.Conv2d(8, 4, 10)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.a(x).relu()
+        out = self.head(self.b(x).relu().mean((2, 3)))
+        return (out, self.aux(x)) if self.training else out
+
+
+def test_images_stay_as_large_as_training_needs_them() -> None:
+    model, images = WideAuxiliary().eval(), torch.randn(2, 3, 128, 128)
+    found = verify_groups(model, images, find_groups(model, images))
+    assert [group.name for group in found.groups] == ["b"]
+    assert "in training mode" in found.skipped["a"]
