@@ -70,8 +70,8 @@ def check_least(kind: str, share: float, least: float, holds: str = "") -> None:
     """
     if least > share:
         raise BudgetError(
-            f"{kind}={share:g} cannot be reached: with every group at its floor {least:.3f} of the dense "
-            f"model's {kind} are left. Ask for at least {least + 0.001:.3f}, lower the floors, or ignore less."
+            f"{kind}={share:g} cannot be reached: with every group at its floor {least:.3f} of the dense model's "
+            f"{kind} are left. Ask for at least {least + 0.001:.3f}, lower floors=, ignore less, or change structure=."
             + (f" Most of it stays in {holds}." if holds else "")
         )
 

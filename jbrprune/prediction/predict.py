@@ -265,7 +265,7 @@ def degradation(
         progress: Show progress bars.
 
     Raises:
-        ArgumentError: Nothing was removed, or the units are not those of this model.
+        ArgumentError: No channel or head was removed, or the units are not those of this model.
         DataError: The images cannot be used.
         ModelError: The model cannot be scored as it is.
         NonFiniteError: NaN or Inf.
@@ -289,7 +289,7 @@ def degradation(
     _, found = find_units(problem.dense, problem.example, (), width=True)  # whatever the run left out
     cut = check_units(units, found.groups)
     if not cut:
-        raise ArgumentError("Nothing was removed: there is nothing to predict. (Single weights: see jbrprune.tpv.)")
+        raise ArgumentError("removed= names no channel or head. (Directions: jbrprune.predict; weights: jbrprune.tpv.)")
     read = read_calibration(problem, options)
     batches = [*read.heldout, *read.score]  # in one order for all passes
     reference = _references(batches)

@@ -230,7 +230,7 @@ def test_removed_units_of_a_report_add_up_to_the_widths() -> None:
 @pytest.mark.parametrize(
     ("units", "match"),
     [
-        ({}, "Nothing was removed"),
+        ({}, "names no channel or head"),
         ({"nowhere": [0]}, "Unknown group 'nowhere'"),
         ({"a": [99]}, "a has units 0 to 19"),
     ],

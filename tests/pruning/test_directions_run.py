@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from jbrprune import create, info, load, predict, prune, sweep
+from jbrprune import create, degradation, export, info, load, predict, prune, sweep
 from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
 from jbrprune.cli import app
@@ -147,6 +147,8 @@ def test_sweep_predict_max_drop_and_latency() -> None:
     shares = [result.report.kept for result in sweep(model, IMAGES, [0.6, 0.3], **QUIET)]
     assert 0.58 < shares[0] <= 0.6
     assert 0.28 < shares[1] <= 0.3
+    with pytest.raises(ArgumentError, match=r"names no channel or head.*Directions: jbrprune\.predict"):
+        degradation(model, prune(model, IMAGES, macs=0.6, **QUIET), IMAGES, progress=False)
     table = predict(model, IMAGES, macs=[0.9, 0.5], **QUIET)
     assert bool((table.macs <= table.target).all())
     assert table.predicted_tpv[0] < table.predicted_tpv[1]
@@ -206,6 +208,47 @@ def test_a_vit_of_hugging_face() -> None:
     assert len(result.report.layers) == 12  # its patch embedding is asked for its weight's dtype
     assert type(result.model.classifier) is nn.Linear
     assert all(isinstance(result.model.get_submodule(r.name), nn.Sequential) for r in result.report.layers)
+
+
+SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2]}
+OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "deit_tiny_distilled_patch16_224": (32, {"patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2}),
+    "vit_small_patch14_reg4_dinov2": (28, {"embed_dim": 24, "num_heads": 2, "depth": 2}),
+    "eva02_tiny_patch14_224": (32, {"patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2}),
+    "swin_tiny_patch4_window7_224": (32, SWIN),
+    "mixer_s32_224": (32, {"patch_size": 8, "embed_dim": 24, "num_blocks": 2}),
+    "convnext_atto": (32, {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20], "conv_mlp": False}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_are_saved_loaded_exported_and_trained(name: str, tmp_path: Path) -> None:
+    size, arguments = OTHERS[name]
+    sized = {} if name == "convnext_atto" else {"img_size": size}
+    torch.manual_seed(0)
+    model = create(name, pretrained=False, num_classes=5, **sized | arguments).eval()
+    images = cases.images(12, size).float()
+    result = prune(model, images, macs=0.7, **QUIET)
+    assert result.report.kept <= 0.7
+    pairs = [row.name for row in result.report.layers if row.after < row.before]
+    assert all(isinstance(result.model.get_submodule(pair), nn.Sequential) for pair in pairs)
+    result.save(tmp_path / "m")
+    loaded = load(tmp_path / "m")
+    assert torch.equal(loaded(images), result.model(images))
+    export(loaded, tmp_path / "net.pt2", size=(3, size, size))  # it is read back, and its outputs are compared
+    nn.functional.cross_entropy(loaded.train()(images), torch.arange(12) % 5).backward()
+    factors = [layer for pair in pairs for layer in loaded.get_submodule(pair)]
+    assert all(bool(layer.weight.grad.abs().sum() > 0) for layer in factors)
+    again = prune(loaded.eval(), images, macs=0.9, **QUIET)
+    assert again.report.kept <= 0.9
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_onnx_gives_the_outputs_of_the_model(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install jbrprune[export]")
+    result = prune(vit(), IMAGES, macs=0.3, **QUIET)
+    export(result.model, tmp_path / "net.onnx", size=(3, 32, 32))  # it is read back, and its outputs are compared
+    assert (tmp_path / "net.onnx").is_file()
 
 
 def test_two_ranks_are_one() -> None:
