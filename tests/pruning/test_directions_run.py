@@ -216,7 +216,6 @@ OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
     "vit_small_patch14_reg4_dinov2": (28, {"embed_dim": 24, "num_heads": 2, "depth": 2}),
     "eva02_tiny_patch14_224": (32, {"patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2}),
     "swin_tiny_patch4_window7_224": (32, SWIN),
-    "mixer_s32_224": (64, {}),
     "convnext_atto": (32, {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20], "conv_mlp": False}),
 }
 
