@@ -60,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-LONG = ("detection-and-segmentation", "faster", "interrupted", "prune-resnet50", "prune-vit", "single-weights")
+LONG = ("detection-and-segmentation", "interrupted", "prune-resnet50", "prune-vit", "single-weights")
 """Pages that take more than a few seconds."""
 
 

@@ -24,7 +24,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +57,7 @@ class ResumeLog:
     """
 
     directory: Path
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any]
     finished: int = 0
 
     def read(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor] | None]:
@@ -175,14 +175,24 @@ def open_log(directory: Path, fingerprint: Mapping[str, Any]) -> ResumeLog:
     Raises:
         CheckpointError: The steps there are of another run (says in what it differs), or damaged.
     """
+    log, finished = ResumeLog(directory, fingerprint), 0
     with distributed.fail_together():
-        finished = _count_finished(directory, fingerprint)
+        while (path := log._path("step", finished + 1)).exists():
+            with tensor_file(path, "step") as (header, _):
+                before = header["fingerprint"]
+            for name in before | fingerprint:
+                if before.get(name) != fingerprint.get(name):
+                    raise CheckpointError(
+                        f"resume={str(directory)!r} belongs to another run: {name} was {before.get(name)!r} there and "
+                        f"is {fingerprint.get(name)!r} now. Pass what that run was begun with, or another directory."
+                    )
+            finished += 1
     if distributed.broadcast(finished) != finished:
         raise CheckpointError(
             f"resume={str(directory)!r} holds {finished} steps for rank {distributed.rank()}, and another number "
             "for rank 0: the directory must be on a file system that all ranks see."
         )
-    return ResumeLog(directory, fingerprint, finished)
+    return replace(log, finished=finished)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -193,23 +203,6 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _count_finished(directory: Path, fingerprint: Mapping[str, Any]) -> int:
-    """Count the steps in a directory, each of which must have the fingerprint."""
-    log = ResumeLog(directory)
-    finished = 0
-    while (path := log._path("step", finished + 1)).exists():
-        with tensor_file(path, "step") as (header, _):
-            before = header["fingerprint"]
-        for name in before | fingerprint:
-            if before.get(name) != fingerprint.get(name):
-                raise CheckpointError(
-                    f"resume={str(directory)!r} belongs to another run: {name} was {before.get(name)!r} there and is "
-                    f"{fingerprint.get(name)!r} now. Pass what that run was begun with, or another directory."
-                )
-        finished += 1
-    return finished
 
 
 def _describe(name: str, value: object) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from jbrprune.data.batches import split_item
-from jbrprune.errors import ArgumentError, DataError, ModelError
+from jbrprune.errors import DataError, ModelError
 from jbrprune.models.preserve import same_randomness
 from jbrprune.models.timm_models import data_config, image_size
 
@@ -72,13 +72,10 @@ def open_data(
         A `DataLoader` or another iterable.
 
     Raises:
-        ArgumentError: ``batch_size`` or ``workers`` out of range.
         DataError: No such folder, no images in it, a named data set that cannot be opened; while reading, an
             unreadable image.
         ModelError: Images need a transform, but nothing says which one this model wants.
     """
-    if batch_size < 1 or workers < 0:
-        raise ArgumentError(f"batch_size must be >= 1 and workers >= 0, got {batch_size} and {workers}.")
     by_name = isinstance(data, str | Path)
     stored = pictures(str(data), model, root=root, split=split) if by_name else data
     if not by_name and not _has_pictures(data, model):

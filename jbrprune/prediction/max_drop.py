@@ -109,7 +109,10 @@ def search(state: Channels, images: Calibration) -> Stop:
     stop = next(run(state, images, goals=walk.shares()))
     decided = f"{count(images.heldout)} images that neither score, repair nor gate"
     found = Search(allowed, decided, tuple(walk.trials), walk.measure_chosen(), walk.limit, confidence)
-    return replace(stop, report=replace(stop.report, search=found, notes=(*stop.report.notes, *_notes(found))))
+    notes = stop.report.notes
+    if not any(trial.accepted for trial in found.trials):
+        notes = (*notes, "Nothing was removed: the smallest step already lost more than max_drop allows.")
+    return replace(stop, report=replace(stop.report, search=found, notes=notes))
 
 
 def check_resolution(deciding: int, allowed: float, level: float) -> None:
@@ -242,9 +245,3 @@ class _Walk:
                 needed = count_needed(max(drop.lost, 0.0), self.allowed, self.level)
                 self.limit += f", which may be {drop.upper:.2%}; it takes some {needed:,} images to know that it is not"
         return accepted
-
-
-def _notes(search: Search) -> list[str]:
-    if any(trial.accepted for trial in search.trials):
-        return []
-    return ["Nothing was removed: the smallest step already lost more than max_drop allows."]

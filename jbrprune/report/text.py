@@ -119,16 +119,13 @@ def format_sweep(reports: Sequence[Report], title: str) -> str:
 def _sweep_row(report: Report, dense: bool = False) -> dict[str, Any]:
     """One row of the table: a report, or its dense model."""
     size, final, timings = report.dense if dense else report.pruned, report.final, report.timings
-    sparse = size.nonzero is not None
     tops = [format_percent(row.share, "") or "-" for row in (report.unrepaired, report.repaired) if row is not None]
     accuracy = final and (final.dense_accuracy if dense else final.accuracy)
     ms, ratio = (timings.latencies[0].median_ms, timings.ratios[1]) if timings else (None, None)
     return {
         "kept\n%": f"{100 * size.macs / report.dense.macs:.1f}",
-        "MACs": None if sparse else format_si(size.macs),
-        "params": None if sparse else format_si(size.params),
-        "zeros\n%": None if dense else format_percent(report.sparsity, ""),
-        "effective": None if size.nonzero is None else format_si(size.nonzero),
+        "MACs": format_si(size.macs),
+        "params": format_si(size.params),
         f"{SHORT[final.of if final else 'agreement']} (%)\nbefore -> after": "dense" if dense else " -> ".join(tops),
         "95 %\ninterval": None if dense else format_interval(final),
         "KL\n(nats)": None if dense or final is None or final.kl is None else f"{final.kl:.3g}",

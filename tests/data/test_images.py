@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from jbrprune.data import images as module
 from jbrprune.data.batches import Batch, concatenate, iterate
 from jbrprune.data.images import open_data
-from jbrprune.errors import ArgumentError, DataError, ModelError
+from jbrprune.errors import DataError, ModelError
 from jbrprune.models.timm_models import create, data_config
 
 SIDE = 32
@@ -241,12 +241,6 @@ def test_channels_that_no_picture_has(folder: Path) -> None:
     net = create("test_vit", pretrained=False, in_chans=7, img_size=SIDE)
     with pytest.raises(ModelError, match=r"7 channels, pictures have one of \[1, 3, 4\]"):
         open_data(folder, net)
-
-
-@pytest.mark.parametrize(("batch_size", "workers"), [(0, 0), (1, -1)])
-def test_numbers_out_of_range(folder: Path, model: nn.Module, batch_size: int, workers: int) -> None:
-    with pytest.raises(ArgumentError, match=f"got {batch_size} and {workers}"):
-        open_data(folder, model, batch_size=batch_size, workers=workers)
 
 
 # --- data sets of pictures -----------------------------------------------------------------------
