@@ -265,8 +265,7 @@ def _walk_through(model: nn.Module, images: Tensor, walk: Walk, *, lean: bool = 
         result.save(Path(folder) / "model")
         loaded = jbrprune.load(Path(folder) / "model", model=None if timm_models.recipe(model) else model)
         _check_same_tensors(loaded, result.model, "saved and loaded")
-        same = torch.equal(run(loaded, images[:2]), run(result.model, images[:2]))
-        _check(same, "the outputs of the loaded model differ")
+        _check(torch.equal(run(loaded, images[:2]), run(result.model, images[:2])), "the loaded model's outputs differ")
     if not lean:
         walk.to("backward")
         missing = [_find_missing_gradients(copy_model(m), images[:2]) for m in (model, result.model)]
