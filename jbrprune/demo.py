@@ -47,7 +47,7 @@ LITE0_MEAN, LITE0_STD = 0.5, 0.5
 
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.324
 PHOTOGRAPH_SHARES, DIGIT_SHARES = (0.95, 0.9, 0.8), (0.9, 0.7, 0.5, 0.3)
-MANY_PHOTOGRAPHS = "90, 81 and 67 % at .95, .9 and .8 of the MACs"
+MANY_PHOTOGRAPHS = "at .95, .9 and .8 of the MACs it agreed on 90, 81 and 67 %"
 CROPS = 128
 
 
@@ -72,7 +72,7 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], object]) -> None:
         f"2. tf_efficientnet_lite0 with its ImageNet weights: {CROPS} unlabelled crops of {len(CALIBRATION)} "
         f"photographs to calibrate, {CROPS} crops of {len(HELD_OUT)} other photographs to measure. A compact net with "
         "1,000 classes and few photographs: a hard case. More photographs are what it takes: calibrated on 400 crops "
-        f"of 200, it agreed on {MANY_PHOTOGRAPHS} of 375 crops of 125 others (docs/measurements.md).",
+        f"of 200, {MANY_PHOTOGRAPHS} of 375 crops of 125 others (docs/measurements.md).",
         say,
     )
     calibration, heldout = (crops(kind, count=CROPS, seed=seed) for kind in ("calibration", "heldout"))
