@@ -214,6 +214,8 @@ def sweep(
 ) -> list[PruneResult]:
     """Prune to several budgets in one run: each model is the one before, pruned further.
 
+    With ``structure="mixed"`` channels and heads go once, on the way to the largest share; directions alone from there.
+
     Args:
         model: As for `prune`.
         data: As for `prune`.
