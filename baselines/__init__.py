@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from baselines import activations, labels, single_weights, weights_only
+from baselines import activations, labels, low_rank, single_weights, weights_only
 from baselines import torch_pruning_shipped as shipped
 from jbrprune.criteria.relevance import PRESETS, Relevance
 
@@ -66,6 +66,9 @@ CRITERIA: dict[str, Relevance | Callable[..., Any]] = {
     "tp_hessian": shipped.tp_hessian,
 }
 """Name -> relevance, or ``criterion(model, batches, groups)`` -> group -> scores of its units."""
+
+LOW_RANK: dict[str, Callable[..., Any]] = {"svd": low_rank.svd, "balf": low_rank.balf}
+"""The same, of directions only: for ``structure="directions"``."""
 
 WEIGHT_CRITERIA: dict[str, Relevance | Callable[..., Any]] = {
     **{n: preset for n, preset in PRESETS.items() if preset.statistic == "second_moment" and n != "jbr_label"},

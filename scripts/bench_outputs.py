@@ -44,12 +44,11 @@ def compare_encoder(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     source = open_source("photographs/0", args.root, model)
     calibration, test = source.calibration(args.images, args.seed), source.measured(args.eval_images)
     model.reset_classifier(0)
+    dense = attach_reference(test, compute_logits(torch.nn.Sequential(model, classifier), test))
     for name, criterion in ENCODER.items():
         how: dict[str, Any] = {"criterion": criterion, "eval_data": test, "seed": args.seed, "steps": args.steps}
         for result in sweep(model, calibration, args.shares or (0.9, 0.8, 0.7, 0.6), images=None, **how):
-            decided = torch.nn.Sequential(result.model, classifier)
-            dense = attach_reference(test, compute_logits(torch.nn.Sequential(model, classifier), test))
-            found = agreement_on(decided, dense)
+            found = agreement_on(torch.nn.Sequential(result.model, classifier), dense)
             old = {"classifier_top1": found.top1, "classifier_top5": found.top5, "classifier_kl": found.kl}
             yield {"criterion": name, **old} | measure(result.report)
 

@@ -17,7 +17,7 @@ import yaml
 from common import check_least, key_of, keywords, use_threads
 from sources import ROOTED, SMALL, check_source, data_digest, folder_of
 
-from baselines import CRITERIA, WEIGHT_CRITERIA
+from baselines import CRITERIA, LOW_RANK, WEIGHT_CRITERIA
 from jbrprune.budgets.budget import Floors
 from jbrprune.errors import ArgumentError, unknown
 from jbrprune.models.timm_models import check_name
@@ -60,7 +60,7 @@ class Protocol:
     @property
     def known(self) -> Mapping[str, Any]:
         """Name -> criterion for what is pruned here."""
-        return WEIGHT_CRITERIA if self.kind == "sparsity" else CRITERIA
+        return WEIGHT_CRITERIA if self.kind == "sparsity" else CRITERIA | LOW_RANK
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -394,7 +394,7 @@ def _parse_repair(text: str) -> Repair:
 
 
 def _unknown_criterion(name: str, protocol_name: str, protocol: Protocol) -> ArgumentError:
-    if name not in (*CRITERIA, *WEIGHT_CRITERIA):
+    if name not in (*CRITERIA, *LOW_RANK, *WEIGHT_CRITERIA):
         return unknown("criterion", name, protocol.known)
     one, other = ("channels", "single weights")[:: -1 if name in WEIGHT_CRITERIA else 1]
     return ArgumentError(

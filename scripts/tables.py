@@ -412,9 +412,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with exit_on_error("tables.py"):
         frame, left_out = read(args.lines, args.criterion)
-        text = FORMATS[args.format](
-            tables(frame, args.at, args.metric, args.values, area=args.area, best=args.best), args.metric
-        )
+        shown = tables(frame, args.at, args.metric, args.values, area=args.area, best=args.best)
+        text = FORMATS[args.format](shown, args.metric)
         if args.figure:
             figure(frame, args.at, args.metric).savefig(args.figure, dpi=130)
         for sentence in (*left_out, *describe_cuts(args.lines)):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import cases
 import nets
+import numpy as np
 import pytest
 import reference
 import timm
@@ -19,13 +20,14 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import jbrprune
-from baselines import CRITERIA, LABELS, activations, weights_only
+from baselines import CRITERIA, LABELS, LOW_RANK, activations, weights_only
 from baselines.common import parts
 from baselines.torch_pruning_shipped import KNOWN_FAULTS
 from jbrprune.budgets.budget import Floors
 from jbrprune.criteria.scores import Scores
 from jbrprune.data.batches import Batch
 from jbrprune.errors import DataError, ModelError, UnsupportedModelError
+from jbrprune.structure.directions import find_directions
 from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group, Member
 
@@ -760,3 +762,21 @@ def test_units_of_several_channels_are_whole_vectors() -> None:
     member = Member(("0", "out", 0), torch.arange(6), torch.tensor([0, 1, 0, 1, 0, 1]))
     part = parts(model, Group("0", "head", 2, (member,)))[0]
     assert part.vectors(2).tolist() == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_low_rank_baselines_are_truncated_singular_value_decompositions(name: str) -> None:
+    """The first directions give the best matrix of their rank, in the norm that E[x x^T] makes for BALF."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 3)).double()
+    images = torch.randn(40, 1, 3, 4, dtype=torch.double) + 1
+    weight, x = dense[1].weight.detach().numpy(), images.flatten(1).numpy()
+    root = np.linalg.cholesky(x.T @ x / len(x)) if name == "balf" else np.eye(12)
+    left, values, right = np.linalg.svd(weight @ root)
+    expected = left[:, :2] @ np.diag(values[:2]) @ right[:2] @ np.linalg.inv(root)
+    model, found = find_directions(dense, images)
+    scores = LOW_RANK[name](model, [Batch(images, torch.zeros(40, 3))], found.groups)
+    torch.testing.assert_close(model(images), dense(images))
+    first, second = (layer.weight.detach().numpy() for layer in model.get_submodule("1"))
+    np.testing.assert_allclose(second[:, :2] @ first[:2], expected, atol=1e-10)
+    np.testing.assert_allclose(scores["1"], values**2 / (values**2).sum(), atol=1e-10)

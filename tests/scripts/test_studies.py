@@ -24,12 +24,9 @@ import fitting
 import frame
 import kernel
 import label_noise
-import low_rank_baselines
 import stability
 
-from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError
-from jbrprune.structure.directions import find_directions
 from jbrprune.tpv import LabelNoise, trace_form
 
 NAMES = ("label_noise", "stability", "first_order")
@@ -333,21 +330,3 @@ def test_the_error_of_first_order_by_hand() -> None:
     assert found["error"] == pytest.approx(error.item(), rel=0.05)
     assert found["tpv"] == pytest.approx((after - before).square().sum(1).mean().item(), rel=1e-4)
     assert found["flips"] == (after.argmax(1) != before.argmax(1)).double().mean().item()
-
-
-@pytest.mark.parametrize("name", ["svd", "balf"])
-def test_low_rank_baselines_are_truncated_singular_value_decompositions(name: str) -> None:
-    """The first directions give the best matrix of their rank, in the norm that E[x x^T] makes for BALF."""
-    torch.manual_seed(0)
-    dense = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 3)).double()
-    images = torch.randn(40, 1, 3, 4, dtype=torch.double) + 1
-    weight, x = dense[1].weight.detach().numpy(), images.flatten(1).numpy()
-    root = np.linalg.cholesky(x.T @ x / len(x)) if name == "balf" else np.eye(12)
-    left, values, right = np.linalg.svd(weight @ root)
-    expected = left[:, :2] @ np.diag(values[:2]) @ right[:2] @ np.linalg.inv(root)
-    model, found = find_directions(dense, images)
-    scores = getattr(low_rank_baselines, name)(model, [Batch(images, torch.zeros(40, 3))], found.groups)
-    torch.testing.assert_close(model(images), dense(images))
-    first, second = (layer.weight.detach().numpy() for layer in model.get_submodule("1"))
-    np.testing.assert_allclose(second[:, :2] @ first[:2], expected, atol=1e-10)
-    np.testing.assert_allclose(scores["1"], values**2 / (values**2).sum(), atol=1e-10)

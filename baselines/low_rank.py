@@ -1,7 +1,4 @@
-"""benchmark.py with two published ways to low rank as criteria, for `--structure directions`.
-
-    python scripts/studies/low_rank_baselines.py --model vit_tiny_patch16_224 --data fashion_mnist --root FOLDER \
-        --protocol budget --structure directions --criterion svd balf --out low_rank.jsonl
+"""Two published ways to low rank, as criteria for ``structure="directions"``.
 
 A criterion is asked with two layers in the place of each, y = V (V^T W x) + b, and may choose their basis itself:
 
@@ -15,19 +12,12 @@ multiply-accumulate over all layers, as for relevance. The mean of what goes is 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-import benchmark
-
-from baselines import CRITERIA
 from jbrprune.data.batches import Batch
 from jbrprune.structure.directions import measure_moments
 from jbrprune.structure.groups import Group
@@ -66,8 +56,3 @@ def balf(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) ->
         bias = pair[1].bias.double() + pair[1].weight.double().flatten(1) @ pair[0].bias.double()
         found[name] = turn(pair, moments.covariance + torch.outer(moments.mean - bias, moments.mean - bias))
     return found
-
-
-if __name__ == "__main__":
-    CRITERIA.update(svd=svd, balf=balf)
-    benchmark.main()
