@@ -95,9 +95,17 @@ class Channels(Structure):
         """Shares of the dense cost to reach: known from the start where the cost is counted."""
         for start, stop in zip((1.0, *self.stops), self.stops):
             if self.options.structure == "mixed" and self.whole_layers is None:
-                part = max(stop**CHANNELS_FIRST, self.least + 1e-3)
+                narrowest = self.least + 1e-3
+                part = max(stop**CHANNELS_FIRST, narrowest)
                 yield from self.walk(start, part)
+                whole = self.copy()
                 self.split()
+                while self.kind not in TIMED and self.least > stop and part > narrowest:  # directions do not suffice
+                    start, part = part, max(part * min(0.9, stop / self.least), narrowest)
+                    self.restore(whole)
+                    yield from self.walk(start, part)
+                    whole = self.copy()
+                    self.split()
                 start = part
             yield from self.walk(start, stop)
             if self.kind in TIMED and self.ratio > stop and distributed.rank() == 0:

@@ -279,6 +279,19 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_scored(structure: s
     assert result.report.kept <= 1.1 * least
 
 
+def test_mixed_reaches_the_share_it_names_where_products_of_attention_cost_the_most() -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return create("vit_tiny_patch16_224", pretrained=False, **ARGUMENTS | {"patch_size": 2, "num_heads": 6}).eval()
+
+    how: dict[str, Any] = {"structure": "mixed", "progress": False}
+    with pytest.raises(BudgetError, match=r"Ask for at least 0\.\d+") as caught:
+        prune(net(), IMAGES, macs=0.001, **how)
+    least = float(re.search(r"at least (0\.\d+)", str(caught.value))[1])
+    for share in (least, 1.5 * least):  # channels to the share to the power of 0.3 leave more than that in attention
+        assert prune(net(), IMAGES, macs=share, **how).report.kept <= share
+
+
 def test_command_line(tmp_path: Path) -> None:
     from torchvision.utils import save_image
 
