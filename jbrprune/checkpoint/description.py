@@ -149,7 +149,8 @@ def from_bytes(data: bytes, path: Path) -> Description:
         refuse_damage(path, f"not valid JSON: {error}")
     if body.pop("format", None) != FORMAT:
         raise CheckpointError(
-            f"{path} is not of the format {FORMAT!r}: read it with the jbrprune that wrote it, or a later one."
+            f"{path} is not of the format {FORMAT!r}: another version of jbrprune wrote it. Load the model with that "
+            "version, and save it again from here as a model of your own."
         )
     if stated != found:
         refuse_damage(path, "its contents do not match its own SHA-256")

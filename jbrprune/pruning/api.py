@@ -26,7 +26,7 @@ from jbrprune.pruning.options import BUDGETS, ChannelOptions, ScoreOptions, Weig
 from jbrprune.pruning.prepare import check_runs, create_model, open_problem, read_calibration
 from jbrprune.pruning.weights import find_weights
 from jbrprune.report.records import Report
-from jbrprune.sparsity.masks import make_permanent, put_masks, slots
+from jbrprune.sparsity.masks import make_permanent, put_masks, refuse_hidden_sharing, slots
 from jbrprune.sparsity.patterns import Pattern
 from jbrprune.structure.directions import replace_module
 
@@ -439,6 +439,7 @@ def carry_out(
         else:
             structure = find_weights(problem, options, stops)
             if not options.permanent:
+                refuse_hidden_sharing(problem.given, structure.masks)
                 originals = {slot.name: slot.stored.detach().clone() for slot in slots(problem.given)}
         images = read_calibration(problem, options, judged=drop is not None)
         if images.ways and isinstance(options, ChannelOptions):

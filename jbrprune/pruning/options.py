@@ -82,8 +82,8 @@ def check_criterion(name: str, value: Any) -> None:
 
 def check_repair(name: str, value: Any) -> None:
     """Accept ``"auto"``, one or several methods, or None."""
-    methods = (value,) if isinstance(value, str | bool) else value or ()
-    if not set(methods) <= set(METHODS) and tuple(methods) != ("auto",):
+    methods = list(value or ()) if isinstance(value, tuple | list | None) else [value]
+    if methods != ["auto"] and any(method not in METHODS for method in methods):
         raise ArgumentError(f"{name} must be 'auto', None, or some of {', '.join(METHODS)}; got {value!r}.")
 
 

@@ -7,7 +7,7 @@ and, as a plain attribute, their product, made anew by a hook in every forward p
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -143,12 +143,18 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ModelError: Modules that share a parameter mask it differently, so that no single tensor stands for both. Or a
-            mask of something else than `PRUNABLE`.
+            mask of something else than `PRUNABLE`, or of other values than 0 and 1.
     """
     _refuse_foreign(model)
+    refuse_hidden_sharing(model, [slot.name for slot in slots(model) if slot.masked])
     first: dict[int, Slot] = {}
     for slot in slots(model):
         other = first.setdefault(id(slot.stored), slot)
+        if slot.mask is not None and not ((slot.mask == 0) | (slot.mask == 1)).all():
+            raise ModelError(
+                f"{slot.name}: its mask must hold nothing but 0 and 1. Make it permanent: "
+                "torch.nn.utils.prune.remove(module, name)."
+            )
         one, two = other.mask, slot.mask
         if (one is None) != (two is None) or (one is not None and not torch.equal(one.bool(), two.bool())):  # type: ignore[union-attr]
             raise ModelError(
@@ -157,6 +163,29 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
                 "torch.nn.utils.prune.remove(module, name)."
             )
     return {slot.name: slot.mask.bool() for slot in first.values() if slot.mask is not None}
+
+
+def refuse_hidden_sharing(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to mask a parameter that is also used under a name that is none of `PRUNABLE`: it would not see it.
+
+    Raises:
+        ModelError: Names both places.
+    """
+    found = {slot.name: slot for slot in slots(model)}
+    seen = {id(slot.stored) for slot in found.values()}
+    hidden = {
+        id(parameter): f"{prefix}.{kind}".removeprefix(".")
+        for prefix, module in model.named_modules()
+        for kind, parameter in module._parameters.items()
+        if id(parameter) in seen and kind.removesuffix("_orig") not in PRUNABLE
+    }
+    for name in names:
+        other = hidden.get(id(found[name].stored))
+        if other is not None:
+            raise ModelError(
+                f"{name} and {other} are one shared parameter, and a mask on the first is unknown to the second. Put "
+                "it into `ignore`, or prune with permanent=True."
+            )
 
 
 def put_masks(model: nn.Module, masks: Mapping[str, Tensor], originals: Mapping[str, Tensor] | None = None) -> None:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.errors import ArgumentError, check_known, unknown
+from jbrprune.models import layers
 from jbrprune.structure.groups import Group, removed_channels
 from jbrprune.structure.slicing import masked_units
 
@@ -324,19 +325,20 @@ class Removal:
             if side != "in":
                 continue
             module = model.get_submodule(layer)
-            name = names.get(id(module.weight), "")
-            if name not in weights:
-                raise ArgumentError(
-                    f"{layer}.weight reads the units that go, and is no parameter that is perturbed here."
-                )
-            weight = weights[name]
-            rows, columns = torch.arange(len(weight))[:, None], torch.arange(weight.shape[1])
-            if isinstance(module, nn.modules.conv._ConvTransposeNd):
-                read = rows  # the input channel of every entry
-            else:
-                read = rows // (len(weight) // getattr(module, "groups", 1)) * len(columns) + columns
-            gone = torch.isin(read, channels.cpu()).view(*read.shape, *(1,) * (weight.dim() - 2))
-            masks[name] = masks[name] | gone.expand_as(weight) if name in masks else gone.expand_as(weight)
+            for tensor in (tensor for tensor in layers.channel_tensors(module, "in") if hasattr(module, tensor)):
+                name = names.get(id(getattr(module, tensor)), "")
+                if name not in weights:
+                    raise ArgumentError(
+                        f"{layer}.{tensor} reads the units that go, and is no parameter that is perturbed here."
+                    )
+                weight = weights[name]
+                rows, columns = torch.arange(len(weight))[:, None], torch.arange(weight.shape[1])
+                if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                    read = rows  # the input channel of every entry
+                else:
+                    read = rows // (len(weight) // getattr(module, "groups", 1)) * len(columns) + columns
+                gone = torch.isin(read, channels.cpu()).view(*read.shape, *(1,) * (weight.dim() - 2))
+                masks[name] = masks[name] | gone.expand_as(weight) if name in masks else gone.expand_as(weight)
         change = {name: -(gone.to(weights[name]) * weights[name]) for name, gone in masks.items()}
         return FiniteRank([change], True, partial(masked_units, groups=self.groups, selection=selection))
 

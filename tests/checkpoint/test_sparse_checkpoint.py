@@ -255,7 +255,14 @@ def _masked_differently() -> nn.Module:
     return net
 
 
+def _soft() -> nn.Module:
+    net = _Net()
+    prune.custom_from_mask(net.a, "weight", torch.full((6, 6), 0.5))
+    return net
+
+
 UNSAVABLE = {
+    "soft": (_soft, r"a\.weight: its mask must hold nothing but 0 and 1"),
     "other": (_other_parameter, r"bias_k is masked .* neither a weight nor a bias.*prune\.remove"),
     "one place": (_masked_in_one_place, r"a\.weight and b\.weight are one shared parameter, but their masks differ"),
     "differently": (_masked_differently, r"a\.weight and b\.weight are one shared parameter, but their masks differ"),

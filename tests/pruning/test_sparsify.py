@@ -189,6 +189,8 @@ def test_a_weight_that_is_known_under_two_names() -> None:
     model = own()
     model.register_parameter("prototype", model.fc.weight)
     assert sum(zeros(thin(model, sparsity=0.5).model).values()) == 2344
+    with pytest.raises(JBRError, match=r"fc\.weight and prototype are one shared parameter"):
+        thin(model, data=unread(), sparsity=0.5, permanent=False)
 
 
 # --- patterns --------------------------------------------------------------------------------------------------------

@@ -92,3 +92,21 @@ def test_inputs_that_nobody_reads_are_found() -> None:
         net.reader.weight_ih_l0_reverse[:, :2] = 0
     result = jbrprune.sparsify(net, x, sparsity=0.01, repair=None, shrink=True, progress=False)
     assert result.model.reader.input_size == 8
+
+
+def test_the_variance_under_removal_is_that_of_the_weights_that_read() -> None:
+    net, x = make(bidirectional=True), cases.images(4, 16).double()
+    (group,) = (group for group in find_groups(net, x[:2]).groups if group.name == "second")
+    expected = torch.zeros((), dtype=torch.float64)
+    weights = (net.reader.weight_ih_l0, net.reader.weight_ih_l0_reverse)
+    for image in x:
+        for output in net(image[None])[0]:
+            gradients = torch.autograd.grad(output, weights, retain_graph=True)
+            change = sum(-(weight * slope)[:, 4 * 3 : 4 * 4].sum() for weight, slope in zip(weights, gradients))
+            expected += change.detach() ** 2 / len(x)
+    removal = jbrprune.tpv.Removal({"second": [3]}, (group,))
+    how: Any = {"method": "projection", "validity": False, "rtol": 0.05, "progress": False}
+    found = jbrprune.tpv.trace_form(net, x, removal, **how)
+    assert found.value == pytest.approx(float(expected), rel=0.2)
+    exact = jbrprune.tpv.trace_form(net, x, removal, **how | {"method": "exact", "rtol": 0.0})
+    assert exact.value == pytest.approx(float(expected), rel=1e-8)
