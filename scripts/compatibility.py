@@ -37,8 +37,7 @@ from baselines.torch_pruning_shipped import find_permuted, prune_by_recipe
 from jbrprune.budgets.budget import Floors, select
 from jbrprune.budgets.cost import cost_model, count_macs
 from jbrprune.errors import JBRError
-from jbrprune.models import timm_models
-from jbrprune.models.layers import get_heads
+from jbrprune.models import layers, timm_models
 from jbrprune.models.preserve import copy_model, flatten_returned
 from jbrprune.pruning.api import Info
 from jbrprune.structure.discovery import find_groups
@@ -105,7 +104,7 @@ def make(name: str, kind: str = "classifier") -> tuple[nn.Module, int]:
             perturb(model)
             with torch.no_grad():
                 largest = float(run(model, draw_images(size)).abs().max())
-                for parameter in nn.ModuleList(get_heads(model)).parameters() if kind == "classifier" else ():
+                for parameter in nn.ModuleList(layers.get_heads(model)).parameters() if kind == "classifier" else ():
                     parameter.div_(max(1, largest / SATURATED))  # huge logits saturate any softmax
             return model, size
     raise RuntimeError(f"{name} accepts no input: {'; '.join(why[-2:])}")
