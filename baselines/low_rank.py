@@ -7,7 +7,8 @@ A criterion is asked with two layers in the place of each, y = V (V^T W x) + b, 
   Source: "whitened" truncated SVD as in BALF, arXiv 2509.25136.
 
 The score of a direction is its share of its layer's energy (squared singular values); ranks come from one price per
-multiply-accumulate over all layers, as for relevance. The mean of what goes is not kept.
+multiply-accumulate over all layers, as for relevance. The mean of what goes is not kept. The heads of an attention have
+the same two energies of their products, queries by keys and values by output; both count.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.data.batches import Batch
-from jbrprune.structure.directions import measure_moments
+from jbrprune.structure.directions import Moments, ends_of, measure_moments, rotate_heads
 from jbrprune.structure.groups import Group
 
 
@@ -45,14 +46,28 @@ def turn(pair: Any, seen: Tensor | None = None) -> Tensor:
 
 def svd(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Mapping[str, Tensor]:
     """Energy of W by its singular vectors."""
-    return {group.name: turn(model.get_submodule(group.name)) for group in groups}
+    return {group.name: turn_any(model.get_submodule(group.name)) for group in groups}
 
 
 def balf(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Mapping[str, Tensor]:
     """Energy of the outputs, their bias apart, by its eigenvectors."""
-    found = {}
-    for name, moments in measure_moments(model, batches, [group.name for group in groups], "out").items():
-        pair: Any = model.get_submodule(name)
-        bias = pair[1].bias.double() + pair[1].weight.double().flatten(1) @ pair[0].bias.double()
-        found[name] = turn(pair, moments.covariance + torch.outer(moments.mean - bias, moments.mean - bias))
-    return found
+    ends = {group.name: ends_of(group) for group in groups}
+    found = measure_moments(model, batches, [end for both in ends.values() for end in both])
+    return {name: turn_any(model.get_submodule(name), *(found[end] for end in both)) for name, both in ends.items()}
+
+
+def turn_any(layer: Any, *seen: Moments) -> Tensor:
+    """Turn two layers, or the heads of an attention; without moments as if inputs, and attention, were white."""
+    if isinstance(layer, nn.Sequential):
+        if not seen:
+            return turn(layer)
+        bias = layer[1].bias.double() + layer[1].weight.double().flatten(1) @ layer[0].bias.double()
+        return turn(layer, seen[0].covariance + torch.outer(seen[0].mean - bias, seen[0].mean - bias))
+    weight = layer.qkv.weight.double()
+    seconds = [each.covariance + torch.outer(each.mean, each.mean) for each in seen]
+    seconds = seconds or [
+        weight @ weight.t(),
+        weight[-layer.proj.in_features :] @ weight[-layer.proj.in_features :].t(),
+    ]
+    energy = rotate_heads(layer, *(Moments(torch.zeros(len(each)).double(), each) for each in seconds))
+    return (energy / energy.sum(1, keepdim=True)).sum(0)

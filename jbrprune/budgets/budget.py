@@ -118,7 +118,7 @@ class Floors:
         if group.kind == "group":  # as many channels, in whole groups of the convolution
             wide = group.channels_per_unit()[group.members[0].axis]
             return min(dense_size, max(1, share, math.ceil(self.channels / wide)))
-        least = max(1, share, min(self.channels, dense_size) if group.kind != "direction" else 1)
+        least = max(1, share, min(self.channels, dense_size) if group.kind not in ("direction", "head_dim") else 1)
         return min(dense_size, math.ceil(least / self.round_to) * self.round_to)
 
 

@@ -165,7 +165,7 @@ def mac_terms(model: nn.Module, images: Tensor, groups: Iterable[Group] = ()) ->
                 share = sum(sizes.get(own, 0) for own in layers.channel_tensors(module, "in")) / sum(sizes.values())
                 terms, macs = [*terms, Term(macs * (1 - share), (), name=name)], macs * share
         else:
-            axes = ((name, "heads", 0),) if layers.head_layout(module) else ()
+            axes = ((name, "heads", 0), (name, "head_dim", 0)) if layers.head_layout(module) else ()
         terms.append(Term(macs, axes, name=name))
     return join_pairs(terms, model, groups)
 

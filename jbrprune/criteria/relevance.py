@@ -251,7 +251,7 @@ def relevances(
         dtype = torch.float64 if batch.images.dtype == torch.float64 else torch.float32
         values = {g.name: batch.images.new_zeros(len(batch), g.size, dtype=dtype) for g in groups}
         for key, effect in found.items():
-            v = effect[0] if means is None else effect[0] - means[key[0]].to(effect) * effect[1]
+            v = effect[0] if means is None or key[1] == "out" else effect[0] - means[key[0]].to(effect) * effect[1]
             for name, member in members[key]:
                 values[name].index_add_(1, member.unit.to(v.device), v[:, member.channel.to(v.device)])
         check_finite(values, f"Batch {number}: the relevances of group")
@@ -262,7 +262,7 @@ def scored_members(model: nn.Module, groups: Sequence[Group], site: Site) -> dic
     """(layer, side) -> the members there that count at a site, each with the name of its group.
 
     At site ``consumer``, grouped convolutions whose outputs go with the unit do not count: what reads those outputs is
-    the same cut again.
+    the same cut again. Of an attention that loses directions of its heads, the queries count as well.
 
     Raises:
         ArgumentError: A group names a module or a channel that the model does not have.
@@ -280,6 +280,12 @@ def scored_members(model: nn.Module, groups: Sequence[Group], site: Site) -> dic
                     f"Group {group.name}: the model has no channel {int(member.channel.max())} on side {side!r} of "
                     f"{name!r}. Find the groups of this very model, and again after every change of it."
                 )
+        if group.kind == "head_dim" and site == "consumer":  # the keys' share is the same as that of the queries
+            members += [
+                replace(m, channel=m.channel[:q], unit=m.unit[:q])
+                for m in group.side("out")
+                for q in [len(m.unit) // 3]
+            ]
         members = [member for member in members if _has_term(modules[member.axis[0]])]
         if site == "consumer":
             again = {m.axis[0] for m in group.side("out") if layers.is_grouped(modules[m.axis[0]])}

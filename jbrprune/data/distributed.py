@@ -218,7 +218,7 @@ def _pick(data: Any, ranges: list[list[int]]) -> Iterator[Batch]:
 # --- making one of the parts ----------------------------------------------------------------------
 
 
-def all_sum(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def all_sum(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
     """Add up tensors of the same name over all ranks; every rank gets the same bits. A rank may lack some names.
 
     Raises:

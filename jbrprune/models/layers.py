@@ -7,12 +7,14 @@ model and restored with it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -91,7 +93,7 @@ class HeadLayout:
         producers: Linear submodules whose output rows are ``[blocks, heads, head_dim]``, and their blocks.
         consumer: Linear submodule whose input columns are ``[heads, head_dim]``.
         count: Attribute that holds the number of heads.
-        size: Attribute that holds head_dim, which stays.
+        size: Attribute that holds head_dim.
         widths: Attributes that hold heads * head_dim.
         mixed: Submodules that mix the heads unless they are `nn.Identity`: heads cannot go then.
     """
@@ -155,8 +157,33 @@ def size_attributes(module: nn.Module) -> dict[str, int | tuple[int, ...]]:
 
 def set_size_attributes(module: nn.Module, values: Mapping[str, int | tuple[int, ...]]) -> None:
     """Give a module the widths that `size_attributes` read from a smaller one."""
+    layout: Any = head_layout(module)
     for name, value in values.items():
+        if layout and name == layout.size:  # as in fused kernels, which know of no other scale
+            module.scale *= math.sqrt(getattr(module, name) / value)  # type: ignore[reportOperatorIssue]
         setattr(module, name, value)
+
+
+@torch.no_grad()
+def narrow_heads(attention: Any) -> None:
+    """Set the size of every head from the shapes of its tensors; what it computes keeps the old scale of the softmax.
+
+    That scale is one over the root of the size of a head, so that the queries are to make up for its change.
+    """
+    inner = attention.proj.in_features
+    size = inner // attention.num_heads
+    for tensor in attention.qkv.parameters():
+        tensor[:inner] *= math.sqrt(size / attention.head_dim)
+    set_size_attributes(attention, {"head_dim": size, "attn_dim": inner})
+
+
+def has_free_heads(module: nn.Module) -> bool:
+    """Whether the queries and keys, and the values, of every head may be turned without a change of what comes out."""
+    if head_layout(module) is None:
+        return False
+    norms = (getattr(module, name) for name in ("q_norm", "k_norm"))
+    linear = all(type(layer) is nn.Linear and layer.bias is not None for layer in (module.qkv, module.proj))
+    return linear and module.gate is None and all(type(norm) is nn.Identity for norm in norms)
 
 
 def refresh(module: nn.Module, *, width: int | None = None) -> None:
@@ -226,15 +253,15 @@ def channel_tensors(module: nn.Module, side: str) -> dict[str, int]:
 
 
 def width_of(module: nn.Module, side: str) -> int | None:
-    """Number of channels on a side of a layer, or of heads; None where the class is not known or has none there.
+    """Number of channels on a side of a layer, of heads, or size of each; None where it has none or is not known.
 
     Example:
         >>> width_of(nn.Linear(4, 3), "in")
         4
     """
     layout = head_layout(module)
-    if side == "heads" and layout is not None:
-        return getattr(module, layout.count)
+    if side in ("heads", "head_dim") and layout is not None:
+        return getattr(module, layout.count if side == "heads" else layout.size)
     width = getattr(module, _fact(module, "widths", {}).get(side, ""), None)
     if width is not None:
         return width[-1] if isinstance(width, tuple) else width

@@ -33,7 +33,7 @@ from jbrprune.evaluation.outputs import LOGITS, Output
 from jbrprune.models import layers, preserve
 from jbrprune.prediction.damage import Damage, damage, saturation
 from jbrprune.repair.repair import RIDGE
-from jbrprune.structure.directions import Moments, measure_moments
+from jbrprune.structure.directions import End, Moments, measure_moments
 from jbrprune.structure.groups import Group, Selection
 from jbrprune.structure.verification import check_samples_apart
 
@@ -134,11 +134,11 @@ def predict_changes(
     """
     device = preserve.device_of(model)
     masks = cut_masks(model, groups, cuts)
-    moments = measure_moments(model, batches, masks, "in")
-    amplitudes = {name: torch.ones(len(cuts)) for name in masks}  # of what a repair leaves beyond the mean
+    moments = measure_moments(model, batches, [key for key in masks if key[1] == "in"])
+    amplitudes = {key: torch.ones(len(cuts)) for key in masks}  # of what a repair leaves beyond the mean
     if refits:
-        for name, mask in masks.items():
-            amplitudes[name] = find_unexplained(moments[name], model.get_submodule(name), mask, RIDGE).sqrt()
+        for key, found in moments.items():
+            amplitudes[key] = find_unexplained(found, model.get_submodule(key[0]), masks[key], RIDGE).sqrt()
     generator = torch.Generator().manual_seed(seed)
     parts, copying = [], False
     shown = tqdm(batches, "predicting", unit="batch", disable=None if progress else True, leave=False)
@@ -146,10 +146,10 @@ def predict_changes(
         with preserve.inference_state(model), explain_out_of_memory(len(batch)):
             images, drawn = batch.to(device).images, generator.get_state()
             if number == 0:
-                check_samples_apart(model, images, list(masks))
+                check_samples_apart(model, images, [name for name, _ in masks])
 
             def run(images: Tensor = images, drawn: Tensor = drawn) -> tuple[Tensor, ...]:
-                logits, gates = gated_logits(model, images, [(name, "in") for name in masks], output, constants=True)
+                logits, gates = gated_logits(model, images, masks, output, constants=True)
                 generator.set_state(drawn)  # the same signs where the batch is run again
                 top, classes = output.follow(logits, followed, generator)
                 single, answers = classes.shape[1], []
@@ -161,9 +161,10 @@ def predict_changes(
                         signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8).to(device)
                         direction = (2 * signs - 1).to(logits).scatter(1, classes, 0)
                     contributed = 0
-                    for (name, _), (z, y) in effects(logits, direction, gates, again=number + 1 < asked).items():
-                        mask, beyond = masks[name].to(z), z - y * moments[name].mean.to(z)
-                        remains = mask * amplitudes[name].to(z)
+                    for key, (z, y) in effects(logits, direction, gates, again=number + 1 < asked).items():
+                        mask = masks[key].to(z)
+                        beyond = z - y * moments[key].mean.to(z) if key in moments else z  # nothing mends queries
+                        remains = mask * amplitudes[key].to(z)
                         contributed = contributed + torch.stack([(z @ mask).t(), (beyond @ remains).t()])
                     answers.append(contributed)
                 changes = -torch.stack(answers, 3)  # [2, cuts, n, directions]
@@ -180,16 +181,16 @@ def predict_changes(
     return Changes(*whole, output=output)
 
 
-def cut_masks(model: nn.Module, groups: Sequence[Group], cuts: Sequence[Selection]) -> dict[str, Tensor]:
-    """Consumer -> ``[C_in, cuts]``, one where a channel of its input goes."""
-    masks: dict[str, Tensor] = {}
-    for (name, _), members in scored_members(model, groups, "consumer").items():
-        mask = torch.zeros(layers.width_of(model.get_submodule(name), "in") or 0, len(cuts))
+def cut_masks(model: nn.Module, groups: Sequence[Group], cuts: Sequence[Selection]) -> dict[End, Tensor]:
+    """Consumer -> ``[C_in, cuts]``, one where a channel of its input goes; and of queries, where one of them goes."""
+    masks: dict[Any, Tensor] = {}
+    for key, members in scored_members(model, groups, "consumer").items():
+        mask = torch.zeros(layers.width_of(model.get_submodule(key[0]), key[1]) or 0, len(cuts))
         for group, member in members:
             for number, cut in enumerate(cuts):
                 if group in cut:
                     mask[member.channels_of(cut[group]), number] = 1
-        masks[name] = mask
+        masks[key] = mask
     return masks
 
 

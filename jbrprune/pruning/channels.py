@@ -25,7 +25,7 @@ from jbrprune.pruning.loop import Structure, check_scores
 from jbrprune.pruning.options import ChannelOptions
 from jbrprune.pruning.prepare import Problem
 from jbrprune.report.records import LayerRow, Size
-from jbrprune.structure.directions import find_directions, fold_bias, measure_moments, replace_module, rotate
+from jbrprune.structure.directions import find_directions, fold_bias, replace_module, rotate_all
 from jbrprune.structure.discovery import Found, find_groups
 from jbrprune.structure.groups import Axis, Group, Selection, removed_channels
 from jbrprune.structure.slicing import remove_units
@@ -160,9 +160,7 @@ class Channels(Structure):
         """Score every unit that is left: group -> ``[units]``; of directions, those of what the layers give now."""
         criterion = self.options.ranking
         if self.whole_layers is not None:
-            names = [group.name for group in self.groups]
-            for name, moments in measure_moments(self.model, batches, names, "out").items():
-                rotate(self.model.get_submodule(name), moments)  # type: ignore[arg-type]
+            rotate_all(self.model, batches, self.groups)
             distributed.broadcast_tensors(self.model.state_dict())
         if isinstance(criterion, Relevance):
             criterion = replace(criterion, seed=criterion.seed + self.options.seed + number, output=self.output)
@@ -243,11 +241,15 @@ class Channels(Structure):
             return self.model
         model = preserve.copy_model(self.model)
         for group in self.groups:
-            first, second = pair = model.get_submodule(group.name)  # type: ignore[misc]
-            inputs, outputs = first.weight[0].numel(), len(second.weight)
-            if group.size * (inputs + outputs) < inputs * outputs:
-                fold_bias(pair)  # type: ignore[arg-type]
+            layer: Any = model.get_submodule(group.name)
+            if group.kind == "head_dim":
+                gain = group.size < self.full[group.members[0].axis]
             else:
+                inputs, outputs = layer[0].weight[0].numel(), len(layer[1].weight)
+                gain = group.size * (inputs + outputs) < inputs * outputs
+            if gain and group.kind == "direction":
+                fold_bias(layer)
+            elif not gain:
                 replace_module(model, group.name, copy.deepcopy(self.whole_layers.get_submodule(group.name)))
         return model
 
@@ -266,10 +268,10 @@ class Channels(Structure):
         model, rows = self.finish(), []
         owners = {member.axis: group for group in self.found.groups for member in group.members}
         for name, module in model.named_modules():
-            axes: list[Axis] = [(name, "heads", 0), (name, "out", 0), (f"{name}.0", "out", 0)]
-            for axis in axes[: 1 if layers.is_normalisation(module) else 3]:
+            axes: list[Axis] = [(name, "heads", 0), (name, "head_dim", 0), (name, "out", 0), (f"{name}.0", "out", 0)]
+            for axis in axes[: 2 if layers.is_normalisation(module) else 4]:
                 kind = owners[axis].kind if axis in owners else ""
-                if kind and (kind == "direction") == (axis is axes[2]):
+                if kind and (kind == "direction") == (axis is axes[3]) and (kind, axis[1]) != ("head_dim", "out"):
                     rows.append(LayerRow(name, type(module).__name__, kind, self.full[axis], len(self.kept[axis])))
         removed = {}
         for group in self.found.groups if self.options.structure == "channels" else ():

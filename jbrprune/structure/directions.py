@@ -1,5 +1,7 @@
 r"""Directions of what a linear layer gives: two layers in the place of one, whose hidden channels are directions.
 
+An attention whose heads are plain loses directions of its heads instead (below): no layer is added.
+
 A layer y = W x + b need not lose channels of y, it can lose directions. With mu the mean of y over samples and
 positions, and V the eigenvectors of its covariance,
 
@@ -14,6 +16,19 @@ With r directions left the two layers cost r (in + out) multiply-accumulates per
 
 V spans the same subspaces as the singular vectors of W weighted by the covariance of its inputs ("whitened" SVD): both
 are the eigenvectors of W cov(x) W^T.
+
+A head reads its queries q and keys k only by q^T k, and gives o^T z, where z is the mean of its values that attention
+makes. Both products are sums over as many directions as a head is wide, and the same in every basis:
+
+    q^T k = sum_j (l_j^T q) (r_j^T k),    l = A^(-1/2) U S^(1/2),  r = B^(-1/2) V S^(1/2),  A^(1/2) B^(1/2) = U S V^T,
+    o^T z = sum_j (o'_j) (t_j^T z),       t = C^(-1/2) P,  o' = P^T C^(1/2) o,               C^(1/2) o = P T Q^T,
+
+with A = E[q q^T], B and C the covariances of k and z (softmax does not see the mean of the keys, and its rows sum to
+one, so that the mean of z moves into the bias): truncated, each is the best fit of its rank to the logits of attention
+and to the output, for independent q and k. Direction j of all heads goes together, l_j, r_j, t_j and o'_j: the heads
+get narrower, and stay as wide as each other. Its relevance is
+
+    v_j(x) = sum over heads and positions of (l_j^T q) (dL/dq)_j + (t_j^T z) (dL/dz)_j.
 
 Sources: eigenvectors of outputs as in AAFM (Yu and Wu, AAAI 2023); ranked by relevance here.
 """
@@ -32,8 +47,11 @@ from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
 from jbrprune.models import layers, preserve
 from jbrprune.structure.discovery import Found
-from jbrprune.structure.groups import Group, Member, Side, match_names
+from jbrprune.structure.groups import Group, Member, match_names
 from jbrprune.structure.verification import find_culprits
+
+End = tuple[str, str]
+"""(qualified name, ``in`` or ``out``) of a layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +62,8 @@ class Moments:
     covariance: Tensor
 
 
-def measure_moments(model: nn.Module, batches: Sequence[Batch], names: Iterable[str], side: Side) -> dict[str, Moments]:
-    """Layer -> moments of the channels that it reads (side ``in``) or gives (``out``), from one forward pass.
+def measure_moments(model: nn.Module, batches: Sequence[Batch], ends: Iterable[End]) -> dict[End, Moments]:
+    """Moments of the channels that layers read (side ``in``) or give (``out``), from one forward pass.
 
     Products are formed in float32 about the mean over one image, and added up in float64, so that a large mean does not
     cost small variances their digits.
@@ -53,47 +71,48 @@ def measure_moments(model: nn.Module, batches: Sequence[Batch], names: Iterable[
     Args:
         model: The model; left as it was.
         batches: Images; the same on every rank, of which each reads its own part.
-        names: Linear layers and convolutions, or two of them in the place of one.
-        side: ``in`` or ``out``.
+        ends: (name, side) of linear layers and convolutions, or of two of them in the place of one.
     """
-    shifts: dict[str, Tensor] = {}
-    grams: dict[str, Tensor] = {}
+    shifts: dict[End, Tensor] = {}
+    grams: dict[End, Tensor] = {}
 
-    def add(name: str, module: nn.Module, x: Tensor) -> None:
+    def add(end: End, module: nn.Module, x: Tensor) -> None:
         rows = x.flatten(2).transpose(1, 2) if layers.channel_dim(module) == 1 and x.dim() > 2 else x
         rows = rows.reshape(-1, rows.shape[-1])
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        rows = rows - shifts.setdefault(name, rows.mean(0))
+        rows = rows - shifts.setdefault(end, rows.mean(0))
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
-        grams[name] = grams.get(name, 0) + (rows.t() @ rows).cpu().double()
+        grams[end] = grams.get(end, 0) + (rows.t() @ rows).cpu().double()
 
-    def record(name: str) -> preserve.Hook:
-        module = model.get_submodule(layers.end_of(model, name, side))
-        if side == "in":
-            return lambda _, args, kwargs: add(name, module, preserve.input_of(args, kwargs))
-        return lambda _, args, kwargs, output: add(name, module, output)
+    def record(end: End) -> preserve.Hook:
+        module = model.get_submodule(layers.end_of(model, *end))
+        if end[1] == "in":
+            return lambda _, args, kwargs: add(end, module, preserve.input_of(args, kwargs))
+        return lambda _, args, kwargs, output: add(end, module, output)
 
-    hooks = {name: record(name) for name in names}
-    both = (None, hooks) if side == "in" else (hooks, None)
-    with preserve.inference_state(model), preserve.hooked(model, *both):
+    hooks = {
+        side: {end[0]: record(end) for end in ends if end[1] == side} for ends in [list(ends)] for side in ("out", "in")
+    }
+    with preserve.inference_state(model), preserve.hooked(model, hooks["out"], hooks["in"]):
         device = preserve.device_of(model)
         model(batches[0].images[:1].to(device))  # every rank takes the same values off
         grams.clear()
         for _, batch in distributed.Parts(batches, batch_size=len(batches[0])):
             model(batch.to(device).images.clone())
     found = {}
-    for name, gram in distributed.all_sum(grams).items():
+    for end, gram in distributed.all_sum(grams).items():
         gram = gram / gram[-1, -1]
         mean = gram[-1, :-1]
-        found[name] = Moments(shifts[name].cpu().double() + mean, gram[:-1, :-1] - torch.outer(mean, mean))
+        found[end] = Moments(shifts[end].cpu().double() + mean, gram[:-1, :-1] - torch.outer(mean, mean))
     return found
 
 
 def find_directions(model: nn.Module, images: Tensor, *, ignore: Sequence[str] = ()) -> tuple[nn.Module, Found]:
     """Put two layers in the place of every linear layer that can lose directions; the outputs are the same.
 
-    These are linear layers, and convolutions that read every pixel once (patch embeddings). The basis is that of the
-    channels until `rotate` turns it.
+    These are linear layers, and convolutions that read every pixel once (patch embeddings). An attention whose heads
+    may be turned stays one, and its heads have the directions. The basis is that of the channels until `rotate_all`
+    turns it.
 
     Args:
         model: The model; left as it was.
@@ -101,7 +120,7 @@ def find_directions(model: nn.Module, images: Tensor, *, ignore: Sequence[str] =
         ignore: Globs of module names that stay whole (a name covers its submodules).
 
     Returns:
-        A copy, and one group of directions for every such layer, under its name; what stays whole, and why.
+        A copy, and one group for every such layer and attention, under its name; what stays whole, and why.
 
     Raises:
         ArgumentError: A glob in ``ignore`` matches no module.
@@ -136,6 +155,16 @@ def find_directions(model: nn.Module, images: Tensor, *, ignore: Sequence[str] =
             index = torch.arange(len((module[0] if layers.is_pair(module) else module).weight))  # type: ignore[arg-type]
             members = Member((f"{name}.0", "out", 0), index, index), Member((f"{name}.1", "in", 0), index, index)
             found[name] = Group(name, "direction", len(index), members)
+    for name, attention in model.named_modules():
+        parts = [f"{name}.qkv", f"{name}.proj"]
+        if layers.has_free_heads(attention) and found.keys() >= set(parts):
+            inner, size = attention.num_heads * attention.head_dim, int(attention.head_dim)  # type: ignore[operator]
+            wide = [(name, "head_dim", size), (parts[0], "out", 3 * inner), (parts[1], "in", inner)]
+            units = torch.arange(size)
+            members = tuple(Member((n, side, 0), torch.arange(c), units.repeat(c // size)) for n, side, c in wide)
+            found = {n: group for n, group in found.items() if n not in parts} | {
+                name: Group(name, "head_dim", size, members)
+            }
 
     def failure(groups: Sequence[Group]) -> str | None:
         try:
@@ -153,7 +182,7 @@ def find_directions(model: nn.Module, images: Tensor, *, ignore: Sequence[str] =
 @torch.no_grad()
 def split_layers(model: nn.Module, groups: Iterable[Group]) -> nn.Module:
     """Put two layers, both with a bias, in the place of each layer, in place; return the model."""
-    for group in groups:
+    for group in (group for group in groups if group.kind == "direction"):
         layer: Any = model.get_submodule(group.name)
         pair: Any = make_pair(layer, group.size, bias=True)
         first, second = layer if layers.is_pair(layer) else (layer, None)
@@ -197,6 +226,67 @@ def make_pair(layer: Any, size: int, *, bias: bool = False) -> nn.Sequential:
         nn.utils.skip_init(kind, size, outputs, **one, **how),
     )
     return pair.requires_grad_(bool(first.weight.requires_grad)).train(layer.training)
+
+
+def rotate_all(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> None:
+    """Turn every group of directions into the basis that belongs to the model as it is now, in place.
+
+    Args:
+        model: With two layers in the place of each.
+        batches: Images.
+        groups: Of `find_directions`.
+    """
+    ends = {group.name: ends_of(group) for group in groups}
+    moments = measure_moments(model, batches, [end for both in ends.values() for end in both])
+    for group in groups:
+        rotate_any: Any = rotate_heads if group.kind == "head_dim" else rotate
+        rotate_any(model.get_submodule(group.name), *(moments[end] for end in ends[group.name]))
+
+
+def ends_of(group: Group) -> list[End]:
+    """Where a group's moments are taken: what two layers give; of heads, what ``qkv`` gives and ``proj`` reads."""
+    heads: list[End] = [member.axis[:2] for member in group.members[1:]]
+    return heads if group.kind == "head_dim" else [(group.name, "out")]
+
+
+@torch.no_grad()
+def rotate_heads(attention: Any, given: Moments, read: Moments) -> Tensor:
+    """Turn queries and keys, and values, of every head into their directions, largest first; the function stays.
+
+    Args:
+        attention: With layers ``qkv`` and ``proj``, both with a bias; changed in place.
+        given: Of what ``qkv`` gives.
+        read: Of what ``proj`` reads.
+
+    Returns:
+        ``[2, head_dim]`` variance of the logits of attention, and of the output, that each direction holds, summed over
+        heads (of independent queries and keys; scale apart).
+    """
+    qkv, proj, shape = attention.qkv, attention.proj, (attention.num_heads, attention.head_dim)
+    weight, bias = (tensor.cpu().double().unflatten(0, (3, *shape)) for tensor in (qkv.weight, qkv.bias))
+    out = proj.weight.cpu().double().t().unflatten(0, shape)  # [heads, head_dim, outputs]
+    mean, centre = given.mean.unflatten(0, (3, *shape)), read.mean.unflatten(0, shape)
+
+    def roots(moments: Moments, first: int) -> tuple[Tensor, Tensor]:
+        wide = moments.covariance.unflatten(0, (-1, *shape)).unflatten(3, (-1, *shape))[first, :, :, first]
+        own = wide.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [heads, head_dim, head_dim]
+        own = own + mean[0, :, :, None] * mean[0, :, None] if (moments, first) == (given, 0) else own
+        values, vectors = torch.linalg.eigh(own)
+        values = values.clamp_min(1e-10 * values.amax(-1, keepdim=True)).clamp_min(1e-30).sqrt()[:, None]
+        return vectors * values @ vectors.mT, vectors / values @ vectors.mT
+
+    (a, of_q), (b, of_k), (c, of_v) = roots(given, 0), roots(given, 1), roots(read, 0)
+    u, held, v = torch.linalg.svd(a @ b)
+    seen = c @ out
+    energy, p = (part.flip(-1) for part in torch.linalg.eigh(seen @ seen.mT))
+    half = held.sqrt()[:, None]
+    bases = torch.stack([of_q @ u * half, of_k @ v.mT * half, of_v @ p])
+    shift = torch.stack([torch.zeros_like(centre), mean[1], centre])
+    proj.bias.add_((centre.flatten() @ out.flatten(0, 1)).to(proj.bias))
+    qkv.weight.copy_((bases.mT @ weight).flatten(0, 2))
+    qkv.bias.copy_((bases.mT @ (bias - shift)[..., None]).flatten())
+    proj.weight.copy_((p.mT @ seen).flatten(0, 1).t())
+    return torch.stack([held.square().sum(0), energy.clamp_min(0).sum(0)])
 
 
 @torch.no_grad()

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from jbrprune.errors import ArgumentError
 
-Side = Literal["in", "out", "param", "heads"]
-Kind = Literal["channel", "head", "group", "width", "direction"]
+Side = Literal["in", "out", "param", "heads", "head_dim"]
+Kind = Literal["channel", "head", "group", "width", "direction", "head_dim"]
 Axis = tuple[str, Side, int]
 """(qualified name, side, dimension): ``in``/``out`` of a module (dimension 0, unused), one dimension of a
-bare parameter (``param``), or the heads of an attention module (``heads``, which holds no tensor of its own).
+bare parameter (``param``), or the heads of an attention module (``heads``) or the size of each (``head_dim``), which
+hold no tensor of their own.
 A depthwise convolution and a norm have ``out`` only."""
 
 
@@ -57,8 +58,9 @@ class Group:
     Attributes:
         name: Qualified name of the module that gives the group its name (its first producer).
         kind: ``channel``, ``head``, ``group`` (of a grouped convolution), ``width`` (channels of a
-            residual stream that a LayerNorm normalises over: removal also changes the statistics) or ``direction`` (a
-            channel between the two layers that stand in the place of one).
+            residual stream that a LayerNorm normalises over: removal also changes the statistics), ``direction`` (a
+            channel between the two layers that stand in the place of one) or ``head_dim`` (one direction of the queries
+            and keys, and one of the values, in every head of an attention).
         size: Number of units.
         members: Every axis that shrinks when a unit goes.
     """

@@ -16,6 +16,9 @@ from jbrprune.models import layers
 from jbrprune.models.preserve import Hook, hooked, input_of
 from jbrprune.structure.groups import Axis, Group, Selection, Side, after_removal, removed_channels
 
+OF_HEADS = ("heads", "head_dim")
+"""Sides that hold no tensor of their own."""
+
 
 def remove_channels(model: nn.Module, gone: Mapping[Axis, Tensor]) -> None:
     """Remove channels in place.
@@ -120,10 +123,10 @@ def remove_units(model: nn.Module, groups: Sequence[Group], selection: Selection
     gone = removed_channels(groups, selection)
     streams = [group.name.rstrip("'") for group in groups if group.kind == "width"]
     repeated = layers.repeated_widths(model, streams)
-    remove_channels(model, {axis: channels for axis, channels in gone.items() if axis[1] != "heads"})
+    remove_channels(model, {axis: channels for axis, channels in gone.items() if axis[1] not in OF_HEADS})
     for name, side, _ in gone:
-        if side == "heads":
-            layers.refresh(model.get_submodule(name))
+        if side in OF_HEADS:
+            (layers.refresh if side == "heads" else layers.narrow_heads)(model.get_submodule(name))
     for set_width, layer, attribute in repeated:
         set_width(getattr(layer, attribute))
     return after_removal(groups, selection)
@@ -133,8 +136,15 @@ def remove_units(model: nn.Module, groups: Sequence[Group], selection: Selection
 def masked_units(model: nn.Module, groups: Sequence[Group], selection: Selection) -> Iterator[None]:
     """Let the un-shrunk model compute what it would without the selected units."""
     gone = removed_channels(groups, selection)
-    with masked(model, {axis: channels for axis, channels in gone.items() if axis[1] != "heads"}):
+    products = {m.axis for group in groups if group.kind == "head_dim" for m in group.side("out")} & gone.keys()
+    zeros = {axis[0]: partial(_zero_output, gone=gone[axis]) for axis in products}  # queries and keys have no consumer
+    axes = {axis: channels for axis, channels in gone.items() if axis[1] not in OF_HEADS}
+    with hooked(model, forward=zeros), masked(model, axes):
         yield
+
+
+def _zero_output(module: nn.Module, args: tuple, kwargs: dict, output: Tensor, *, gone: Tensor) -> Tensor:
+    return output.index_fill(-1, gone.to(output.device), 0)
 
 
 # --- which indices of which tensors go ------------------------------------------------------------

@@ -54,10 +54,10 @@ def some_cuts(groups: tuple[Group, ...]) -> list[Selection]:
     ]
 
 
-def weights_of(model: nn.Module, masks: Mapping[str, Tensor], cut: int) -> dict[str, Tensor]:
+def weights_of(model: nn.Module, masks: Mapping[tuple[str, str], Tensor], cut: int) -> dict[str, Tensor]:
     """dw: minus the weights that read what goes, zero elsewhere."""
     change = {}
-    for name, mask in masks.items():
+    for (name, _), mask in masks.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         gone = mask[:, cut].to(weight).reshape(1, -1, *[1] * (weight.dim() - 2))
@@ -245,7 +245,7 @@ def test_moments_of_what_a_layer_reads() -> None:
     model(IMAGES)
     handle.remove()
     rows = seen[0].permute(0, 2, 3, 1).reshape(-1, seen[0].shape[1])
-    found = measure_moments(model, rebatch([Batch(IMAGES)], 4), ["b"], "in")["b"]
+    found = measure_moments(model, rebatch([Batch(IMAGES)], 4), [("b", "in")])["b", "in"]
     torch.testing.assert_close(found.mean, rows.mean(0))
     torch.testing.assert_close(found.covariance, torch.cov(rows.t(), correction=0))
 

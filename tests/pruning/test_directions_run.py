@@ -45,12 +45,20 @@ def test_a_budget_is_met_by_what_is_handed_over(budget: str, share: float) -> No
     assert (result.report.pruned.macs, result.report.pruned.params) == (costs["macs"][1], costs["params"][1])
     whole, left = costs[budget]
     assert left <= share * whole
-    one = (48 + 192) * (17 if budget == "macs" else 1)  # the dearest direction
+    one = max(48 + 192, 3 * (4 * 48 + 2 * 17)) * (
+        17 if budget == "macs" else 1
+    )  # the dearest direction, or of three heads
     assert share * whole - left < one
     for row in result.report.layers:
         layer = result.model.get_submodule(row.name)
-        assert isinstance(layer, nn.Sequential) == (row.after < row.before)
-        if row.after < row.before:
+        assert isinstance(layer, nn.Sequential) == (row.kind == "direction" and row.after < row.before)
+        if row.kind == "head_dim":
+            assert (layer.head_dim, layer.qkv.out_features, layer.proj.in_features) == tuple(
+                row.after * n for n in (1, 9, 3)
+            )
+            if row.after == row.before:
+                assert torch.equal(layer.qkv.weight, model.get_submodule(row.name).qkv.weight)
+        elif row.after < row.before:
             inputs, outputs = layer[0].weight[0].numel(), len(layer[1].weight)
             assert row.after == len(layer[0].weight)
             assert row.after * (inputs + outputs) < inputs * outputs
@@ -70,7 +78,9 @@ def test_saved_and_loaded_exported_and_pruned_again(tmp_path: Path) -> None:
     result.save(tmp_path / "m")
     described = json.loads((tmp_path / "m" / "jbrprune.json").read_text())
     ranks = {row.name: row.after for row in result.report.layers if row.after < row.before}
-    assert described["pairs"] == ranks
+    kinds = {row.name: row.kind for row in result.report.layers}
+    assert set(kinds.values()) == {"direction", "head_dim"}
+    assert described["pairs"] == {name: rank for name, rank in ranks.items() if kinds[name] == "direction"}
     assert described["recipe"] is not None
     loaded = load(tmp_path / "m")
     assert torch.equal(loaded(IMAGES), result.model(IMAGES))
@@ -229,7 +239,9 @@ def test_other_models_are_saved_loaded_exported_and_trained(name: str, tmp_path:
     images = cases.images(12, size).float()
     result = prune(model, images, macs=0.7, **QUIET)
     assert result.report.kept <= 0.7
-    pairs = [row.name for row in result.report.layers if row.after < row.before]
+    narrowed = [row for row in result.report.layers if row.after < row.before]
+    pairs = [row.name for row in narrowed if row.kind == "direction"]
+    assert (len(pairs) < len(narrowed)) == name.startswith(("deit", "vit"))
     assert all(isinstance(result.model.get_submodule(pair), nn.Sequential) for pair in pairs)
     result.save(tmp_path / "m")
     loaded = load(tmp_path / "m")
