@@ -17,6 +17,7 @@ of t that scores gain as all weights are multiplied by t, activations and gradie
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import getdoc, isfunction
 from typing import Any
 
 from baselines import activations, labels, low_rank, single_weights, weights_only
@@ -43,16 +44,14 @@ CRITERIA: dict[str, Relevance | Callable[..., Any]] = {
     "variance": activations.variance,
     "hrank": activations.hrank,
     # labels
-    # Molchanov et al., CVPR 2019, arXiv 1906.10771, eq. 9: squares of means over minibatches, of 128 images unless
-    # `batch` says otherwise; but that the parameters of producers, norms and consumers count together (theirs: one
-    # gate behind the batch norm), and that nothing is trained and no score kept between two removals
+    # Molchanov et al., CVPR 2019, arXiv 1906.10771: squares of means over minibatches of `batch` images, 128
     "taylor": Relevance("label", "all", "batched"),
     "taylor_abs": labels.taylor_abs,
     "taylor_per_sample": labels.taylor_per_sample,
     "fisher": labels.fisher,
-    # Liu et al., ICML 2021, arXiv 2108.00708, eq. 4, without the factor 1/2 and the division by the memory saved
+    # Liu et al., ICML 2021, arXiv 2108.00708, eq. 4, without the factor 1/2
     "group_fisher": Relevance("label"),
-    # Chen et al., arXiv 2508.05521, but that a unit of several channels is squared as a whole and nothing is normalised
+    # Chen et al., arXiv 2508.05521
     "jacobian": Relevance("label", "layers", "batched"),
     "snip": labels.snip,
     "grasp": labels.grasp,
@@ -75,9 +74,9 @@ WEIGHT_CRITERIA: dict[str, Relevance | Callable[..., Any]] = {
     "magnitude": single_weights.magnitude,
     "lamp": single_weights.lamp,
     "random": single_weights.RandomWeights(),
-    # Lee et al., ICLR 2019, arXiv 1810.02340, but that the net is trained, and that the mean is over all images
+    # Lee et al., ICLR 2019, arXiv 1810.02340
     "snip": Relevance("label", statistic="signed"),
-    # Optimal Brain Damage (LeCun et al., NeurIPS 1989) with the diagonal of the empirical Fisher matrix, per sample
+    # Optimal Brain Damage (LeCun et al., NeurIPS 1989)
     "fisher": Relevance("label"),
 }
 """Name -> relevance, or ``criterion(model, batches, names)`` -> name of a weight -> scores in its shape."""
@@ -87,3 +86,33 @@ LABELS = (
     *("tp_taylor", "tp_hessian"),
 )
 """Criteria that need labels."""
+
+DEPARTURES = {
+    "taylor": (
+        "the parameters of producers, norms and consumers count together, where the paper has one gate behind the "
+        "batch norm; nothing is trained and no score kept between two removals."
+    ),
+    "group_fisher": (
+        "scores are divided by multiply-accumulates, where budgets are shares of these, not by the memory saved; "
+        "nothing is trained, and many units go at once, where the paper removes one after every 25 updates."
+    ),
+    "jacobian": "a unit of several channels is squared as a whole, and nothing is normalised.",
+    "snip": "the net is trained, and all images are one batch.",
+    "fisher": "the Hessian's diagonal is that of the empirical Fisher matrix, per sample; the factor 1/2 is left out.",
+}
+"""Where forms of relevance depart from the papers that they are named after."""
+
+
+def describe_departure(name: str, *, weights: bool = False) -> str:
+    """Where a criterion departs from its paper, or from what torch-pruning means to do; empty where it does not.
+
+    Example:
+        >>> describe_departure("l2_grouped")
+        'layers are summed, where torch-pruning takes their mean.'
+    """
+    criterion = (WEIGHT_CRITERIA if weights else CRITERIA).get(name)
+    if isinstance(criterion, Relevance) or name in shipped.KNOWN_FAULTS:
+        return (DEPARTURES | shipped.KNOWN_FAULTS).get(name, "")
+    own = criterion if isfunction(criterion) else type(criterion)
+    text = (getdoc(own) or "").partition("Departs from it ")[2].partition("\n\n")[0]
+    return "" if text.startswith("in nothing") else " ".join(text.removeprefix("in that").split())

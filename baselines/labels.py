@@ -24,7 +24,7 @@ from jbrprune.structure.groups import Group
 def taylor_abs(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
     r"""s_u = \|E_x[sum of g w]\|, over all images (the degree of Molchanov et al., ICLR 2017, arXiv 1611.06440).
 
-    Departs from the paper as `taylor_per_sample` does, and in that all images are one batch, where the paper takes the
+    Departs from it as `taylor_per_sample` does, and in that all images are one batch, where the paper takes the
     absolute value for each image. torch-pruning's `tp_taylor` sees one batch as well.
 
     Raises:
@@ -37,7 +37,7 @@ def taylor_per_sample(model: nn.Module, batches: Sequence[Batch], groups: Sequen
     r"""s_u = E_x[\|sum of g w\|] over all parameters of u (Molchanov et al., ICLR 2017, arXiv 1611.06440, per sample).
 
     Departs from it in that the sum runs over parameters of producers, norms and consumers instead of one feature map,
-    and that scores are not normalised layer by layer.
+    and that scores are neither divided by the positions of a map nor normalised layer by layer.
 
     Raises:
         DataError: The batches have no labels.
@@ -83,8 +83,8 @@ def fisher(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) 
 def snip(model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group]) -> Values:
     r"""s_u = sum of \|w E_x[dL/dw]\| over all parameters of u (SNIP, Lee et al., ICLR 2019, arXiv 1810.02340).
 
-    Departs from it in that connections are added up to units, that the net is trained, and that scores are not divided
-    by their sum, which changes no ranking.
+    Departs from it in that connections are added up to units, that the net is trained, that all images are one batch
+    (the paper takes one minibatch), and that scores are not divided by their sum, which changes no ranking.
 
     Raises:
         DataError: The batches have no labels.

@@ -27,7 +27,7 @@ def magnitude(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) 
 def lamp(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -> dict[str, Tensor]:
     """s_j = w_j^2 / sum of w_i^2 over all i of the layer with |w_i| >= |w_j| (Lee et al., ICLR 2021, arXiv 2010.07611).
 
-    Departs from it in nothing, but that equal weights share what the paper breaks by their order.
+    Departs from it in that equal weights share what the paper breaks by their order.
     """
     weights = _weights(model, names)
     return {name: share_of_larger(weight.square().flatten()).view_as(weight) for name, weight in weights.items()}

@@ -24,8 +24,9 @@ from jbrprune.structure.groups import Group
 
 KNOWN_FAULTS: dict[str, str] = {
     "tp_magnitude": (
-        "Inputs of a grouped convolution: weights are summed over the outputs of all groups and repeated, so that the "
-        "same channel of each group gets the same importance."
+        "Weights of depthwise convolutions do not count (nor for the other tp_ criteria). Inputs of a grouped "
+        "convolution: weights are summed over the outputs of all groups and repeated, so that the same channel of each "
+        "group gets the same importance."
     ),
     "tp_taylor": (
         "Scales and biases of batch norms do not count (the branch compares with the pruner of group norms); indices "

@@ -27,7 +27,7 @@ from common import describe_cuts, exit_on_error, lines, make_parser
 from common import markdown as grid_of
 from matplotlib.figure import Figure
 
-from baselines.torch_pruning_shipped import KNOWN_FAULTS
+from baselines import describe_departure
 from jbrprune.errors import ArgumentError
 
 CONTEXT = (
@@ -222,7 +222,7 @@ class Table:
         title: What was compared.
         cells: One row per criterion and cost: criterion, cost, mean, deviation, seeds, interpolated.
         notes: What a reader ought to know.
-        faults: Criterion -> its known fault; footnotes.
+        departures: Criterion -> where it departs from its paper; footnotes.
         labelled: Criteria that were shown labels.
         areas: From `areas`; None: not asked for.
     """
@@ -230,7 +230,7 @@ class Table:
     title: str
     cells: pd.DataFrame
     notes: tuple[str, ...]
-    faults: dict[str, str]
+    departures: dict[str, str]
     labelled: frozenset[str]
     areas: pd.DataFrame | None
 
@@ -277,8 +277,10 @@ def tables(
             notes.append(f"area: mean over {at} from {low:.3f} to {high:.3f}, which all runs of this table cover.")
         labelled = frozenset(rows["criterion"][rows["labels"].astype(bool)])
         notes += [f"{LABELS}: sees labels."] * bool(labelled)
-        faults = {name: KNOWN_FAULTS[name] for name in rows["criterion"].unique() if name in KNOWN_FAULTS}
-        made.append(Table(title, cells, tuple(notes), faults, labelled, summed))
+        single = bool((rows["kind"] == "sparsity").all())
+        texts = {n: describe_departure(n.partition(",")[0], weights=single) for n in rows["criterion"].unique()}
+        departures = {name: text for name, text in texts.items() if text}
+        made.append(Table(title, cells, tuple(notes), departures, labelled, summed))
     return made
 
 
@@ -315,7 +317,7 @@ def wide(table: Table, metric: str) -> pd.DataFrame:
         pivoted["area"] = [_shown(cell, metric) for cell in whole.itertuples()]
         pivoted["seeds"] = [str(number) for number in whole["seeds"]]
         pivoted["seconds of a scoring"] = [f"{seconds:.3g}" for seconds in whole["scoring_seconds"]]
-    number = {name: f" [{place}]" for place, name in enumerate(table.faults, 1)}
+    number = {name: f" [{place}]" for place, name in enumerate(table.departures, 1)}
     marked = [name + f" {LABELS}" * (name in table.labelled) + number.get(name, "") for name in order]
     return pivoted.set_axis(pd.Index(marked, name="criterion")).reset_index()
 
@@ -329,8 +331,8 @@ def _shown(cell: tuple, metric: str) -> str:
 
 
 def _footnotes(table: Table) -> list[str]:
-    faults = [f"[{place}] {name}: {text}" for place, (name, text) in enumerate(table.faults.items(), 1)]
-    return [*table.notes, *faults]
+    texts = [f"[{place}] {name}: {text}" for place, (name, text) in enumerate(table.departures.items(), 1)]
+    return [*table.notes, *texts]
 
 
 def markdown(found: Sequence[Table], metric: str) -> str:
@@ -357,7 +359,7 @@ def latex(found: Sequence[Table], metric: str) -> str:
 def csv(found: Sequence[Table], metric: str) -> str:
     """One row per criterion and cost, in full precision, shares not percent."""
     parts = [
-        table.cells.assign(title=table.title, metric=metric, fault=table.cells["criterion"].map(table.faults))
+        table.cells.assign(title=table.title, metric=metric, departure=table.cells["criterion"].map(table.departures))
         for table in found
     ]
     return pd.concat(parts).to_csv(index=False)

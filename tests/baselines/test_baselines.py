@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import jbrprune
-from baselines import CRITERIA, LABELS, LOW_RANK, activations, weights_only
+from baselines import CRITERIA, LABELS, LOW_RANK, WEIGHT_CRITERIA, activations, describe_departure, weights_only
 from baselines.common import parts
 from baselines.torch_pruning_shipped import KNOWN_FAULTS
 from jbrprune.budgets.budget import Floors
@@ -542,6 +542,29 @@ def test_parity_with_torch_pruning_where_it_has_no_fault() -> None:
     close(theirs, {name: ours[name] / ours[name].mean() for name in theirs}, rtol=1e-5)
 
 
+class Separable(nn.Module):
+    """A depthwise convolution between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.d, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.d(self.a(x)).relu()).mean((2, 3))
+
+
+def test_torch_pruning_forgets_depthwise_weights() -> None:
+    torch.manual_seed(0)
+    model = Separable().eval()
+    groups = find_groups(model, torch.randn(2, 3, 5, 5)).groups
+    batches = [Batch(torch.randn(2, 3, 5, 5), torch.tensor([0, 1]))]
+    square = model.a.weight.flatten(1).square().sum(1) + model.b.weight.square().sum((0, 2, 3))
+    whole = square + model.d.weight.flatten(1).square().sum(1)
+    for name, expected in (("tp_magnitude", square), ("l2_normalised", whole)):
+        (found,) = CRITERIA[name](model, batches, groups).values()  # type: ignore[operator]
+        close({"a": found}, {"a": (expected / expected.mean()).detach().double()}, rtol=1e-5)
+
+
 @about("tp_taylor")
 def test_shipped_taylor_forgets_batch_norms() -> None:
     model = tiny()
@@ -579,8 +602,14 @@ def test_shipped_random_from_a_seed() -> None:
     assert not torch.equal(scored("tp_random", model, seed=5)["a"], scored("tp_random", model, seed=6)["a"])
 
 
-def test_faults_are_named() -> None:
+def test_departures_are_named() -> None:
     assert set(KNOWN_FAULTS) == set(SHIPPED)
+    nothing = {name for name in CRITERIA if not describe_departure(name)}
+    assert nothing == {"random", *(name for name in CRITERIA if name.startswith("jbr"))}
+    assert {name for name in WEIGHT_CRITERIA if not describe_departure(name, weights=True)} == {
+        *("random", "magnitude"),
+        *(name for name in WEIGHT_CRITERIA if name.startswith("jbr")),
+    }
 
 
 # --- all of them -----------------------------------------------------------------------------------

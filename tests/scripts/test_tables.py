@@ -48,7 +48,7 @@ def test_cells_at_equal_macs(tmp_path: Path) -> None:
     assert np.isnan(cells.loc[0.36, "mean"])  # the first seed ends at 0.4
     whole = pd.read_csv(io.StringIO(tables.csv([made], "accuracy")))
     assert whole["mean"].tolist()[:2] == pytest.approx([0.75, 0.475])
-    assert whole["fault"].isna().all()
+    assert whole["departure"].isna().all()
     text = tables.markdown([made], "accuracy")
     assert "| a | 75.00 ± 7.07 | ~47.50 ± 17.68 |  |" in text
     assert "interpolated linearly" in text
@@ -142,6 +142,23 @@ def test_ways_from_the_dense_model_and_from_budget_to_budget_are_not_averaged(tm
 def test_a_line_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     synthetic(tmp_path / "l", [("a", 0, 0.5, 0.6)])
     assert len(tables.read([tmp_path / "l", tmp_path / "l"])[0]) == 1
+
+
+def test_departures_stand_beside_the_numbers(tmp_path: Path) -> None:
+    rows = [(name, 0, 0.5, 0.6) for name in ("l1, layer", "random, layer", "taylor", "tp_lamp, raw", "no criterion")]
+    text = tables.markdown(tables.tables(synthetic(tmp_path / "l", rows), "macs", "accuracy", [0.5]), "accuracy")
+    assert "| l1, layer [1] | 60.00 |" in text
+    assert "[1] l1, layer: several producers are summed; the paper follows the shortcut's." in text
+    assert "| random, layer | 60.00 |" in text
+    assert "[2] taylor: the parameters of producers, norms and consumers count together" in text
+    assert f"[3] tp_lamp, raw: {KNOWN_FAULTS['tp_lamp']}" in text
+    rows = [("lamp", 0, 0.5, 0.6), ("snip", 0, 0.5, 0.6), ("magnitude", 0, 0.5, 0.6)]
+    frame = synthetic(tmp_path / "w", rows, kind="sparsity", sparsity=0.5)
+    (table,) = tables.tables(frame, None, "accuracy", [0.5])
+    assert table.departures == {
+        "lamp": "equal weights share what the paper breaks by their order.",
+        "snip": "the net is trained, and all images are one batch.",
+    }
 
 
 def test_formats(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
