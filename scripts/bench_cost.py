@@ -11,9 +11,15 @@ every input and output channel); ``tpv`` and ``tpv_published``, one draw per ima
 signs per backward (draws of both have the same deviation); ``prune``, a whole `jbrprune.prune` to ``--macs`` with its
 repairs, with the shares of its parts and the ratio of all to its scoring passes; ``tp_prune``, torch-pruning's own
 pruner by its Taylor importance (with labels) in as many steps, batch norms recalibrated after each, to that share by
-removing 1 - sqrt(macs) of the channels of every layer. ``--all`` measures all of `ALL` on each of `MODELS`:
-``--device cuda --all --data imagenet --root FOLDER --images 256``. The yardstick is one pass in eval mode, forward and
-a backward that makes the gradient of every parameter. Images without labels all get the first one.
+removing 1 - sqrt(macs) of the channels of every layer. ``--autocast`` runs passes, the yardstick's as well, in
+bfloat16. The yardstick is one pass in eval mode, forward and a backward that makes the gradient of every parameter.
+Images without labels all get the first one.
+
+    python scripts/bench_cost.py --device cuda --all --out gpu.jsonl
+
+measures `PASSES` on each of `MODELS` in float32 and in bfloat16 (batches of 64), whole prunes on the first two, once,
+and the latency of these two before and after (`bench_latency.py`; on a GPU in float16, channels last; compiled with 32
+images only) in gpu_latency.jsonl. Images are digits, in the size that the model takes, unless ``--data`` is given.
 
 Time: in a round the yardstick is timed first and last, and everything else in between, in one process, so that what
 disturbs the machine disturbs all; a round's ratio is to the mean of its two yardsticks. Given are median and quartiles
@@ -39,18 +45,21 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import bench_latency
 import torch
 from benchmark import load, load_calibration, show_labels
-from common import append, describe_call, done, exit_on_error, key_of, lines, make_parser, markdown, mend
+from common import append, describe_call, done, exit_on_error, key_of, lines, make_parser, markdown
 from protocols import PROTOCOLS, Setup, add_setup_arguments, read_setup
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from baselines import CRITERIA, LABELS, WEIGHT_CRITERIA
@@ -61,7 +70,7 @@ from jbrprune.budgets.budget import schedule
 from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.weight_relevance import weight_scores
 from jbrprune.data.batches import Batch
-from jbrprune.errors import JBRError, unknown
+from jbrprune.errors import JBRError
 from jbrprune.models import preserve
 from jbrprune.models.preserve import copy_model, logits_of
 from jbrprune.pruning.prepare import provenance
@@ -70,52 +79,49 @@ from jbrprune.structure.discovery import find_groups
 from jbrprune.structure.groups import Group
 from jbrprune.tpv import Isotropic, trace_form
 
-TPV = ("tpv", "tpv_published")
 WHOLE = ("prune", "tp_prune")
-KNOWN = (*CRITERIA, *(f"weights/{name}" for name in WEIGHT_CRITERIA), "published", *WHOLE, *TPV)
+KNOWN = (*CRITERIA, *(f"weights/{n}" for n in WEIGHT_CRITERIA), "published", *WHOLE, "tpv", "tpv_published")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 YARDSTICK = "training"
 MODELS = ("resnet50", "vit_small_patch16_224", "vit_base_patch16_224", "convnext_tiny")
-ALL = ("jbr", "taylor", "weights/jbr_projection", "published", *WHOLE)
-Step = Callable[[], object]
+PASSES = ("jbr", "taylor", "weights/jbr_projection", "published")
+Step, Batches, Groups = Callable[[], object], Sequence[Batch], Sequence[Group]
 
 
 # --- what is measured ------------------------------------------------------------------------------
 
 
-def make_step(
-    name: str, model: nn.Module, batches: Sequence[Batch], groups: Sequence[Group], macs: float = 0.5
-) -> Step:
+def make_step(name: str, model: nn.Module, batches: Batches, groups: Groups, macs=0.5, autocast=None) -> Step:
     """One of `KNOWN`, or the yardstick, over all images; whole prunes to a share of the MACs."""
-    if name == YARDSTICK:
-        return lambda: train_once(model, batches)
-    if name == "published":
-        return lambda: train_once(model, batches, square_channels)
+    images = torch.cat([batch.images for batch in batches])
+    if name in (YARDSTICK, "published"):
+        return lambda: train_once(model, batches, square_channels if name == "published" else None, autocast)
     if name == "prune":
         return lambda: prune(model, show_labels("jbr", batches), macs=macs, images=None, progress=False)
     if name == "tp_prune":
         return lambda: prune_by_taylor(model, batches, 1 - macs**0.5, len(schedule(macs)))
-    if name in TPV:
-        images = torch.cat([batch.images for batch in batches])
+    if name == "tpv":
         how = {"method": "projection", "rtol": 0.0, "validity": False, "progress": False}
-        if name == "tpv":
-            return lambda: trace_form(model, images, Isotropic(1.0), batch_size=len(batches[0]), **how)
+        return lambda: trace_form(model, images, Isotropic(1.0), batch_size=len(batches[0]), **how)
+    if name == "tpv_published":
         return lambda: draw_as_published(model, images)
     kind, _, own = name.rpartition("/")
     shown, criterion = show_labels(own, batches), (WEIGHT_CRITERIA if kind else CRITERIA)[own]
+    if isinstance(criterion, Relevance):
+        criterion = replace(criterion, autocast=autocast)
     if kind and isinstance(criterion, Relevance):
         return lambda: weight_scores(model, shown, criterion)
     return lambda: criterion(model, shown, list(weights_of(model)) if kind else groups)
 
 
-def train_once(
-    model: nn.Module, batches: Sequence[Batch], use: Callable[[nn.Module, Mapping[Tensor, Tensor]], None] | None = None
-) -> None:
+def train_once(model: nn.Module, batches: Batches, use=None, autocast=None) -> None:
     """Forward and backward to all parameters over all images; ``use`` is shown the gradients of every batch."""
     with preserve.inference_state(model, gradients=True):
         leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for batch in (batch.to(preserve.device_of(model)) for batch in batches):
-            loss = F.cross_entropy(logits_of(model(batch.images)), batch.labels)
+        device = preserve.device_of(model)
+        for batch in (batch.to(device) for batch in batches):
+            with torch.autocast(device.type, autocast) if autocast else nullcontext():
+                loss = F.cross_entropy(logits_of(model(batch.images)), batch.labels)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             if use:
                 use(model, dict(zip(leaves, gradients)))
@@ -160,14 +166,9 @@ def time_in_rounds(steps: Mapping[str, Step], yardstick: Step, rounds: int) -> t
 
 def measure_apart(name: str, setup: Setup, images: int) -> float:
     """`measure_peak` in a process of its own."""
-    before = dict(os.environ)
-    os.environ.update(MALLOC)  # read when the process starts
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(measure_peak, name, setup, images, torch.get_num_threads()).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    spawn = multiprocessing.get_context("spawn")  # MALLOC is read when a process starts
+    with mock.patch.dict(os.environ, MALLOC), ProcessPoolExecutor(1, spawn) as pool:
+        return pool.submit(measure_peak, name, setup, images, torch.get_num_threads()).result()
 
 
 def measure_peak(name: str, setup: Setup, images: int, threads: int) -> float:
@@ -193,6 +194,7 @@ def _resident(key: str) -> float:
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
+@lru_cache(maxsize=1)
 def load_all(setup: Setup, images: int) -> tuple[nn.Module, list[Batch], Sequence[Group]]:
     """The dense model, images with labels, and the units."""
     model, batches = load(setup)[0], load_calibration(setup, images, 0)
@@ -207,9 +209,9 @@ def load_all(setup: Setup, images: int) -> tuple[nn.Module, list[Batch], Sequenc
 def make_records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]:
     """One line each; what fails has a reason instead of numbers."""
     model, batches, groups = load_all(setup, args.images)
-    steps, failed, parts = {}, {}, {}
+    steps, failed, parts, autocast = {}, {}, {}, torch.bfloat16 if args.autocast else None
     for name in args.what:
-        steps[name] = make_step(name, model, batches, groups, args.macs)
+        steps[name] = make_step(name, model, batches, groups, args.macs, autocast)
         if name == "prune":
             steps[name] = lambda step=steps[name]: parts.update(prune=step().report.seconds)
         try:
@@ -218,18 +220,17 @@ def make_records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]
         except JBRError as error:
             failed[name] = f"{type(error).__name__}: {error}"
             del steps[name]
-    yardstick = make_step(YARDSTICK, model, batches, groups)
+    yardstick = make_step(YARDSTICK, model, batches, groups, autocast=autocast)
     yardstick()
     found, training = time_in_rounds(steps, yardstick, args.rounds)
     peaks = {name: measure_apart(name, setup, args.images) for name in (YARDSTICK, *steps)} if args.memory else {}
     shared = {
-        **{"macs": args.macs, **setup.described()},
+        **{"macs": args.macs, "autocast": args.autocast, **setup.described()},
         **{"images": args.images, "batch_size": len(batches[0]), "rounds": args.rounds, "clock": clock()},
         **{"training_seconds": training, "training_peak_mib": peaks.get(YARDSTICK), **describe_call()},
         **{name: value for name, value in provenance(0, torch.device(setup.device)).items() if name != "seed"},
     }
-    keys = list_keys(args, setup)
-    made = []
+    keys, made = list_keys(args, setup), []
     for name, pairs in found.items():
         ratios, seconds = zip(*pairs, strict=True)
         quartiles = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else [*ratios, *ratios]
@@ -244,7 +245,8 @@ def make_records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]
 
 def list_keys(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
     """What is measured -> what its line is recognised by."""
-    own = [setup.described(), args.images, args.rounds, torch.get_num_threads(), *(["memory"] if args.memory else [])]
+    own = [setup.described(), args.images, args.rounds, torch.get_num_threads()]
+    own += [name for name in ("memory", "autocast") if getattr(args, name)]
     return {name: key_of([own, name, *([args.macs] if name in WHOLE else [])]) for name in args.what}
 
 
@@ -255,7 +257,8 @@ def show(path: Path) -> str:
     made = (line for line in found if "failed" not in line)
     for line in sorted(made, key=lambda line: (line["model"], line["images"], line["ratio"])):
         low, high = line["quartiles"]
-        cells = [line["model"], line["images"], line["criterion"], "yes" if line["labels"] else ""]
+        name = line["criterion"] + ", bfloat16" * line.get("autocast", False)
+        cells = [line["model"], line["images"], name, "yes" if line["labels"] else ""]
         peak = f"{line['peak_mib']:.0f} ({line['peak_ratio']:.2f})" if "peak_mib" in line else ""
         rows.append([*cells, f"{line['ratio']:.2f} ({low:.2f}-{high:.2f})", peak])
     head = ["model", "images", "criterion", "labels", "ratio of time (quartiles)", "peak in MiB (ratio)"]
@@ -271,32 +274,43 @@ def show(path: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_setup_arguments(parser, weights="random")
-    parser.add_argument("--what", nargs="+", default=list(PROTOCOLS["budget"].criteria), help="see above")
+    default = list(PROTOCOLS["budget"].criteria)
+    parser.add_argument("--what", nargs="+", default=default, choices=KNOWN, metavar="NAME", help="see above")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--macs", type=float, default=0.5, help="share that whole prunes keep")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="measure peaks of memory as well")
+    parser.add_argument("--autocast", action="store_true", help="passes in bfloat16")
     parser.add_argument("--all", action="store_true", help="everything on several models; see above")
     parser.add_argument("--table", action="store_true", help="print what is in the file, run nothing")
     args = parser.parse_args(argv)
     with exit_on_error("bench_cost.py"):
         if not args.table:
-            run(args)
+            for own in plan(args) if args.all else [args]:
+                run(own)
         print(show(args.out))
+    if args.all and not args.table:
+        on_gpu = ["--device", args.device, *["--half"] * (args.device != "cpu")]
+        shared = [*on_gpu, "--models", *MODELS[:2], "--out", str(args.out.with_stem(f"{args.out.stem}_latency"))]
+        shared += ["--settings", *(name for name in bench_latency.SETTINGS if name != "latency=0.5")]
+        bench_latency.main([*shared, "--modes", "eager", "--batch-sizes", "1", "32", "128"])
+        bench_latency.main([*shared, "--modes", "compile", "--batch-sizes", "32"])
+        bench_latency.main([*shared, "--table"])
+
+
+def plan(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """What ``--all`` measures, a run each; whole prunes once."""
+    given = vars(args) | {"data": args.data or "digits"}
+    for number, model in enumerate(MODELS):
+        for what, other in ((PASSES, {}), (PASSES, {"autocast": True}), *[(WHOLE, {"rounds": 1})] * (number < 2)):
+            yield argparse.Namespace(**given | {"model": model, "what": list(what)} | other)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure what is not in the file yet: all of it in one run, or it would not compare."""
-    for name in args.what:
-        if name not in KNOWN:
-            raise unknown("criterion", name, KNOWN)
-    there = done(args.out, "rounds")
-    mend(args.out)
-    for model in MODELS if args.all else [args.model]:
-        own = argparse.Namespace(**vars(args) | {"model": model} | ({"what": list(ALL)} if args.all else {}))
-        setup = read_setup(own)
-        if not there.issuperset(list_keys(own, setup).values()):
-            append(args.out, make_records(own, setup))
+    setup = read_setup(args)
+    if not done(args.out, "rounds").issuperset(list_keys(args, setup).values()):
+        append(args.out, make_records(args, setup))
 
 
 if __name__ == "__main__":

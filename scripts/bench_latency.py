@@ -1,12 +1,16 @@
 """How much faster pruned models are: dense and pruned models timed in turns, one JSON line per measurement.
 
     python scripts/bench_latency.py --out results/latency.jsonl                 # measure
+    python scripts/bench_latency.py --device cuda --half --batch-sizes 1 32 128 --out results/latency.jsonl
     python scripts/bench_latency.py --out results/latency.jsonl --table         # a Markdown table of what was measured
 
 Weights and images are random: they say nothing about accuracy, and time does not depend on them. Channels are ranked
-by magnitude, so that a model is pruned in seconds. Every line compares one pruned model with the dense one in the same
-process, in turns; `speedup` is the median of the ratios of the rounds, `spread` half their interquartile range. Times
-of different machines and numbers of threads are never put beside each other.
+by magnitude, directions by singular values, so that a model is pruned in seconds. ``2:4`` is single weights in the
+layout of the kernels for them, which only a GPU has; what fails is a line with the reason.
+
+Every line compares one pruned model with the dense one in the same process, in turns; `speedup` is the median of the
+ratios of the rounds, `spread` half their interquartile range. Times of different machines and numbers of threads are
+never put beside each other.
 """
 
 from __future__ import annotations
@@ -15,37 +19,40 @@ import argparse
 import itertools
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import timm
 import torch
 from common import append, describe_call, lines, make_parser, markdown
+from timm.data import resolve_data_config
 from torch import nn
 
+from baselines.low_rank import svd
+from baselines.single_weights import magnitude
 from baselines.weights_only import l1
-from jbrprune import prune
+from jbrprune import prune, sparsify, to_semi_structured
 from jbrprune.budgets.budget import Floors
 from jbrprune.evaluation.latency import describe_hardware, time_in_turns
 
 MODELS = ("resnet50", "vit_small_patch16_224", "efficientnet_lite0", "mobilenetv2_100")
-SETTINGS: dict[str, tuple[dict[str, float], int]] = {
-    "macs=0.5, round_to=1": ({"macs": 0.5}, 1),
-    "macs=0.5, round_to=8": ({"macs": 0.5}, 8),
-    "macs=0.5, round_to=16": ({"macs": 0.5}, 16),
-    "latency=0.5": ({"latency": 0.5}, 1),
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{f"macs=0.5, round_to={n}": {"macs": 0.5, "floors": Floors(round_to=n)} for n in (1, 8, 32)},
+    "directions, macs=0.5": {"criterion": svd, "macs": 0.5, "structure": "directions"},
+    "latency=0.5": {"latency": 0.5, "steps": None},
+    "2:4": {"criterion": magnitude, "pattern": "2:4"},
 }
 PLACE, CELL = ("device", "hardware", "threads", "torch"), ("model", "setting", "mode", "batch")
 
 
 def prune_once(dense: nn.Module, images: torch.Tensor, setting: str) -> tuple[nn.Module, dict[str, Any]]:
     """The pruned model, and what is known of it."""
-    budget, round_to = SETTINGS[setting]
-    how = {"criterion": l1, "floors": Floors(round_to=round_to), "repair": None, "progress": False}
-    result = prune(dense, images, **budget, **how)
+    how = {"criterion": l1, "steps": 1} | SETTINGS[setting]
+    result = (sparsify if "pattern" in how else prune)(dense, images, **how, repair=None, progress=False)
     report = result.report
-    facts = {"round_to": round_to, "planned": report.steps[-1].relative_latency}
+    facts = {"round_to": how.get("floors", Floors()).round_to, "planned": report.steps[-1].relative_latency}
     return result.model, facts | {"macs": report.kept, "params": report.pruned.params / report.dense.params}
 
 
@@ -58,59 +65,54 @@ def measure(dense: nn.Module, model: nn.Module, images: torch.Tensor, mode: str,
     return times | {"speedup": found.ratios[1], "spread": found.spreads[1]}
 
 
-def describe_place(device: torch.device, threads: int) -> dict[str, Any]:
-    hardware = describe_hardware(device)
+def describe_place(device: torch.device, threads: int, half: bool = False) -> dict[str, Any]:
+    hardware = describe_hardware(device) + ", float16, channels last" * half
     return {"device": device.type, "hardware": hardware, "threads": threads, "torch": torch.__version__}
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One line per model, setting, mode and batch that is not there yet."""
+    """One line per model, setting, mode and batch that is not there yet, or one that says what failed."""
     device = torch.device(args.device)
-    here = describe_place(device, args.threads)
-
-    def key(row: Mapping[str, Any]) -> tuple:
-        return tuple(row[name] for name in (*PLACE, *CELL))
-
-    done = set(map(key, lines(args.out)))
+    here = describe_place(device, args.threads, args.half)
+    form = {"dtype": torch.float16, "memory_format": torch.channels_last}
+    done = [{name: line[name] for name in (*PLACE, *CELL)} for line in lines(args.out) if "failed" not in line]
     for name, setting in itertools.product(args.models, args.settings):
         pairs = itertools.product(args.batch_sizes, args.modes)
         cells = [{**here, **dict(zip(CELL, (name, setting, mode, batch)))} for batch, mode in pairs]
-        cells = [cell for cell in cells if key(cell) not in done]
-        if cells:
-            torch.manual_seed(0)
-            dense = timm.create_model(name).to(device).eval()
-            images = torch.randn(max(args.batch_sizes), 3, 224, 224, device=device)
+        cells = [cell for cell in cells if cell not in done]
+        if not cells:
+            continue
+        torch.manual_seed(0)
+        dense = timm.create_model(name).to(device).eval()
+        images = torch.randn(max(args.batch_sizes), *resolve_data_config(model=dense)["input_size"], device=device)
+        try:
             model, facts = prune_once(dense, images[:2], setting)
-        for cell in cells:
-            yield {**cell, **facts, **measure(dense, model, images[: cell["batch"]], cell["mode"], args)}
-            torch.compiler.reset()
+            if args.half:
+                images, dense, model = (one.to(**form) for one in (images, dense, model))
+            if setting == "2:4":
+                to_semi_structured(model)
+            for cell in cells:
+                yield {**cell, **facts, **measure(dense, model, images[: cell["batch"]], cell["mode"], args)}
+                torch.compiler.reset()
+        except Exception as error:  # whatever a GPU or a compiler cannot do: the rest is measured all the same
+            reason = f"{type(error).__name__}: {error}"
+            yield {**here, "model": name, "setting": setting, "modes": args.modes, "failed": reason}
 
 
 def table(rows: list[dict]) -> str:
     """Speed-up and spread by batch and mode, one table for every machine and number of threads."""
+    failed = [f"{row['model']}, {row['setting']}: {row['failed']}" for row in rows if "failed" in row]
+    made = pd.DataFrame([row for row in rows if "failed" not in row]).round({"macs": 2})
+    made["text"] = [f"{row.speedup:.2f} ± {row.spread:.2f}" for row in made.itertuples()]
     parts = []
-    for place, own in itertools.groupby(sorted(rows, key=_place), _place):
-        found: dict[tuple, dict[tuple, dict]] = {}
-        for row in own:
-            found.setdefault((row["model"], row["setting"]), {})[row["batch"], row["mode"]] = row
-        columns = sorted(
-            {column for cells in found.values() for column in cells}, key=lambda c: (c[0], c[1] != "eager")
-        )
-        grid = []
-        for (name, setting), cells in found.items():
-            first = next(iter(cells.values()))
-            shown = [f"{cells[c]['speedup']:.2f} ± {cells[c]['spread']:.2f}" if c in cells else "" for c in columns]
-            grid.append([name, setting, first["round_to"], f"{first['macs']:.2f}", *shown])
-        head = ["model", "setting", "round_to", "MACs", *(f"batch {batch}, {mode}" for batch, mode in columns)]
-        parts.append("{}, {}, threads: {}, torch {}\n\n".format(*place) + markdown(head, grid))
-    return "\n\n".join(parts)
+    for place, own in made.groupby(list(PLACE)) if len(made) else ():
+        grid = own.pivot_table("text", ["model", "setting", "round_to", "macs"], ["batch", "mode"], "last").fillna("")
+        head = ["model", "setting", "round_to", "MACs", *(f"batch {batch}, {mode}" for batch, mode in grid)]
+        parts.append("{}, {}, threads: {}, torch {}\n\n".format(*place) + markdown(head, grid.reset_index().to_numpy()))
+    return "\n\n".join([*parts, *failed])
 
 
-def _place(row: Mapping[str, Any]) -> tuple:
-    return tuple(row[name] for name in PLACE)
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
@@ -119,9 +121,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="time that one measurement takes at most")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--half", action="store_true", help="float16 and channels last")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
     parser.add_argument("--table", action="store_true", help="print what is in the file, run nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.table:
         print(table(lines(args.out)))
         return

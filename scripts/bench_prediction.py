@@ -55,20 +55,13 @@ def predict_cuts(args: argparse.Namespace, dense: Dense, batches: list[Batch], s
             flips = (change + reference).argmax(1) != reference.argmax(1)
             test = {"tpv": change.square().sum(1).mean().item(), "flips": flips.double().mean().item()}
             predicted, masked = ({what: row[f"{of}_{what}"] for what in test} for of in ("predicted", "masked"))
-            line = {
-                "criterion": name,
-                "ratio": round(1 - row["target"], 6),
-                "macs": row["macs"],
-                "params": row["params"],
-            }
+            line = {"criterion": name, "ratio": round(1 - row["target"], 6)}
             line |= {"macs": row["macs"], "params": row["params"]}
             line |= {"predicted": predicted, "masked": masked, "test": test}
             yield line | {error: row[error] for error in ("taylor_error", "prediction_error", "valid")}
 
 
-def predict_within_floors(
-    dense: Dense, data: list[Batch], kept: list[float], how: dict[str, Any]
-) -> list[dict[str, Any]]:
+def predict_within_floors(dense: Dense, data: list[Batch], kept: list[float], how: dict[str, Any]) -> list[dict]:
     """Rows for the shares that the floors allow."""
     try:
         return predict(dense.model, data, channels=kept, checked=None, **how).to_dict("records")
@@ -103,8 +96,8 @@ def show_cuts(found: Sequence[dict[str, Any]]) -> str:
         row: list[object] = [f"{spearmanr(tpv, real).statistic:.3f}"]
         for by, limit in (("test", 0.1), ("test", 0.3), ("predicted", 0.1), ("predicted", 0.3)):
             row.append(_worst([line for line in group if line[by]["flips"] <= limit]))
-        row.append(_worst([line for line in group if line["valid"]]))
-        limits = ["<= 10 % measured", "<= 30 %", "<= 10 % predicted", "<= 30 %", "called valid"]
+        row += [_worst([line for line in group if line["valid"]], by) for by in ("test", "masked")]
+        limits = ["<= 10 % measured", "<= 30 %", "<= 10 % predicted", "<= 30 %", "called valid", "valid, masked"]
         parts.append(f"{title}: points of flips (TPV) that the prediction is off by at most\n")
         parts.append(markdown(["Spearman of TPV with flips on test images", *limits], [row]) + "\n")
         rows = []
@@ -116,12 +109,12 @@ def show_cuts(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def _worst(found: Sequence[dict[str, Any]]) -> str:
-    """Largest error of the flips on test images in points, of the TPV as a factor."""
+def _worst(found: Sequence[dict[str, Any]], by: str = "test") -> str:
+    """Largest error of the flips on test images, or on the images of the prediction, in points, of TPV as a factor."""
     if not found:
         return "-"
-    flips = max(abs(line["predicted"]["flips"] - line["test"]["flips"]) for line in found)
-    factor = max(math.exp(abs(math.log(line["predicted"]["tpv"] / line["test"]["tpv"]))) for line in found)
+    flips = max(abs(line["predicted"]["flips"] - line[by]["flips"]) for line in found)
+    factor = max(math.exp(abs(math.log(line["predicted"]["tpv"] / line[by]["tpv"]))) for line in found)
     return f"{100 * flips:.1f} (x {factor:.2f}), {len(found)} cuts"
 
 

@@ -358,11 +358,8 @@ def latex(found: Sequence[Table], metric: str) -> str:
 
 def csv(found: Sequence[Table], metric: str) -> str:
     """One row per criterion and cost, in full precision, shares not percent."""
-    parts = [
-        table.cells.assign(title=table.title, metric=metric, departure=table.cells["criterion"].map(table.departures))
-        for table in found
-    ]
-    return pd.concat(parts).to_csv(index=False)
+    parts = [t.cells.assign(title=t.title, departure=t.cells["criterion"].map(t.departures)) for t in found]
+    return pd.concat(parts).assign(metric=metric).to_csv(index=False)
 
 
 FORMATS: dict[str, Callable[[Sequence[Table], str], str]] = {"markdown": markdown, "csv": csv, "latex": latex}

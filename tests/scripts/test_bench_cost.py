@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from pathlib import Path
 
 import bench_cost
+import bench_latency
 import common
 import pytest
 import timm
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jbrprune.data.batches import Batch
+from jbrprune.structure.discovery import find_groups
 
 TINY = ["--model", "test_resnet", "--model-arg", "zero_init_last=false", "--data", "digits", "--images", "8"]
 
@@ -87,21 +91,56 @@ def test_lines_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     before = out.read_bytes()
     bench_cost.main([*arguments, "--what", "l1", "taylor"])  # all there
     assert out.read_bytes() == before
-    with pytest.raises(SystemExit, match="did you mean 'taylor'"):
+    with pytest.raises(SystemExit, match="2"):
         bench_cost.main([*arguments, "--what", "tailor"])
+    assert "invalid choice: 'tailor'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="Say which data"):
         bench_cost.main(["--model", "test_resnet", "--out", str(out)])
 
 
-def test_all_on_several_models_and_the_parts_of_a_prune(
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")  # torch-pruning's
+def test_all_is_one_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_cost, "MODELS", ("test_resnet",))
-    monkeypatch.setattr(bench_cost, "ALL", ("l1", "prune"))
+    monkeypatch.setattr(bench_cost, "MODELS", ("test_vit",))
+    whole = {"latency=0.5": None, "half": {"macs": 0.9}, "2:4": bench_latency.SETTINGS["2:4"]}  # it is too small for .5
+    monkeypatch.setattr(bench_latency, "SETTINGS", whole)
+    compiled: list[int] = []
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled.append(1) or model)
+    monkeypatch.setattr(bench_latency, "to_semi_structured", lambda model: None)  # only a GPU has these kernels
     few = ["--images", "20", "--rounds", "1", "--threads", str(torch.get_num_threads())]
-    bench_cost.main([*TINY[2:], *few, "--all", "--out", str(tmp_path / "out")])
-    lines = common.lines(tmp_path / "out")
-    assert [(line["model"], line["criterion"]) for line in lines] == [("test_resnet", "l1"), ("test_resnet", "prune")]
-    parts = lines[1]["parts"]
+    bench_cost.main([*few, "--all", "--out", str(tmp_path / "out.jsonl")])
+    lines = common.lines(tmp_path / "out.jsonl")
+    assert not [line["failed"] for line in lines if "failed" in line]
+    assert {(line["model"], line["criterion"], line["autocast"]) for line in lines} == {
+        *itertools.product(bench_cost.MODELS, bench_cost.PASSES, (False, True)),
+        *itertools.product(bench_cost.MODELS, bench_cost.WHOLE, (False,)),
+    }
+    parts = next(line["parts"] for line in lines if line["criterion"] == "prune")
     assert 0 < parts["scoring"] + parts["repair"] <= parts["total"]
-    assert f"{parts['total'] / parts['scoring']:.2f} times its scoring" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{parts['total'] / parts['scoring']:.2f} times its scoring" in shown
+    assert "| test_vit | 20 | jbr, bfloat16 |" in shown
+    times = common.lines(tmp_path / "out_latency.jsonl")
+    assert not [line["failed"] for line in times if "failed" in line]
+    cells = [*itertools.product(("eager",), (1, 32, 128)), ("compile", 32)]
+    assert {(line["model"], line["setting"], (line["mode"], line["batch"])) for line in times} == set(
+        itertools.product(bench_cost.MODELS, ("half", "2:4"), cells)
+    )
+    assert len(compiled) == 2 * 2  # dense and pruned, of both settings
+
+
+def test_passes_in_bfloat16() -> None:
+    """The yardstick and relevance are computed in bfloat16; the model stays in float32."""
+    model = timm.create_model("test_resnet", num_classes=4, in_chans=1, zero_init_last=False).eval()
+    seen: list[torch.dtype] = []
+    model.conv1.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    batches = [Batch(torch.randn(4, 1, 32, 32), torch.arange(4))]
+    groups = find_groups(copy.deepcopy(model), batches[0].images).groups
+    for name in (bench_cost.YARDSTICK, *bench_cost.PASSES):
+        seen.clear()
+        bench_cost.make_step(name, model, batches, groups, autocast=torch.bfloat16)()
+        assert torch.bfloat16 in seen, name
+        seen.clear()
+        bench_cost.make_step(name, model, batches, groups)()
+        assert set(seen) == {torch.float32}, name
