@@ -113,15 +113,15 @@ def make_results(run: Run) -> Iterator[PruneResult]:
     dense = load_dense(run.setup)
     batches = show_labels(run.criterion, load_calibration(run.setup, protocol.images, run.seed))
     criterion = choose_criterion(protocol.known, run.criterion, run.seed, protocol.batch)
+    sparse = protocol.kind == "sparsity"
     how: dict[str, Any] = {
+        **({} if sparse else {"structure": "channels"}),
         **{"steps": protocol.steps, "repair": protocol.repair, "seed": run.seed, "batch_size": run.batch_size},
         **{"images": None, "eval_data": dense.test, "progress": False, **protocol.options},
     }
     if not protocol.from_dense:
-        made = sweep(dense.model, batches, protocol.budgets, budget=protocol.kind, criterion=criterion, **how)
-        yield from made
+        yield from sweep(dense.model, batches, protocol.budgets, budget=protocol.kind, criterion=criterion, **how)
         return
-    sparse = protocol.kind == "sparsity"
     if protocol.steps == 1:
         criterion = ask_once(criterion, sparse)
     for budget in protocol.budgets:

@@ -48,7 +48,7 @@ def predict(
     channels: Sequence[float] | None = None,
     calibrate: bool = False,
     checked: int | None = 64,
-    structure: Literal["channels", "directions"] = "channels",
+    structure: Literal["auto", "channels", "directions"] = "auto",
     repair: str | Sequence[str] | None = "auto",
     criterion: str | Relevance | Scores | Callable[..., Any] = "jbr",
     ignore: Sequence[str] = (),
@@ -87,7 +87,7 @@ def predict(
             stands in the ``measured`` columns.
         checked: Number of images on which every budget is looked at by running the dense model with the units masked
             (nothing is cut): it measures the error of the first order, and the ``masked`` columns. None: all images.
-        structure: As for `jbrprune.prune`: what goes.
+        structure: As for `jbrprune.prune`: what goes; ``auto`` means channels and heads.
         repair: As for `jbrprune.prune`; whether least squares is among what is tried. None: the ``_repaired`` columns
             are NaN.
         criterion: As for `jbrprune.prune`.
@@ -131,7 +131,7 @@ def predict(
         Arpit, arXiv 2512.11089 (TPV as the cost of a removal).
     """
     pandas = import_optional("pandas")
-    check_known("structure", structure, ("channels", "directions"))
+    check_known("structure", structure, ("auto", "channels", "directions"))
     given: dict[str, Any] = {"macs": macs, "params": params, "channels": channels}
     given = {kind: wanted for kind, wanted in given.items() if wanted is not None}
     kind, wanted = next(iter(given.items()), ("macs", SHARES))
@@ -144,7 +144,9 @@ def predict(
     whole(1, optional=True)("checked", checked)
     least: Any = {kind: shares[-1] if given else shares[0]}
     common = criterion, ignore, output, batch_size, progress, repair, images, None, seed
-    options = ChannelOptions(*common, **least, floors=floors, structure=structure)
+    options = ChannelOptions(
+        *common, **least, floors=floors, structure="channels" if structure == "auto" else structure
+    )
     problem = open_problem(model, data, batch_size, output)
     state = find_channels(problem, options, (*least.values(),))
     shares = [share for share in shares if share >= state.least]

@@ -65,7 +65,7 @@ def prune(  # noqa: D417
     max_drop: float | None = None,
     confidence: float = 0.9,
     scope: Literal["global", "raw", "layer"] = "global",
-    structure: Literal["channels", "directions", "mixed"] = "channels",
+    structure: Literal["auto", "channels", "directions", "mixed"] = "auto",
     criterion: str | Relevance | Scores | Callable[..., Any] = "jbr",
     repair: str | Sequence[str] | None = "auto",
     steps: int | None = None,
@@ -362,7 +362,7 @@ def info(
     model: nn.Module | str,
     images: Tensor | None = None,
     *,
-    structure: Literal["channels", "directions"] = "channels",
+    structure: Literal["auto", "channels", "directions"] = "auto",
     ignore: Sequence[str] = (),
     output: str | int | Callable[[Any], Any] | None = None,
     floors: Floors = Floors(),  # noqa: B008
@@ -372,7 +372,7 @@ def info(
     Args:
         model: A timm name or a module; left as it was. Its weights do not matter.
         images: ``[B, C, H, W]`` example input; default: noise of the size that a timm model wants.
-        structure: What goes, as for `prune`.
+        structure: What goes, as for `prune`; ``auto`` means channels and heads.
         ignore: Globs of modules that keep their width.
         output: What of the model's output counts, as for `prune`.
         floors: How narrow groups may become, and whether residual widths are offered.
@@ -385,7 +385,7 @@ def info(
         >>> info(create("resnet10t", pretrained=False)).rows[0].kind
         'channel'
     """
-    check_known("structure", structure, ("channels", "directions"))
+    check_known("structure", structure, ("auto", "channels", "directions"))
     check_floors("floors", floors)
     dense = create_model(model)
     if images is None:

@@ -18,6 +18,7 @@ from jbrprune.criteria.relevance import Relevance
 from jbrprune.criteria.scores import Scores
 from jbrprune.data import distributed
 from jbrprune.data.batches import Batch
+from jbrprune.errors import UnsupportedModelError
 from jbrprune.evaluation.agreement import bytes_of, parameters_of
 from jbrprune.evaluation.latency import time_in_turns
 from jbrprune.models import layers, preserve
@@ -37,6 +38,8 @@ Criterion = Callable[[nn.Module, Sequence[Batch], Sequence[Group]], Mapping[str,
 """``criterion(model, batches, groups)`` -> group name -> scores of its units; the lowest goes first."""
 CHANNELS_FIRST = 0.3
 """Of a mixed budget, channels and heads go to the share to this power, directions the rest of the way."""
+DEEP = 0.5
+"""Below this share of a model of tokens ``structure="auto"`` is ``mixed``: docs/directions.md has the measurements."""
 _EXPECTED = ("the classifier", "reaches the model's output", "ignored on request")
 
 
@@ -71,6 +74,7 @@ class Channels(Structure):
         least: Share of it that is left with every group at its floor.
         whole_layers: The model before two layers stood in the place of each, to lose directions; None: they do not.
         foreseen: What `select` expects the smaller model to cost.
+        why: Why this structure, where none was asked for.
     """
 
     found: Found
@@ -82,6 +86,7 @@ class Channels(Structure):
     least: float = 1.0
     whole_layers: nn.Module | None = None
     foreseen: float | None = None
+    why: str = ""
 
     def copy(self) -> Channels:
         """The same on a model of its own, for `restore`; the times are shared."""
@@ -285,7 +290,9 @@ class Channels(Structure):
         return model, {}, facts | {"notes": tuple(self.notes())}
 
     def notes(self) -> Iterator[str]:
-        """What keeps its width, and how the budget was met."""
+        """Why this structure, what keeps its width, and how the budget was met."""
+        if self.why:
+            yield f"structure={self.options.structure!r} was chosen: {self.why}."
         for name, reason in self.found.skipped.items():
             if reason not in _EXPECTED:
                 yield f"{name} keeps its width: {reason}."
@@ -323,6 +330,15 @@ def find_channels(
         UnsupportedModelError: Nothing can be removed safely.
     """
     example = problem.example
+    if options.structure == "auto":
+        structure, why = choose_structure(problem, options, stops)
+        try:
+            return replace(find_channels(problem, replace(options, structure=structure), stops, ways), why=why)
+        except UnsupportedModelError:
+            if structure == "channels":
+                raise
+            why = "no layer of this model can lose directions"
+            return replace(find_channels(problem, replace(options, structure="channels"), stops, ways), why=why)
     if options.structure == "directions":
         model, found = preserve.copy_model(problem.dense).eval(), Found(())
     else:
@@ -364,6 +380,25 @@ def find_channels(
         holds = "; ".join(f"{name} ({share:.0%} of it): {last.found.reason(name)}" for name, share in most)
         check_least(channels.kind, stops[-1], last.least, holds)
     return channels
+
+
+def choose_structure(problem: Problem, options: ChannelOptions, stops: Sequence[float]) -> tuple[str, str]:
+    """What ``structure="auto"`` stands for, and why, in the words of a report; nothing where channels are all there is.
+
+    Directions were measured where one budget of a model of tokens is scored by relevance: there they keep more below
+    `DEEP`. Tokens are what linear layers read at more than one position.
+    """
+    plain = isinstance(options.ranking, Relevance) and options.scope == "global" and options.max_drop is None
+    if not plain or len(stops) != 1 or not options.budgets.keys() & {"macs", "params"}:
+        return "channels", ""
+    macs, modules = count_macs(problem.dense, problem.example), dict(problem.dense.named_modules())
+    linear = {name: module.weight.numel() for name, module in modules.items() if isinstance(module, nn.Linear)}
+    share = sum(macs[name] for name, one in linear.items() if macs.get(name, 0) > one) / sum(macs.values())
+    if share <= 0.5:
+        return "channels", ""
+    if stops[0] < DEEP:
+        return "mixed", f"{share:.0%} of the multiply-accumulates are linear layers of tokens, and less than half stay"
+    return "channels", "down to half of the cost channels and heads keep as much as directions do, and are faster"
 
 
 def find_units(

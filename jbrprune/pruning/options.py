@@ -237,9 +237,9 @@ class ChannelOptions(RunOptions):
     )
     steps: int | None = option(None, "Number of steps; default: one for every 5 %.", "Budget", whole(1))
     floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget", check_floors)
-    structure: Literal["channels", "directions", "mixed"] = option(
-        "channels",
-        "What goes: channels and heads, directions of linear layers (two layers for one), or both in turn.",
+    structure: Literal["auto", "channels", "directions", "mixed"] = option(
+        "auto",
+        "What goes: channels and heads, directions of linear layers and of heads, or both in turn (mixed).",
         "Budget",
     )
 
@@ -259,7 +259,8 @@ class ChannelOptions(RunOptions):
             raise BudgetError(f"Give exactly one of {kinds} or max_drop=; got {' and '.join(given) or 'none'}.")
         if searched and timed:
             raise BudgetError(f"Beside max_drop=, macs=, params= or channels= is the least to keep; got {given[0]}.")
-        if self.structure != "channels" and self.scope != "global":
+        directed = self.structure in ("directions", "mixed")
+        if directed and self.scope != "global":
             raise ArgumentError("scope= has no meaning for directions: one price holds for all layers.")
         if not searched and self.confidence != ChannelOptions.confidence:
             raise ArgumentError("confidence= has no meaning without max_drop=.")
@@ -269,7 +270,7 @@ class ChannelOptions(RunOptions):
             raise ArgumentError("steps= has no meaning beside max_drop= or a latency: the run chooses them.")
         if self.resume is not None and searched:
             raise ArgumentError("resume= cannot follow the steps back and forth of max_drop=: leave one of them out.")
-        if self.structure != "channels" and (self.channels is not None or isinstance(self.criterion, Scores)):
+        if directed and (self.channels is not None or isinstance(self.criterion, Scores)):
             raise ArgumentError(
                 f"structure={self.structure!r} takes macs=, params= or a latency, and no scores made before: "
                 "directions are no channels, and they are found in the run."

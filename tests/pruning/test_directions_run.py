@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from baselines import CRITERIA
 from jbrprune import create, degradation, export, info, load, predict, prune, sweep
 from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
@@ -195,6 +196,38 @@ def test_a_mixed_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     resumed = prune(vit(), IMAGES, resume=tmp_path / "log", **how)
     assert torch.equal(resumed.model(IMAGES), whole.model(IMAGES))
     assert resumed.report.layers == whole.report.layers
+
+
+@pytest.mark.parametrize(
+    ("how", "structure", "why"),
+    [
+        ({"macs": 0.45}, "mixed", "linear layers of tokens, and less than half stay"),
+        ({"params": 0.4}, "mixed", "linear layers of tokens, and less than half stay"),
+        ({"macs": 0.5}, "channels", "down to half of the cost"),
+        ({"macs": 0.45, "criterion": "l1"}, "channels", ""),
+        ({"macs": 0.45, "scope": "layer"}, "channels", ""),
+        ({"latency": 0.99}, "channels", ""),
+    ],
+)
+def test_the_structure_is_chosen_and_the_report_says_why(how: dict[str, Any], structure: str, why: str) -> None:
+    how = how | ({"criterion": CRITERIA["l1"]} if "criterion" in how else {})
+    report = prune(vit(), IMAGES, progress=False, **how).report
+    assert report.settings["structure"] == structure
+    notes = [note for note in report.notes if note.startswith("structure=")]
+    assert len(notes) == bool(why)
+    assert all(f"structure='{structure}' was chosen" in note and why in note for note in notes)
+    assert (structure == "mixed") == any(row.kind == "direction" for row in report.layers)
+
+
+def test_the_structure_of_a_net_without_tokens_is_channels() -> None:
+    report = prune(create("resnet10t", pretrained=False), IMAGES, macs=0.4, progress=False).report
+    assert report.settings["structure"] == "channels"
+    flat = nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * 32 * 32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)
+    )
+    report = prune(flat, IMAGES, macs=0.4, progress=False).report
+    assert report.settings["structure"] == "channels"
+    assert all(type(layer) is nn.Linear for layer in flat[1::2])
 
 
 def test_what_has_no_meaning_is_refused() -> None:
