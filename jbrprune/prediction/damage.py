@@ -135,6 +135,8 @@ LARGEST_ERROR = 0.3
 """Relative error of a predicted change, and of its TPV, up to which a prediction is called valid."""
 FLIPS = 0.1
 """Distance from the real share of flips that a valid prediction is known not to exceed."""
+POINT = 0.01
+"""Distance between the shares of flips that are seen up to which they count as equal, as does a single image."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,9 @@ class Check:
         masked: The real one.
         flips_apart: The end of the 95 % interval of predicted minus real flips that is farther from 0; NaN where there
             are no classes.
-        valid: Whether the change and its TPV are right up to `LARGEST_ERROR`, and the flips known to be up to `FLIPS`;
-            False where the dense model tells no image from another: then there is nothing to be right about.
+        valid: Whether the change, its TPV and the flips (or these up to a `POINT`) are right up to `LARGEST_ERROR`, and
+            the flips known to be up to `FLIPS`; False where the dense model tells no image from another: then there is
+            nothing to be right about.
     """
 
     taylor_error: float
@@ -185,6 +188,8 @@ def check(predicted: Changes, cut: int, masked: Tensor, reference: Tensor, *, sc
     measured = measure_damage(reference, masked, output)
     low, high = sorted((foretold.tpv, measured.tpv))
     right = error <= LARGEST_ERROR and high <= (1 + LARGEST_ERROR) * low and not apart > FLIPS
+    few, many = sorted((foretold.flips, measured.flips))
+    right &= not many > max((1 + LARGEST_ERROR) * few, few + max(POINT, 1 / n) + 1e-9)  # NaN where there are no classes
     valid = right and not (n > 1 and is_constant(reference))
     return Check(_relative(predicted.zeroed[cut], real), error, foretold, measured, apart, valid)
 

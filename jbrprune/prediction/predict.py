@@ -104,12 +104,12 @@ def predict(
         ``predicted_tpv`` (summed over outputs, mean over samples) with its standard error ``predicted_tpv_se``,
         ``predicted_flips`` with its 95 % interval ``predicted_flips_low`` and ``_high`` (both of the choice of images
         alone), the same with ``_repaired``; measured with the units masked, no repair, on the images that are checked:
-        ``masked_tpv``, ``masked_flips``, the relative errors of the change of the followed logits, to plain first
-        order (``taylor_error``) and as it is predicted here (``prediction_error``), and ``valid``: whether the latter
-        is at most .3, predicted and masked TPV differ by no more than a factor of 1.3, and the 95 % interval of
-        predicted minus masked flips lies within 10 points of 0 (which fewer than 18 images cannot tell: then nothing is
-        valid); with ``calibrate`` also ``measured_tpv``, ``measured_flips`` and the
-        same ``_repaired``, NaN where nothing was pruned.
+        ``masked_tpv``, ``masked_flips``, the relative errors of the change of the followed logits, to plain first order
+        (``taylor_error``) and as it is predicted here (``prediction_error``), and ``valid``: whether the latter is at
+        most .3, predicted and masked TPV differ by no more than a factor of 1.3, predicted and masked flips by no more
+        than that factor, a point or one image, and the 95 % interval of their difference lies within 10 points of 0
+        (which fewer than 18 images cannot tell: then nothing is valid); with ``calibrate`` also ``measured_tpv``,
+        ``measured_flips`` and the same ``_repaired``, NaN where nothing was pruned.
 
     Raises:
         ArgumentError: An argument has no meaning.

@@ -77,6 +77,30 @@ def test_flips_that_are_missed(wrong: int) -> None:
     assert found.valid is (apart < 0.1)
 
 
+@pytest.mark.parametrize(
+    ("predicted", "real", "valid"),
+    [
+        (6, 7, True),
+        (7, 6, True),
+        (6, 8, False),
+        (8, 6, False),
+        (7, 9, True),
+        (1, 2, True),
+        (1, 3, False),
+        (0, 2, False),
+    ],
+)
+def test_flips_must_agree_within_the_tolerance_or_a_point(predicted: int, real: int, valid: bool) -> None:
+    """Of 120: 9 is less than 1.3 times 7, 8 more than 1.3 times 6; one image is less than a point, two are more."""
+    changes = [by(-2.9, images=120), by(-2.9, images=120)]
+    for change, flips in zip(changes, (predicted, real)):
+        change[: 3 * flips : 3] = by(-3.1, images=flips)
+    found = seen(*changes)
+    assert (found.predicted.flips, found.masked.flips) == pytest.approx((predicted / 120, real / 120))
+    assert found.flips_apart < 0.1
+    assert found.valid is valid
+
+
 def test_flips_of_other_images_do_not_make_up_for_those_that_are_missed() -> None:
     """As many, but not the same: the share agrees, and the interval says how little that is known."""
     predicted, real = by(-2.9), by(-2.9)
