@@ -42,7 +42,9 @@ METHODS = ("batch_norm", "mean_shift", "least_squares")
 RIDGE = 0.1
 """Ridge of ``least_squares``, relative to the mean square of the inputs."""
 CHUNK = 64 * 3 * 224 * 224
-"""Images go through the models in chunks of at most this many values; between stops, the first chunk is enough."""
+"""Images go through the models in chunks of at most this many values."""
+FIRST = 4
+"""The first chunk, which is enough between stops, is a part of the images, one of so many, or 32 images."""
 MOST_VALUES = 2**16
 """Inputs, or outputs, of a consumer that are looked at in one image: of larger ones a sample of the positions."""
 LARGEST_RATIO = 16.0
@@ -116,7 +118,10 @@ def record_targets(dense: nn.Module, batches: Sequence[Batch], consumers: Collec
         consumers: Layers that may lose inputs.
     """
     images = torch.cat([batch.images for batch in batches])
-    chunks = images.tensor_split(min(len(images), math.ceil(images.numel() / CHUNK)))
+    first = min(len(images), max(32, math.ceil(len(images) / FIRST)), max(1, CHUNK // images[0].numel()))
+    rest = images[first:]
+    others = rest.tensor_split(min(len(rest), math.ceil(rest.numel() / CHUNK))) if len(rest) else ()
+    chunks = images[:first], *others
     shared = len(chunks[-1]) >= distributed.size()
     return Targets(dense, consumers, chunks, record_chunk(dense, chunks[0], consumers, 0, shared), shared)
 
