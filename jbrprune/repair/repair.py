@@ -2,7 +2,7 @@
 
 The pruned model runs over the repair images, chunk by chunk and layer by layer: when a layer is reached, everything
 before it is already repaired, by sums over all chunks so far; memory does not grow with the images. What the dense
-model does on the first chunk is recorded once, which is enough between stops; at a stop it runs on the others again.
+model does on a quarter of the images is recorded once, which is enough between stops; at a stop it runs on all.
 
 * ``batch_norm``: the stored statistics follow the change that the removal made on the same images,
   mean += mean_pruned - mean_dense and var *= var_pruned / var_dense. Unlike a recalibration from scratch this is
@@ -43,8 +43,8 @@ RIDGE = 0.1
 """Ridge of ``least_squares``, relative to the mean square of the inputs."""
 CHUNK = 64 * 3 * 224 * 224
 """Images go through the models in chunks of at most this many values."""
-FIRST = 4
-"""The first chunk, which is enough between stops, is a part of the images, one of so many, or 32 images."""
+QUICK = 4
+"""Between stops one of so many images is enough, at least 32 of them and at most a chunk."""
 MOST_VALUES = 2**16
 """Inputs, or outputs, of a consumer that are looked at in one image: of larger ones a sample of the positions."""
 LARGEST_RATIO = 16.0
@@ -75,7 +75,7 @@ class Targets:
         dense: The dense model.
         consumers: Layers that may lose inputs.
         chunks: The repair images.
-        first: What the dense model did on the first chunk; the others are recorded when they are needed.
+        first: What the dense model did on the images that are enough between stops; all are recorded at a stop.
         shared: Whether every rank has images of its own in a chunk; False: all have all of them, as they are fewer.
     """
 
@@ -110,7 +110,7 @@ class Outcome:
 
 
 def record_targets(dense: nn.Module, batches: Sequence[Batch], consumers: Collection[str]) -> Targets:
-    """Record what the dense model does on the first chunk of the repair images.
+    """Record what the dense model does on the repair images that are enough between stops.
 
     Args:
         dense: The dense model; left as it was.
@@ -118,12 +118,10 @@ def record_targets(dense: nn.Module, batches: Sequence[Batch], consumers: Collec
         consumers: Layers that may lose inputs.
     """
     images = torch.cat([batch.images for batch in batches])
-    first = min(len(images), max(32, math.ceil(len(images) / FIRST)), max(1, CHUNK // images[0].numel()))
-    rest = images[first:]
-    others = rest.tensor_split(min(len(rest), math.ceil(rest.numel() / CHUNK))) if len(rest) else ()
-    chunks = images[:first], *others
-    shared = len(chunks[-1]) >= distributed.size()
-    return Targets(dense, consumers, chunks, record_chunk(dense, chunks[0], consumers, 0, shared), shared)
+    chunks = images.tensor_split(min(len(images), math.ceil(images.numel() / CHUNK)))
+    first = chunks[0][: max(32, math.ceil(len(images) / QUICK))]
+    shared = min(len(first), len(chunks[-1])) >= distributed.size()
+    return Targets(dense, consumers, chunks, record_chunk(dense, first, consumers, 0, shared), shared)
 
 
 def record_chunk(
@@ -186,8 +184,8 @@ def repair_model(
         methods: Some of `METHODS` to apply together, or ``("auto",)`` to choose among combinations; none: only measure.
         output: What of the model's output counts.
         masks: Name of a weight or bias -> boolean mask, False where the model's value is zero and stays so.
-        quick: Look at the first chunk of the images and at the first batch of ``gate`` only, and take the first
-            combination that helps.
+        quick: Look at the first images and at the first batch of ``gate`` only, and take the first combination that
+            helps.
 
     Returns:
         What was kept, and the agreement on ``gate`` before and after. The divergence KL(dense || repaired) decides (of
@@ -206,7 +204,7 @@ def repair_model(
     for combination in combinations:
         model.load_state_dict(original)
         try:
-            apply_methods(model, targets, kept, combination, masks or {}, chunks=1 if quick else len(targets.chunks))
+            apply_methods(model, targets, kept, combination, masks or {}, quick=quick)
             after = agreement_on(model, gate, output)
         except (NonFiniteError, torch.linalg.LinAlgError):  # a repair that breaks the model is not a repair
             continue
@@ -226,9 +224,9 @@ def apply_methods(
     methods: Sequence[str],
     masks: Mapping[str, Tensor],
     *,
-    chunks: int,
+    quick: bool,
 ) -> None:
-    """Apply methods together, on so many chunks, whether they help or not; see `repair_model`.
+    """Apply methods together, whether they help or not; see `repair_model`.
 
     In the first, second, fourth, eighth ... and last chunk every consumer is fitted, when it is reached, to all images
     so far; batch norms follow in every chunk.
@@ -275,10 +273,10 @@ def apply_methods(
 
         return hook
 
-    for number in range(chunks):
-        chunk, fit = targets.first, number + 1 == chunks or (number + 1) & number == 0
-        if number:
-            chunk = record_chunk(dense, targets.chunks[number], targets.consumers, number, targets.shared)
+    last = 1 if quick else len(targets.chunks)
+    for number, images in enumerate(targets.chunks[:last]):
+        fit = number + 1 == last or (number + 1) & number == 0
+        chunk = targets.first if quick else record_chunk(dense, images, targets.consumers, number, targets.shared)
         hooks = {end: refit_consumer(name, *chunk.outputs[name], fit) for name, (end, _) in weights.items()}
         if "batch_norm" in methods:
             hooks |= {name: follow_change(name, moments) for name, moments in chunk.norms.items()}

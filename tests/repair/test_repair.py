@@ -110,7 +110,7 @@ def applied(
 ) -> tuple[nn.Module, Targets]:
     """The smaller model repaired without being asked whether it helps."""
     targets = record_targets(dense, batches(dense, n), consumers(cut))
-    apply_methods(smaller, targets, kept, methods, {}, chunks=len(targets.chunks))
+    apply_methods(smaller, targets, kept, methods, {}, quick=False)
     return smaller, targets
 
 
@@ -147,7 +147,7 @@ def test_it_is_the_identity_even_before_the_gate(make: Callable[[], nn.Module], 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repair, "CHUNK", 4 * images[0].numel())
         targets = record_targets(model, [Batch(images)], linear)
-        apply_methods(same, targets, {}, methods, {}, chunks=2)
+        apply_methods(same, targets, {}, methods, {}, quick=False)
     assert_same_bits(same, model)
 
 
@@ -217,7 +217,7 @@ def test_every_norm_of_a_residual_net_follows_the_change_of_its_input() -> None:
     cut["layer1.0.conv2", "in", 0] = gone
     smaller, kept = pruned(dense, cut)
     images = cases.images(8, 32)
-    apply_methods(smaller, record_targets(dense, [Batch(images)], []), kept, ("batch_norm",), {}, chunks=1)
+    apply_methods(smaller, record_targets(dense, [Batch(images)], []), kept, ("batch_norm",), {}, quick=False)
     before, after = offsets(dense, images), offsets(smaller, images)
     before["layer1.0.bn1"] = before["layer1.0.bn1"][kept["layer1.0.bn1", "out", 0]]
     for name, expected in before.items():
@@ -345,7 +345,7 @@ def test_a_refit_of_a_transformer_block_reproduces_the_mean_of_every_token() -> 
     smaller, kept = pruned(dense, cut)
     images = cases.images(6, 32)
     targets = record_targets(dense, [Batch(images)], ["blocks.0.mlp.fc2"])
-    apply_methods(smaller, targets, kept, ("mean_shift",), {}, chunks=1)
+    apply_methods(smaller, targets, kept, ("mean_shift",), {}, quick=False)
     outputs = []
     for model in (dense, smaller):
         with torch.no_grad():
@@ -431,8 +431,20 @@ def test_chunks_against_their_twin(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(smaller.state_dict()[name], tensor, rtol=1e-8, atol=1e-9, msg=name)
 
 
-def test_between_stops_the_first_chunk_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dense model runs on it once, on the others at a stop; a batch of the gate decides; one chunk at a time."""
+@pytest.mark.parametrize(("images", "first"), [(200, 50), (129, 33), (100, 32), (20, 20), (400, 67)])
+def test_between_stops_a_quarter_of_the_images_is_enough(
+    images: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repair, "CHUNK", 68 * 3 * 8 * 8)  # 400 images go in six chunks, of 67 or 66
+    dense = cases.randomised(plain())
+    targets = record_targets(dense, batches(dense, images), consumers(PLAIN))
+    assert len(targets.first.images) == first
+    assert max(map(len, targets.chunks)) <= 68
+    assert sum(map(len, targets.chunks)) == images
+
+
+def test_between_stops_the_dense_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the first images; at a stop on all of them; a batch of the gate decides; one chunk at a time."""
     monkeypatch.setattr(repair, "CHUNK", 4 * 3 * 8 * 8)
     dense = cases.randomised(plain())
     images, gate = batches(dense, 10), batches(dense, 9, seed=3)
@@ -445,7 +457,7 @@ def test_between_stops_the_first_chunk_is_enough(monkeypatch: pytest.MonkeyPatch
     outcomes = [repair_model(m, targets, gate, kept, ("auto",), quick=quick) for m, quick in zip(models, (True, False))]
     first = ["dense 4", "5", "4", "5"]  # a batch of the gate before, the repair, a batch of the gate after
     assert seen[:4] == first
-    one = ["4", "dense 3", "3", "dense 3", "3", "5", "4"]
+    one = ["dense 4", "4", "dense 3", "3", "dense 3", "3", "5", "4"]
     assert seen[4:] == ["5", "4", *one, *one]
     assert outcomes[0].kept == "least_squares"
 
@@ -540,7 +552,7 @@ def test_layers_whose_inputs_cannot_be_laid_out_are_not_refitted() -> None:
     masks = {f"{name}.weight": torch.zeros_like(model[int(name)].weight, dtype=torch.bool) for name in "01235"}
     targets = record_targets(model, [Batch(torch.randn(2, 3, 8, 8))], list("01235"))
     assert not targets.first.outputs
-    apply_methods(smaller, targets, {}, ("least_squares",), masks, chunks=1)
+    apply_methods(smaller, targets, {}, ("least_squares",), masks, quick=False)
     assert_same_bits(smaller, model)
 
 
@@ -604,7 +616,7 @@ def test_auto_tries_what_applies(
 ) -> None:
     dense = cases.randomised(make())
     tried = []
-    monkeypatch.setattr(repair, "apply_methods", lambda *arguments, chunks: tried.append(arguments[3]))
+    monkeypatch.setattr(repair, "apply_methods", lambda *arguments, quick: tried.append(arguments[3]))
     images = batches(dense)
     repair_model(copy.deepcopy(dense), record_targets(dense, images, []), images, {}, ("auto",))
     assert tried == expected
@@ -625,7 +637,7 @@ def test_a_repair_that_breaks_the_model_is_undone(monkeypatch: pytest.MonkeyPatc
     smaller, kept = pruned(dense, PLAIN)
     before = copy.deepcopy(smaller)
 
-    def breaks(model: nn.Module, *_: object, chunks: int) -> None:
+    def breaks(model: nn.Module, *_: object, quick: bool) -> None:
         model[2].bias.data.fill_(torch.nan)  # type: ignore[index]
 
     monkeypatch.setattr(repair, "apply_methods", breaks)
@@ -643,11 +655,11 @@ def test_what_one_repair_breaks_does_not_reach_the_next(monkeypatch: pytest.Monk
     repair_model(one, targets, images, kept, ("mean_shift",))
     apply = repair.apply_methods
 
-    def breaks(model: nn.Module, *rest: Any, chunks: int) -> None:
+    def breaks(model: nn.Module, *rest: Any, quick: bool) -> None:
         if rest[2] == ("least_squares",):
             model[2].weight.data.fill_(torch.nan)  # type: ignore[index]
             raise torch.linalg.LinAlgError("not positive definite")
-        apply(model, *rest, chunks=chunks)
+        apply(model, *rest, quick=quick)
 
     monkeypatch.setattr(repair, "apply_methods", breaks)
     assert repair_model(other, targets, images, kept, ("auto",)).kept == "mean_shift"
@@ -762,6 +774,6 @@ def test_a_masked_bias_stays_zero() -> None:
         thinned = copy.deepcopy(dense)
         layer = thinned.get_submodule(last)
         layer.weight.data.mul_(masks[f"{last}.weight"])
-        apply_methods(thinned, targets, {}, ("least_squares",), masks | given, chunks=1)
+        apply_methods(thinned, targets, {}, ("least_squares",), masks | given, quick=False)
         assert int((layer.bias == 0).sum()) == zeros
         assert not torch.equal(layer.bias, dense.get_submodule(last).bias)
