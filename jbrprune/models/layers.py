@@ -160,7 +160,7 @@ def set_size_attributes(module: nn.Module, values: Mapping[str, int | tuple[int,
     layout: Any = head_layout(module)
     for name, value in values.items():
         if layout and name == layout.size:  # as in fused kernels, which know of no other scale
-            module.scale *= math.sqrt(getattr(module, name) / value)  # type: ignore[reportOperatorIssue]
+            module.scale *= math.sqrt(getattr(module, name) / max(1, value))  # type: ignore[reportOperatorIssue]
         setattr(module, name, value)
 
 

@@ -160,3 +160,12 @@ def test_feature_info_of_a_model_that_is_pruned_in_place() -> None:
     assert [feature["num_chs"] for feature in expected] != [feature["num_chs"] for feature in model.feature_info]
     prune(model, images, macs=0.5, repair=None, progress=False, inplace=True)
     assert model.feature_info == expected
+
+
+def test_a_smaller_head_has_the_scale_of_its_size_and_a_stored_zero_does_not_divide() -> None:
+    attention = timm.layers.Attention(24, num_heads=3)
+    layers.set_size_attributes(attention, {"attn_dim": 6, "head_dim": 2})
+    assert (attention.attn_dim, attention.head_dim) == (6, 2)
+    assert attention.scale == pytest.approx(2**-0.5)
+    layers.set_size_attributes(attention, {"head_dim": 0})  # of a damaged file, which is refused where it is run
+    assert attention.head_dim == 0
