@@ -97,8 +97,10 @@ def prune(  # noqa: D417
       the relative error.
     * ``output``: logits are compared by their divergence, anything else by relative squared error, and the report says
       which; see `jbrprune.evaluation.outputs`.
-    * ``structure``: ``directions`` puts two thin linear layers in the place of one (`jbrprune.structure.directions`);
-      ``mixed`` cuts channels and heads first, to the share of the budget to the power of 0.3 or as far as it takes.
+    * ``structure``: ``directions`` puts two thin linear layers in the place of one, and narrows the heads of attentions
+      (`jbrprune.structure.directions`); ``mixed`` cuts channels and heads first, to the share of the budget to the
+      power of 0.3 or as far as it takes. ``auto`` is ``mixed`` where linear layers of tokens hold most of the MACs and
+      less than half of MACs or parameters is to stay, else ``channels``; the report says which, and why.
     * ``criterion``: a function ``(model, batches, groups)`` returns the scores of the units of every group by its name;
       the lowest go first. It is called before every step. Scores made before hold for one step.
     * ``repair``: ``auto`` tries what applies and keeps what brings the model closer to the dense one on images held
