@@ -239,7 +239,7 @@ class ChannelOptions(RunOptions):
     floors: Floors = option(Floors(), "How narrow a group of channels may become.", "Budget", check_floors)
     structure: Literal["auto", "channels", "directions", "mixed"] = option(
         "auto",
-        "What goes: channels and heads, directions of linear layers and heads, or both in turn (mixed); auto: both for a "
+        "What goes: channels and heads, directions of linear layers and heads, or both (mixed); auto: both for a "
         "model of tokens below half of the cost, else channels.",
         "Budget",
     )
