@@ -122,7 +122,7 @@ def make_results(run: Run) -> Iterator[PruneResult]:
     if not protocol.from_dense:
         yield from sweep(dense.model, batches, protocol.budgets, budget=protocol.kind, criterion=criterion, **how)
         return
-    if protocol.steps == 1:
+    if protocol.steps == 1 and protocol.options.get("structure") != "mixed":  # which asks for channels, then directions
         criterion = ask_once(criterion, sparse)
     for budget in protocol.budgets:
         call = sparsify if sparse else prune

@@ -264,7 +264,7 @@ def apply_methods(
 
     def refit_consumer(name: str, positions: Tensor | None, outputs: Tensor, fit: bool) -> preserve.Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            left = kept.get((name, "out", 0))
+            left = kept.get((layers.end_of(dense, name, "out"), "out", 0))
             inputs = gather_inputs(module, preserve.input_of(args, kwargs), positions)
             wanted = outputs if left is None else outputs[:, left.to(outputs.device)]
             found = add(name, sum_products(inputs, wanted, means=ridge is None))

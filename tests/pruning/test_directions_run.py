@@ -188,6 +188,19 @@ def test_mixed_cuts_channels_first_and_meets_the_budget(budget: str, tmp_path: P
     assert torch.equal(load(tmp_path / "m")(IMAGES), result.model(IMAGES))
 
 
+@pytest.mark.parametrize("structure", ["channels", "directions", "mixed"])
+def test_what_came_out_of_both_is_pruned_again(structure: str, tmp_path: Path) -> None:
+    """Its pairs lose outputs and what is between them; both are repaired on what the given model's pairs give."""
+    first = prune(vit(), IMAGES, macs=0.4, structure="mixed", progress=False)
+    assert any(row.kind == "direction" and row.after < row.before for row in first.report.layers)
+    again = prune(first.model, IMAGES, macs=0.7, structure=structure, progress=False)
+    assert 0.65 < again.report.kept <= 0.7
+    assert again.report.pruned.macs == sum(count_macs(again.model, IMAGES).values())
+    assert again.report.final.kl < 0.1
+    again.save(tmp_path / "m")
+    assert torch.equal(load(tmp_path / "m")(IMAGES), again.model(IMAGES))
+
+
 def test_a_mixed_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     how: dict[str, Any] = {"macs": 0.3, "steps": 2, "structure": "mixed", "progress": False}
     whole = prune(vit(), IMAGES, resume=tmp_path / "log", **how)
