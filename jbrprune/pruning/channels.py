@@ -393,9 +393,10 @@ def choose_structure(problem: Problem, options: ChannelOptions, stops: Sequence[
         return "channels", ""
     macs, modules = count_macs(problem.dense, problem.example), dict(problem.dense.named_modules())
     linear = {name: module.weight.numel() for name, module in modules.items() if isinstance(module, nn.Linear)}
-    share = sum(macs[name] for name, one in linear.items() if macs.get(name, 0) > one) / sum(macs.values())
-    if share <= 0.5:
+    tokens = sum(macs[name] for name, one in linear.items() if macs.get(name, 0) > one)
+    if 2 * tokens <= sum(macs.values()):
         return "channels", ""
+    share = tokens / sum(macs.values())
     if stops[0] < DEEP:
         return "mixed", f"{share:.0%} of the multiply-accumulates are linear layers of tokens, and less than half stay"
     return "channels", "down to half of the cost channels and heads keep as much as directions do, and are faster"

@@ -234,7 +234,9 @@ def apply_methods(
     masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
     ridge = RIDGE if "least_squares" in methods else None
     dense, weights = targets.dense, {}  # consumer that is fitted -> its last layer, and the weight before the repair
-    for name in targets.first.outputs if {"least_squares", "mean_shift"} & set(methods) else ():
+    turned = {f"{name}.qkv" for name, side, _ in kept if side == "head_dim"}  # what they give is in another basis now
+    fitted = targets.first.outputs.keys() - turned if {"least_squares", "mean_shift"} & set(methods) else ()
+    for name in sorted(fitted):
         end, wide = layers.end_of(model, name, "out"), dense.get_submodule(layers.end_of(dense, name, "out")).weight
         weight: Tensor = model.get_submodule(end).weight  # type: ignore[assignment]
         full = wide.shape[1] if end == name else len(weight)  # type: ignore[union-attr, index]

@@ -21,8 +21,11 @@ from jbrprune import create, degradation, export, info, load, predict, prune, sw
 from jbrprune.budgets.budget import Floors
 from jbrprune.budgets.cost import count_macs
 from jbrprune.cli import app
+from jbrprune.data.batches import Batch
 from jbrprune.errors import ArgumentError, BudgetError, UnsupportedModelError
 from jbrprune.evaluation.agreement import parameters_of
+from jbrprune.repair.repair import apply_methods, record_targets
+from jbrprune.structure.directions import find_directions, rotate_all
 
 IMAGES = cases.images(24, 32, seed=3).float()
 ARGUMENTS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2, "num_classes": 5}
@@ -232,15 +235,33 @@ def test_the_structure_is_chosen_and_the_report_says_why(how: dict[str, Any], st
     assert (structure == "mixed") == any(row.kind == "direction" for row in report.layers)
 
 
+def test_turned_queries_are_not_fitted_to_what_the_dense_layer_gave() -> None:
+    """Where the residual width goes as well, `qkv` reads fewer channels, but the dense outputs are in another basis."""
+    model = vit()
+    images = [Batch(IMAGES)]
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear and name != "head"]
+    smaller, found = find_directions(model, IMAGES)
+    rotate_all(smaller, images, found.groups)
+    qkv = smaller.blocks[0].attn.qkv
+    qkv.weight, qkv.in_features = nn.Parameter(qkv.weight[:, :40].detach().clone()), 40
+    qkv.register_forward_pre_hook(lambda _, args: (args[0][..., :40],))
+    before = copy.deepcopy(smaller.state_dict())
+    kept = {member.axis: member.channel for group in found.groups for member in group.members}
+    apply_methods(smaller, record_targets(model, images, names), kept, ("least_squares",), {}, quick=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in smaller.state_dict().items())
+
+
 def test_the_structure_of_a_net_without_tokens_is_channels() -> None:
     report = prune(create("resnet10t", pretrained=False), IMAGES, macs=0.4, progress=False).report
     assert report.settings["structure"] == "channels"
     flat = nn.Sequential(
         nn.Flatten(), nn.Linear(3 * 32 * 32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)
     )
-    report = prune(flat, IMAGES, macs=0.4, progress=False).report
-    assert report.settings["structure"] == "channels"
-    assert all(type(layer) is nn.Linear for layer in flat[1::2])
+    result = prune(flat, IMAGES, macs=0.4, progress=False)
+    assert result.report.settings["structure"] == "channels"
+    assert all(type(layer) is nn.Linear for layer in result.model[1::2])
+    with pytest.raises(UnsupportedModelError):
+        prune(nn.Sequential(nn.Flatten()), IMAGES, macs=0.4, progress=False)
 
 
 def test_what_has_no_meaning_is_refused() -> None:
