@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -330,15 +331,6 @@ def find_channels(
         UnsupportedModelError: Nothing can be removed safely.
     """
     example = problem.example
-    if options.structure == "auto":
-        structure, why = choose_structure(problem, options, stops)
-        try:
-            return replace(find_channels(problem, replace(options, structure=structure), stops, ways), why=why)
-        except UnsupportedModelError:
-            if structure == "channels":
-                raise
-            why = "no layer of this model can lose directions"
-            return replace(find_channels(problem, replace(options, structure="channels"), stops, ways), why=why)
     if options.structure == "directions":
         model, found = preserve.copy_model(problem.dense).eval(), Found(())
     else:
@@ -346,8 +338,6 @@ def find_channels(
         model, found = find_units(*where, ways=ways)
     full = axis_widths(model, found.groups)
     consumers = [axis[0] for axis in full if axis[1] == "in"]
-    if options.structure != "channels":
-        consumers += [name for name, module in model.named_modules() if layers.is_factorable(module)]
     channels = Channels(
         *(problem, options, model, tuple(stops), consumers),
         kept={axis: torch.arange(width) for axis, width in full.items()},
@@ -360,6 +350,11 @@ def find_channels(
     if isinstance(options.criterion, Scores):
         check_scores(options.criterion, {group.name: (group.size,) for group in found.groups})
     channels.whole = channels.cost(channels.kind).total
+    if options.structure == "auto":
+        structure, channels.why = choose_structure(channels, stops)
+        options = channels.options = replace(options, structure=structure)
+    if options.structure != "channels":
+        consumers += [name for name, module in model.named_modules() if layers.is_factorable(module)]
     if options.structure == "directions":
         channels.split()
     cost, last = channels.find_least(), channels
@@ -369,7 +364,13 @@ def find_channels(
         units = last.select(lowest, last.least + 1e-3)
         last.foreseen = None
         last.apply(units)
-        last.split()
+        try:
+            last.split()
+        except UnsupportedModelError:
+            if not channels.why:  # it was asked for
+                raise
+            channels.why, last = "no layer of this model can lose directions", channels
+            channels.options = replace(options, structure="channels")
         cost = last.find_least()
     if channels.kind == "latency_ms":
         timings = distributed.broadcast(time_in_turns([problem.dense], example[:1]))
@@ -382,21 +383,21 @@ def find_channels(
     return channels
 
 
-def choose_structure(problem: Problem, options: ChannelOptions, stops: Sequence[float]) -> tuple[str, str]:
+def choose_structure(channels: Channels, stops: Sequence[float]) -> tuple[Any, str]:
     """What ``structure="auto"`` stands for, and why, in the words of a report; nothing where channels are all there is.
 
     Directions were measured where one budget of a model of tokens is scored by relevance: there they keep more below
     `DEEP`. Tokens are what linear layers read at more than one position.
     """
+    options, model = channels.options, channels.model
     plain = isinstance(options.ranking, Relevance) and options.scope == "global" and options.max_drop is None
-    if not plain or len(stops) != 1 or not options.budgets.keys() & {"macs", "params"}:
+    if not plain or len(stops) != 1 or channels.kind not in ("macs", "params"):
         return "channels", ""
-    macs, modules = count_macs(problem.dense, problem.example), dict(problem.dense.named_modules())
-    linear = {name: module.weight.numel() for name, module in modules.items() if isinstance(module, nn.Linear)}
-    tokens = sum(macs[name] for name, one in linear.items() if macs.get(name, 0) > one)
-    if 2 * tokens <= sum(macs.values()):
+    linear = {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    tokens = sum(term.amount for term in channels.terms if term.amount > linear.get(term.name, math.inf))
+    share = tokens / sum(term.amount for term in channels.terms)
+    if share <= 0.5:
         return "channels", ""
-    share = tokens / sum(macs.values())
     if stops[0] < DEEP:
         return "mixed", f"{share:.0%} of the multiply-accumulates are linear layers of tokens, and less than half stay"
     return "channels", "down to half of the cost channels and heads keep as much as directions do, and are faster"
