@@ -47,7 +47,7 @@ LITE0_MEAN, LITE0_STD = 0.5, 0.5
 
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.324
 PHOTOGRAPH_SHARES, DIGIT_SHARES = (0.95, 0.9, 0.8), (0.9, 0.7, 0.5, 0.3)
-MANY_PHOTOGRAPHS = "at .95, .9 and .8 of the MACs it agreed on 90, 81 and 67 %"
+MANY_PHOTOGRAPHS = "at .9, .8 and .7 of the MACs this criterion agreed on 83, 73 and 62 %"
 CROPS = 128
 
 

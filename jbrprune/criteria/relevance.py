@@ -281,11 +281,9 @@ def scored_members(model: nn.Module, groups: Sequence[Group], site: Site) -> dic
                     f"{name!r}. Find the groups of this very model, and again after every change of it."
                 )
         if group.kind == "head_dim" and site == "consumer":  # the keys' share is the same as that of the queries
-            members += [
-                replace(m, channel=m.channel[:q], unit=m.unit[:q])
-                for m in group.side("out")
-                for q in [len(m.unit) // 3]
-            ]
+            for member in group.side("out"):
+                queries = slice(len(member.unit) // 3)
+                members.append(replace(member, channel=member.channel[queries], unit=member.unit[queries]))
         members = [member for member in members if _has_term(modules[member.axis[0]])]
         if site == "consumer":
             again = {m.axis[0] for m in group.side("out") if layers.is_grouped(modules[m.axis[0]])}

@@ -231,7 +231,7 @@ class Channels(Structure):
         self.model, found = find_units(*where, options.ignore, False, options.seed, structure="directions")
         self.groups, full = found.groups, axis_widths(self.model, found.groups)
         self.found = Found((*self.found.groups, *found.groups), self.found.skipped | found.skipped)
-        self.full, self.kept = self.full | full, self.kept | {axis: torch.arange(n) for axis, n in full.items()}
+        self.full, self.kept = full | self.full, self.kept | {axis: torch.arange(n) for axis, n in full.items()}
         self.terms = mac_terms(self.model, self.problem.example, self.groups)
         self.find_least()
 
@@ -272,12 +272,14 @@ class Channels(Structure):
         """The model, a copy where it shrinks further; widths of the layers whose outputs are as wide as their units."""
         reached = self.steps[-1].target if self.steps else 1.0
         model, rows = self.finish(), []
-        owners = {member.axis: group for group in self.found.groups for member in group.members}
+        owners = {
+            member.axis: g for g in self.found.groups for member in g.members[: 1 if g.kind == "head_dim" else None]
+        }
         for name, module in model.named_modules():
             axes: list[Axis] = [(name, "heads", 0), (name, "head_dim", 0), (name, "out", 0), (f"{name}.0", "out", 0)]
             for axis in axes[: 2 if layers.is_normalisation(module) else 4]:
                 kind = owners[axis].kind if axis in owners else ""
-                if kind and (kind == "direction") == (axis is axes[3]) and (kind, axis[1]) != ("head_dim", "out"):
+                if kind and (kind == "direction") == (axis is axes[3]):
                     rows.append(LayerRow(name, type(module).__name__, kind, self.full[axis], len(self.kept[axis])))
         removed = {}
         for group in self.found.groups if self.options.structure == "channels" else ():

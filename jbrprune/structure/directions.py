@@ -62,7 +62,7 @@ class Moments:
     covariance: Tensor
 
 
-def measure_moments(model: nn.Module, batches: Sequence[Batch], ends: Iterable[End]) -> dict[End, Moments]:
+def measure_moments(model: nn.Module, batches: Sequence[Batch], ends: Sequence[End]) -> dict[End, Moments]:
     """Moments of the channels that layers read (side ``in``) or give (``out``), from one forward pass.
 
     Products are formed in float32 about the mean over one image, and added up in float64, so that a large mean does not
@@ -90,10 +90,8 @@ def measure_moments(model: nn.Module, batches: Sequence[Batch], ends: Iterable[E
             return lambda _, args, kwargs: add(end, module, preserve.input_of(args, kwargs))
         return lambda _, args, kwargs, output: add(end, module, output)
 
-    hooks = {
-        side: {end[0]: record(end) for end in ends if end[1] == side} for ends in [list(ends)] for side in ("out", "in")
-    }
-    with preserve.inference_state(model), preserve.hooked(model, hooks["out"], hooks["in"]):
+    after, before = ({end[0]: record(end) for end in ends if end[1] == side} for side in ("out", "in"))
+    with preserve.inference_state(model), preserve.hooked(model, after, before):
         device = preserve.device_of(model)
         model(batches[0].images[:1].to(device))  # every rank takes the same values off
         grams.clear()

@@ -187,6 +187,10 @@ def test_mixed_cuts_channels_first_and_meets_the_budget(budget: str, tmp_path: P
         assert [step.target for step in report.steps][-2:] == [pytest.approx(share**0.3), share]
     assert report.pruned.macs == sum(count_macs(result.model, IMAGES).values())
     assert report.pruned.params == parameters_of(result.model)
+    widths = {row.name: (row.kind, row.before, row.after) for row in rows if row.name.endswith(".qkv")}
+    for name in ("blocks.0.attn.qkv", "blocks.1.attn.qkv"):  # less heads, which are narrower as well
+        both = (net.get_submodule(name).out_features for net in (model, result.model))
+        assert widths[name] == ("head", *both)
     result.save(tmp_path / "m")
     assert torch.equal(load(tmp_path / "m")(IMAGES), result.model(IMAGES))
 
