@@ -19,7 +19,8 @@ Images without labels all get the first one.
 
 measures `PASSES` on each of `MODELS` in float32 and in bfloat16 (batches of 64), whole prunes on the first two, once,
 and the latency of these two before and after (`bench_latency.py`; on a GPU in float16, channels last; compiled with 32
-images only) in gpu_latency.jsonl. Images are digits, in the size that the model takes, unless ``--data`` is given.
+images only) in gpu_latency.jsonl. Images are crops of photographs at 224 x 224 (``--size``), unless ``--data`` is
+given.
 
 Time: in a round the yardstick is timed first and last, and everything else in between, in one process, so that what
 disturbs the machine disturbs all; a round's ratio is to the mean of its two yardsticks. Given are median and quartiles
@@ -164,17 +165,17 @@ def time_in_rounds(steps: Mapping[str, Step], yardstick: Step, rounds: int) -> t
 # --- memory ----------------------------------------------------------------------------------------
 
 
-def measure_apart(name: str, setup: Setup, images: int) -> float:
+def measure_apart(name: str, *shown: Any) -> float:
     """`measure_peak` in a process of its own."""
     spawn = multiprocessing.get_context("spawn")  # MALLOC is read when a process starts
     with mock.patch.dict(os.environ, MALLOC), ProcessPoolExecutor(1, spawn) as pool:
-        return pool.submit(measure_peak, name, setup, images, torch.get_num_threads()).result()
+        return pool.submit(measure_peak, name, torch.get_num_threads(), *shown).result()
 
 
-def measure_peak(name: str, setup: Setup, images: int, threads: int) -> float:
-    """The highest memory during a step above what was in use before, in MiB."""
+def measure_peak(name: str, threads: int, *shown: Any) -> float:
+    """The highest memory during a step above what was in use before, in MiB; of what `load_all` loads."""
     torch.set_num_threads(threads)
-    model, batches, groups = load_all(setup, images)
+    model, batches, groups = load_all(*shown)
     step = make_step(name, model, batches, groups)
     train_once(model, [batches[0].map(lambda tensor: tensor[:1])])  # loads kernels
     gc.collect()  # the dependency graph of find_groups leaves cycles behind
@@ -195,10 +196,12 @@ def _resident(key: str) -> float:
 
 
 @lru_cache(maxsize=1)
-def load_all(setup: Setup, images: int) -> tuple[nn.Module, list[Batch], Sequence[Group]]:
-    """The dense model, images with labels, and the units."""
+def load_all(setup: Setup, images: int, size: int | None) -> tuple[nn.Module, list[Batch], Sequence[Group]]:
+    """The dense model, images with labels, enlarged where a size is given, and the units."""
     model, batches = load(setup)[0], load_calibration(setup, images, 0)
     batches = [replace(b, labels=torch.zeros(len(b)).long()) if b.labels is None else b for b in batches]
+    if size:
+        batches = [replace(b, images=F.interpolate(b.images, (size, size), mode="bilinear")) for b in batches]
     example = batches[0].images[:2].to(preserve.device_of(model))
     return model, batches, find_groups(copy_model(model), example).groups
 
@@ -208,7 +211,8 @@ def load_all(setup: Setup, images: int) -> tuple[nn.Module, list[Batch], Sequenc
 
 def make_records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]:
     """One line each; what fails has a reason instead of numbers."""
-    model, batches, groups = load_all(setup, args.images)
+    shown = setup, args.images, args.size
+    model, batches, groups = load_all(*shown)
     steps, failed, parts, autocast = {}, {}, {}, torch.bfloat16 if args.autocast else None
     for name in args.what:
         steps[name] = make_step(name, model, batches, groups, args.macs, autocast)
@@ -223,9 +227,9 @@ def make_records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]
     yardstick = make_step(YARDSTICK, model, batches, groups, autocast=autocast)
     yardstick()
     found, training = time_in_rounds(steps, yardstick, args.rounds)
-    peaks = {name: measure_apart(name, setup, args.images) for name in (YARDSTICK, *steps)} if args.memory else {}
+    peaks = {name: measure_apart(name, *shown) for name in (YARDSTICK, *steps)} if args.memory else {}
     shared = {
-        **{"macs": args.macs, "autocast": args.autocast, **setup.described()},
+        **{"macs": args.macs, "autocast": args.autocast, "size": args.size, **setup.described()},
         **{"images": args.images, "batch_size": len(batches[0]), "rounds": args.rounds, "clock": clock()},
         **{"training_seconds": training, "training_peak_mib": peaks.get(YARDSTICK), **describe_call()},
         **{name: value for name, value in provenance(0, torch.device(setup.device)).items() if name != "seed"},
@@ -246,7 +250,7 @@ def make_records(args: argparse.Namespace, setup: Setup) -> list[dict[str, Any]]
 def list_keys(args: argparse.Namespace, setup: Setup) -> dict[str, str]:
     """What is measured -> what its line is recognised by."""
     own = [setup.described(), args.images, args.rounds, torch.get_num_threads()]
-    own += [name for name in ("memory", "autocast") if getattr(args, name)]
+    own += [name for name in ("memory", "autocast") if getattr(args, name)] + [args.size] * bool(args.size)
     return {name: key_of([own, name, *([args.macs] if name in WHOLE else [])]) for name in args.what}
 
 
@@ -277,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     default = list(PROTOCOLS["budget"].criteria)
     parser.add_argument("--what", nargs="+", default=default, choices=KNOWN, metavar="NAME", help="see above")
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--size", type=int, help="enlarge the images to so many pixels; default: as the data are")
     parser.add_argument("--macs", type=float, default=0.5, help="share that whole prunes keep")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="measure peaks of memory as well")
@@ -300,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def plan(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
     """What ``--all`` measures, a run each; whole prunes once."""
-    given = vars(args) | {"data": args.data or "digits"}
+    given = vars(args) | {"data": args.data or "photographs", "size": args.size or 224}
     for number, model in enumerate(MODELS):
         for what, other in ((PASSES, {}), (PASSES, {"autocast": True}), *[(WHOLE, {"rounds": 1})] * (number < 2)):
             yield argparse.Namespace(**given | {"model": model, "what": list(what)} | other)

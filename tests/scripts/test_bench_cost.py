@@ -108,7 +108,7 @@ def test_all_is_one_command(
     compiled: list[int] = []
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled.append(1) or model)
     monkeypatch.setattr(bench_latency, "to_semi_structured", lambda model: None)  # only a GPU has these kernels
-    few = ["--images", "20", "--rounds", "1", "--threads", str(torch.get_num_threads())]
+    few = ["--images", "20", "--size", "160", "--rounds", "1", "--threads", str(torch.get_num_threads())]
     bench_cost.main([*few, "--all", "--out", str(tmp_path / "out.jsonl")])
     lines = common.lines(tmp_path / "out.jsonl")
     assert not [line["failed"] for line in lines if "failed" in line]

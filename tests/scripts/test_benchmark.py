@@ -306,6 +306,18 @@ def test_ways_of_ranking_are_compared_in_one_table(tmp_path: Path) -> None:
         run(tmp_path / "other", *QUICK, "--criterion", "l1", "--scope", "net")
 
 
+def test_other_arguments_of_prune_can_be_given(tmp_path: Path) -> None:
+    free, rounded = (
+        run(tmp_path / "out", *QUICK, "--criterion", "l1", *more)[-1] for more in ([], ["--prune-arg", "round_to=4"])
+    )
+    assert free["options"] == {}
+    assert rounded["options"]["floors"]["round_to"] == 4
+    assert rounded["macs"] < free["macs"]
+    for argument, reason in (("round=4", "--prune-arg 'round'"), ("steps=2", "--prune-arg 'steps'"), ("x", "KEY=VALUE")):
+        with pytest.raises(SystemExit, match=reason):
+            run(tmp_path / "other", *QUICK, "--criterion", "l1", "--prune-arg", argument)
+
+
 def test_criteria_of_protocols_exist() -> None:
     for protocol in protocols.PROTOCOLS.values():
         assert set(protocol.criteria) <= set(protocol.known)
