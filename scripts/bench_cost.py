@@ -260,8 +260,7 @@ def show(path: Path) -> str:
     rows = []
     made = (line for line in found if "failed" not in line)
     for line in sorted(made, key=lambda line: (line["model"], line["images"], line["ratio"])):
-        low, high = line["quartiles"]
-        name = line["criterion"] + ", bfloat16" * line.get("autocast", False)
+        name, (low, high) = line["criterion"] + ", bfloat16" * line.get("autocast", False), line["quartiles"]
         cells = [line["model"], line["images"], name, "yes" if line["labels"] else ""]
         peak = f"{line['peak_mib']:.0f} ({line['peak_ratio']:.2f})" if "peak_mib" in line else ""
         rows.append([*cells, f"{line['ratio']:.2f} ({low:.2f}-{high:.2f})", peak])

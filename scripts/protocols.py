@@ -234,7 +234,7 @@ def make_setup(model: str | None, data: str | None, model_args: Mapping[str, obj
 
 
 def add_setup_arguments(parser: argparse.ArgumentParser, weights: str = "pretrained") -> None:
-    """Arguments of a script about one model and its data, and the file of its lines."""
+    """Arguments of a script about one model and its data, and the file that it writes."""
     parser.add_argument("--model", help="timm name")
     parser.add_argument("--weights", default=weights, help="pretrained, random, trained (on digits) or a file")
     parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE", help="for timm; repeatable")
@@ -242,7 +242,7 @@ def add_setup_arguments(parser: argparse.ArgumentParser, weights: str = "pretrai
     parser.add_argument("--root", help="where named data are stored")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
+    parser.add_argument("--out", type=Path, required=True, help="file to write; lines are added to it")
 
 
 def read_setup(args: argparse.Namespace) -> Setup:
@@ -344,9 +344,8 @@ def list_variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Pro
         ArgumentError: It has no meaning.
     """
     sparse = protocol.kind == "sparsity"
-    options_of, floors = (
-        (WeightOptions, set()) if sparse else (ChannelOptions, {entry.name for entry in fields(Floors)})
-    )
+    options_of = WeightOptions if sparse else ChannelOptions
+    floors = set() if sparse else {entry.name for entry in fields(Floors)}
     free = {entry.name for entry in fields(options_of)} - DEFAULTS.keys() - {protocol.kind} | floors
     for name in wanted["prune_args"]:
         if name not in free:

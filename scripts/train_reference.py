@@ -1,12 +1,13 @@
 """Train a timm model to have something to prune: weights as safetensors, and beside them how they were made.
 
-    python scripts/train_reference.py resnet10t --data digits --epochs 5 --out resnet10t_digits.safetensors
-    python scripts/train_reference.py mobilenetv2_100 --model-arg output_stride=16 --data fashion_mnist --root FOLDER \
-        --epochs 4 --out mobilenetv2_fashion_mnist.safetensors
-    python scripts/train_reference.py resnet18 --data cifar10 --root FOLDER --epochs 30 --out resnet18.safetensors
+    python scripts/train_reference.py --model resnet10t --data digits --epochs 5 --out resnet10t_digits.safetensors
+    python scripts/train_reference.py --model mobilenetv2_100 --model-arg output_stride=16 --data fashion_mnist \
+        --root FOLDER --epochs 4 --out mobilenetv2_fashion_mnist.safetensors
+    python scripts/train_reference.py --model resnet18 --data cifar10 --root FOLDER --epochs 30 --out resnet.safetensors
 
-Optimiser, schedule and augmentation are timm's, by their names there. The state is kept after every epoch
-(OUT.training): called again, an interrupted training goes on and ends with the same weights.
+Training starts from random weights unless ``--weights`` is given. Optimiser, schedule and augmentation are timm's, by
+their names there. The state is kept after every epoch (OUT.training): called again, an interrupted training goes on and
+ends with the same weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import check_least, commit, exit_on_error, make_parser
-from protocols import Setup, read_setup
+from protocols import Setup, add_setup_arguments, read_setup
 from safetensors.torch import save_file
 from sources import ALIASES, NORMALISED, folder_of, measured_folder, open_source
 from timm.data import create_transform
@@ -355,15 +356,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, **defaults: object) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("model", help="timm name")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--weights", default="random", help="random, pretrained, or a file to start from")
-    parser.add_argument("--data", required=True, help="digits, fashion_mnist, cifar10, cifar100, imagenet, or a folder")
-    parser.add_argument("--root", help="where named data are; of fashion_mnist the IDX files")
+    add_setup_arguments(parser, weights="random")
     parser.add_argument("--smoothing", type=float, default=0.0, help="of labels")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, required=True, help="file for the weights (.safetensors)")
     add_training_arguments(parser)
     args = parser.parse_args(argv)
     with exit_on_error("train_reference.py"):

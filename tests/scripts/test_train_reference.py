@@ -22,7 +22,7 @@ from jbrprune.demo import digits
 from jbrprune.errors import ArgumentError, CheckpointError, DataError, NonFiniteError
 from jbrprune.models import timm_models
 
-TINY = ["test_resnet", "--data", "digits", "--batch-size", "64", "--threads", "1"]
+TINY = ["--model", "test_resnet", "--data", "digits", "--batch-size", "64", "--threads", "1"]
 
 
 class Killed(Exception):
