@@ -20,11 +20,12 @@ Sources: mean shift as in variance-based pruning (arXiv 2507.12988), closed-form
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,16 @@ from jbrprune.repair.least_squares import Moments, can_refit, flatten_positions,
 from jbrprune.structure.groups import Axis
 
 METHODS = ("batch_norm", "mean_shift", "least_squares")
+Methods = tuple[str, ...]
+"""Some of them, applied together."""
 RIDGE = 0.1
 """Ridge of ``least_squares``, relative to the mean square of the inputs."""
 CHUNK = 64 * 3 * 224 * 224
 """Images go through the models in chunks of at most this many values."""
 QUICK = 4
 """Between stops one of so many images is enough, at least 32 of them and at most a chunk."""
+GATE = 16
+"""Between stops so many of the images held back decide."""
 MOST_VALUES = 2**16
 """Inputs, or outputs, of a consumer that are looked at in one image: of larger ones a sample of the positions."""
 LARGEST_RATIO = 16.0
@@ -184,106 +189,155 @@ def repair_model(
         methods: Some of `METHODS` to apply together, or ``("auto",)`` to choose among combinations; none: only measure.
         output: What of the model's output counts.
         masks: Name of a weight or bias -> boolean mask, False where the model's value is zero and stays so.
-        quick: Look at the first images and at the first batch of ``gate`` only, and take the first combination that
+        quick: Look at the first images only, let `GATE` images decide, and take the first combination that
             helps.
 
     Returns:
         What was kept, and the agreement on ``gate`` before and after. The divergence KL(dense || repaired) decides (of
         what is not logits, the relative error): on a hundred images it resolves differences that top-1 cannot.
     """
-    gate = gate[:1] if quick else gate
+    gate = [gate[0].map(lambda tensor: tensor[:GATE])] if quick else gate
     before = agreement_on(model, gate, output)
-    if not methods:
-        return Outcome("none", before, before)
-    combinations = [tuple(methods)]
+    combinations = [tuple(methods)] if methods else []
     if combinations == [("auto",)]:
         with_norms = [("batch_norm", "least_squares"), ("batch_norm",)]
         combinations = with_norms if targets.first.norms else [("least_squares",), ("mean_shift",)]
-    original = copy.deepcopy(model.state_dict())
-    best, best_state = Outcome("none", before, before), original
-    for combination in combinations:
-        model.load_state_dict(original)
-        try:
-            apply_methods(model, targets, kept, combination, masks or {}, quick=quick)
-            after = agreement_on(model, gate, output)
-        except (NonFiniteError, torch.linalg.LinAlgError):  # a repair that breaks the model is not a repair
-            continue
-        if after.distance < best.after.distance:
-            best, best_state = Outcome("+".join(combination), before, after), copy.deepcopy(model.state_dict())
-            if quick:
-                break
-    model.load_state_dict(best_state)
+    best, best_model = Outcome("none", before, before), model
+    for together in ([one] for one in combinations) if quick else [combinations]:
+        models = {combination: preserve.copy_model(model) for combination in together}
+        for combination in apply_methods(models, targets, kept, masks or {}, quick=quick):
+            try:
+                after = agreement_on(models[combination], gate, output)
+            except NonFiniteError:  # a repair that breaks the model is not a repair
+                continue
+            if after.distance < best.after.distance:
+                best, best_model = Outcome("+".join(combination), before, after), models[combination]
+        if best_model is not model:
+            break
+    model.load_state_dict(best_model.state_dict())
     distributed.broadcast_tensors(model.state_dict())
     return best
 
 
 def apply_methods(
-    model: nn.Module,
+    models: Mapping[Methods, nn.Module],
     targets: Targets,
     kept: Mapping[Axis, Tensor],
-    methods: Sequence[str],
     masks: Mapping[str, Tensor],
     *,
     quick: bool,
-) -> None:
-    """Apply methods together, whether they help or not; see `repair_model`.
+) -> list[Methods]:
+    """Repair copies of a pruned model in place, each by its methods, whether they help or not; see `repair_model`.
 
     In the first, second, fourth, eighth ... and last chunk every consumer is fitted, when it is reached, to all images
     so far; batch norms follow in every chunk.
+
+    Returns:
+        Methods whose equations could be solved.
     """
-    masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
-    ridge = RIDGE if "least_squares" in methods else None
-    dense, weights = targets.dense, {}  # consumer that is fitted -> its last layer, and the weight before the repair
-    turned = {f"{name}.qkv" for name, side, _ in kept if side == "head_dim"}  # what they give is in another basis now
-    fitted = targets.first.outputs.keys() - turned if {"least_squares", "mean_shift"} & set(methods) else ()
-    for name in sorted(fitted):
-        end, wide = layers.end_of(model, name, "out"), dense.get_submodule(layers.end_of(dense, name, "out")).weight
-        weight: Tensor = model.get_submodule(end).weight  # type: ignore[assignment]
-        full = wide.shape[1] if end == name else len(weight)  # type: ignore[union-attr, index]
-        if f"{name}.weight" in masks or weight.shape[1] < full:
-            weights[name] = end, weight.clone()
-    sums: dict[str, tuple[Moments, Moments]] = {}  # of all chunks so far
-
-    def add(name: str, found: tuple[Moments, Moments]) -> tuple[Moments, Moments]:
-        for pair in distributed.gather(found) if targets.shared else [found]:
-            sums[name] = (sums[name][0] + pair[0], sums[name][1] + pair[1]) if name in sums else pair
-        return sums[name]
-
-    def follow_change(name: str, wide: Moments) -> preserve.Hook:
-        stored = dense.get_submodule(name)
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            stays = kept.get((name, "out", 0), torch.arange(len(wide.a)))
-            then = Moments(wide.count, wide.a[stays], wide.y[stays], wide.products[stays])
-            before, after = add(name, (then, measure_moments(preserve.input_of(args, kwargs))))
-            floor = torch.finfo(torch.float64).tiny
-            ratio = ((after.products + floor) / (before.products + floor)).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
-            change = (after.a - before.a).to(module.running_mean)  # type: ignore[union-attr, arg-type]
-            module.running_mean.copy_(stored.running_mean[stays.to(change.device)] + change)  # type: ignore[union-attr, operator, index]
-            module.running_var.copy_(stored.running_var[stays.to(change.device)] * ratio.to(change))  # type: ignore[union-attr, operator, index]
-
-        return hook
-
-    def refit_consumer(name: str, positions: Tensor | None, outputs: Tensor, fit: bool) -> preserve.Hook:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            left = kept.get((layers.end_of(dense, name, "out"), "out", 0))
-            inputs = gather_inputs(module, preserve.input_of(args, kwargs), positions)
-            wanted = outputs if left is None else outputs[:, left.to(outputs.device)]
-            found = add(name, sum_products(inputs, wanted, means=ridge is None))
-            if fit:
-                refit(module, weights[name][1], *found, ridge, masks.get(f"{name}.weight"), masks.get(f"{name}.bias"))
-
-        return hook
-
+    fits = {methods: Fit(model, targets, kept, methods, masks) for methods, model in models.items()}
     last = 1 if quick else len(targets.chunks)
     for number, images in enumerate(targets.chunks[:last]):
-        fit = number + 1 == last or (number + 1) & number == 0
-        chunk = targets.first if quick else record_chunk(dense, images, targets.consumers, number, targets.shared)
-        hooks = {end: refit_consumer(name, *chunk.outputs[name], fit) for name, (end, _) in weights.items()}
-        if "batch_norm" in methods:
-            hooks |= {name: follow_change(name, moments) for name, moments in chunk.norms.items()}
-        with preserve.inference_state(model), preserve.hooked(model, forward_pre=hooks):
-            model(chunk.images)
+        chunk = (
+            targets.first if quick else record_chunk(targets.dense, images, targets.consumers, number, targets.shared)
+        )
+        solved = {}
+        for methods, fit in fits.items():
+            with suppress(torch.linalg.LinAlgError):
+                fit.look(chunk, refitting=number + 1 == last or (number + 1) & number == 0)
+                solved[methods] = fit
+        fits = solved
+    return list(fits)
+
+
+class Fit:
+    """One model under repair, and the sums over what it was shown so far.
+
+    Args:
+        model: A pruned model; changed.
+        targets: What it aims at.
+        kept: Axis -> channels of the dense model that are left.
+        methods: What is repaired.
+        masks: Name of a weight or bias -> where it is not zero.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        kept: Mapping[Axis, Tensor],
+        methods: Methods,
+        masks: Mapping[str, Tensor],
+    ) -> None:
+        self.model, self.dense, self.shared, self.kept, self.methods = (
+            model,
+            targets.dense,
+            targets.shared,
+            kept,
+            methods,
+        )
+        self.masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
+        self.sums: dict[str, tuple[Moments, Moments]] = {}
+        self.weights = {}  # consumer that is fitted -> its last layer, and the weight before the repair
+        turned = {
+            f"{name}.qkv" for name, side, _ in kept if side == "head_dim"
+        }  # their outputs are in another basis now
+        fitted = targets.first.outputs.keys() - turned if {"least_squares", "mean_shift"} & set(methods) else ()
+        for name in sorted(fitted):
+            end = layers.end_of(model, name, "out")
+            wide: Any = self.dense.get_submodule(layers.end_of(self.dense, name, "out"))
+            weight: Any = model.get_submodule(end).weight
+            full = wide.weight.shape[1] if end == name else len(weight)
+            if f"{name}.weight" in self.masks or weight.shape[1] < full:
+                self.weights[name] = end, weight.clone()
+
+    def look(self, chunk: Recording, *, refitting: bool) -> None:
+        """Repair layer by layer on a chunk; consumers are refitted, or only their sums are taken."""
+        hooks = {
+            self.weights[name][0]: self.refit_consumer(name, *chunk.outputs[name], refitting) for name in self.weights
+        }
+        if "batch_norm" in self.methods:
+            hooks |= {name: self.follow_change(name, moments) for name, moments in chunk.norms.items()}
+        with preserve.inference_state(self.model), preserve.hooked(self.model, forward_pre=hooks):
+            self.model(chunk.images)
+
+    def add(self, name: str, found: tuple[Moments, Moments]) -> tuple[Moments, Moments]:
+        """Add moments of a chunk, of all ranks, to those of the chunks before."""
+        for pair in distributed.gather(found) if self.shared else [found]:
+            sums = self.sums.get(name)
+            self.sums[name] = (sums[0] + pair[0], sums[1] + pair[1]) if sums else pair
+        return self.sums[name]
+
+    def follow_change(self, name: str, wide: Moments) -> preserve.Hook:
+        """Let the statistics of a batch norm follow the change of its input."""
+        stored: Any = self.dense.get_submodule(name)
+
+        def hook(module: Any, args: tuple, kwargs: dict) -> None:
+            stays = self.kept.get((name, "out", 0), torch.arange(len(wide.a)))
+            then = Moments(wide.count, wide.a[stays], wide.y[stays], wide.products[stays])
+            before, after = self.add(name, (then, measure_moments(preserve.input_of(args, kwargs))))
+            floor = torch.finfo(torch.float64).tiny
+            ratio = ((after.products + floor) / (before.products + floor)).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
+            change = (after.a - before.a).to(module.running_mean)
+            module.running_mean.copy_(stored.running_mean[stays.to(change.device)] + change)
+            module.running_var.copy_(stored.running_var[stays.to(change.device)] * ratio.to(change))
+
+        return hook
+
+    def refit_consumer(self, name: str, positions: Tensor | None, outputs: Tensor, refitting: bool) -> preserve.Hook:
+        """Let a consumer reproduce what the dense one gives."""
+        ridge = RIDGE if "least_squares" in self.methods else None
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            left = self.kept.get((layers.end_of(self.dense, name, "out"), "out", 0))
+            inputs = gather_inputs(module, preserve.input_of(args, kwargs), positions)
+            wanted = outputs if left is None else outputs[:, left.to(outputs.device)]
+            found = self.add(name, sum_products(inputs, wanted, means=ridge is None))
+            if refitting:
+                masks = (self.masks.get(f"{name}.{parameter}") for parameter in ("weight", "bias"))
+                refit(module, self.weights[name][1], *found, ridge, *masks)
+
+        return hook
 
 
 def measure_moments(x: Tensor) -> Moments:

@@ -251,7 +251,7 @@ def test_turned_queries_are_not_fitted_to_what_the_dense_layer_gave() -> None:
     qkv.register_forward_pre_hook(lambda _, args: (args[0][..., :40],))
     before = copy.deepcopy(smaller.state_dict())
     kept = {member.axis: member.channel for group in found.groups for member in group.members}
-    apply_methods(smaller, record_targets(model, images, names), kept, ("least_squares",), {}, quick=False)
+    apply_methods({("least_squares",): smaller}, record_targets(model, images, names), kept, {}, quick=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in smaller.state_dict().items())
 
 

@@ -110,7 +110,7 @@ def applied(
 ) -> tuple[nn.Module, Targets]:
     """The smaller model repaired without being asked whether it helps."""
     targets = record_targets(dense, batches(dense, n), consumers(cut))
-    apply_methods(smaller, targets, kept, methods, {}, quick=False)
+    apply_methods({methods: smaller}, targets, kept, {}, quick=False)
     return smaller, targets
 
 
@@ -147,7 +147,7 @@ def test_it_is_the_identity_even_before_the_gate(make: Callable[[], nn.Module], 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repair, "CHUNK", 4 * images[0].numel())
         targets = record_targets(model, [Batch(images)], linear)
-        apply_methods(same, targets, {}, methods, {}, quick=False)
+        apply_methods({methods: same}, targets, {}, {}, quick=False)
     assert_same_bits(same, model)
 
 
@@ -217,7 +217,8 @@ def test_every_norm_of_a_residual_net_follows_the_change_of_its_input() -> None:
     cut["layer1.0.conv2", "in", 0] = gone
     smaller, kept = pruned(dense, cut)
     images = cases.images(8, 32)
-    apply_methods(smaller, record_targets(dense, [Batch(images)], []), kept, ("batch_norm",), {}, quick=False)
+    targets = record_targets(dense, [Batch(images)], [])
+    apply_methods({("batch_norm",): smaller}, targets, kept, {}, quick=False)
     before, after = offsets(dense, images), offsets(smaller, images)
     before["layer1.0.bn1"] = before["layer1.0.bn1"][kept["layer1.0.bn1", "out", 0]]
     for name, expected in before.items():
@@ -345,7 +346,7 @@ def test_a_refit_of_a_transformer_block_reproduces_the_mean_of_every_token() -> 
     smaller, kept = pruned(dense, cut)
     images = cases.images(6, 32)
     targets = record_targets(dense, [Batch(images)], ["blocks.0.mlp.fc2"])
-    apply_methods(smaller, targets, kept, ("mean_shift",), {}, quick=False)
+    apply_methods({("mean_shift",): smaller}, targets, kept, {}, quick=False)
     outputs = []
     for model in (dense, smaller):
         with torch.no_grad():
@@ -457,8 +458,8 @@ def test_between_stops_the_dense_model_runs_once(monkeypatch: pytest.MonkeyPatch
     outcomes = [repair_model(m, targets, gate, kept, ("auto",), quick=quick) for m, quick in zip(models, (True, False))]
     first = ["dense 4", "5", "4", "5"]  # a batch of the gate before, the repair, a batch of the gate after
     assert seen[:4] == first
-    one = ["dense 4", "4", "dense 3", "3", "dense 3", "3", "5", "4"]
-    assert seen[4:] == ["5", "4", *one, *one]
+    together = ["dense 4", "4", "4", "dense 3", "3", "3", "dense 3", "3", "3"]  # both combinations
+    assert seen[4:] == ["5", "4", *together, "5", "4", "5", "4"]
     assert outcomes[0].kept == "least_squares"
 
 
@@ -552,7 +553,7 @@ def test_layers_whose_inputs_cannot_be_laid_out_are_not_refitted() -> None:
     masks = {f"{name}.weight": torch.zeros_like(model[int(name)].weight, dtype=torch.bool) for name in "01235"}
     targets = record_targets(model, [Batch(torch.randn(2, 3, 8, 8))], list("01235"))
     assert not targets.first.outputs
-    apply_methods(smaller, targets, {}, ("least_squares",), masks, quick=False)
+    apply_methods({("least_squares",): smaller}, targets, {}, masks, quick=False)
     assert_same_bits(smaller, model)
 
 
@@ -616,7 +617,7 @@ def test_auto_tries_what_applies(
 ) -> None:
     dense = cases.randomised(make())
     tried = []
-    monkeypatch.setattr(repair, "apply_methods", lambda *arguments, quick: tried.append(arguments[3]))
+    monkeypatch.setattr(repair, "apply_methods", lambda models, *_, quick: tried.extend(models) or ())
     images = batches(dense)
     repair_model(copy.deepcopy(dense), record_targets(dense, images, []), images, {}, ("auto",))
     assert tried == expected
@@ -637,8 +638,10 @@ def test_a_repair_that_breaks_the_model_is_undone(monkeypatch: pytest.MonkeyPatc
     smaller, kept = pruned(dense, PLAIN)
     before = copy.deepcopy(smaller)
 
-    def breaks(model: nn.Module, *_: object, quick: bool) -> None:
-        model[2].bias.data.fill_(torch.nan)  # type: ignore[index]
+    def breaks(models: dict[tuple[str, ...], nn.Module], *_: object, quick: bool) -> list[tuple[str, ...]]:
+        for model in models.values():
+            model[2].bias.data.fill_(torch.nan)  # type: ignore[index]
+        return list(models)
 
     monkeypatch.setattr(repair, "apply_methods", breaks)
     images = batches(dense)
@@ -653,15 +656,15 @@ def test_what_one_repair_breaks_does_not_reach_the_next(monkeypatch: pytest.Monk
     images = batches(dense)
     targets = record_targets(dense, images, consumers(PLAIN))
     repair_model(one, targets, images, kept, ("mean_shift",))
-    apply = repair.apply_methods
+    look = repair.Fit.look
 
-    def breaks(model: nn.Module, *rest: Any, quick: bool) -> None:
-        if rest[2] == ("least_squares",):
-            model[2].weight.data.fill_(torch.nan)  # type: ignore[index]
+    def breaks(fit: repair.Fit, *rest: Any, refitting: bool) -> None:
+        if fit.methods == ("least_squares",):
+            fit.model[2].weight.data.fill_(torch.nan)  # type: ignore[index]
             raise torch.linalg.LinAlgError("not positive definite")
-        apply(model, *rest, quick=quick)
+        look(fit, *rest, refitting=refitting)
 
-    monkeypatch.setattr(repair, "apply_methods", breaks)
+    monkeypatch.setattr(repair.Fit, "look", breaks)
     assert repair_model(other, targets, images, kept, ("auto",)).kept == "mean_shift"
     assert_same_bits(other, one)
 
@@ -774,6 +777,6 @@ def test_a_masked_bias_stays_zero() -> None:
         thinned = copy.deepcopy(dense)
         layer = thinned.get_submodule(last)
         layer.weight.data.mul_(masks[f"{last}.weight"])
-        apply_methods(thinned, targets, {}, ("least_squares",), masks | given, quick=False)
+        apply_methods({("least_squares",): thinned}, targets, {}, masks | given, quick=False)
         assert int((layer.bias == 0).sum()) == zeros
         assert not torch.equal(layer.bias, dense.get_submodule(last).bias)
