@@ -46,8 +46,8 @@ RIDGE = 0.1
 """Ridge of ``least_squares``, relative to the mean square of the inputs."""
 CHUNK = 64 * 3 * 224 * 224
 """Images go through the models in chunks of at most this many values."""
-QUICK = 4
-"""Between stops one of so many images is enough, at least 32 of them and at most a chunk."""
+QUICK, LEAST = 4, 32
+"""Between stops one of so many images is enough, at least so many of them and at most a chunk."""
 GATE = 16
 """Between stops so many of the images held back decide."""
 MOST_VALUES = 2**16
@@ -124,7 +124,7 @@ def record_targets(dense: nn.Module, batches: Sequence[Batch], consumers: Collec
     """
     images = torch.cat([batch.images for batch in batches])
     chunks = images.tensor_split(min(len(images), math.ceil(images.numel() / CHUNK)))
-    first = chunks[0][: max(32, math.ceil(len(images) / QUICK))]
+    first = chunks[0][: max(LEAST, math.ceil(len(images) / QUICK))]
     shared = min(len(first), len(chunks[-1])) >= distributed.size()
     return Targets(dense, consumers, chunks, record_chunk(dense, first, consumers, 0, shared), shared)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jbrprune.data.batches import Batch, attach_reference
+from jbrprune.data.batches import Batch, attach_reference, rebatch
 from jbrprune.evaluation.agreement import agreement_on, compute_logits
 from jbrprune.repair import least_squares, repair
 from jbrprune.repair.repair import Targets, apply_methods, record_chunk, record_targets, repair_model
@@ -461,6 +461,15 @@ def test_between_stops_the_dense_model_runs_once(monkeypatch: pytest.MonkeyPatch
     together = ["dense 4", "4", "4", "dense 3", "3", "3", "dense 3", "3", "3"]  # both combinations
     assert seen[4:] == ["5", "4", *together, "5", "4", "5", "4"]
     assert outcomes[0].kept == "least_squares"
+
+
+def test_between_stops_sixteen_of_the_images_held_back_decide() -> None:
+    dense = cases.randomised(plain())
+    smaller, kept = pruned(dense, PLAIN)
+    targets = record_targets(dense, batches(dense), consumers(PLAIN))
+    gate = rebatch(batches(dense, 20, seed=3), 20)
+    outcomes = [repair_model(copy.deepcopy(smaller), targets, gate, kept, (), quick=quick) for quick in (True, False)]
+    assert [outcome.before.images for outcome in outcomes] == [16, 20]
 
 
 def test_what_was_recorded_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
