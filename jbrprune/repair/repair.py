@@ -189,8 +189,8 @@ def repair_model(
         methods: Some of `METHODS` to apply together, or ``("auto",)`` to choose among combinations; none: only measure.
         output: What of the model's output counts.
         masks: Name of a weight or bias -> boolean mask, False where the model's value is zero and stays so.
-        quick: Look at the first images only, let `GATE` images decide, and take the first combination that
-            helps.
+        quick: Look at the first images only, let `GATE` images decide, take the first combination that helps, and of
+            a model with batch norms try ``batch_norm`` alone.
 
     Returns:
         What was kept, and the agreement on ``gate`` before and after. The divergence KL(dense || repaired) decides (of
@@ -200,8 +200,10 @@ def repair_model(
     before = agreement_on(model, gate, output)
     combinations = [tuple(methods)] if methods else []
     if combinations == [("auto",)]:
-        with_norms = [("batch_norm", "least_squares"), ("batch_norm",)]
-        combinations = with_norms if targets.first.norms else [("least_squares",), ("mean_shift",)]
+        if not targets.first.norms:
+            combinations = [("least_squares",), ("mean_shift",)]
+        else:  # least squares between stops costs much there, and brings nothing
+            combinations = [("batch_norm",)] if quick else [("batch_norm", "least_squares"), ("batch_norm",)]
     best, best_model = Outcome("none", before, before), model
     for together in ([one] for one in combinations) if quick else [combinations]:
         models = {combination: preserve.copy_model(model) for combination in together}

@@ -618,17 +618,22 @@ def test_auto_takes_the_best_combination() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "expected"),
-    [(plain, [("least_squares",), ("mean_shift",)]), (normed, [("batch_norm", "least_squares"), ("batch_norm",)])],
+    ("make", "quick", "expected"),
+    [
+        (plain, True, [("least_squares",), ("mean_shift",)]),
+        (plain, False, [("least_squares",), ("mean_shift",)]),
+        (normed, True, [("batch_norm",)]),
+        (normed, False, [("batch_norm", "least_squares"), ("batch_norm",)]),
+    ],
 )
 def test_auto_tries_what_applies(
-    make: Callable[[], nn.Module], expected: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], nn.Module], quick: bool, expected: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = cases.randomised(make())
     tried = []
     monkeypatch.setattr(repair, "apply_methods", lambda models, *_, quick: tried.extend(models) or ())
     images = batches(dense)
-    repair_model(copy.deepcopy(dense), record_targets(dense, images, []), images, {}, ("auto",))
+    repair_model(copy.deepcopy(dense), record_targets(dense, images, []), images, {}, ("auto",), quick=quick)
     assert tried == expected
 
 
