@@ -46,7 +46,7 @@ RIDGE = 0.1
 """Ridge of ``least_squares``, relative to the mean square of the inputs."""
 CHUNK = 64 * 3 * 224 * 224
 """Images go through the models in chunks of at most this many values."""
-QUICK, LEAST = 4, 32
+QUICK, LEAST = 4, 16
 """Between stops one of so many images is enough, at least so many of them and at most a chunk."""
 GATE = 16
 """Between stops so many of the images held back decide."""
