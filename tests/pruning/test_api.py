@@ -313,7 +313,9 @@ def test_a_forward_that_raises_leaves_the_model_as_it_was(
             assert fingerprint(mine) == before, n
             raised.append(type(caught))
     assert type(error) in raised
-    assert len(raised) > 0.8 * len(tried)  # while units are tried one by one, a failure only takes a group from the list
+    assert len(raised) > 0.8 * len(
+        tried
+    )  # while units are tried one by one, a failure only takes a group from the list
 
 
 PLACES = ("hand_over", "repair_and_evaluate", "remove_units", "repair_model", "record_targets", "agreement_on")
