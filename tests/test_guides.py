@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jbrprune import PruneResult, Report, cli
+from jbrprune.budgets import budget
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (
@@ -57,6 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pixels = torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8, generator=generator)
         Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{number}.png")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(budget, "STEP", 0.25)  # fewer steps than a user's
     return tmp_path
 
 

@@ -206,7 +206,7 @@ def test_degradation_of_units_is_that_of_the_model_without_them() -> None:
 @pytest.mark.parametrize("repair", [None, "auto"])
 def test_degradation_of_a_result_measures_its_model(repair: str | None) -> None:
     model = resnet()
-    result = prune(model, IMAGES, macs=0.8, repair=repair, **QUICK)
+    result = prune(model, IMAGES, macs=0.8, steps=2, repair=repair, **QUICK)
     found = degradation(model, result, IMAGES, progress=False)
     assert found.measured_repaired is not None
     real = torch.cat(compute_logits(result.model, [Batch(IMAGES)])) - torch.cat(
@@ -221,7 +221,7 @@ def test_degradation_of_a_result_measures_its_model(repair: str | None) -> None:
 
 
 def test_removed_units_of_a_report_add_up_to_the_widths() -> None:
-    result = prune(vit(), IMAGES, macs=0.7, **QUICK)
+    result = prune(vit(), IMAGES, macs=0.7, steps=2, **QUICK)
     assert sum(map(len, result.report.removed.values())) == sum(
         layer.before - layer.after for layer in result.report.layers if layer.name in result.report.removed
     )
