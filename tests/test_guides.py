@@ -54,7 +54,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with some photographs, as the pages assume."""
     (tmp_path / "photos").mkdir()
     generator = torch.Generator().manual_seed(0)
-    for number in range(24):
+    for number in range(12):
         pixels = torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8, generator=generator)
         Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{number}.png")
     monkeypatch.chdir(tmp_path)

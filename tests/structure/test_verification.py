@@ -90,23 +90,22 @@ def difference(model: nn.Module, images: Tensor, groups: Sequence[Group], select
     return float((expected - smaller(images)).abs().max() / expected.abs().max())
 
 
-def check_model(case: str) -> None:
+def differences(case: str) -> list[float]:
+    """Where a tenth of the units stays, three, and seven."""
     model, images, width = made(case)
     groups = find_groups(model, images, width=width).groups
-    assert groups
-    for keep in (0.1, 0.3, 0.7):
-        assert difference(model, images, groups, some(groups, keep)) < 1e-8, keep
+    return [difference(model, images, groups, some(groups, keep)) for keep in (0.1, 0.3, 0.7)] if groups else [1.0]
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_mask_equals_removal(case: str) -> None:
-    check_model(case)
+    assert max(differences(case)) < 1e-8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LARGE)
 def test_mask_equals_removal_in_large_models(case: str) -> None:
-    check_model(case)
+    assert max(differences(case)) < 1e-8
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.3, 0.7])
