@@ -91,8 +91,8 @@ def test_the_command_line_takes_a_name(
 
     for number in range(12):
         Image.new("RGB", (32, 32), (20 * number, 90, 255 - 20 * number)).save(tmp_path / f"{number}.png")
-    base = ["jbrprune", "prune", "test_resnet", "--random", "--data", str(tmp_path), "--macs", "0.8", "--json"]
-    base += ["--steps", "1"]
+    net = ["test_vit", "--model-arg", "img_size=32", "--model-arg", "depth=2", "--random"]
+    base = ["jbrprune", "prune", *net, "--data", str(tmp_path), "--macs", "0.8", "--steps", "1", "--json"]
     monkeypatch.setattr("sys.argv", [*base, "--criterion", "jbr_mean_replacd"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

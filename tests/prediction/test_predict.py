@@ -266,7 +266,8 @@ def test_the_command_line(tmp_path: Any) -> None:
     for number in range(12):
         Image.effect_noise((40, 40), 60 + number).convert("RGB").save(folder / f"{number}.png")
     out = tmp_path / "table.csv"
-    wanted = ["predict", "test_resnet", "--data", str(folder), "--macs", "0.9", "--macs", "0.7", "--random"]
+    net = ["test_vit", "--model-arg", "img_size=32", "--model-arg", "depth=2", "--random"]
+    wanted = ["predict", *net, "--data", str(folder), "--macs", "0.9", "--macs", "0.7"]
     done = CliRunner().invoke(app, [*wanted, "--out", str(out), "--min-channels", "1"], catch_exceptions=False)
     assert done.exit_code == 0
     assert "masked flips are measured" in done.stdout
