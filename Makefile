@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/jbrprune demo --out demo
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m slow

@@ -308,11 +308,12 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 # Whole timm models: name -> (keyword arguments, image size)
+_NARROW = {"layers": (2, 1, 1, 1), "channels": (16, 24, 32, 40)}
 MODELS: dict[str, tuple[str, dict, int]] = {
-    "resnet18": ("resnet18", {}, 32),
-    "resnet26": ("resnet26", {}, 32),
-    "resnext": ("resnext26ts", {}, 32),
-    "efficientnet_lite0": ("efficientnet_lite0", {}, 32),
+    "resnet18": ("resnet18", _NARROW, 32),
+    "resnet26": ("resnet26", _NARROW, 32),
+    "resnext": ("resnext50_32x4d", _NARROW | {"cardinality": 4, "base_width": 32}, 32),
+    "mobilenetv2": ("mobilenetv2_035", {}, 32),
     "mobilenetv3": ("mobilenetv3_small_050", {}, 32),
     "regnety": ("regnety_002", {}, 32),
     "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (12, 16, 20, 24)}, 32),

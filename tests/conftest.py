@@ -27,11 +27,13 @@ HOOK_TABLES = (
 """Where torch keeps the hooks of a module: dictionaries by the id of the hook."""
 
 
+torch.set_num_threads(1)  # tests are tiny: a second thread costs more than it brings
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Tests are tiny: a second thread costs more than it brings."""
+    """A fixed seed; what all tests share is as it was afterwards."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     before = _switches()
     yield
@@ -39,10 +41,12 @@ def _same_start() -> Iterator[None]:
     assert _switches() == before, "a switch that all tests share was left changed"
 
 
-@pytest.fixture(autouse=True)
-def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _no_clock() -> Iterator[None]:
     """A pass takes 1 microsecond and 1 nanosecond per parameter: tests neither depend on a clock nor wait for it."""
-    monkeypatch.setattr(latency, "time_pass", lambda model, images, passes=1: 1e-6 + 1e-9 * parameters_of(model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "time_pass", lambda model, images, passes=1: 1e-6 + 1e-9 * parameters_of(model))
+        yield
 
 
 def _switches() -> dict[str, object]:

@@ -145,7 +145,8 @@ def _gather(total: Tensor, member: Member, by_channel: Tensor) -> None:
 
 def _by_channel(module: nn.Module, name: str, side: str, products: dict[str, Tensor]) -> Tensor:
     """``[channels]`` the sum of w * g over the weights that read an input channel, or that make an output channel."""
-    own = {key.rpartition(".")[2]: value for key, value in products.items() if key.rpartition(".")[0] == name}
+    named = {key: f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
+    own = {key: products[full] for key, full in named.items() if full in products}
     if not _is_conv(module) and not isinstance(module, nn.Linear):
         return sum(value.reshape(-1) for value in own.values())  # type: ignore[return-value]
     weight = own["weight"].flatten(2) if own["weight"].dim() > 2 else own["weight"][:, :, None]

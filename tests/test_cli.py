@@ -188,8 +188,9 @@ def test_options_become_the_arguments_of_the_call(run: Run, pictures: Path, monk
 
 
 def test_an_encoder_is_pruned_and_compared(run: Run, pictures: Path, tmp_path: Path) -> None:
-    named, out = ("test_vit", "--random", "--model-arg", "num_classes=0"), tmp_path / "encoder"
-    code, text, err = run("prune", *named, "--data", pictures, "--macs", "0.8", "--min-channels", 1, "--out", out)
+    named, out = (*RANDOM, "--model-arg", "num_classes=0"), tmp_path / "encoder"
+    asked = ("--data", pictures, "--macs", 0.8, "--steps", 1, "--min-channels", 1)
+    code, text, err = run("prune", *named, *asked, "--out", out)
     assert (code, err) == (0, "")
     assert "output=embedding" in text
     asked = ("--data", pictures, "--reference", *named, "--json")

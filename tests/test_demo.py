@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,12 +172,15 @@ def test_digits_are_split_and_normalised() -> None:
 
 
 @needs("sklearn")
-def test_training_on_digits(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("how", "epochs"), [({"name": "test_resnet", "epochs": 3}, 3), pytest.param({}, 5, marks=pytest.mark.slow)]
+)
+def test_training_on_digits(how: dict[str, Any], epochs: int, caplog: pytest.LogCaptureFixture) -> None:
     before = torch.get_rng_state()
     with caplog.at_level(logging.INFO, logger="jbrprune"):
-        model = train_digits()
+        model = train_digits(**how)
     assert torch.equal(torch.get_rng_state(), before)
-    found = re.search(r"5 epochs in .*, (0\.\d+) of the test digits right", caplog.text)
+    found = re.search(rf"{epochs} epochs in .*, (0\.\d+) of the test digits right", caplog.text)
     assert found is not None
     *_, images, labels = digits()
     with evaluating(model), torch.no_grad():

@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jbrprune import PruneResult, Report, cli
+from jbrprune.budgets import budget
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = (
@@ -53,10 +54,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with some photographs, as the pages assume."""
     (tmp_path / "photos").mkdir()
     generator = torch.Generator().manual_seed(0)
-    for number in range(24):
+    for number in range(12):
         pixels = torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8, generator=generator)
         Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{number}.png")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(budget, "STEP", 0.25)  # fewer steps than a user's
     return tmp_path
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import jbrprune
 from jbrprune import cli
+from jbrprune.budgets import budget
 from jbrprune.models import timm_models
 
 README = Path(__file__).parents[1] / "README.md"
@@ -68,6 +69,7 @@ def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             pixels = torch.randint(0, 256, (48, 48, 3), dtype=torch.uint8, generator=generator)
             Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(budget, "STEP", 0.25)  # fewer steps than a user's
     create = timm_models.create
 
     def create_small(name: str, **arguments: Any) -> nn.Module:

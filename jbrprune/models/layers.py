@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeGuard
 
 import torch
@@ -205,16 +205,16 @@ def refresh(module: nn.Module, *, width: int | None = None) -> None:
     """
     own, groups = own_tensors(module), group_count(module)
     sizes: dict[str, int] = {}
-    for side, dims in _fact(module, "tensors", {}).items():
+    for side, dims in (_fact(type(module), "tensors") or {}).items():
         size = next((own[name].shape[dim] for name, dim in dims.items() if name in own), width)
         if size is not None:
             sizes[side] = size
     if groups > 1 and sizes:
         grouped = "in" if getattr(module, "transposed", False) else "out"  # weight [out, in / groups, ...] or turned
         left = sizes[grouped] // (width_of(module, grouped) // groups)  # type: ignore[operator]
-        setattr(module, _fact(module, "groups"), left)
+        setattr(module, _fact(type(module), "groups"), left)
         sizes = {side: size if side == grouped else size * left for side, size in sizes.items()}
-    for side, name in _fact(module, "widths", {}).items():
+    for side, name in (_fact(type(module), "widths") or {}).items():
         before = getattr(module, name, None)
         if side in sizes and before is not None:
             setattr(module, name, (*before[:-1], sizes[side]) if isinstance(before, tuple) else sizes[side])
@@ -229,11 +229,12 @@ def refresh(module: nn.Module, *, width: int | None = None) -> None:
 # --- channels -------------------------------------------------------------------------------------
 
 
-def _fact(module: nn.Module, field: str, default: Any = None) -> Any:
-    """What the table says of a module: the row of the nearest class that says anything."""
-    names = [re.sub(".*FrozenBatchNorm2d", "FrozenBatchNorm2d", cls.__name__) for cls in type(module).__mro__]
+@cache
+def _fact(kind: type, field: str) -> Any:
+    """What the table says of a class of modules: the row of the nearest base that says anything."""
+    names = [re.sub(".*FrozenBatchNorm2d", "FrozenBatchNorm2d", cls.__name__) for cls in kind.__mro__]
     rows = (LAYERS[name] for name in names if name in LAYERS)  # transformers has a frozen norm of each detector
-    return next((value for row in rows if (value := getattr(row, field)) is not None), default)
+    return next((value for row in rows if (value := getattr(row, field)) is not None), None)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -249,7 +250,7 @@ def channel_tensors(module: nn.Module, side: str) -> dict[str, int]:
         >>> channel_tensors(nn.Linear(4, 3), "out")
         {'weight': 0, 'bias': 0}
     """
-    return _fact(module, "tensors", {}).get(side, {})
+    return (_fact(type(module), "tensors") or {}).get(side, {})
 
 
 def width_of(module: nn.Module, side: str) -> int | None:
@@ -262,7 +263,7 @@ def width_of(module: nn.Module, side: str) -> int | None:
     layout = head_layout(module)
     if side in ("heads", "head_dim") and layout is not None:
         return getattr(module, layout.count if side == "heads" else layout.size)
-    width = getattr(module, _fact(module, "widths", {}).get(side, ""), None)
+    width = getattr(module, (_fact(type(module), "widths") or {}).get(side, ""), None)
     if width is not None:
         return width[-1] if isinstance(width, tuple) else width
     own = own_tensors(module)
@@ -278,7 +279,7 @@ def head_layout(module: nn.Module) -> HeadLayout | None:
 
 def group_count(module: nn.Module) -> int:
     """In how many groups the channels come that can go only together."""
-    attribute = _fact(module, "groups")
+    attribute = _fact(type(module), "groups")
     return getattr(module, attribute) if attribute else 1
 
 
@@ -289,28 +290,29 @@ def channel_dim(module: nn.Module) -> int | None:
     """
     if len(getattr(module, "normalized_shape", ())) > 1:
         return None
-    known, own = _fact(module, "channel_dim"), getattr(module, "channel_dim", None)  # of global response normalisation
+    known = _fact(type(module), "channel_dim")
+    own = getattr(module, "channel_dim", None)  # of global response normalisation
     return own if known is not None and isinstance(own, int) else known
 
 
 def affine_part(module: nn.Module) -> str | None:
     """Submodule whose input is the layer's affine output, where an activation is fused behind it."""
-    return _fact(module, "affine_part")
+    return _fact(type(module), "affine_part")
 
 
 def adds_input(module: nn.Module) -> bool:
     """Whether only the difference of output and input is affine in the layer's parameters."""
-    return _fact(module, "adds_input", False)
+    return bool(_fact(type(module), "adds_input"))
 
 
 def mixes_channels(module: nn.Module) -> bool:
     """Whether a channel of the output depends on the other channels of the input, without weights between them."""
-    return _fact(module, "mixes_channels", False)
+    return bool(_fact(type(module), "mixes_channels"))
 
 
 def standardises_inputs(module: nn.Module) -> bool:
     """Whether the weights that a consumer applies to an input depend on its weights for the other inputs."""
-    return _fact(module, "standardises", False) and is_consumer(module) and not is_grouped(module)
+    return bool(_fact(type(module), "standardises")) and is_consumer(module) and not is_grouped(module)
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -405,7 +407,7 @@ def repeated_widths(
         What sets such a number, the layer, and the attribute in which the layer says it.
     """
     modules = dict(model.named_modules())
-    widths = {module: facts for module in modules.values() if (facts := _fact(module, "widths", {}))}
+    widths = {module: facts for module in modules.values() if (facts := _fact(type(module), "widths"))}
     heads = [modules[name] for name in (*classifiers(model)[:1], "conv_head") if name in modules]
     readers = [layer for head in heads for layer in head.modules()]
     reading = [(layer, widths[layer]["in"]) for layer in readers if "in" in widths.get(layer, {})]

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import resource
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -130,10 +131,17 @@ def tiny() -> nn.Module:
     return _tiny()
 
 
+@pytest.fixture(scope="module")
+def _saved(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint") / "saved"
+    save(tiny, directory, report={"macs": [1, 2.5], "provenance": {"seed": 1}})
+    return directory
+
+
 @pytest.fixture
-def saved(tiny: nn.Module, tmp_path: Path) -> Path:
-    save(tiny, tmp_path / "saved", report={"macs": [1, 2.5], "provenance": {"seed": 1}})
-    return tmp_path / "saved"
+def saved(_saved: Path, tmp_path: Path) -> Path:
+    """A copy for each test."""
+    return shutil.copytree(_saved, tmp_path / "saved")
 
 
 def _same(left: nn.Module, right: nn.Module) -> bool:

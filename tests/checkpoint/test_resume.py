@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def own() -> nn.Module:
     return cases.randomised(Own()).float()
 
 
+@pytest.fixture
+def finished(_finished: Path, tmp_path: Path) -> Path:
+    """The directory of a run to 0.7 in two steps, a copy for each test."""
+    return shutil.copytree(_finished, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=(directory := tmp_path_factory.mktemp("finished") / "run"))
+    return directory
+
+
 class _Killed(BaseException):
     """Nothing catches it."""
 
@@ -66,6 +79,12 @@ KINDS: dict[str, Any] = {
     "pattern": (sparsify, {"pattern": "1:4", "steps": 3}),
     "masks": (sparsify, {"sparsity": 0.8, "steps": 4, "permanent": False}),
 }
+
+
+@functools.cache
+def undisturbed(kind: str) -> PruneResult:
+    call, options = KINDS[kind]
+    return call(own(), IMAGES, **options, **QUICK)
 
 
 def interrupted(after: int, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +121,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
     kind: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, options = KINDS[kind]
-    whole = call(own(), IMAGES, **options, **QUICK)
+    whole = undisturbed(kind)
     interrupted(after, lambda: call(own(), IMAGES, **options, **QUICK, resume=tmp_path / "run"), monkeypatch)
     assert sum(name.startswith("step") for name in os.listdir(tmp_path / "run")) == after
     steps = counted(monkeypatch)
@@ -125,17 +144,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("budget", "shares"), [("macs", [0.85, 0.7, 0.6]), ("sparsity", [0.5, 0.7, 0.9])])
-@pytest.mark.parametrize("after", [1, 3, 5])
 def test_sweeps_hand_over_every_model_again(
-    budget: str, shares: list[float], after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    budget: str, shares: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"budget": budget, "steps": 2, **QUICK} | ({"floors": Floors(channels=2)} if budget == "macs" else {})
     whole = sweep(own(), IMAGES, shares, **options)
-    interrupted(after, lambda: sweep(own(), IMAGES, shares, **options, resume=tmp_path), monkeypatch)
-    for again, result in zip(sweep(own(), IMAGES, shares, **options, resume=tmp_path), whole, strict=True):
-        assert_same(again, result)
-    kept = sorted(name for name in os.listdir(tmp_path) if name.startswith("model"))
-    assert kept == [f"model-{number:04}.safetensors" for number in (2, 4, 6)]
+    for after in (1, 3, 5):
+        run = tmp_path / str(after)
+        interrupted(after, lambda: sweep(own(), IMAGES, shares, **options, resume=run), monkeypatch)  # noqa: B023
+        for again, result in zip(sweep(own(), IMAGES, shares, **options, resume=run), whole, strict=True):
+            assert_same(again, result)
+        kept = sorted(name for name in os.listdir(run) if name.startswith("model"))
+        assert kept == [f"model-{number:04}.safetensors" for number in (2, 4, 6)]
 
 
 def test_a_finished_run_is_handed_over_without_another_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,16 +190,15 @@ OTHERS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_runs_are_refused_with_words(case: str, tmp_path: Path) -> None:
-    prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+def test_other_runs_are_refused_with_words(case: str, finished: Path) -> None:
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
     changed, message = OTHERS[case]
     options = {"model": own(), "data": IMAGES, "macs": 0.7, "steps": 2, **QUICK, **changed}
     if options.get("criterion") == "scores":
         options["criterion"] = score(own(), IMAGES, progress=False)
     with pytest.raises(CheckpointError, match=message):
-        prune(**options, resume=tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        prune(**options, resume=finished)
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
 @dataclass(frozen=True)
@@ -206,7 +225,7 @@ def _other_scaled(*args: Any) -> Scores:
 
 
 CRITERIA: dict[str, list[Callable[..., Scores]]] = {
-    "arguments": [partial(_scaled, 1.0), partial(_scaled, 2.0)],
+    "arguments": [functools.partial(_scaled, 1.0), functools.partial(_scaled, 2.0)],
     "attributes": [_Scaled(1.0), _Scaled(2.0)],
     "names": [_once_scaled, _other_scaled],
 }
@@ -226,7 +245,7 @@ def test_the_code_of_a_function_is_not_compared_and_a_warning_says_so(caplog: py
     model, batches = own(), [Batch(IMAGES)]
     assert fingerprint_run({"seed": 1, "criterion": _Scaled(1.0)}, model, batches)["seed"] == 1
     assert not caplog.records
-    found = fingerprint_run({"criterion": partial(_scaled, 1.0)}, model, batches)
+    found = fingerprint_run({"criterion": functools.partial(_scaled, 1.0)}, model, batches)
     assert found["criterion"] == ["_scaled", [1.0], {}]
     assert "resume= compares criterion=_scaled by its name alone" in caplog.text
 
@@ -239,7 +258,7 @@ def test_a_fingerprint_is_the_same_in_every_process() -> None:
 
 
 def _fingerprint() -> str:
-    options = {"criterion": _Scaled(2.0), "other": partial(_scaled, 1.0), "path": Path("a"), "steps": None}
+    options = {"criterion": _Scaled(2.0), "other": functools.partial(_scaled, 1.0), "path": Path("a"), "steps": None}
     return json.dumps(fingerprint_run(options, own(), [Batch(IMAGES, torch.arange(len(IMAGES)))]))
 
 
@@ -251,11 +270,10 @@ def test_masks_of_the_given_model_count(tmp_path: Path) -> None:
         sparsify(own(), IMAGES, sparsity=0.6, **QUICK, resume=tmp_path)
 
 
-def test_other_versions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+def test_other_versions_are_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jbrprune.checkpoint.resume.version", lambda package: "0")
     with pytest.raises(CheckpointError, match=r"the version of jbrprune was '\d+\.\d.*' there and is '0' now"):
-        prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+        prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=finished)
 
 
 def _flip(path: Path) -> None:
@@ -290,11 +308,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("file", ["step-0001", "step-0002", "model-0002"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_files_are_refused(damage: str, file: str, tmp_path: Path) -> None:
-    prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
-    DAMAGES[damage](tmp_path / f"{file}.safetensors")
+def test_damaged_files_are_refused(damage: str, file: str, finished: Path) -> None:
+    DAMAGES[damage](finished / f"{file}.safetensors")
     with pytest.raises(CheckpointError, match=f"{file}.*(damaged|expected a)"):
-        prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=tmp_path)
+        prune(own(), IMAGES, macs=0.7, steps=2, **QUICK, resume=finished)
 
 
 def test_the_log_alone(tmp_path: Path) -> None:

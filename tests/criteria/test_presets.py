@@ -50,7 +50,7 @@ def _kept(call: Callable[..., PruneResult], **how: object) -> dict[str, Tensor]:
     ],
 )
 def test_a_name_is_the_sum_of_its_parts(name: str, same: dict) -> None:
-    named, spelled = (_kept(prune, channels=0.6, criterion=how) for how in (name, Relevance(**same)))
+    named, spelled = (_kept(prune, channels=0.6, steps=2, criterion=how) for how in (name, Relevance(**same)))
     assert named.keys() == spelled.keys()
     assert all(torch.equal(tensor, spelled[key]) for key, tensor in named.items())
 
@@ -80,7 +80,7 @@ def test_names_that_are_none() -> None:
 
 
 def test_the_report_says_the_name() -> None:
-    result = prune(_net(), _images(), channels=0.7, criterion="jbr_batched", **QUIET)
+    result = prune(_net(), _images(), channels=0.7, criterion="jbr_batched", steps=1, **QUIET)
     assert result.report.settings["criterion"] == "jbr_batched"
 
 
@@ -91,7 +91,8 @@ def test_the_command_line_takes_a_name(
 
     for number in range(12):
         Image.new("RGB", (32, 32), (20 * number, 90, 255 - 20 * number)).save(tmp_path / f"{number}.png")
-    base = ["jbrprune", "prune", "test_resnet", "--random", "--data", str(tmp_path), "--macs", "0.8", "--json"]
+    net = ["test_vit", "--model-arg", "img_size=32", "--model-arg", "depth=2", "--random"]
+    base = ["jbrprune", "prune", *net, "--data", str(tmp_path), "--macs", "0.8", "--steps", "1", "--json"]
     monkeypatch.setattr("sys.argv", [*base, "--criterion", "jbr_mean_replacd"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

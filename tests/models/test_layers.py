@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,26 @@ NETS: dict[str, dict[str, Any]] = {
     "convnextv2_atto": {"width": True},
     "poolformer_s12": {},  # group norm of one group
     "inception_next_atto": {},
-    "mixer_s32_224": {"width": True},
-    "vit_tiny_patch16_224": {"width": True, "depth": 2},
-    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1)},
+    "mixer_s32_224": {"width": True, "img_size": 64},
+    "vit_tiny_patch16_224": {"width": True, "depth": 2, "img_size": 64},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "img_size": 64, "window_size": 4},
 }
+OTHERS: dict[str, dict[str, Any]] = {"densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2)}}
 
 
-def pruned(name: str, *, width: bool = False, **arguments: Any) -> tuple[nn.Module, timm_models.Recipe, torch.Tensor]:
+def pruned(name: str) -> tuple[nn.Module, timm_models.Recipe, torch.Tensor]:
     """A net that has lost every other unit of every group."""
+    model, recipe, images = _pruned_once(name)
+    return copy.deepcopy(model), recipe, images
+
+
+@functools.cache
+def _pruned_once(name: str) -> tuple[nn.Module, timm_models.Recipe, torch.Tensor]:
     torch.manual_seed(0)
+    arguments = dict((NETS | OTHERS).get(name, {}))
+    width = arguments.pop("width", False)
     recipe = timm_models.Recipe(name, {"num_classes": 5, **arguments})
-    model = timm_models.build(recipe).eval()
-    side = 224 if "224" in name else 64
-    images = torch.randn(2, 3, side, side)
+    model, images = timm_models.build(recipe).eval(), torch.randn(2, 3, 64, 64)
     groups = find_groups(model, images, width=width).groups
     remove_units(model, groups, {group.name: torch.arange(0, group.size - 1, 2) for group in groups})
     return model, recipe, images
@@ -59,7 +68,7 @@ def sizes(model: nn.Module) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", NETS)
 def test_every_width_that_pruning_changes_is_restored(name: str, tmp_path: Path) -> None:
-    model, recipe, images = pruned(name, **NETS[name])
+    model, recipe, images = pruned(name)
     dense = sizes(timm_models.build(recipe))
     assert len([key for key, value in sizes(model).items() if dense[key] != value]) >= 8
     save(model, tmp_path / "m")
@@ -77,7 +86,7 @@ HEADS += ("ghostnet_050", "convnextv2_atto", "vit_tiny_patch16_224")
 @pytest.mark.parametrize("name", HEADS)
 def test_a_pruned_model_takes_a_new_classifier(name: str, tmp_path: Path) -> None:
     """Larger, smaller or none; it trains, and is saved and loaded."""
-    model, _, images = pruned(name, **NETS.get(name, {}))
+    model, _, images = pruned(name)
     for classes in (9, 2, 0):
         model.reset_classifier(classes)  # type: ignore[operator]
         model.train()(images).square().sum().backward()
@@ -138,7 +147,7 @@ def test_size_attributes_go_from_one_module_to_another() -> None:
 
 @pytest.mark.parametrize("name", ["test_resnet", "densenet121", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
 def test_feature_info_says_the_widths_of_the_pruned_model(name: str) -> None:
-    model, _, images = pruned(name, **NETS.get(name, {}))
+    model, _, images = pruned(name)
     said = [feature["num_chs"] for feature in model.feature_info]  # type: ignore[union-attr]
     got: dict[str, int] = {}
 
@@ -153,12 +162,12 @@ def test_feature_info_says_the_widths_of_the_pruned_model(name: str) -> None:
 
 def test_feature_info_of_a_model_that_is_pruned_in_place() -> None:
     model, images = (
-        timm.create_model("resnet10t", num_classes=4, zero_init_last=False).eval(),
+        timm.create_model("resnet10t", num_classes=4, zero_init_last=False, channels=(16, 24, 32, 48)).eval(),
         torch.randn(20, 3, 32, 32),
     )
-    expected = prune(model, images, macs=0.5, repair=None, progress=False).model.feature_info
+    expected = prune(model, images, macs=0.5, steps=1, repair=None, progress=False).model.feature_info
     assert [feature["num_chs"] for feature in expected] != [feature["num_chs"] for feature in model.feature_info]
-    prune(model, images, macs=0.5, repair=None, progress=False, inplace=True)
+    prune(model, images, macs=0.5, steps=1, repair=None, progress=False, inplace=True)
     assert model.feature_info == expected
 
 

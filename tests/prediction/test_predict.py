@@ -206,7 +206,7 @@ def test_degradation_of_units_is_that_of_the_model_without_them() -> None:
 @pytest.mark.parametrize("repair", [None, "auto"])
 def test_degradation_of_a_result_measures_its_model(repair: str | None) -> None:
     model = resnet()
-    result = prune(model, IMAGES, macs=0.8, repair=repair, **QUICK)
+    result = prune(model, IMAGES, macs=0.8, steps=2, repair=repair, **QUICK)
     found = degradation(model, result, IMAGES, progress=False)
     assert found.measured_repaired is not None
     real = torch.cat(compute_logits(result.model, [Batch(IMAGES)])) - torch.cat(
@@ -221,7 +221,7 @@ def test_degradation_of_a_result_measures_its_model(repair: str | None) -> None:
 
 
 def test_removed_units_of_a_report_add_up_to_the_widths() -> None:
-    result = prune(vit(), IMAGES, macs=0.7, **QUICK)
+    result = prune(vit(), IMAGES, macs=0.7, steps=2, **QUICK)
     assert sum(map(len, result.report.removed.values())) == sum(
         layer.before - layer.after for layer in result.report.layers if layer.name in result.report.removed
     )
@@ -266,7 +266,8 @@ def test_the_command_line(tmp_path: Any) -> None:
     for number in range(12):
         Image.effect_noise((40, 40), 60 + number).convert("RGB").save(folder / f"{number}.png")
     out = tmp_path / "table.csv"
-    wanted = ["predict", "test_resnet", "--data", str(folder), "--macs", "0.9", "--macs", "0.7", "--random"]
+    net = ["test_vit", "--model-arg", "img_size=32", "--model-arg", "depth=2", "--random"]
+    wanted = ["predict", *net, "--data", str(folder), "--macs", "0.9", "--macs", "0.7"]
     done = CliRunner().invoke(app, [*wanted, "--out", str(out), "--min-channels", "1"], catch_exceptions=False)
     assert done.exit_code == 0
     assert "masked flips are measured" in done.stdout

@@ -17,7 +17,7 @@ from jbrprune.budgets import cost
 from jbrprune.models import timm_models
 from jbrprune.pruning import channels
 
-IMAGES = cases.images(40, 32).float()
+IMAGES = cases.images(16, 32).float()
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ TOLERANCE = 1e-10
 """In float64, relative to the largest logit, or to the largest score of a group."""
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 OBJECTIVES = ("pseudo_label", "predicted_logit", "margin")
-FEW, MANY = 16, 500
+FEW, MANY = 10, 500
 few_and_many = pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 
 

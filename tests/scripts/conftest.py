@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
+import benchmark
 import runs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trained_once() -> Iterator[None]:
+    """Nets that the scripts train here and now; everyone gets a copy."""
+    real, made = benchmark.train_digits, {}
+
+    def train(**arguments: Any) -> nn.Module:
+        key = json.dumps(arguments, sort_keys=True)
+        if key not in made:
+            made[key] = real(**arguments)
+        return copy.deepcopy(made[key])
+
+    benchmark.train_digits = train
+    yield
+    benchmark.train_digits = real
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ import bench_prediction
 import common
 import pytest
 
-TINY = ["--model", "test_resnet", "--model-arg", "zero_init_last=false", "--data", "digits", "--weights", "trained"]
+TINY = ["--model", "test_resnet", "--data", "digits", "--weights", "trained"]
 KINDS = {
-    "cuts": (["--criteria", "jbr", "taylor", "--ratios", "0.05", "0.2", "0.999"], 4),
+    "cuts": (["--criteria", "jbr", "taylor", "--ratios", "0.05", "0.5", "0.999"], 4),
     "max_drop": (["--drops", "0.3", "--deciding", "45"], 1),
 }
 

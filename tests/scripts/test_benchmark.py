@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import benchmark
@@ -116,34 +118,35 @@ def test_one_key_one_line(tmp_path: Path) -> None:
     assert common.lines(path) == [failed, other, made, {"no": 1}, {"no": 1}]
 
 
-WRITER = """
-import sys, time
-sys.path.insert(0, {scripts!r})
-import common
-other, until = "ba"["ab".index(sys.argv[1])], time.monotonic() + 60
-for number in range(150):
-    # not before the other has begun as well, so that both really write at the same time
-    while number == 1 and time.monotonic() < until and not any(
-        line["key"] == f"{{other}}-0-0" for line in common.lines(__import__("pathlib").Path({path!r}))
-    ):
-        time.sleep(0.01)
-    common.append(__import__("pathlib").Path({path!r}), [
-        {{"key": f"{{sys.argv[1]}}-{{number}}-{{part}}", "text": "x" * (50 * part)}} for part in range(3)
-    ] + [{{"key": f"shared-{{number}}"}}])
-    common.lines(__import__("pathlib").Path({path!r}))
-"""
+ROUNDS = 60
+
+
+def write(path: Path, name: str) -> None:
+    """Lines of its own and shared ones, not before the other has begun as well: so that both really write at once."""
+    other, until = "ba"["ab".index(name)], time.monotonic() + 60
+    for number in range(ROUNDS):
+        while number == 1 and time.monotonic() < until and f'"{other}-0-0"' not in path.read_text():
+            time.sleep(0.01)
+        own = [{"key": f"{name}-{number}-{part}", "text": "x" * (50 * part)} for part in range(3)]
+        common.append(path, [*own, {"key": f"shared-{number}"}])
+        common.lines(path)  # nobody sees half a line
 
 
 def test_two_processes_write_into_one_file(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
-    code = WRITER.format(scripts=str(ROOT / "scripts"), path=str(path))
-    writers = [subprocess.Popen([sys.executable, "-c", code, name], cwd=ROOT, stderr=subprocess.PIPE) for name in "ab"]
-    assert [writer.communicate()[1] for writer in writers] == [b"", b""]  # nobody saw half a line
+    writers = [multiprocessing.get_context("fork").Process(target=write, args=(path, name)) for name in "ab"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads; there are none that work
+        for writer in writers:
+            writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
     keys = [line["key"] for line in common.lines(path)]
-    wanted = {f"{name}-{number}-{part}" for name in "ab" for number in range(150) for part in range(3)}
+    wanted = {f"{name}-{number}-{part}" for name in "ab" for number in range(ROUNDS) for part in range(3)}
     assert len(keys) == len(set(keys))
-    assert set(keys) == wanted | {f"shared-{number}" for number in range(150)}
-    first = [keys.index(f"{name}-0-0") < keys.index(f"{other}-149-2") for name, other in ("ab", "ba")]
+    assert set(keys) == wanted | {f"shared-{number}" for number in range(ROUNDS)}
+    first = [keys.index(f"{name}-0-0") < keys.index(f"{other}-{ROUNDS - 1}-2") for name, other in ("ab", "ba")]
     assert all(first)  # they really wrote at the same time
 
 
@@ -263,11 +266,11 @@ def test_weights_in_a_file_are_known_by_their_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", protocols.PROTOCOLS)
 def test_every_protocol_runs(name: str, tmp_path: Path) -> None:
     base = TINY_VIT if name.startswith("vit") else TINY
-    budgets = ["0.7", "0.5"] if name == "unstructured" else ["0.8", "0.7"]
+    budgets = ["0.7", "0.5"] if name == "unstructured" else ["0.9", "0.85"]
     criteria = ("--criterion", "jbr_projection", "random")
     lines = run(tmp_path / "out", "--protocol", name, *criteria, "--budgets", *budgets, "--seeds", "3", base=base)
     assert [line["criterion"] for line in lines] == ["jbr_projection"] * 2 + ["random"] * 2
-    assert [line["budget"] for line in lines] == ([0.5, 0.7] if name == "unstructured" else [0.8, 0.7]) * 2
+    assert [line["budget"] for line in lines] == ([0.5, 0.7] if name == "unstructured" else [0.9, 0.85]) * 2
     protocol = protocols.PROTOCOLS[name]
     for line in lines:
         assert (line["protocol"], line["kind"]) == (name, protocol.kind)
@@ -581,6 +584,7 @@ def test_configurations_for_imagenet(name: str, pictures: Path, tmp_path: Path) 
     tiny = "test_vit" if "deit" in name else "test_resnet"
     arguments = ["--config", str(config), "--data", str(pictures), "--model", tiny, "--weights", "random"]
     arguments += ["--model-arg", "num_classes=3", "--images", "12", "--eval-images", "12", "--workers", "0"]
-    lines = run(tmp_path / "out", "--criterion", "taylor", "--budgets", "0.8", "--seeds", "0", base=arguments)
+    few = ["--criterion", "taylor", "--budgets", "0.8", "--steps", "1", "--seeds", "0"]
+    lines = run(tmp_path / "out", *few, base=arguments)
     assert {line["protocol"] for line in lines} == {run.name for run in real}
     assert all(line["accuracy"] is not None for line in lines)

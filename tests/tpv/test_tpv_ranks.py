@@ -73,10 +73,9 @@ def test_every_kind_of_data(kind: str) -> None:
         assert_as_one(lambda case=case: CASES[case](DATA[kind](IMAGES[:23])), 2)
 
 
-@pytest.mark.parametrize("rtol", [0.3, 0.2])
-def test_all_ranks_stop_where_one_process_stops(rtol: float) -> None:
+def test_all_ranks_stop_where_one_process_stops() -> None:
     """After the same batch, or draw: what other ranks have done beyond it does not count."""
-    options: dict[str, Any] = {"batch_size": 4, "rtol": rtol, "validity": False}
+    options: dict[str, Any] = {"batch_size": 4, "rtol": 0.3, "validity": False}
     for work in (
         lambda: estimated(mlp(), IMAGES, NOISE, method="projection", **options),
         lambda: measured(mlp(), IMAGES, Removal(MASK), **options),
