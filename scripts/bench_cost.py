@@ -197,7 +197,7 @@ def _resident(key: str) -> float:
 
 @lru_cache(maxsize=1)
 def load_all(setup: Setup, images: int, size: int | None) -> tuple[nn.Module, list[Batch], Sequence[Group]]:
-    """The dense model, images with labels, enlarged where a size is given, and the units."""
+    """The dense model, images with labels, resized where a size is given, and the units."""
     model, batches = load(setup)[0], load_calibration(setup, images, 0)
     batches = [replace(b, labels=torch.zeros(len(b)).long()) if b.labels is None else b for b in batches]
     if size:
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     default = list(PROTOCOLS["budget"].criteria)
     parser.add_argument("--what", nargs="+", default=default, choices=KNOWN, metavar="NAME", help="see above")
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--size", type=int, help="enlarge the images to so many pixels; default: as the data are")
+    parser.add_argument("--size", type=int, help="resize the images to so many pixels; default: as the data are")
     parser.add_argument("--macs", type=float, default=0.5, help="share that whole prunes keep")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="measure peaks of memory as well")

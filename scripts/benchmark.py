@@ -254,7 +254,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, (_, kind, text) in OPTIONS.items():
         how = {"nargs": "+" if name in MANY else None, "default": argparse.SUPPRESS}
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help=text, **how)
-    for name, what in (("--model-arg", "timm"), ("--prune-arg", "prune() or sparsify()")):
+    for name, what in (("--model-arg", "timm"), ("--prune-arg", "prune(), Floors() or sparsify()")):
         parser.add_argument(name, action="append", default=[], metavar="KEY=VALUE", help=f"for {what}; repeatable")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of all runs")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")

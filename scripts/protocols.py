@@ -242,7 +242,7 @@ def add_setup_arguments(parser: argparse.ArgumentParser, weights: str = "pretrai
     parser.add_argument("--root", help="where named data are stored")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, required=True, help="file to write; lines are added to it")
+    parser.add_argument("--out", type=Path, required=True, help="file to write; JSON lines are added to it")
 
 
 def read_setup(args: argparse.Namespace) -> Setup:
@@ -346,7 +346,8 @@ def list_variants(protocol: Protocol, wanted: Mapping[str, Any]) -> Iterator[Pro
     sparse = protocol.kind == "sparsity"
     options_of = WeightOptions if sparse else ChannelOptions
     floors = set() if sparse else {entry.name for entry in fields(Floors)}
-    free = {entry.name for entry in fields(options_of)} - DEFAULTS.keys() - {protocol.kind} | floors
+    taken = {"seed", "inplace", "resume", "eval_data", "progress", protocol.kind, *DEFAULTS}
+    free = {entry.name for entry in fields(options_of)} - taken | floors
     for name in wanted["prune_args"]:
         if name not in free:
             raise unknown("--prune-arg", name, sorted(free))

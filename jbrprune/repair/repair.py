@@ -2,7 +2,8 @@
 
 The pruned model runs over the repair images, chunk by chunk and layer by layer: when a layer is reached, everything
 before it is already repaired, by sums over all chunks so far; memory does not grow with the images. What the dense
-model does on a quarter of the images is recorded once, which is enough between stops; at a stop it runs on all.
+model does on a quarter of the images is recorded once, which is enough between stops; at a stop it runs on all. Between
+stops consumers without bias are left to the batch norms behind them, where the model has any.
 
 * ``batch_norm``: the stored statistics follow the change that the removal made on the same images,
   mean += mean_pruned - mean_dense and var *= var_pruned / var_dense. Unlike a recalibration from scratch this is
@@ -24,7 +25,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ CHUNK = 64 * 3 * 224 * 224
 QUICK, LEAST = 4, 16
 """Between stops one of so many images is enough, at least so many of them and at most a chunk."""
 GATE = 16
-"""Between stops so many of the images held back decide."""
+"""Between stops at most so many of the first batch of the images held back decide."""
 MOST_VALUES = 2**16
 """Inputs, or outputs, of a consumer that are looked at in one image: of larger ones a sample of the positions."""
 LARGEST_RATIO = 16.0
@@ -189,8 +190,8 @@ def repair_model(
         methods: Some of `METHODS` to apply together, or ``("auto",)`` to choose among combinations; none: only measure.
         output: What of the model's output counts.
         masks: Name of a weight or bias -> boolean mask, False where the model's value is zero and stays so.
-        quick: Look at the first images only, let `GATE` images decide, take the first combination that helps, and of
-            a model with batch norms try ``batch_norm`` alone.
+        quick: Look at the first images only, let at most `GATE` images decide, take the first combination that helps,
+            and leave consumers without bias to the batch norms behind them, where the model has any.
 
     Returns:
         What was kept, and the agreement on ``gate`` before and after. The divergence KL(dense || repaired) decides (of
@@ -198,14 +199,14 @@ def repair_model(
     """
     gate = [gate[0].map(lambda tensor: tensor[:GATE])] if quick else gate
     before = agreement_on(model, gate, output)
-    combinations = [tuple(methods)] if methods else []
+    if not methods:
+        return Outcome("none", before, before)
+    combinations = [tuple(methods)]
     if combinations == [("auto",)]:
-        if not targets.first.norms:
-            combinations = [("least_squares",), ("mean_shift",)]
-        else:  # least squares between stops costs much there, and brings nothing
-            combinations = [("batch_norm",)] if quick else [("batch_norm", "least_squares"), ("batch_norm",)]
+        with_norms = [("batch_norm", "least_squares"), ("batch_norm",)]
+        combinations = with_norms if targets.first.norms else [("least_squares",), ("mean_shift",)]
     best, best_model = Outcome("none", before, before), model
-    for together in ([one] for one in combinations) if quick else [combinations]:
+    for together in [[one] for one in combinations] if quick else [combinations]:
         models = {combination: preserve.copy_model(model) for combination in together}
         for combination in apply_methods(models, targets, kept, masks or {}, quick=quick):
             try:
@@ -237,61 +238,57 @@ def apply_methods(
     Returns:
         Methods whose equations could be solved.
     """
-    fits = {methods: Fit(model, targets, kept, methods, masks) for methods, model in models.items()}
-    last = 1 if quick else len(targets.chunks)
-    for number, images in enumerate(targets.chunks[:last]):
-        chunk = (
-            targets.first if quick else record_chunk(targets.dense, images, targets.consumers, number, targets.shared)
-        )
+    fits = {methods: Fit(model, targets, kept, methods, masks, quick) for methods, model in models.items()}
+    dense, consumers, last = targets.dense, targets.consumers, 1 if quick else len(targets.chunks)
+    recorded = (record_chunk(dense, images, consumers, n, targets.shared) for n, images in enumerate(targets.chunks))
+    for number, chunk in enumerate([targets.first] if quick else recorded, 1):
         solved = {}
         for methods, fit in fits.items():
             with suppress(torch.linalg.LinAlgError):
-                fit.look(chunk, refitting=number + 1 == last or (number + 1) & number == 0)
+                fit.look(chunk, refitting=number == last or number & (number - 1) == 0)
                 solved[methods] = fit
         fits = solved
     return list(fits)
 
 
+@dataclass(eq=False)
 class Fit:
     """One model under repair, and the sums over what it was shown so far.
 
-    Args:
+    Attributes:
         model: A pruned model; changed.
         targets: What it aims at.
         kept: Axis -> channels of the dense model that are left.
         methods: What is repaired.
         masks: Name of a weight or bias -> where it is not zero.
+        quick: Consumers without bias are left to the batch norms behind them, where the model has any.
+        weights: Consumer that is fitted -> its last layer, and the weight before the repair.
+        sums: Consumer or batch norm -> moments of all chunks so far.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: Targets,
-        kept: Mapping[Axis, Tensor],
-        methods: Methods,
-        masks: Mapping[str, Tensor],
-    ) -> None:
-        self.model, self.dense, self.shared, self.kept, self.methods = (
-            model,
-            targets.dense,
-            targets.shared,
-            kept,
-            methods,
-        )
-        self.masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
-        self.sums: dict[str, tuple[Moments, Moments]] = {}
-        self.weights = {}  # consumer that is fitted -> its last layer, and the weight before the repair
+    model: nn.Module
+    targets: Targets
+    kept: Mapping[Axis, Tensor]
+    methods: Methods
+    masks: Mapping[str, Tensor]
+    quick: bool
+    weights: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    sums: dict[str, tuple[Moments, Moments]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.masks = {name: mask for name, mask in self.masks.items() if not bool(mask.all())}
         turned = {
-            f"{name}.qkv" for name, side, _ in kept if side == "head_dim"
-        }  # their outputs are in another basis now
-        fitted = targets.first.outputs.keys() - turned if {"least_squares", "mean_shift"} & set(methods) else ()
-        for name in sorted(fitted):
-            end = layers.end_of(model, name, "out")
-            wide: Any = self.dense.get_submodule(layers.end_of(self.dense, name, "out"))
-            weight: Any = model.get_submodule(end).weight
-            full = wide.weight.shape[1] if end == name else len(weight)
-            if f"{name}.weight" in self.masks or weight.shape[1] < full:
-                self.weights[name] = end, weight.clone()
+            f"{name}.qkv" for name, side, _ in self.kept if side == "head_dim"
+        }  # their outputs changed their basis
+        recorded, refits = self.targets.first.outputs.keys(), {"least_squares", "mean_shift"} & set(self.methods)
+        for name in sorted(recorded - turned) if refits else ():
+            end, dense = layers.end_of(self.model, name, "out"), self.targets.dense
+            wide: Any = dense.get_submodule(layers.end_of(dense, name, "out"))
+            module: Any = self.model.get_submodule(end)
+            full = wide.weight.shape[1] if end == name else len(module.weight)
+            left = self.quick and module.bias is None and self.targets.first.norms
+            if not left and (f"{name}.weight" in self.masks or module.weight.shape[1] < full):
+                self.weights[name] = end, module.weight.clone()
 
     def look(self, chunk: Recording, *, refitting: bool) -> None:
         """Repair layer by layer on a chunk; consumers are refitted, or only their sums are taken."""
@@ -305,14 +302,14 @@ class Fit:
 
     def add(self, name: str, found: tuple[Moments, Moments]) -> tuple[Moments, Moments]:
         """Add moments of a chunk, of all ranks, to those of the chunks before."""
-        for pair in distributed.gather(found) if self.shared else [found]:
+        for pair in distributed.gather(found) if self.targets.shared else [found]:
             sums = self.sums.get(name)
             self.sums[name] = (sums[0] + pair[0], sums[1] + pair[1]) if sums else pair
         return self.sums[name]
 
     def follow_change(self, name: str, wide: Moments) -> preserve.Hook:
         """Let the statistics of a batch norm follow the change of its input."""
-        stored: Any = self.dense.get_submodule(name)
+        stored: Any = self.targets.dense.get_submodule(name)
 
         def hook(module: Any, args: tuple, kwargs: dict) -> None:
             stays = self.kept.get((name, "out", 0), torch.arange(len(wide.a)))
@@ -331,7 +328,7 @@ class Fit:
         ridge = RIDGE if "least_squares" in self.methods else None
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            left = self.kept.get((layers.end_of(self.dense, name, "out"), "out", 0))
+            left = self.kept.get((layers.end_of(self.targets.dense, name, "out"), "out", 0))
             inputs = gather_inputs(module, preserve.input_of(args, kwargs), positions)
             wanted = outputs if left is None else outputs[:, left.to(outputs.device)]
             found = self.add(name, sum_products(inputs, wanted, means=ridge is None))

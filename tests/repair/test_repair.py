@@ -617,17 +617,13 @@ def test_auto_takes_the_best_combination() -> None:
     assert found["auto"] == min(found["mean_shift"], found["least_squares"], key=lambda pair: pair[1])
 
 
+@pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize(
-    ("make", "quick", "expected"),
-    [
-        (plain, True, [("least_squares",), ("mean_shift",)]),
-        (plain, False, [("least_squares",), ("mean_shift",)]),
-        (normed, True, [("batch_norm",)]),
-        (normed, False, [("batch_norm", "least_squares"), ("batch_norm",)]),
-    ],
+    ("make", "expected"),
+    [(plain, [("least_squares",), ("mean_shift",)]), (normed, [("batch_norm", "least_squares"), ("batch_norm",)])],
 )
 def test_auto_tries_what_applies(
-    make: Callable[[], nn.Module], quick: bool, expected: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], nn.Module], expected: list[tuple[str, ...]], quick: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = cases.randomised(make())
     tried = []
@@ -635,6 +631,19 @@ def test_auto_tries_what_applies(
     images = batches(dense)
     repair_model(copy.deepcopy(dense), record_targets(dense, images, []), images, {}, ("auto",), quick=quick)
     assert tried == expected
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_between_stops_consumers_without_bias_are_left_to_batch_norms(norms: bool) -> None:
+    """Where the model has any; at a stop every consumer is refitted."""
+    linear = nn.Linear(192, 5, bias=False), nn.GELU(), nn.Linear(5, 4)
+    dense = cases.randomised(nn.Sequential(*[nn.BatchNorm2d(3)] * norms, nn.Flatten(), *linear))
+    names = [name for name, module in dense.named_modules() if isinstance(module, nn.Linear)]
+    targets = record_targets(dense, batches(dense), names)
+    masks = {f"{name}.weight": dense.get_submodule(name).weight > 0 for name in names}  # type: ignore[operator]
+    quick, whole = (repair.Fit(dense, targets, {}, ("least_squares",), masks, quick) for quick in (True, False))
+    assert list(whole.weights) == names
+    assert list(quick.weights) == names[norms:]
 
 
 def test_without_methods_the_agreement_is_measured_and_nothing_else() -> None:
@@ -664,22 +673,26 @@ def test_a_repair_that_breaks_the_model_is_undone(monkeypatch: pytest.MonkeyPatc
     assert_same_bits(smaller, before)
 
 
-def test_what_one_repair_breaks_does_not_reach_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_one_repair_breaks_does_not_reach_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be solved in the second of three chunks."""
+    monkeypatch.setattr(repair, "CHUNK", 4 * 3 * 8 * 8)
     dense = cases.randomised(plain())
     (one, kept), (other, _) = pruned(dense, PLAIN), pruned(dense, PLAIN)
     images = batches(dense)
     targets = record_targets(dense, images, consumers(PLAIN))
     repair_model(one, targets, images, kept, ("mean_shift",))
-    look = repair.Fit.look
+    look, seen = repair.Fit.look, []
 
     def breaks(fit: repair.Fit, *rest: Any, refitting: bool) -> None:
-        if fit.methods == ("least_squares",):
+        seen.append(fit.methods)
+        if fit.methods == ("least_squares",) and seen.count(fit.methods) == 2:
             fit.model[2].weight.data.fill_(torch.nan)  # type: ignore[index]
             raise torch.linalg.LinAlgError("not positive definite")
         look(fit, *rest, refitting=refitting)
 
     monkeypatch.setattr(repair.Fit, "look", breaks)
     assert repair_model(other, targets, images, kept, ("auto",)).kept == "mean_shift"
+    assert [seen.count((method,)) for method in ("least_squares", "mean_shift")] == [2, 3]
     assert_same_bits(other, one)
 
 
