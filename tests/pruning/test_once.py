@@ -61,7 +61,8 @@ def test_a_run_on_channels(counts: Counter[str]) -> None:
     model = resnet()
     counts.clear()
     prune(model, IMAGES, macs=0.7, steps=3, progress=False)
-    assert counts["copies"] <= 2  # the model that shrinks, and the one on which removal is tried
+    # the model that shrinks, the one on which removal is tried, and in each step one for each of two ways to repair
+    assert counts["copies"] <= 2 + 3 * 2
     assert counts["copies that share"] <= 6  # on trial
     assert (counts["models"], counts["removals"], counts["counts"]) == (0, 3, 1 + 3)
 
@@ -77,4 +78,5 @@ def test_a_run_on_single_weights(counts: Counter[str]) -> None:
     model = resnet()
     counts.clear()
     sparsify(model, IMAGES, sparsity=0.7, steps=3, progress=False)
-    assert (counts["copies"], counts["models"], counts["counts"]) == (1, 0, 1)
+    assert counts["copies"] <= 1 + 3 * 2
+    assert (counts["models"], counts["counts"]) == (0, 1)
