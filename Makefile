@@ -12,8 +12,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
+# Threads that wait do not spin: beside other work that would take several times as long.
 demo: $(VENV)/.installed
-	$(BIN)/jbrprune demo --out demo
+	OMP_WAIT_POLICY=passive $(BIN)/jbrprune demo --out demo
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
