@@ -39,22 +39,22 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("case", OWN)
 def test_every_layer(case: str, route: None) -> None:
-    compare(made(OWN, case), cases.images(3), parameters="all", batch_size=2)
+    assert compare(made(OWN, case), cases.images(3), parameters="all", batch_size=2).sums
 
 
 @pytest.mark.parametrize("case", cases.LAYERS)
 def test_layers(case: str) -> None:
-    compare(made(cases.LAYERS, case), cases.images(3), parameters="all")
+    assert compare(made(cases.LAYERS, case), cases.images(3), parameters="all").sums
 
 
 @pytest.mark.parametrize("case", cases.RESIDUAL)
 def test_residual(case: str) -> None:
-    compare(made(cases.RESIDUAL, case), cases.images(3), parameters="all")
+    assert compare(made(cases.RESIDUAL, case), cases.images(3), parameters="all").sums
 
 
 @pytest.mark.parametrize("case", cases.NETS)
 def test_nets(case: str) -> None:
-    compare(made(cases.NETS, case), cases.images(3), parameters="all")
+    assert compare(made(cases.NETS, case), cases.images(3), parameters="all").sums
 
 
 @pytest.mark.parametrize("case", ["resnet18", "resnext", "mobilenetv3", "regnety", "convnext", "vit", "deit distilled"])
@@ -76,7 +76,7 @@ def test_models(case: str) -> None:
 def test_more_models(name: str, options: dict[str, Any]) -> None:
     """Weights read by F.linear, shifted windows, padding inside of forward."""
     model = cases.randomised(timm.create_model(name, num_classes=cases.CLASSES, **options))
-    compare(model, cases.images(2, 32))
+    assert compare(model, cases.images(2, 32)).sums
 
 
 @pytest.mark.parametrize("objective", ["pseudo_label", "predicted_logit", "margin", "label", "projection"])
@@ -364,7 +364,7 @@ def test_what_has_no_meaning_is_refused(net: Callable[[], nn.Module], message: s
 )
 def test_any_use_of_a_weight_is_known(net: Callable[[], nn.Module]) -> None:
     """Standardised, read by other functions, more than once, behind branches on values, in samples that are merged."""
-    compare(cases.randomised(net()), cases.images(4), parameters="all")
+    assert compare(cases.randomised(net()), cases.images(4), parameters="all").sums
 
 
 def test_inputs_that_are_overwritten_in_place_after_a_layer_has_read_them(caplog: pytest.LogCaptureFixture) -> None:

@@ -119,8 +119,10 @@ def test_renumbering_twice_against_names(case: tuple[list[Group], list[Selection
         for u in range(g.size)
     }
     units = {g.name: [f"{g.name} {u}" for u in range(g.size)] for g in groups}
+    left = {g.name: g.size - sum(len(selection[g.name]) for selection in removals) for g in groups}
     for selection in removals:
         groups = _checked_step(groups, selection, names, owned, units)
+    assert {g.name: g.size for g in groups} == left
 
 
 def _checked_step(
